@@ -1,0 +1,39 @@
+/* Child processes on the host: started without a shell, with an explicit environment, every other
+ * descriptor closed, watched through a pidfd (no SIGCHLD handler, so an embedder keeps its own).
+ * A child gets SIGKILL when orch's process dies. The stderr tail is kept in a ring. */
+#ifndef ORCH_BASE_PROC_H
+#define ORCH_BASE_PROC_H
+
+#include "loop.h"
+
+struct orch_proc;
+
+/* status: as wait(2) gives it; called once, after stderr reached its end or 200 ms passed. */
+typedef void orch_proc_exit_fn(void *ud, int status);
+
+struct orch_proc_opts {
+    const char *const *argv; /* argv[0] is looked up in the child's PATH unless it has a slash */
+    const char *const *env;  /* "NAME=value"; NULL: an empty environment */
+    const char *cwd;         /* NULL: unchanged */
+    int fds[16];             /* passed as descriptors 3…; n_fds of them; borrowed */
+    size_t n_fds;
+    bool null_stdio;         /* stdin and stdout are /dev/null instead of pipes */
+    size_t stderr_keep;      /* bytes of stderr kept, default 8 KiB */
+    orch_proc_exit_fn *on_exit;
+    void *ud;
+};
+
+struct orch_proc *orch_proc_start(struct orch_loop *l, const struct orch_proc_opts *o, struct orch_err *err);
+int orch_proc_pid(const struct orch_proc *p);
+/* Non-blocking ends of the child's stdin and stdout; -1 with null_stdio or when closed. The proc owns them. */
+int orch_proc_stdin(const struct orch_proc *p);
+int orch_proc_stdout(const struct orch_proc *p);
+void orch_proc_close_stdin(struct orch_proc *p);
+struct orch_slice orch_proc_stderr(const struct orch_proc *p); /* the last bytes, borrowed */
+void orch_proc_kill(struct orch_proc *p, int signo); /* the child's whole process group */
+/* "exit status 3" or "killed by signal 9 (Killed)". */
+void orch_proc_describe(int status, char *out, size_t n);
+/* Kills and reaps when still running; on_exit is not called. */
+void orch_proc_free(struct orch_proc *p);
+
+#endif

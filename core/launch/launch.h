@@ -1,0 +1,49 @@
+/* orch's side of the launcher: starts it once, asks it for one confined VMM per microVM, learns of
+ * exits. Everything of a microVM dies with its orch_cell, with the launcher, or with orch. */
+#ifndef ORCH_LAUNCH_LAUNCH_H
+#define ORCH_LAUNCH_LAUNCH_H
+
+#include "../base/loop.h"
+#include "wire.h"
+
+struct orch_launcher;
+struct orch_cell; /* one microVM's namespaces and VMM */
+
+typedef void orch_launcher_lost_fn(void *ud, const char *why);
+
+/* path: $PREFIX/libexec/orch/launcher. on_lost: the launcher ended; every cell was failed before. The
+ * next orch_cell_new starts another. Starting it waits for its HELLO at most 5 s (measured: 1 ms). */
+struct orch_launcher *orch_launcher_new(struct orch_loop *l, const char *path, orch_launcher_lost_fn *on_lost, void *ud,
+                                        struct orch_err *err);
+void orch_launcher_free(struct orch_launcher *la);
+int orch_launcher_pid(const struct orch_launcher *la);
+
+struct orch_cell_bind {
+    const char *host, *guest;
+};
+
+struct orch_cell_opts {
+    const char *const *argv;
+    const struct orch_cell_bind *binds;
+    size_t n_binds;
+    int fds[ORCH_LAUNCH_FDS]; /* by enum orch_launch_fd, -1 absent; borrowed */
+    uint32_t flags;           /* ORCH_VMM_… */
+    uint64_t as_bytes;
+    /* Exactly one of these ends a cell's life, once, from the loop: the VMM's wait status, or why it
+     * never ran (class ISOLATION; step, system's error and the fix in the text). on_started is optional. */
+    void (*on_started)(void *ud);
+    void (*on_exit)(void *ud, int status);
+    void (*on_error)(void *ud, const struct orch_err *err);
+    void *ud;
+};
+
+/* Sends NEW and VMM at once; nothing is waited for. */
+struct orch_cell *orch_cell_new(struct orch_launcher *la, const struct orch_cell_opts *o, struct orch_err *err);
+/* Ends VMM and namespaces; no callback follows. Returns at once; the kernel is done within 0.1 s. */
+void orch_cell_free(struct orch_cell *c);
+
+/* For doctor: can this user get a confined VMM? Makes an empty cell and takes it down. 0, or the
+ * error of the first step that failed, with the fix. Waits at most 5 s. */
+int orch_launch_check(const char *path, struct orch_err *err);
+
+#endif

@@ -1,0 +1,18 @@
+/* Watches files and directories by inotify and calls back once things have been quiet for a moment,
+ * whatever way an editor saves (write in place, rename over, unlink and create). */
+#ifndef ORCH_SCRIPT_RELOAD_H
+#define ORCH_SCRIPT_RELOAD_H
+
+#include "../base/loop.h"
+
+struct orch_reload;
+
+/* quiet_ms: after the last event; a stream of events is cut off after 4 × quiet_ms. */
+struct orch_reload *orch_reload_new(struct orch_loop *l, int64_t quiet_ms, orch_loop_fn *fn, void *ud, struct orch_err *err);
+/* Adds a directory (its entries are watched; a file is watched through its directory). A directory
+ * that does not exist yet is watched through its nearest existing parent. */
+int orch_reload_add_dir(struct orch_reload *r, const char *path, struct orch_err *err);
+void orch_reload_clear(struct orch_reload *r); /* forget all directories */
+void orch_reload_free(struct orch_reload *r);
+
+#endif

@@ -1,0 +1,42 @@
+/* Guest images: what a microVM boots from. `base` is Debian's cloud kernel, unpacked to an ELF, and
+ * an initramfs of static busybox, the kernel modules it needs and the guest agent. Built once into
+ * $XDG_CACHE_HOME/orch/images/<content hash>/, never on the user's system; nothing needs root. */
+#ifndef ORCH_VM_IMAGE_H
+#define ORCH_VM_IMAGE_H
+
+#include "../base/loop.h"
+
+struct orch_image {
+    char name[64];
+    char id[65];      /* SHA-256 over all inputs: kernel, initrd, agent, recipe */
+    char *kernel;     /* path of the unpacked ELF vmlinux */
+    char *initrd;     /* path of the cpio archive */
+    char *kernel_release;
+    uint64_t bytes;
+    bool acpi;        /* stock kernels find virtio-mmio devices by ACPI only */
+};
+void orch_image_fini(struct orch_image *i);
+
+struct orch_image_opts {
+    const char *cache_dir;  /* …/orch/images */
+    const char *agent_path; /* the static guest agent */
+    const char *kernel;     /* NULL: Debian's cloud kernel by apt-get download; else bzImage or ELF */
+    const char *modules;    /* with kernel: its /lib/modules/VERSION, or NULL when all is built in */
+    void (*progress)(void *ud, const char *line); /* one line a step; may be NULL */
+    void *ud;
+};
+
+/* Finds the built image; -ENOENT when it was never built or its inputs (agent) changed. */
+int orch_image_find(const char *name, const struct orch_image_opts *o, struct orch_image *out, struct orch_err *err);
+typedef void orch_image_done_fn(void *ud, const struct orch_image *image, const struct orch_err *err);
+struct orch_image_build;
+/* Builds in steps from the loop (children: apt-get, dpkg-deb); two builders at once: the second waits
+ * for the first's lock and then finds. done is called once, never from inside this call. */
+struct orch_image_build *orch_image_build_start(struct orch_loop *l, const char *name, const struct orch_image_opts *o,
+                                                orch_image_done_fn *done, void *ud);
+void orch_image_build_cancel(struct orch_image_build *b); /* no callback, nothing half-made remains */
+
+/* Unpacks a bzImage (LZ4, gzip, xz or zstd payload) to the ELF vmlinux in out. Pure; for tests too. */
+int orch_bzimage_unpack(struct orch_slice bz, struct orch_buf *out, struct orch_err *err);
+
+#endif

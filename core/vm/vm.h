@@ -1,0 +1,79 @@
+/* microVMs: spawn, run commands, end. Owns the registry of this process's microVMs, the launcher, the
+ * templates and the verdict about KVM. vmm.h has the backend's vtable; qemu.c is the one backend yet.
+ *
+ * Every start is a clone of a template (a booted guest frozen with its memory); the first start of an
+ * image × size × acceleration boots and freezes one, and keeps it in the cache directory. */
+#ifndef ORCH_VM_VM_H
+#define ORCH_VM_VM_H
+
+#include "../launch/launch.h"
+#include "channel.h"
+#include "image.h"
+
+struct orch_vms; /* the manager */
+struct orch_vm;
+
+enum orch_isolation { ORCH_ISOLATION_NONE, ORCH_ISOLATION_HARDWARE, ORCH_ISOLATION_EMULATED };
+const char *orch_isolation_name(enum orch_isolation i); /* "hardware", "emulated", "none" */
+
+struct orch_vms_opts {
+    const char *launcher_path, *agent_path;
+    const char *cache_dir;   /* $XDG_CACHE_HOME/orch */
+    const char *runtime_dir; /* $XDG_RUNTIME_DIR/orch: a folder a microVM, with vmm.log */
+    const char *kernel, *modules; /* --kernel; NULL: Debian's */
+    int max;                 /* microVMs at once; more is refused with class LIMIT */
+    void (*progress)(void *ud, const char *line); /* long work: image build, template boot */
+    /* events for the audit log: "vm_spawn", "vm_exit"; fields is a JSON object's inside */
+    void (*event)(void *ud, const char *event, struct orch_slice fields);
+    void *ud;
+};
+
+struct orch_vms *orch_vms_new(struct orch_loop *l, const struct orch_vms_opts *o, struct orch_err *err);
+void orch_vms_free(struct orch_vms *m);
+
+struct orch_vm_opts {
+    const char *image;       /* NULL: "base" */
+    const char *backend;     /* "auto", "qemu"; others: class ISOLATION, named */
+    const char *accel;       /* "auto", "kvm", "tcg" */
+    const char *network;     /* "none" only; others: class ISOLATION "not available yet" */
+    const char *name;        /* NULL or a label for list */
+    uint64_t memory_bytes;   /* 64M … 4G, default 256M */
+    int vcpus;               /* 1 only under TCG; 1…8 */
+    int64_t timeout_ms;      /* life of the microVM; 0: none */
+    const char *call;        /* audit: the call it serves, or NULL */
+    /* Ready or failed, once; the vm is borrowed and lives until orch_vm_free. On failure the message
+     * has the phase, the VMM's last lines and the path of its log. Never called from inside spawn. */
+    void (*ready)(void *ud, struct orch_vm *vm, const struct orch_err *err);
+    /* It ended by itself after ready (crash, timeout, launcher lost); execs were failed before. */
+    void (*lost)(void *ud, struct orch_vm *vm, const struct orch_err *err);
+    void *ud;
+};
+
+/* NULL only for a caller's mistake or the limit; everything else comes by ready. The returned vm may be
+ * freed at any time: that cancels. */
+struct orch_vm *orch_vm_spawn(struct orch_vms *m, const struct orch_vm_opts *o, struct orch_err *err);
+void orch_vm_free(struct orch_vm *vm); /* ends it, no callbacks; NULL is fine */
+
+const char *orch_vm_id(const struct orch_vm *vm);
+const char *orch_vm_backend(const struct orch_vm *vm);
+const char *orch_vm_image(const struct orch_vm *vm);
+enum orch_isolation orch_vm_isolation(const struct orch_vm *vm);
+double orch_vm_spawn_ms(const struct orch_vm *vm);
+/* Phases of the start in the order they ended, with milliseconds since spawn; NULL-name terminated. */
+struct orch_vm_phase {
+    const char *name;
+    double ms;
+};
+const struct orch_vm_phase *orch_vm_phases(const struct orch_vm *vm);
+struct orch_channel *orch_vm_channel(struct orch_vm *vm); /* after ready */
+struct orch_slice orch_vm_log_tail(const struct orch_vm *vm);
+/* True when under TCG, where guest programs start faster without ASLR (orch_exec_opts.no_aslr). */
+bool orch_vm_no_aslr(const struct orch_vm *vm);
+
+/* Each microVM of this process. */
+void orch_vms_each(struct orch_vms *m, void (*fn)(void *ud, struct orch_vm *vm), void *ud);
+
+/* What acceleration works here; remembered in the cache directory. For doctor. `why` gets the reason. */
+enum orch_isolation orch_vms_known_isolation(struct orch_vms *m, struct orch_buf *why);
+
+#endif
