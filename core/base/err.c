@@ -41,9 +41,13 @@ int orch_err_wrap(struct orch_err *err, const char *fmt, ...)
     va_start(ap, fmt);
     int n = vsnprintf(text, sizeof text, fmt, ap);
     va_end(ap);
-    if (n > 0 && (size_t)n < sizeof text)
-        snprintf(text + n, sizeof text - (size_t)n, ": %s", err->msg);
-    memcpy(err->msg, text, sizeof text);
+    size_t used = n < 0 ? 0 : (size_t)n < sizeof text - 3 ? (size_t)n : sizeof text - 3;
+    memcpy(text + used, ": ", 2);
+    used += 2;
+    size_t keep = strnlen(err->msg, sizeof text - used - 1);
+    memcpy(text + used, err->msg, keep);
+    text[used + keep] = 0;
+    memcpy(err->msg, text, used + keep + 1);
     return err->code > 0 ? -err->code : -EIO;
 }
 

@@ -188,7 +188,7 @@ void orch_loop_unpost(struct orch_loop *l, orch_loop_fn *fn, void *ud)
             continue;
         }
         /* Left in the list as a no-op (free(NULL)): run_posted may hold its address as this turn's end. */
-        p->fn = (orch_loop_fn *)free;
+        p->fn = free;
         p->ud = NULL;
         pp = &p->next;
     }
