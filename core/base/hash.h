@@ -8,6 +8,8 @@
 #define ORCH_SHA256_BYTES 32
 
 void orch_sha256(const void *p, size_t n, uint8_t out[ORCH_SHA256_BYTES]);
+/* n bytes as 2n lower-case digits and a NUL. */
+void orch_hex(const void *p, size_t n, char *out);
 void orch_sha256_hex(const void *p, size_t n, char out[2 * ORCH_SHA256_BYTES + 1]);
 
 /* Incremental, for files and for generations. */
