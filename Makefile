@@ -61,7 +61,14 @@ say = $(if $(filter 1,$(V)),,@echo "  $(1)" $(2))
 .PHONY: all
 all: $(B)/orch $(B)/launcher $(B)/liborch.a $(B)/agent $(B)/lua ## build orch, launcher, liborch.a and the guest agent
 
-$(B)/%.o: %.c Makefile
+# What the user can set: everything compiled with other settings is compiled again.
+$(B)/settings: FORCE
+	@mkdir -p $(@D)
+	@echo "$(CC) $(FEATURES) $(CFLAGS)" | cmp -s - $@ || echo "$(CC) $(FEATURES) $(CFLAGS)" > $@
+.PHONY: FORCE
+FORCE:
+
+$(B)/%.o: %.c Makefile $(B)/settings
 	$(call say,CC,$<)
 	@mkdir -p $(@D)
 	$(Q)$(CC) $(ALL_CFLAGS) -MMD -MP -c -o $@ $<
@@ -99,6 +106,110 @@ build/fuzz/fuzz_%: tests/fuzz/fuzz_%.c Makefile
 	@mkdir -p $(@D)
 	$(Q)$(MAKE) --no-print-directory VARIANT=fuzz build/fuzz/liborch.a
 	$(Q)clang -std=gnu11 -D_GNU_SOURCE -g -O1 -fsanitize=address,undefined,fuzzer -Icore $(shell pkg-config --cflags luajit) -o $@ $< build/fuzz/liborch.a $(LIBS)
+
+
+# ---- Debian packages: name, what it is needed for (run, build, demo, test, fuzz), why
+define PACKAGES
+libluajit-5.1-2      run    runs policies, tools and scripts
+libevent-core-2.1-7  run    the event loop
+libcjson1            run    composes JSON documents
+libpcre2-8-0         run    schema patterns, redaction
+libsqlite3-0         run    trust, grants, sessions; loaded when first used
+libseccomp2          run    system call filter of the launcher
+qemu-system-x86      run    the virtual machine monitor
+busybox-static       run    shell and tools inside the base guest image
+lz4                  run    unpacks the guest kernel
+gcc                  build  C compiler
+make                 build  runs this file
+pkg-config           build  finds headers
+libluajit-5.1-dev    build  headers
+libevent-dev         build  headers
+libcjson-dev         build  headers
+libpcre2-dev         build  headers
+libssl-dev           build  libcrypto.a: SHA-256, linked statically
+libseccomp-dev       build  headers
+python3              demo   examples/client.py and the end-to-end tests
+libcmocka-dev        test   C unit tests
+clang                fuzz   libFuzzer
+endef
+export PACKAGES
+DEPS_FOR ?= run build demo test
+
+.PHONY: deps
+deps: ## install the Debian packages that are missing; says which and why first
+	@command -v dpkg-query >/dev/null || { echo "deps: no dpkg here; install what these Debian packages hold:"; echo "$$PACKAGES"; exit 1; }
+	@have=" $$(dpkg-query -W -f='$${Package}/$${db:Status-Status} ' 2>/dev/null)"; \
+	lines=$$(echo "$$PACKAGES" | while read -r name kind why; do \
+	    case " $(DEPS_FOR) " in *" $$kind "*) ;; *) continue ;; esac; \
+	    case "$$have" in *" $$name/installed "*) ;; *) echo "  $$name ($$kind): $$why" ;; esac; done); \
+	[ -n "$$lines" ] || exit 0; \
+	echo "Debian packages to install:"; echo "$$lines"; \
+	names=$$(echo "$$lines" | sed 's/^ *\([^ ]*\).*/\1/' | tr '\n' ' '); \
+	if [ "$$(id -u)" = 0 ]; then sudo=; elif command -v sudo >/dev/null; then sudo=sudo; else \
+	    echo "deps: neither root nor sudo; as root: apt-get update && apt-get install --no-install-recommends $$names"; exit 1; fi; \
+	$$sudo apt-get update -q && $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $$names
+
+# ---- install: a tree that can be moved; orch finds its files relative to its own executable
+BINDIR = $(DESTDIR)$(PREFIX)/bin
+LIBEXECDIR = $(DESTDIR)$(PREFIX)/libexec/orch
+SHAREDIR = $(DESTDIR)$(PREFIX)/share/orch
+INCLUDEDIR = $(DESTDIR)$(PREFIX)/include
+LIBDIR = $(DESTDIR)$(PREFIX)/lib
+define ORCH_PC
+prefix=$${pcfiledir}/../..
+Name: orch
+Description: host for the actions of AI agents: Lua policies, MCP, microVMs
+Version: $(VERSION)
+Cflags: -I$${prefix}/include
+Libs: -L$${prefix}/lib -lorch $(filter-out -l:libcrypto.a,$(LIBS)) -lcrypto
+endef
+export ORCH_PC
+
+.PHONY: install
+install: all ## install into $(DESTDIR)$(PREFIX)
+	install -d $(BINDIR) $(LIBEXECDIR) $(SHAREDIR) $(LIBDIR)/pkgconfig $(INCLUDEDIR)
+	install $(B)/orch $(BINDIR)
+	install $(B)/launcher $(B)/agent $(LIBEXECDIR)
+	install -m 644 $(B)/liborch.a $(LIBDIR)
+	@echo "$$ORCH_PC" > $(LIBDIR)/pkgconfig/orch.pc && chmod 644 $(LIBDIR)/pkgconfig/orch.pc
+	install -m 644 core/orch.h $(INCLUDEDIR)
+	install -m 644 orchestrator.lua $(SHAREDIR)
+	for f in $$(find lua policies -name '*.lua'); do install -D -m 644 $$f $(SHAREDIR)/$$f || exit 1; done
+
+.PHONY: uninstall
+uninstall: ## remove what install put there
+	rm -rf $(LIBEXECDIR) $(SHAREDIR)
+	rm -f $(BINDIR)/orch $(LIBDIR)/liborch.a $(LIBDIR)/pkgconfig/orch.pc $(INCLUDEDIR)/orch.h
+
+# ---- test
+JOBS := -j$(shell nproc)
+.PHONY: tests-c asan test check-layers fuzz demo
+tests-c: $(TEST_BIN)
+
+asan: ## build and run the C tests with address and undefined behaviour sanitizers
+	@+$(MAKE) --no-print-directory $(JOBS) VARIANT=asan tests-c
+	@tests/run c
+
+test: deps ## everything: packages, release and sanitizer builds, all tests
+	@+$(MAKE) --no-print-directory $(JOBS) all
+	@+$(MAKE) --no-print-directory $(JOBS) VARIANT=asan all tests-c
+	@KNOWN_FEATURES="$(KNOWN_FEATURES)" tests/run
+
+check-layers: ## includes point downwards, each library has one user, feature macros are declared
+	@KNOWN_FEATURES="$(KNOWN_FEATURES)" tests/check-layers
+
+FUZZ_SECONDS ?= 20
+fuzz: DEPS_FOR = run build fuzz
+fuzz: deps ## run each fuzz target for FUZZ_SECONDS
+	@+$(MAKE) --no-print-directory VARIANT=fuzz $(FUZZ_BIN)
+	@for f in $(FUZZ_BIN); do n=$${f##*/fuzz_}; mkdir -p build/fuzz/corpus/$$n; echo "  FUZZ $$n"; \
+	    $$f -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 -verbosity=0 -artifact_prefix=build/fuzz/$$n- \
+	        build/fuzz/corpus/$$n $$(ls -d tests/fuzz/corpus/$$n 2>/dev/null) 2>build/fuzz/$$n.log || { cat build/fuzz/$$n.log; exit 1; }; done
+
+demo: DEPS_FOR = run build demo
+demo: deps ## packages, build, then a real MCP session with a microVM, message by message
+	@+$(MAKE) --no-print-directory $(JOBS) all
+	@python3 examples/demo.py $(B)/orch
 
 -include $(shell find build -name '*.d' 2>/dev/null)
 
