@@ -47,7 +47,7 @@ struct orch_json_doc {
 
 struct orch_json_limits {
     size_t bytes;    /* 0: 16 MiB */
-    unsigned depth;  /* 0: 64 */
+    unsigned depth;  /* 0: 64; never more than 1024 */
     uint32_t tokens; /* 0: 1,000,000 */
 };
 
@@ -56,8 +56,10 @@ struct orch_json_fault {
     const char *rule; /* a static sentence, e.g. "duplicate key" */
 };
 
-/* Scans the whole text. 0, or -EBADMSG (malformed), -EMSGSIZE (a limit) with fault filled. The doc
- * is zero-initialised by the caller before first use and freed with orch_json_doc_free. */
+/* Scans the whole text. 0, or -EBADMSG (malformed), -EMSGSIZE (a limit of lim) with fault filled
+ * and d->n 0. The doc is zero-initialised by the caller before first use and freed with
+ * orch_json_doc_free. A text over 4 GiB is refused whatever the limit. Linear in the text, also for
+ * keys chosen to collide. */
 int orch_json_scan(struct orch_json_doc *d, struct orch_slice text, const struct orch_json_limits *lim,
                    struct orch_json_fault *fault);
 void orch_json_doc_free(struct orch_json_doc *d);
@@ -71,19 +73,21 @@ struct orch_slice orch_json_raw(const struct orch_json_doc *d, uint32_t tok);
 int orch_json_string(const struct orch_json_doc *d, uint32_t tok, struct orch_buf *out);
 bool orch_json_string_eq(const struct orch_json_doc *d, uint32_t tok, const char *s);
 double orch_json_number(const struct orch_json_doc *d, uint32_t tok); /* NAN when not a number */
-/* An exact integer within int64; false otherwise. */
+/* An integer text (no fraction, no exponent) within int64; false otherwise. */
 bool orch_json_int(const struct orch_json_doc *d, uint32_t tok, int64_t *out);
 
 /* Appends s as a quoted JSON string. s must be UTF-8; what is not becomes U+FFFD. */
 void orch_json_quote(struct orch_buf *out, struct orch_slice s);
 /* false at the first byte that is not UTF-8. */
 bool orch_utf8_valid(struct orch_slice s);
-/* Appends the shortest number text that reads back as v (integers without exponent up to 2^53). */
+/* Appends the shortest number text that reads back as v, in ECMAScript's form (no exponent below
+ * 10^21); -0 keeps its sign. What JSON cannot hold (NAN, infinity) becomes null. */
 void orch_json_put_number(struct orch_buf *out, double v);
-/* RFC 8785 canonical form of the value at tok. */
+/* Appends the RFC 8785 canonical form of the value at tok (numbers are taken as doubles). */
 void orch_json_canonical(const struct orch_json_doc *d, uint32_t tok, struct orch_buf *out);
 
-/* Builder. Every function copies its input; a failed allocation aborts. */
+/* Builder. Every function copies its input; a failed allocation aborts. Setting a key again
+ * replaces its value; text that is not UTF-8 is printed with U+FFFD. */
 struct orch_json; /* a cJSON node */
 struct orch_json *orch_json_object(void);
 struct orch_json *orch_json_array(void);
