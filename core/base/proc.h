@@ -1,6 +1,10 @@
 /* Child processes on the host: started without a shell, with an explicit environment, every other
  * descriptor closed, watched through a pidfd (no SIGCHLD handler, so an embedder keeps its own).
- * A child gets SIGKILL when orch's process dies. The stderr tail is kept in a ring. */
+ * The child leads a process group of its own and gets SIGKILL when the thread that started it ends,
+ * so start children from the loop's thread. Its stderr is always drained; the last bytes are kept.
+ *
+ * The process must not ignore SIGCHLD, and nothing in it may wait for any child (-1): the exit status
+ * would be lost (reported as 255, with a warning). It ignores SIGPIPE, as writers to stdin need. */
 #ifndef ORCH_BASE_PROC_H
 #define ORCH_BASE_PROC_H
 
@@ -12,7 +16,9 @@ struct orch_proc;
 typedef void orch_proc_exit_fn(void *ud, int status);
 
 struct orch_proc_opts {
-    const char *const *argv; /* argv[0] is looked up in the child's PATH unless it has a slash */
+    /* argv[0] is looked up in the absolute entries of the child's PATH unless it has a slash; then a
+     * relative one is relative to cwd. */
+    const char *const *argv;
     const char *const *env;  /* "NAME=value"; NULL: an empty environment */
     const char *cwd;         /* NULL: unchanged */
     int fds[16];             /* passed as descriptors 3…; n_fds of them; borrowed */
@@ -23,6 +29,7 @@ struct orch_proc_opts {
     void *ud;
 };
 
+/* Errors: ENOENT (the message says which PATH was looked through), EACCES, ENOEXEC, a missing cwd. */
 struct orch_proc *orch_proc_start(struct orch_loop *l, const struct orch_proc_opts *o, struct orch_err *err);
 int orch_proc_pid(const struct orch_proc *p);
 /* Non-blocking ends of the child's stdin and stdout; -1 with null_stdio or when closed. The proc owns them. */
@@ -33,7 +40,8 @@ struct orch_slice orch_proc_stderr(const struct orch_proc *p); /* the last bytes
 void orch_proc_kill(struct orch_proc *p, int signo); /* the child's whole process group */
 /* "exit status 3" or "killed by signal 9 (Killed)". */
 void orch_proc_describe(int status, char *out, size_t n);
-/* Kills and reaps when still running; on_exit is not called. */
+/* Kills what is still running of the process group, reaps (waits up to 2 s for that), on_exit is not
+ * called. May be called from on_exit. Free watches on stdin and stdout first. */
 void orch_proc_free(struct orch_proc *p);
 
 #endif

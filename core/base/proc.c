@@ -1,0 +1,422 @@
+#include "proc.h"
+
+#include "log.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+
+enum {
+    STDERR_KEEP = 8 * 1024,
+    STDERR_READ = 16 * 1024,
+    STDERR_GRACE_MS = 200,
+    REAP_WAIT_MS = 2000,
+    CHILD_STACK = 32 * 1024,
+    MAX_FDS = ORCH_ARRAY_LEN(((struct orch_proc_opts *)0)->fds),
+};
+
+struct orch_proc {
+    struct orch_loop *loop;
+    pid_t pid; /* stays a zombie until orch_proc_free, so that pid and process group stay the child's */
+    int pidfd, in, out, err;
+    struct orch_watch *exit_watch, *err_watch;
+    struct orch_timer *grace;
+    bool exited, reaped;
+    int status;
+    struct orch_buf tail; /* up to twice `keep` bytes of stderr, the last `keep` are shown */
+    size_t keep;
+    orch_proc_exit_fn *on_exit;
+    void *ud;
+};
+
+/* What the child needs between clone and execve. It runs on the parent's memory while the parent
+ * is suspended: it allocates nothing, and writes only here and on its own stack. */
+struct child {
+    const char *path;
+    char *const *argv, *const *env;
+    int cwd; /* -1: unchanged */
+    int fds[3 + MAX_FDS];
+    int n_fds;
+    pid_t parent;
+    const char *step; /* result: what failed, and why */
+    int error;
+};
+
+/* The child's functions are not instrumented: they do not return, and run on a stack that the
+ * sanitizer does not know. */
+#define IN_CHILD __attribute__((no_sanitize("address")))
+
+IN_CHILD static int child_fail(struct child *c, const char *step)
+{
+    c->error = errno;
+    c->step = step;
+    _exit(127);
+}
+
+IN_CHILD static int child_main(void *arg)
+{
+    struct child *c = arg;
+    if (setpgid(0, 0) < 0)
+        return child_fail(c, "setpgid");
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0)
+        return child_fail(c, "prctl(PR_SET_PDEATHSIG)");
+    /* The parent may have died before the line above: then no signal comes any more. */
+    if (getppid() != c->parent)
+        _exit(127);
+
+    /* All up first, so that no target number is a source that is still needed. */
+    for (int i = 0; i < c->n_fds; i++) {
+        c->fds[i] = fcntl(c->fds[i], F_DUPFD_CLOEXEC, c->n_fds);
+        if (c->fds[i] < 0)
+            return child_fail(c, "fcntl(F_DUPFD_CLOEXEC)");
+    }
+    for (int i = 0; i < c->n_fds; i++)
+        if (dup2(c->fds[i], i) < 0)
+            return child_fail(c, "dup2");
+    if (c->cwd >= 0 && fchdir(c->cwd) < 0)
+        return child_fail(c, "fchdir");
+    if (syscall(SYS_close_range, (unsigned)c->n_fds, ~0U, 0) < 0)
+        return child_fail(c, "close_range (Linux 5.9 or later is needed)");
+
+    struct sigaction dfl = { .sa_handler = SIG_DFL };
+    for (int i = 1; i < NSIG; i++)
+        sigaction(i, &dfl, NULL);
+    sigset_t none;
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, NULL);
+    execve(c->path, c->argv, c->env);
+    return child_fail(c, "execve");
+}
+
+static const char *env_get(const char *const *env, const char *name)
+{
+    size_t n = strlen(name);
+    for (; env && *env; env++)
+        if (strncmp(*env, name, n) == 0 && (*env)[n] == '=')
+            return *env + n + 1;
+    return NULL;
+}
+
+/* 0, -EPERM when it is there but no program one may execute, another error when it cannot be reached. */
+static int executable(int dirfd, const char *path)
+{
+    struct stat st;
+    if (fstatat(dirfd, path, &st, 0) < 0)
+        return -errno;
+    return S_ISREG(st.st_mode) && faccessat(dirfd, path, X_OK, AT_EACCESS) == 0 ? 0 : -EPERM;
+}
+
+/* The file argv[0] names. Only absolute entries of PATH count: a relative one would let the working
+ * folder, which may be somebody's repository, choose the program. */
+static char *find_program(const struct orch_proc_opts *o, int cwd, struct orch_err *err)
+{
+    const char *name = o->argv[0];
+    if (strchr(name, '/')) {
+        int r = executable(cwd >= 0 ? cwd : AT_FDCWD, name);
+        if (r == 0)
+            return orch_xstrdup(name);
+        if (r == -EPERM)
+            orch_err_set(err, EACCES, "%s: not executable", name);
+        else
+            orch_err_set(err, -r, "%s: %s%s%s%s", name, strerror(-r), o->cwd ? " (working directory " : "",
+                         o->cwd ? o->cwd : "", o->cwd ? ")" : "");
+        return NULL;
+    }
+    const char *path = env_get(o->env, "PATH");
+    const char *list = path ? path : "/usr/local/bin:/usr/bin:/bin";
+    cleanup_free char *refused = NULL;
+    for (const char *s = list; *s;) {
+        size_t n = strcspn(s, ":");
+        if (*s == '/') {
+            cleanup_free char *file = orch_xasprintf("%.*s/%s", (int)n, s, name);
+            int r = executable(AT_FDCWD, file);
+            if (r == 0)
+                return orch_steal_ptr(&file);
+            if (r == -EPERM && !refused)
+                refused = orch_steal_ptr(&file);
+        }
+        s += n + (s[n] == ':');
+    }
+    if (refused)
+        orch_err_set(err, EACCES, "%s: not executable", refused);
+    else if (!*name)
+        orch_err_set(err, ENOENT, "the name of the program is empty");
+    else
+        orch_err_set(err, ENOENT, "%s: program not found in PATH (%s%s)", name, list,
+                     path ? "" : "; the environment has no PATH");
+    return NULL;
+}
+
+static int start_error(const struct child *c, const struct orch_proc_opts *o, struct orch_err *err)
+{
+    if (strcmp(c->step, "execve") != 0)
+        return orch_err_set(err, c->error, "%s: cannot start: %s: %s", c->path, c->step, strerror(c->error));
+    switch (c->error) {
+    case ENOENT: /* the file was there a moment ago */
+        return orch_err_set(err, ENOENT, "%s: the interpreter its first line or header names does not exist", c->path);
+    case ENOEXEC:
+        return orch_err_set(err, ENOEXEC, "%s: not a program of this machine (a script needs a #! line)", c->path);
+    case E2BIG:
+        return orch_err_set(err, E2BIG, "%s: arguments and environment are too long", c->path);
+    default:
+        return orch_err_set(err, c->error, "%s: cannot execute: %s%s%s", c->path, strerror(c->error),
+                            o->cwd ? ", in " : "", o->cwd ? o->cwd : "");
+    }
+}
+
+static void finish(struct orch_proc *p)
+{
+    orch_timer_cancel(p->grace);
+    orch_proc_exit_fn *fn = p->on_exit;
+    p->on_exit = NULL;
+    if (fn)
+        fn(p->ud, p->status); /* may free p */
+}
+
+static void grace_over(void *ud)
+{
+    finish(ud);
+}
+
+static void stderr_ready(void *ud, int events)
+{
+    (void)events;
+    struct orch_proc *p = ud;
+    char chunk[STDERR_READ];
+    ssize_t r = read(p->err, chunk, sizeof chunk);
+    if (r < 0 && (errno == EAGAIN || errno == EINTR))
+        return;
+    if (r > 0) {
+        size_t n = (size_t)r;
+        const char *last = chunk;
+        if (n > p->keep) {
+            last += n - p->keep;
+            n = p->keep;
+        }
+        if (p->tail.n + n > 2 * p->keep)
+            orch_buf_consume(&p->tail, p->tail.n - p->keep);
+        orch_buf_add(&p->tail, last, n);
+        return;
+    }
+    orch_watch_free(p->err_watch);
+    p->err_watch = NULL;
+    close(orch_steal_fd(&p->err));
+    if (p->exited)
+        finish(p);
+}
+
+static int wait_status(const siginfo_t *si)
+{
+    return si->si_code == CLD_EXITED ? W_EXITCODE(si->si_status & 0xff, 0)
+           : si->si_code == CLD_DUMPED ? si->si_status | WCOREFLAG
+                                       : si->si_status;
+}
+
+static void exit_ready(void *ud, int events)
+{
+    (void)events;
+    struct orch_proc *p = ud;
+    siginfo_t si = { 0 };
+    if (waitid(P_PIDFD, (id_t)p->pidfd, &si, WEXITED | WNOHANG | WNOWAIT) < 0) {
+        if (errno == EINTR)
+            return;
+        /* Only where SIGCHLD is ignored or somebody else in this process waits for any child. */
+        orch_log(ORCH_WARN, "process %d: exit status lost: %s", p->pid, strerror(errno));
+        p->reaped = true;
+        p->status = W_EXITCODE(255, 0);
+    } else if (si.si_pid == 0) {
+        return;
+    } else {
+        p->status = wait_status(&si);
+    }
+    p->exited = true;
+    orch_watch_free(p->exit_watch);
+    p->exit_watch = NULL;
+    if (p->err < 0)
+        finish(p);
+    else
+        orch_timer_set(p->grace, STDERR_GRACE_MS);
+}
+
+static int set_nonblock(int fd)
+{
+    return fcntl(fd, F_SETFL, O_NONBLOCK) < 0 ? -errno : 0;
+}
+
+struct orch_proc *orch_proc_start(struct orch_loop *l, const struct orch_proc_opts *o, struct orch_err *err)
+{
+    if (!o->argv || !o->argv[0] || o->n_fds > MAX_FDS) {
+        orch_err_set(err, EINVAL, "process: no program is named, or more than %d descriptors are passed", (int)MAX_FDS);
+        return NULL;
+    }
+    cleanup_close int cwd = -1;
+    if (o->cwd && (cwd = open(o->cwd, O_PATH | O_DIRECTORY | O_CLOEXEC)) < 0) {
+        orch_err_set(err, errno, "%s: working directory %s: %s", o->argv[0], o->cwd, strerror(errno));
+        return NULL;
+    }
+    cleanup_free char *path = find_program(o, cwd, err);
+    if (!path)
+        return NULL;
+
+    cleanup_close int in_r = -1, in_w = -1, out_r = -1, out_w = -1, err_r = -1, err_w = -1, null = -1;
+    int p[2], failed = 0;
+    if (o->null_stdio) {
+        null = open("/dev/null", O_RDWR | O_CLOEXEC);
+        failed = null < 0;
+    } else {
+        failed = pipe2(p, O_CLOEXEC) < 0;
+        if (!failed) {
+            in_r = p[0];
+            in_w = p[1];
+            failed = pipe2(p, O_CLOEXEC) < 0;
+        }
+        if (!failed) {
+            out_r = p[0];
+            out_w = p[1];
+            failed = set_nonblock(in_w) < 0 || set_nonblock(out_r) < 0;
+        }
+    }
+    if (!failed && !(failed = pipe2(p, O_CLOEXEC) < 0)) {
+        err_r = p[0];
+        err_w = p[1];
+        failed = set_nonblock(err_r) < 0;
+    }
+    if (failed) {
+        orch_err_set(err, errno, "%s: cannot start: pipes: %s", o->argv[0], strerror(errno));
+        return NULL;
+    }
+
+    static const char *const no_env[] = { NULL };
+    struct child c = {
+        .path = path,
+        .argv = (char *const *)(uintptr_t)o->argv,
+        .env = (char *const *)(uintptr_t)(o->env ? o->env : no_env),
+        .cwd = cwd,
+        .fds = { null >= 0 ? null : in_r, null >= 0 ? null : out_w, err_w },
+        .n_fds = 3 + (int)o->n_fds,
+        .parent = getpid(),
+    };
+    if (o->n_fds)
+        memcpy(c.fds + 3, o->fds, o->n_fds * sizeof c.fds[0]);
+
+    cleanup_free char *stack = orch_xmalloc(CHILD_STACK);
+    cleanup_close int pidfd = -1;
+    /* No handler of ours may run in the child while it shares our memory. */
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    pid_t pid = clone(child_main, (char *)((uintptr_t)(stack + CHILD_STACK) & ~(uintptr_t)15),
+                      CLONE_VM | CLONE_VFORK | CLONE_PIDFD | SIGCHLD, &c, &pidfd);
+    int clone_error = errno;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (pid < 0) {
+        pidfd = -1;
+        orch_err_set(err, clone_error, "%s: cannot start: clone: %s", path, strerror(clone_error));
+        return NULL;
+    }
+    if (c.step) {
+        waitid(P_PIDFD, (id_t)pidfd, &(siginfo_t){ 0 }, WEXITED);
+        start_error(&c, o, err);
+        return NULL;
+    }
+
+    struct orch_proc *proc = orch_xcalloc(1, sizeof *proc);
+    *proc = (struct orch_proc){
+        .loop = l,
+        .pid = pid,
+        .pidfd = orch_steal_fd(&pidfd),
+        .in = orch_steal_fd(&in_w),
+        .out = orch_steal_fd(&out_r),
+        .err = orch_steal_fd(&err_r),
+        .keep = o->stderr_keep ? o->stderr_keep : STDERR_KEEP,
+        .on_exit = o->on_exit,
+        .ud = o->ud,
+    };
+    proc->grace = orch_timer_new(l, grace_over, proc);
+    proc->exit_watch = orch_watch_new(l, proc->pidfd, ORCH_READ, exit_ready, proc);
+    proc->err_watch = orch_watch_new(l, proc->err, ORCH_READ, stderr_ready, proc);
+    return proc;
+}
+
+int orch_proc_pid(const struct orch_proc *p)
+{
+    return p->pid;
+}
+
+int orch_proc_stdin(const struct orch_proc *p)
+{
+    return p->in;
+}
+
+int orch_proc_stdout(const struct orch_proc *p)
+{
+    return p->out;
+}
+
+void orch_proc_close_stdin(struct orch_proc *p)
+{
+    if (p->in >= 0)
+        close(orch_steal_fd(&p->in));
+}
+
+struct orch_slice orch_proc_stderr(const struct orch_proc *p)
+{
+    size_t n = p->tail.n < p->keep ? p->tail.n : p->keep;
+    return (struct orch_slice){ n ? p->tail.p + p->tail.n - n : "", n };
+}
+
+void orch_proc_kill(struct orch_proc *p, int signo)
+{
+    if (p->reaped)
+        return;
+    kill(-p->pid, signo);
+    /* A child that moved to a session of its own is no longer in the group it led. */
+    if (!p->exited && getpgid(p->pid) != p->pid)
+        syscall(SYS_pidfd_send_signal, p->pidfd, signo, NULL, 0);
+}
+
+void orch_proc_describe(int status, char *out, size_t n)
+{
+    if (WIFSIGNALED(status)) {
+        const char *name = sigdescr_np(WTERMSIG(status));
+        snprintf(out, n, "killed by signal %d (%s)", WTERMSIG(status), name ? name : "unknown");
+    } else {
+        snprintf(out, n, "exit status %d", WEXITSTATUS(status));
+    }
+}
+
+void orch_proc_free(struct orch_proc *p)
+{
+    if (!p)
+        return;
+    /* Also after the child's exit: what it left behind in its group ends here. */
+    orch_proc_kill(p, SIGKILL);
+    if (!p->reaped) {
+        struct pollfd pfd = { .fd = p->pidfd, .events = POLLIN };
+        int64_t until = orch_now_us() / 1000 + REAP_WAIT_MS, left = REAP_WAIT_MS;
+        while (left >= 0 && poll(&pfd, 1, (int)left) < 0 && errno == EINTR)
+            left = until - orch_now_us() / 1000;
+        siginfo_t si = { 0 };
+        if (waitid(P_PIDFD, (id_t)p->pidfd, &si, WEXITED | WNOHANG) == 0 && si.si_pid == 0)
+            orch_log(ORCH_WARN, "process %d: still there %d ms after SIGKILL (waiting in the kernel)", p->pid,
+                     (int)REAP_WAIT_MS);
+    }
+    orch_watch_free(p->exit_watch);
+    orch_watch_free(p->err_watch);
+    orch_timer_free(p->grace);
+    orch_cleanup_close(&p->pidfd);
+    orch_cleanup_close(&p->in);
+    orch_cleanup_close(&p->out);
+    orch_cleanup_close(&p->err);
+    orch_buf_free(&p->tail);
+    free(p);
+}
