@@ -120,6 +120,10 @@ static int executable(int dirfd, const char *path)
 static char *find_program(const struct orch_proc_opts *o, int cwd, struct orch_err *err)
 {
     const char *name = o->argv[0];
+    if (!*name) {
+        orch_err_set(err, ENOENT, "the name of the program is empty");
+        return NULL;
+    }
     if (strchr(name, '/')) {
         int r = executable(cwd >= 0 ? cwd : AT_FDCWD, name);
         if (r == 0)
@@ -148,8 +152,6 @@ static char *find_program(const struct orch_proc_opts *o, int cwd, struct orch_e
     }
     if (refused)
         orch_err_set(err, EACCES, "%s: not executable", refused);
-    else if (!*name)
-        orch_err_set(err, ENOENT, "the name of the program is empty");
     else
         orch_err_set(err, ENOENT, "%s: program not found in PATH (%s%s)", name, list,
                      path ? "" : "; the environment has no PATH");
