@@ -17,13 +17,18 @@ struct orch_channel_cb {
     void *ud;
 };
 
-/* fd: a connected stream socket, owned by the channel. */
+/* fd: a connected stream socket, owned by the channel. The guest's first frame must be HELLO. What it
+ * still sends for an id that has ended or was dropped is ignored; an id never given out, or anything
+ * its state does not allow, fails the channel. */
 struct orch_channel *orch_channel_new(struct orch_loop *l, int fd, const struct orch_channel_cb *cb);
 void orch_channel_free(struct orch_channel *c); /* no callbacks afterwards, also not of execs */
 
 /* Sends RESTORE with fresh entropy, the time now and this epoch; hello answers. */
 void orch_channel_restore(struct orch_channel *c, const uint8_t epoch[16]);
 void orch_channel_warm(struct orch_channel *c);
+/* Stops reading from the guest, whose programs then block on their pipes, while the consumer of some
+ * output cannot keep up. Deadlines stand still meanwhile. */
+void orch_channel_pause(struct orch_channel *c, bool paused);
 /* Bytes queued towards the guest, for tests and stats. */
 size_t orch_channel_queued(const struct orch_channel *c);
 
@@ -41,14 +46,15 @@ struct orch_exec_opts {
     const char *const *argv; /* NULL-terminated, at least one */
     const char *const *env;  /* NULL-terminated "NAME=value", or NULL */
     const char *cwd, *user;  /* NULL: home, "1000" */
-    int64_t timeout_ms;      /* 0: none */
-    uint64_t max_output;     /* per stream; the rest is dropped and counted */
+    int64_t timeout_ms;      /* 0: none; 12 s later the guest agent is taken for dead */
+    uint64_t max_output;     /* per stream; the rest is dropped and counted; 0: all */
     bool stdin_open;         /* orch_exec_write will follow; else /dev/null */
     bool pty;
     bool no_aslr;
     void (*output)(void *ud, int stream, struct orch_slice bytes); /* stream 1 or 2 */
     void (*drained)(void *ud); /* stdin: credit came back, more may be written */
-    /* Ends it, once. err is set (and r NULL) only when the microVM or the channel failed. */
+    /* Ends it, once; the exec is gone then. err is set (and r NULL) only when the microVM or the
+     * channel failed. */
     void (*done)(void *ud, const struct orch_exec_result *r, const struct orch_err *err);
     void *ud;
 };
@@ -65,7 +71,8 @@ void orch_exec_drop(struct orch_exec *x);
 
 typedef void orch_fileop_fn(void *ud, struct orch_slice data, const struct orch_err *err);
 
-/* data is copied. done(ud, {0}, err or NULL). */
+/* data is copied; the file belongs to uid 1000. done(ud, {0}, err or NULL). A file operation that
+ * stands still for 30 s is dropped and ends with class TIMEOUT. */
 struct orch_fileop *orch_channel_write_file(struct orch_channel *c, const char *path, struct orch_slice data, mode_t mode,
                                             orch_fileop_fn *done, void *ud);
 /* At most max bytes are collected, more is an error of class LIMIT. length 0: to the end. */
