@@ -11,7 +11,7 @@
 #include <sys/wait.h>
 
 #define VMM_UID 60001 /* what a VMM runs as when orch is root */
-#define HELLO_MS 5000
+#define WAIT_MS INT64_C(5000)
 
 /* The running helper program. pid 0: none. */
 struct helper {
@@ -87,11 +87,14 @@ static const struct {
     { "bind", ENOENT, "the file is missing; install it, or correct the path orch was given" },
     { "bind", EACCES, "the VMM's user may not reach the file; every directory on the way must let others pass (chmod o+x)" },
     { "bind", ENOSPC, "too many files, or the limit fs.mount-max is reached" },
+    { "bind of /dev/kvm", 0,
+      "this machine offers no KVM: enable virtualization in its firmware or hypervisor and load kvm_intel or kvm_amd; "
+      "without it microVMs run emulated (accel = \"tcg\")" },
     { "execve", ENOENT, "the program or its dynamic linker is not among the files bound into the VMM's root" },
     { "execve", EACCES, "the VMM's user may not execute the file: it needs mode o+rx and a filesystem without noexec" },
     { "execve", ENOEXEC, "the file is not a program of this machine" },
     { "seccomp", EINVAL, "the kernel was built without seccomp filters (CONFIG_SECCOMP_FILTER); use one that has them" },
-    { "open_tree", ENOSYS, "the kernel is too old: Linux 5.12 or newer is needed" },
+    { "bind of /proc/self/fd", ENOSYS, "the kernel is too old: Linux 5.12 or newer is needed" },
     { "read-only mounts", ENOSYS, "the kernel is too old: Linux 5.12 or newer is needed" },
     { "filter", 0, "libseccomp could not build the VMM's filter; reinstall it (package libseccomp2)" },
     { "", 0, "see `orch doctor`; " CONTAINER },
@@ -118,7 +121,7 @@ static int explain(const char *launcher, const struct orch_launch_msg *m, struct
                  "put these lines into /etc/apparmor.d/orch-launcher and run `apparmor_parser -r /etc/apparmor.d/orch-launcher`:\n"
                  "abi <abi/4.0>,\ninclude <tunables/global>\nprofile orch-launcher %s flags=(unconfined) {\n  userns,\n"
                  "  include if exists <local/orch-launcher>\n}\nElse " CONTAINER, launcher);
-    } else if (m->sys_errno == ENOSPC && !strncmp(m->step, "clone", 5)) {
+    } else if (m->sys_errno == ENOSPC && (!strncmp(m->step, "clone", 5) || !strncmp(m->step, "unshare", 7))) {
         char limits[320] = "";
         add_limits(limits, sizeof limits);
         snprintf(text, sizeof text, "a limit of namespaces is reached; raise the one that is too low (sysctl -w):%s", limits);
@@ -139,17 +142,30 @@ static int refuse(struct orch_err *err, int code, const char *path, const char *
 
 /* ---- the program's life */
 
+/* False when fd had nothing to read by end_us. */
+static bool wait_readable(int fd, int64_t end_us)
+{
+    struct pollfd pf = { fd, POLLIN, 0 };
+    int r;
+    do {
+        int64_t left_us = end_us - orch_now_us();
+        r = poll(&pf, 1, left_us > 0 ? (int)(left_us / 1000) : 0);
+    } while (r < 0 && errno == EINTR);
+    return r > 0;
+}
+
 /* Reaps the helper, killing it first when it still runs; `why` gets how it ended. */
 static void helper_end(struct helper *h, char *why, size_t n)
 {
     siginfo_t si = { .si_pid = 0 };
-    if (h->pidfd >= 0) {
-        if (waitid(P_PIDFD, (id_t)h->pidfd, &si, WEXITED | WNOHANG) || !si.si_pid) {
-            pidfd_send_signal(h->pidfd, SIGKILL, NULL, 0);
-            waitid(P_PIDFD, (id_t)h->pidfd, &si, WEXITED);
-        }
-        close(h->pidfd);
+    /* By the pidfd: when an embedder's own wait reaped it, its number may be another's by now. */
+    if (h->pidfd >= 0 && (waitid(P_PIDFD, (id_t)h->pidfd, &si, WEXITED | WNOHANG) || !si.si_pid)) {
+        pidfd_send_signal(h->pidfd, SIGKILL, NULL, 0);
+        while (waitid(P_PIDFD, (id_t)h->pidfd, &si, WEXITED) && errno == EINTR)
+            ;
     }
+    if (h->pidfd >= 0)
+        close(h->pidfd);
     if (h->sock >= 0)
         close(h->sock);
     *h = (struct helper){ 0, -1, -1 };
@@ -202,22 +218,28 @@ static int helper_start(struct helper *h, const char *path, struct orch_launch_m
         return refuse(err, r, path, text);
     }
     *h = (struct helper){ pid, pidfd_open(pid, 0), sv[0] };
-    struct pollfd pf = { sv[0], POLLIN, 0 };
-    r = h->pidfd < 0 ? -errno : poll(&pf, 1, HELLO_MS);
-    if (r > 0)
+    if (h->pidfd < 0) {
+        r = -errno;
+        kill(pid, SIGKILL);
+        waitpid(pid, NULL, 0);
+    } else if (!wait_readable(sv[0], orch_now_us() + WAIT_MS * 1000)) {
+        r = -ETIMEDOUT;
+    } else {
         r = orch_launch_recv(sv[0], m, fds, &n_fds);
+    }
     if (r == 1 && m->op == ORCH_LAUNCH_HELLO && m->status == ORCH_LAUNCH_VERSION)
         return 0;
-    bool silent = r == 0 && !(pf.revents & (POLLIN | POLLHUP));
+    if (r == 0) /* it is ending by itself: its status tells more than a kill */
+        wait_readable(h->pidfd, orch_now_us() + WAIT_MS * 1000);
     helper_end(h, why, sizeof why);
     if (r == 1 && m->op == ORCH_LAUNCH_ERROR)
         return explain(path, m, err);
     if (r == 1 && m->op == ORCH_LAUNCH_HELLO)
         return refuse(err, EPROTO, path, "it belongs to another version of orch; reinstall orch");
-    if (silent)
-        return refuse(err, ETIMEDOUT, path, "it did not answer within 5 s");
+    if (r < 0)
+        return refuse(err, -r, path, r == -ETIMEDOUT ? "it did not answer within 5 s" : strerror(-r));
     snprintf(text, sizeof text, "it %s before it was ready; run it by hand to see why", why);
-    return refuse(err, r < 0 ? -r : EPIPE, path, text);
+    return refuse(err, EPIPE, path, text);
 }
 
 /* ---- cells */
@@ -465,14 +487,11 @@ int orch_launch_check(const char *path, struct orch_err *err)
     int r = helper_start(&h, path, m, err);
     if (r)
         return r;
-    int64_t end_us = orch_now_us() + 5 * 1000000;
+    int64_t end_us = orch_now_us() + WAIT_MS * 1000;
     cleanup_close int ctl = send_cell(h.sock, m, &o);
-    struct pollfd pf = { ctl, POLLIN, 0 };
-    do {
-        int64_t left_us = end_us - orch_now_us();
-        r = ctl < 0 ? ctl : poll(&pf, 1, left_us > 0 ? (int)(left_us / 1000) : 0) <= 0 ? -ETIMEDOUT : 0;
-        r = r ? r : orch_launch_recv(ctl, m, fds, &n_fds);
-    } while (r == 1 && m->op == ORCH_LAUNCH_STARTED);
+    do
+        r = ctl < 0 ? ctl : wait_readable(ctl, end_us) ? orch_launch_recv(ctl, m, fds, &n_fds) : -ETIMEDOUT;
+    while (r == 1 && m->op == ORCH_LAUNCH_STARTED);
     helper_end(&h, why, sizeof why);
     if (r == 1 && m->op == ORCH_LAUNCH_EXIT && m->status == 0)
         return 0;

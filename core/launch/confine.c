@@ -104,7 +104,7 @@ static void make_root(struct orch_confine *c)
     if (c->flags & ORCH_VMM_KVM) {
         ro.attr_set = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC;
         if (mount(kvm, kvm + 1, NULL, MS_BIND, NULL) || mount_setattr(AT_FDCWD, kvm + 1, 0, &ro, sizeof ro))
-            fail("bind", kvm);
+            fail("bind of /dev/kvm", NULL);
     }
     if (syscall(SYS_pivot_root, ".", "."))
         fail("pivot_root", NULL);

@@ -11,33 +11,37 @@ struct orch_cell; /* one microVM's namespaces and VMM */
 
 typedef void orch_launcher_lost_fn(void *ud, const char *why);
 
-/* path: $PREFIX/libexec/orch/launcher. on_lost: the launcher ended; every cell was failed before. The
- * next orch_cell_new starts another. Starting it waits for its HELLO at most 5 s (measured: 1 ms). */
+/* path: $PREFIX/libexec/orch/launcher. on_lost (may be NULL): the launcher ended; every cell was failed
+ * before. The next orch_cell_new starts another. Starting it waits for its HELLO at most 5 s (measured:
+ * 2 ms). When orch is root, VMMs run as uid and gid 60001 (with ORCH_VMM_KVM: the group of /dev/kvm),
+ * so what they are to read must be readable for others; else as orch's own user. */
 struct orch_launcher *orch_launcher_new(struct orch_loop *l, const char *path, orch_launcher_lost_fn *on_lost, void *ud,
                                         struct orch_err *err);
+/* Ends it and with it all VMMs, without a callback. Cells still there must be freed all the same. */
 void orch_launcher_free(struct orch_launcher *la);
-int orch_launcher_pid(const struct orch_launcher *la);
+int orch_launcher_pid(const struct orch_launcher *la); /* 0: ended, none started since */
 
 struct orch_cell_bind {
     const char *host, *guest;
 };
 
 struct orch_cell_opts {
-    const char *const *argv;
-    const struct orch_cell_bind *binds;
+    const char *const *argv;            /* argv[0]: absolute path in the VMM's root; NULL-terminated */
+    const struct orch_cell_bind *binds; /* absolute paths of files, not directories; bound read-only */
     size_t n_binds;
     int fds[ORCH_LAUNCH_FDS]; /* by enum orch_launch_fd, -1 absent; borrowed */
     uint32_t flags;           /* ORCH_VMM_… */
     uint64_t as_bytes;
     /* Exactly one of these ends a cell's life, once, from the loop: the VMM's wait status, or why it
-     * never ran (class ISOLATION; step, system's error and the fix in the text). on_started is optional. */
+     * never ran (class ISOLATION; step, system's error and the fix in the text). on_started is optional.
+     * The cell stays until orch_cell_free; any callback may free any cell. Deadlines are the caller's. */
     void (*on_started)(void *ud);
     void (*on_exit)(void *ud, int status);
     void (*on_error)(void *ud, const struct orch_err *err);
     void *ud;
 };
 
-/* Sends NEW and VMM at once; nothing is waited for. */
+/* Sends NEW and VMM at once; nothing is waited for, but a launcher's start when the last one ended. */
 struct orch_cell *orch_cell_new(struct orch_launcher *la, const struct orch_cell_opts *o, struct orch_err *err);
 /* Ends VMM and namespaces; no callback follows. Returns at once; the kernel is done within 0.1 s. */
 void orch_cell_free(struct orch_cell *c);

@@ -58,8 +58,9 @@ _Noreturn void orch_launch_fail(const char *step)
  * container may lack it; then it is an unprivileged creation like a user's. */
 static void drop_root(uid_t uid, gid_t gid)
 {
+    const uint32_t unchanged = UINT32_MAX; /* to setresuid and setresgid */
     errno = EINVAL;
-    if (!uid || !gid)
+    if (!uid || !gid || uid == unchanged || gid == unchanged)
         orch_launch_fail("uid");
     struct __user_cap_header_struct h = { _LINUX_CAPABILITY_VERSION_3, 0 };
     struct __user_cap_data_struct d[2] = { { 0 } };

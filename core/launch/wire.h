@@ -104,8 +104,11 @@ static inline int orch_launch_recv(int sock, struct orch_launch_msg *m, int fds[
     struct msghdr h = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = c.bytes, .msg_controllen = sizeof c.bytes };
     *n_fds = 0;
     ssize_t n = recvmsg(sock, &h, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
+    /* The other end closed before it had read all; what it sent is still there, behind this one error. */
+    if (n < 0 && errno == ECONNRESET)
+        n = recvmsg(sock, &h, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
     if (n <= 0)
-        return n == 0 || errno == ECONNRESET ? 0 : -errno;
+        return n ? -errno : 0;
     struct cmsghdr *k = h.msg_controllen >= sizeof *k ? CMSG_FIRSTHDR(&h) : NULL;
     if (k && k->cmsg_level == SOL_SOCKET && k->cmsg_type == SCM_RIGHTS) {
         *n_fds = (k->cmsg_len - CMSG_LEN(0)) / sizeof(int);
