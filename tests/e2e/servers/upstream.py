@@ -1,0 +1,97 @@
+"""A small MCP server of the 2025-11-25 era over stdio, good or bad: upstream.py MODE [FILE].
+
+good      echo, big (members and numbers that do not survive a careless proxy), env (the environment)
+crash     exits with 3 in the middle of a call, after words on stderr
+crash-start  the same before it reads anything (9)
+hang      never answers a call; what is cancelled goes to FILE
+silent    never answers anything
+junk      prints lines that are no JSON between its messages
+chatty    sends log and list_changed notifications around every answer
+flood     answers a call with 20 MiB in one line
+stderr    writes 10 MiB to stderr during a call
+request   asks the client something (roots/list) before it answers
+nobody    ignores end of input and SIGTERM, and has a child that does so too
+"""
+import json, os, signal, subprocess, sys
+
+mode, file = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None
+STRING = {"type": "object", "properties": {"message": {"type": "string", "x-unknown-keyword": 1}}, "required": ["message"]}
+TOOLS = [
+    {"name": "echo", "title": "Echo", "description": "Returns its message", "inputSchema": STRING, "annotations": {"readOnlyHint": True}, "x-vendor": {"big": 9007199254740993}},
+    {"name": "big", "description": "Odd members", "inputSchema": {"type": "object"}},
+    {"name": "env", "description": "The environment", "inputSchema": {"type": "object"}},
+]
+BIG = ('{"content":[{"type":"text","text":"\\u00e9\\/","annotations":{"audience":["user"],"priority":1.0}},{"type":"x-new","data":[1e2,-0,9007199254740993]}],'
+       '"structuredContent":{"n":9007199254740993,"f":0.10,"z":1.0,"empty":[],"none":{}},"unknownMember":{"a":null},"_meta":{"vendor/x":12345678901234567890}}')
+
+
+def put(text):
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def result(id, text):
+    put('{"jsonrpc":"2.0","id":%s,"result":%s}' % (json.dumps(id), text))
+
+
+def call(message):
+    name, args = message["params"]["name"], message["params"].get("arguments", {})
+    if mode == "crash":
+        sys.stderr.write("first line\nboom: the disk is on fire\n")
+        sys.stderr.flush()
+        os._exit(3)
+    if mode == "hang":
+        return
+    if mode == "flood":
+        return result(message["id"], json.dumps({"content": [{"type": "text", "text": "x" * (20 << 20)}]}))
+    if mode == "stderr":
+        sys.stderr.write(("noise " * 20 + "\n") * 90000)
+        sys.stderr.flush()
+    if mode == "request":
+        put('{"jsonrpc":"2.0","id":"server-1","method":"roots/list"}')
+    if name == "big":
+        return result(message["id"], BIG)
+    text = json.dumps(dict(os.environ)) if name == "env" else args.get("message", "")
+    result(message["id"], json.dumps({"content": [{"type": "text", "text": text}]}))
+
+
+def note(method, params):
+    put(json.dumps({"jsonrpc": "2.0", "method": method, "params": params}))
+
+
+if mode == "crash-start":
+    sys.stderr.write("cannot start: no licence found\n")
+    sys.exit(9)
+if mode == "nobody":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    subprocess.Popen([sys.executable, "-c", "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.pause()"])
+sys.stderr.write("upstream ready\n")
+sys.stderr.flush()
+for line in sys.stdin:
+    message = json.loads(line)
+    method = message.get("method")
+    if mode == "silent":
+        continue
+    if mode == "junk":
+        put("Server listening on stdio...")
+        put("")
+    if mode == "chatty":
+        note("notifications/message", {"level": "info", "data": "about to answer"})
+    if method == "initialize":
+        result(message["id"], json.dumps({"protocolVersion": "2025-11-25", "capabilities": {"tools": {"listChanged": True}}, "serverInfo": {"name": "upstream", "version": "1"}}))
+    elif method == "tools/list":
+        result(message["id"], json.dumps({"tools": TOOLS}))
+    elif method == "tools/call":
+        call(message)
+    elif method == "ping":
+        result(message["id"], "{}")
+    elif method == "notifications/cancelled" and file:
+        with open(file, "a") as f:
+            f.write(line)
+    elif "id" in message and method:
+        put(json.dumps({"jsonrpc": "2.0", "id": message["id"], "error": {"code": -32601, "message": "Method not found"}}))
+    if mode == "chatty":
+        note("notifications/tools/list_changed", {})
+        note("notifications/progress", {"progressToken": "nobody's", "progress": 1})
+if mode == "nobody":
+    signal.pause()

@@ -1,0 +1,238 @@
+# The thin proxy: `orch mcp stdio -- CMD` in front of good and bad servers, and a client that is as simple
+# as an earlier Python client was: no notifications/initialized, one line read for each request.
+# as: user
+import json, re
+
+from orch_e2e import *
+
+UPSTREAM = os.path.join(SERVERS, "upstream.py")
+FAILED = -31002
+
+
+class OneLineClient:
+    """Sends a request, reads one line, and takes it for the answer."""
+
+    def __init__(self, session):
+        self.s, self.id = session, 0
+
+    def request(self, method, params=None):
+        self.id += 1
+        self.s.send({"jsonrpc": "2.0", "id": self.id, "method": method, **({"params": params} if params is not None else {})})
+        answer = self.s.recv()
+        expect(answer.get("id") == self.id, "the next line is not the answer to", method, ":", answer)
+        expect("result" in answer, answer)
+        return answer["result"]
+
+    def start(self):
+        return self.request("initialize", {"protocolVersion": "2024-11-05", "capabilities": {}, "clientInfo": {"name": "client", "version": "0"}})
+
+
+def proxy(env, mode, *more, rules='return { rules = { { tool = "cmd__*", action = "allow" } } }', options=("--",)):
+    env.project(rules)
+    return env.session(*options, PY, UPSTREAM, mode, *more)
+
+
+def one_line(env, mode):
+    c = OneLineClient(proxy(env, mode))
+    expect(c.start()["serverInfo"]["name"], "no serverInfo")
+    names = [t["name"] for t in c.request("tools/list", {})["tools"]]
+    expect(set(names) >= {"echo", "big", "env"}, names)
+    for text in ("hello", "", "é😀\u2028", "x" * 100000):
+        expect(c.request("tools/call", {"name": "echo", "arguments": {"message": text}})["content"] == [{"type": "text", "text": text}])
+    c.request("ping")
+    expect(c.s.end() == 0)
+    expect("upstream ready" in c.s.stderr(), "the server's stderr is not in ours:", c.s.stderr())
+
+
+for mode in ("good", "chatty", "junk", "stderr", "request"):
+    case("one line an answer, in front of a server that is " + mode, mode)(one_line)
+
+
+@case("without `--`, and with options of the command itself")
+def no_dashes(env):
+    s = proxy(env, "good", "-v", "--config", options=())
+    s.initialize()
+    expect(text_of(s.call("echo", {"message": "x"})) == "x")
+
+
+@case("--as names the upstream for the policy; names on the wire stay bare")
+def named(env):
+    s = proxy(env, "good", rules='return { rules = { { tool = "disk__echo", action = "allow" } } }', options=("--as", "disk", "--"))
+    s.initialize()
+    expect([t["name"] for t in s.request("tools/list")["result"]["tools"] if t["name"] in ("echo", "big", "env")] == ["echo"])
+    expect(text_of(s.call("echo", {"message": "x"})) == "x")
+
+
+@case("results and tool definitions pass as the bytes that came")
+def bytes_kept(env):
+    s = proxy(env, "good")
+    s.initialize()
+    s.request("tools/list")
+    expect(b'"x-vendor": {"big": 9007199254740993}' in s.raw[-1] and b'"x-unknown-keyword": 1' in s.raw[-1], s.raw[-1])
+    s.call("big")
+    for part in (b'"text":"\\u00e9\\/"', b'"priority":1.0', b'[1e2,-0,9007199254740993]', b'{"n":9007199254740993,"f":0.10,"z":1.0,"empty":[],"none":{}}',
+                 b'"unknownMember":{"a":null}', b'"vendor/x":12345678901234567890'):
+        expect(part in s.raw[-1], part, "is not in", s.raw[-1])
+
+
+@case("policy stands in front: a denied call does not reach the server, the text names the rule")
+def denied(env):
+    rules = ('return { rules = {\n  { tool = "cmd__*", action = "allow" },\n'
+             '  { tool = "cmd__echo", action = "deny", reason = "no shouting", when = function(c) return c.args.message == "LOUD" end },\n} }')
+    s = proxy(env, "crash", rules=rules)
+    s.initialize()
+    result = s.call("echo", {"message": "LOUD"})
+    expect(result.get("isError") is True and text_of(result).startswith("denied: no shouting (") and "tools.lua:3" in text_of(result), result)
+    expect(result["_meta"]["orch/decision"] == "deny" and result["_meta"]["orch/call"], result)
+
+
+@case("a tool that no rule allows is not listed, and denied")
+def unlisted(env):
+    s = proxy(env, "good", rules='return { rules = { { tool = "cmd__echo", action = "allow" } } }')
+    s.initialize()
+    expect([t["name"] for t in s.request("tools/list")["result"]["tools"] if t["name"] != "run_command"] == ["echo"])
+    expect(text_of(s.call("env")).startswith("denied:"))
+
+
+@case("a local rule without __ does not reach the server's tools")
+def local_only(env):
+    s = proxy(env, "good", rules='return { rules = { { tool = "echo", action = "allow" }, { tool = "e*", action = "allow" } } }')
+    s.initialize()
+    expect(text_of(s.call("echo", {"message": "x"})).startswith("denied:"))
+
+
+@case("the server gets PATH, HOME, LANG and nothing else")
+def environment(env):
+    env.environ["ORCH_E2E_SECRET"] = "s3cret"
+    s = proxy(env, "good")
+    s.initialize()
+    got = json.loads(text_of(s.call("env")))
+    expect("ORCH_E2E_SECRET" not in got and got["HOME"] == env.environ["HOME"] and "PATH" in got, got)
+    expect(set(got) <= {"PATH", "HOME", "LANG", "LC_CTYPE"}, sorted(got))
+
+
+@case("two audit lines a call")
+def audited(env):
+    s = proxy(env, "good")
+    s.initialize()
+    s.call("echo", {"message": "x"})
+    expect(s.end() == 0)
+    lines = env.audit()
+    decision = [l for l in lines if l["event"] == "decision"]
+    expect(len(decision) == 1 and decision[0]["tool"] == "cmd__echo" and decision[0]["decision"] == "allow", lines)
+    expect(len([l for l in lines if l["event"] == "outcome" and l["call"] == decision[0]["call"]]) == 1, lines)
+
+
+@case("the server crashes in a call: error with exit status and stderr, in time, and orch lives")
+def crash(env):
+    s = proxy(env, "crash")
+    s.initialize()
+    s.request("tools/list")
+    answer = s.request("tools/call", {"name": "echo", "arguments": {"message": "x"}}, deadline_s=5)
+    expect("error" in answer, answer)
+    text = answer["error"]["message"] + json.dumps(answer["error"].get("data", ""))
+    expect(answer["error"]["code"] == FAILED and re.search(r"status 3\b", text) and "boom: the disk is on fire" in text, answer)
+    expect(s.request("ping")["result"] == {})
+    answer = s.request("tools/call", {"name": "echo", "arguments": {"message": "again"}}, deadline_s=10)
+    expect("error" in answer or "result" in answer, answer)
+    expect(s.end() == 0)
+
+
+@case("eight calls in flight when the server crashes: each is answered")
+def crash_many(env):
+    s = proxy(env, "crash")
+    s.initialize()
+    ids = [s.start("tools/call", {"name": "echo", "arguments": {"message": "x"}}) for _ in range(8)]
+    answers = [s.recv() for _ in ids]
+    expect(sorted(a["id"] for a in answers) == ids and all(a["error"]["code"] == FAILED for a in answers), answers)
+
+
+def no_start(env, argv, words, status):
+    env.project('return { rules = { { tool = "cmd__*", action = "allow" } } }')
+    s = env.session("--", *argv)
+    try:
+        s.initialize()
+        answer = s.request("tools/list", deadline_s=10)
+        expect("error" in answer, answer)
+        text = answer["error"]["message"] + json.dumps(answer["error"].get("data", ""))
+        expect(s.request("ping")["result"] == {})
+    except Closed:
+        expect(s.wait() == 7, "exit status", s.child.returncode)
+        text = s.stderr()
+    expect(all(re.search(w, text) for w in words), text)
+
+
+for name, argv, words in (("is missing", ["/no/such/server"], ["/no/such/server", "No such file"]),
+                          ("is not executable", ["/etc/passwd"], ["/etc/passwd", "[Pp]ermission"]),
+                          ("is a folder", ["/etc"], ["/etc", "[Pp]ermission|directory"]),
+                          ("exits at once", [PY, UPSTREAM, "crash-start"], [r"status 9\b", "no licence found"]),
+                          ("exits at once with 0", ["/bin/true"], [r"status 0\b"]),
+                          ("is killed", ["/bin/sh", "-c", "kill -9 $$"], ["signal 9|SIGKILL|Killed"])):
+    case("the server %s: an error that says so" % name, argv, words, 7)(no_start)
+
+
+@case("a call to a server that hangs can be cancelled, and the server is told")
+def hang(env):
+    s = proxy(env, "hang", env.path("cancelled"))
+    s.initialize()
+    s.request("tools/list")
+    id = s.start("tools/call", {"name": "echo", "arguments": {"message": "x"}})
+    expect(s.request("ping")["result"] == {})
+    s.notify("notifications/cancelled", {"requestId": id})
+    expect(s.request("ping")["result"] == {})
+    until(lambda: os.path.exists(env.path("cancelled")), 2, "notifications/cancelled at the server")
+    expect(s.end() == 0)
+
+
+@case("end of input while the server hangs: orch ends within 2 s")
+def hang_end(env):
+    s = proxy(env, "hang")
+    s.initialize()
+    s.start("tools/call", {"name": "echo", "arguments": {"message": "x"}})
+    expect(s.request("ping")["result"] == {})
+    expect(s.end(2) == 0)
+
+
+@case("a server that answers nothing: orch ends within 2 s at the end of input")
+def silent(env):
+    s = proxy(env, "silent")
+    s.start("initialize", {"protocolVersion": LEGACY, "capabilities": {}, "clientInfo": {"name": "e2e", "version": "1"}})
+    s.start("tools/list")
+    expect(s.end(2) == 0)
+
+
+@case("a server that ignores end of input and SIGTERM, with a child: both are gone")
+def stubborn(env):
+    s = proxy(env, "nobody")
+    s.initialize()
+    expect(text_of(s.call("echo", {"message": "x"})) == "x")
+    expect(s.end(2) == 0)
+
+
+@case("kill -9 of orch: no server is left")
+def killed(env):
+    s = proxy(env, "nobody")
+    s.initialize()
+    s.call("echo", {"message": "x"})
+    s.kill()
+    left = leftovers(1)
+    expect(not left, "left:", left)
+
+
+@case("a result over 16 MiB is refused by name, the next call is served")
+def flood(env):
+    s = proxy(env, "flood")
+    s.initialize()
+    answer = s.request("tools/call", {"name": "echo", "arguments": {"message": "x"}}, deadline_s=20)
+    expect("error" in answer and "16777216" in json.dumps(answer["error"]), json.dumps(answer)[:400])
+    expect(s.request("ping")["result"] == {})
+
+
+@case("CMD without a configuration: exit 6 and a tools.lua to paste")
+def unconfigured(env):
+    r = run([ORCH, "mcp", "stdio", "--", PY, UPSTREAM, "good"], env.environ, env.path("p"))
+    expect(r.status == 6 and "cmd__*" in r.err and "tools.lua" in r.err and r.out == "", r)
+
+
+if __name__ == "__main__":
+    main()
