@@ -322,7 +322,7 @@ struct incoming {
 static void refuse(struct incoming *in, int code, struct orch_slice data, const char *fmt, ...) ORCH_PRINTF(4, 5);
 static void refuse(struct incoming *in, int code, struct orch_slice data, const char *fmt, ...)
 {
-    char text[512];
+    char text[2048];
     va_list ap;
     va_start(ap, fmt);
     vsnprintf(text, sizeof text, fmt, ap);
@@ -404,8 +404,12 @@ static void do_tools_list(struct incoming *in)
         return;
     }
     cleanup_buf struct orch_buf b = { 0 };
+    struct orch_err err = { 0 };
     orch_buf_str(&b, "\"tools\":");
-    in->s->ops->tools_list(in->s->ud, &b);
+    if (in->s->ops->tools_list(in->s->ud, &b, &err) < 0) {
+        refuse(in, ORCH_RPC_UPSTREAM_FAILED, NO_DATA, "%s", err.msg);
+        return;
+    }
     if (in->modern)
         orch_buf_str(&b, ",\"ttlMs\":0,\"cacheScope\":\"private\"," MODERN_META);
     answer(in, (struct orch_slice){ b.p, b.n });

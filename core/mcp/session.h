@@ -14,8 +14,8 @@ struct orch_mcp_session;
 struct orch_mcp_request;
 
 struct orch_mcp_server_ops {
-    /* Appends the JSON array of tool definitions. */
-    void (*tools_list)(void *ud, struct orch_buf *out);
+    /* Appends the JSON array of tool definitions; an error of class UPSTREAM is answered as such. */
+    int (*tools_list)(void *ud, struct orch_buf *out, struct orch_err *err);
     /* A tools/call whose envelope is right. doc and tokens are valid during this call only; args is 0
      * when absent, meta 0 when absent. Answer at any time with one of orch_mcp_respond*. */
     void (*tool_call)(void *ud, struct orch_mcp_request *rq, const struct orch_json_doc *d, struct orch_slice name,

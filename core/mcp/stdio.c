@@ -187,8 +187,8 @@ struct orch_mcp_stdio *orch_mcp_stdio_new(struct orch_loop *l, struct orch_mcp_s
     t->o = *o;
     stream_open(&t->in, o->in_fd);
     stream_open(&t->out, o->out_fd);
-    /* epoll refuses regular files (always readable): those are read by posted turns. */
-    if (S_ISREG(st.st_mode))
+    /* epoll refuses what is always readable (files, /dev/null): those are read by posted turns. */
+    if (S_ISREG(st.st_mode) || (S_ISCHR(st.st_mode) && !isatty(o->in_fd)))
         orch_loop_post(l, read_again, t);
     else
         t->in.watch = orch_watch_new(l, o->in_fd, ORCH_READ, on_readable, t);

@@ -1,0 +1,439 @@
+#include "client.h"
+
+#include "../base/log.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/syscall.h>
+
+enum {
+    READ_BYTES = 256 * 1024,
+    OUT_MAX_BYTES = 64 << 20,
+    STDERR_SHOWN = 1000,
+    STRAY_SHOWN = 10, /* stray lines logged, then silence */
+};
+
+struct orch_mcp_client_call {
+    struct orch_mcp_client_call *next, **at;
+    struct orch_mcp_client *client;
+    int64_t id;
+    orch_mcp_client_done_fn *done;
+    void (*progress)(void *ud, double done, double total, struct orch_slice message);
+    void *ud;
+    struct orch_timer *timer;
+    int64_t timeout_ms;
+};
+
+struct orch_mcp_client {
+    struct orch_loop *loop;
+    struct orch_mcp_client_opts o;
+    char *name;
+    struct orch_proc *proc;
+    struct orch_watch *in, *out;
+    struct orch_buf inbuf, outbuf, server;
+    size_t scanned;
+    struct orch_json_doc doc;
+    struct orch_mcp_client_call *calls;
+    int64_t next_id;
+    unsigned stray;
+    bool ready, dead, flush_posted;
+    struct orch_err why; /* once dead */
+};
+
+static void client_fail(struct orch_mcp_client *c, const struct orch_err *err);
+
+static void flush(void *ud)
+{
+    struct orch_mcp_client *c = ud;
+    c->flush_posted = false;
+    while (c->outbuf.n && !c->dead) {
+        ssize_t w = write(orch_proc_stdin(c->proc), c->outbuf.p, c->outbuf.n);
+        if (w < 0 && errno == EINTR)
+            continue;
+        if (w < 0 && errno != EAGAIN)
+            c->outbuf.n = 0; /* it is going away: its exit tells why */
+        if (w < 0)
+            break;
+        orch_buf_consume(&c->outbuf, (size_t)w);
+    }
+    if (c->out)
+        orch_watch_set(c->out, c->outbuf.n ? ORCH_WRITE : 0);
+}
+
+static void flush_soon(struct orch_mcp_client *c)
+{
+    if (c->flush_posted)
+        return;
+    c->flush_posted = true;
+    orch_loop_post(c->loop, flush, c);
+}
+
+static void on_writable(void *ud, int events)
+{
+    (void)events;
+    flush(ud);
+}
+
+static void call_unlink(struct orch_mcp_client_call *k)
+{
+    *k->at = k->next;
+    if (k->next)
+        k->next->at = k->at;
+    orch_timer_free(k->timer);
+}
+
+static void call_finish(struct orch_mcp_client_call *k, struct orch_slice result, const struct orch_err *err)
+{
+    orch_mcp_client_done_fn *done = k->done;
+    void *ud = k->ud;
+    call_unlink(k);
+    free(k);
+    done(ud, result, err);
+}
+
+static void describe_stderr(struct orch_mcp_client *c, struct orch_buf *b)
+{
+    struct orch_slice tail = orch_proc_stderr(c->proc);
+    if (tail.n > STDERR_SHOWN)
+        tail = (struct orch_slice){ tail.p + tail.n - STDERR_SHOWN, STDERR_SHOWN };
+    while (tail.n && (tail.p[tail.n - 1] == '\n' || tail.p[tail.n - 1] == ' '))
+        tail.n--;
+    orch_buf_str(b, tail.n ? "; its stderr ends: " : "; it wrote nothing to stderr");
+    orch_escape_terminal(b, tail, true);
+}
+
+static void call_timed_out(void *ud)
+{
+    struct orch_mcp_client_call *k = ud;
+    struct orch_mcp_client *c = k->client;
+    struct orch_err err = { 0 };
+    cleanup_buf struct orch_buf tail = { 0 };
+    describe_stderr(c, &tail);
+    orch_err_setc(&err, ORCH_CLASS_UPSTREAM, ETIMEDOUT, "%s: no answer within %lld ms%s", c->name, (long long)k->timeout_ms, tail.p);
+    if (!c->ready)
+        client_fail(c, &err);
+    else
+        call_finish(k, (struct orch_slice){ 0 }, &err);
+}
+
+static void client_fail(struct orch_mcp_client *c, const struct orch_err *err)
+{
+    if (c->dead)
+        return;
+    c->dead = true;
+    c->why = *err;
+    orch_watch_free(c->in);
+    orch_watch_free(c->out);
+    c->in = c->out = NULL;
+    orch_proc_kill(c->proc, SIGKILL);
+    bool was_ready = c->ready;
+    while (c->calls)
+        call_finish(c->calls, (struct orch_slice){ 0 }, &c->why);
+    if (was_ready && c->o.lost)
+        c->o.lost(c->o.ud, &c->why);
+}
+
+static void on_exit_status(void *ud, int status)
+{
+    struct orch_mcp_client *c = ud;
+    char how[96];
+    struct orch_err err = { 0 };
+    cleanup_buf struct orch_buf tail = { 0 };
+    orch_proc_describe(status, how, sizeof how);
+    describe_stderr(c, &tail);
+    orch_err_setc(&err, ORCH_CLASS_UPSTREAM, ECHILD, "%s: the server ended (%s)%s", c->name, how, tail.p);
+    client_fail(c, &err);
+}
+
+static struct orch_mcp_client_call *call_by_id(struct orch_mcp_client *c, int64_t id)
+{
+    for (struct orch_mcp_client_call *k = c->calls; k; k = k->next)
+        if (k->id == id)
+            return k;
+    return NULL;
+}
+
+static void take_response(struct orch_mcp_client *c, const struct orch_rpc_msg *m)
+{
+    char id_text[24];
+    int64_t id;
+    if (m->id.n >= sizeof id_text)
+        return;
+    memcpy(id_text, m->id.p, m->id.n);
+    id_text[m->id.n] = 0;
+    id = strtoll(id_text, NULL, 10);
+    struct orch_mcp_client_call *k = call_by_id(c, id);
+    if (!k)
+        return;
+    if (m->result) {
+        if (c->doc.toks[m->result].type == ORCH_JSON_OBJECT) {
+            call_finish(k, orch_json_raw(&c->doc, m->result), NULL);
+            return;
+        }
+        struct orch_err err = { 0 };
+        orch_err_setc(&err, ORCH_CLASS_UPSTREAM, EPROTO, "%s: \"result\" is no object", c->name);
+        call_finish(k, (struct orch_slice){ 0 }, &err);
+        return;
+    }
+    struct orch_err err = { 0 };
+    cleanup_buf struct orch_buf text = { 0 };
+    uint32_t message = orch_json_get(&c->doc, m->error, "message"), code = orch_json_get(&c->doc, m->error, "code");
+    if (message)
+        orch_json_string(&c->doc, message, &text);
+    orch_err_setc(&err, ORCH_CLASS_UPSTREAM, EREMOTEIO, "%s: %s (code %.0f)", c->name, text.n ? text.p : "error without a message",
+                  code ? orch_json_number(&c->doc, code) : 0);
+    call_finish(k, (struct orch_slice){ 0 }, &err);
+}
+
+static void take_notification(struct orch_mcp_client *c, const struct orch_rpc_msg *m)
+{
+    const struct orch_json_doc *d = &c->doc;
+    if (orch_json_string_eq(d, m->method, "notifications/progress") && m->params) {
+        int64_t token;
+        uint32_t t = orch_json_get(d, m->params, "progressToken");
+        struct orch_mcp_client_call *k = t && orch_json_int(d, t, &token) ? call_by_id(c, token) : NULL;
+        if (!k || !k->progress)
+            return;
+        uint32_t done = orch_json_get(d, m->params, "progress"), total = orch_json_get(d, m->params, "total");
+        uint32_t message = orch_json_get(d, m->params, "message");
+        cleanup_buf struct orch_buf text = { 0 };
+        if (message)
+            orch_json_string(d, message, &text);
+        k->progress(k->ud, done ? orch_json_number(d, done) : 0, total ? orch_json_number(d, total) : -1,
+                    (struct orch_slice){ text.p, text.n });
+    } else if (orch_json_string_eq(d, m->method, "notifications/tools/list_changed") && c->o.tools_changed) {
+        c->o.tools_changed(c->o.ud);
+    }
+}
+
+/* The server asks something of us: only ping is answered in this era's minimal client. */
+static void take_request(struct orch_mcp_client *c, const struct orch_rpc_msg *m)
+{
+    if (orch_json_string_eq(&c->doc, m->method, "ping")) {
+        orch_rpc_result_head(&c->outbuf, m->id);
+        orch_buf_str(&c->outbuf, "{}}");
+    } else {
+        orch_rpc_error(&c->outbuf, m->id, ORCH_RPC_METHOD_NOT_FOUND, ORCH_SLICE("not offered by this client"), (struct orch_slice){ 0 });
+    }
+    orch_buf_char(&c->outbuf, '\n');
+    flush_soon(c);
+}
+
+static void take_line(struct orch_mcp_client *c, struct orch_slice line)
+{
+    if (line.n && line.p[line.n - 1] == '\r')
+        line.n--;
+    if (!line.n)
+        return;
+    struct orch_json_fault fault;
+    struct orch_rpc_msg m;
+    const char *why = NULL;
+    if (orch_json_scan(&c->doc, line, &c->o.limits, &fault) < 0)
+        why = fault.rule;
+    else if (orch_rpc_read(&c->doc, 0, &m, &why) < 0)
+        ;
+    else if (m.kind == ORCH_RPC_RESPONSE)
+        take_response(c, &m);
+    else if (m.kind == ORCH_RPC_REQUEST)
+        take_request(c, &m);
+    else
+        take_notification(c, &m);
+    if (why && c->stray++ < STRAY_SHOWN)
+        orch_log(ORCH_WARN, "%s: a line on its stdout is no JSON-RPC (%s): %.*s", c->name, why, line.n > 200 ? 200 : (int)line.n, line.p);
+}
+
+static void on_readable(void *ud, int events)
+{
+    (void)events;
+    struct orch_mcp_client *c = ud;
+    orch_buf_reserve(&c->inbuf, READ_BYTES);
+    ssize_t r = read(orch_proc_stdout(c->proc), c->inbuf.p + c->inbuf.n, c->inbuf.cap - c->inbuf.n - 1);
+    if (r < 0 && (errno == EAGAIN || errno == EINTR))
+        return;
+    if (r <= 0) {
+        orch_watch_set(c->in, 0); /* the exit status follows; a server that only closed its stdout is ended */
+        orch_proc_kill(c->proc, SIGTERM);
+        return;
+    }
+    c->inbuf.n += (size_t)r;
+    char *start = c->inbuf.p, *from = start + c->scanned, *nl;
+    while (!c->dead && (nl = memchr(from, '\n', (size_t)(c->inbuf.p + c->inbuf.n - from)))) {
+        take_line(c, (struct orch_slice){ start, (size_t)(nl - start) });
+        start = from = nl + 1;
+    }
+    orch_buf_consume(&c->inbuf, (size_t)(start - c->inbuf.p));
+    c->scanned = c->inbuf.n;
+    if (c->inbuf.n > c->o.limits.bytes) {
+        struct orch_err err = { 0 };
+        orch_err_setc(&err, ORCH_CLASS_UPSTREAM, EMSGSIZE, "%s: a line of its stdout is over %zu bytes (limits.message)", c->name,
+                      c->o.limits.bytes);
+        client_fail(c, &err);
+    }
+}
+
+static void initialized(void *ud, struct orch_slice result, const struct orch_err *err)
+{
+    struct orch_mcp_client *c = ud;
+    if (err) {
+        c->o.ready(c->o.ud, err);
+        if (!c->dead)
+            client_fail(c, err);
+        return;
+    }
+    orch_buf_slice(&c->server, result);
+    c->ready = true;
+    orch_buf_str(&c->outbuf, "{\"jsonrpc\":\"2.0\",\"method\":\"notifications/initialized\"}\n");
+    flush_soon(c);
+    c->o.ready(c->o.ud, NULL);
+}
+
+struct orch_mcp_client *orch_mcp_client_new(struct orch_loop *l, const struct orch_mcp_client_opts *o, struct orch_err *err)
+{
+    struct orch_mcp_client *c = orch_xcalloc(1, sizeof *c);
+    c->loop = l;
+    c->o = *o;
+    c->name = orch_xstrdup(o->name);
+    if (!c->o.limits.bytes)
+        c->o.limits.bytes = 16 << 20;
+    c->proc = orch_proc_start(
+        l, &(struct orch_proc_opts){ .argv = o->argv, .env = o->env, .cwd = o->cwd, .on_exit = on_exit_status, .ud = c }, err);
+    if (!c->proc) {
+        orch_err_wrap(err, "%s", c->name);
+        if (err)
+            err->cls = ORCH_CLASS_UPSTREAM;
+        free(c->name);
+        free(c);
+        return NULL;
+    }
+    c->in = orch_watch_new(l, orch_proc_stdout(c->proc), ORCH_READ, on_readable, c);
+    c->out = orch_watch_new(l, orch_proc_stdin(c->proc), 0, on_writable, c);
+    orch_mcp_client_call(c,
+                         &(struct orch_mcp_client_request){
+                             .method = "initialize",
+                             .params = ORCH_SLICE("{\"protocolVersion\":\"2025-11-25\",\"capabilities\":{},\"clientInfo\":{\"name\":\"orch\","
+                                                  "\"version\":\"" ORCH_VERSION "\"}}"),
+                             .timeout_ms = o->start_timeout_ms ? o->start_timeout_ms : 10000,
+                             .done = initialized,
+                             .ud = c },
+                         NULL);
+    return c;
+}
+
+void orch_mcp_client_free(struct orch_mcp_client *c, int64_t grace_ms)
+{
+    if (!c)
+        return;
+    while (c->calls) {
+        struct orch_mcp_client_call *k = c->calls;
+        call_unlink(k);
+        free(k);
+    }
+    orch_loop_unpost(c->loop, flush, c);
+    orch_watch_free(c->in);
+    orch_watch_free(c->out);
+    if (!c->dead && grace_ms > 0) {
+        orch_proc_close_stdin(c->proc);
+        cleanup_close int pidfd = (int)syscall(SYS_pidfd_open, orch_proc_pid(c->proc), 0);
+        struct pollfd p = { pidfd, POLLIN, 0 };
+        (void)poll(&p, 1, (int)grace_ms);
+    }
+    orch_proc_free(c->proc);
+    orch_json_doc_free(&c->doc);
+    orch_buf_free(&c->inbuf);
+    orch_buf_free(&c->outbuf);
+    orch_buf_free(&c->server);
+    free(c->name);
+    free(c);
+}
+
+struct orch_slice orch_mcp_client_server(const struct orch_mcp_client *c)
+{
+    return (struct orch_slice){ c->server.p, c->server.n };
+}
+
+bool orch_mcp_client_alive(const struct orch_mcp_client *c)
+{
+    return !c->dead;
+}
+
+/* params._meta as it came, without the modern era's keys, with our own progress token. */
+static void put_meta(struct orch_buf *out, struct orch_slice meta, int64_t token)
+{
+    orch_buf_printf(out, "\"_meta\":{\"progressToken\":%lld", (long long)token);
+    cleanup_json struct orch_json_doc d = { 0 };
+    struct orch_json_fault fault;
+    if (meta.n && orch_json_scan(&d, meta, &(struct orch_json_limits){ 0 }, &fault) == 0) {
+        static const char reserved[] = "io.modelcontextprotocol/";
+        uint32_t k = 1;
+        for (uint32_t i = 0; i < d.toks[0].count; i++) {
+            struct orch_slice key = orch_json_raw(&d, k);
+            bool skip = orch_json_string_eq(&d, k, "progressToken") ||
+                        (key.n > sizeof reserved && memcmp(key.p + 1, reserved, sizeof reserved - 1) == 0);
+            if (!skip) {
+                orch_buf_char(out, ',');
+                orch_buf_slice(out, key);
+                orch_buf_char(out, ':');
+                orch_buf_slice(out, orch_json_raw(&d, k + 1));
+            }
+            k = d.toks[k + 1].next;
+        }
+    }
+    orch_buf_char(out, '}');
+}
+
+struct orch_mcp_client_call *orch_mcp_client_call(struct orch_mcp_client *c, const struct orch_mcp_client_request *r, struct orch_err *err)
+{
+    if (c->dead) {
+        if (err)
+            *err = c->why;
+        return NULL;
+    }
+    if (c->outbuf.n + r->args.n + r->params.n > OUT_MAX_BYTES) {
+        orch_err_setc(err, ORCH_CLASS_UPSTREAM, ENOBUFS, "%s: the server does not read its input (%zu bytes wait)", c->name, c->outbuf.n);
+        return NULL;
+    }
+    struct orch_mcp_client_call *k = orch_xcalloc(1, sizeof *k);
+    *k = (struct orch_mcp_client_call){ .next = c->calls, .at = &c->calls, .client = c, .id = ++c->next_id, .done = r->done,
+                                        .progress = r->progress, .ud = r->ud, .timeout_ms = r->timeout_ms };
+    if (k->next)
+        k->next->at = &k->next;
+    c->calls = k;
+    struct orch_buf *b = &c->outbuf;
+    orch_buf_printf(b, "{\"jsonrpc\":\"2.0\",\"id\":%lld,\"method\":\"%s\"", (long long)k->id, r->method ? r->method : "tools/call");
+    if (!r->method) {
+        orch_buf_str(b, ",\"params\":{\"name\":");
+        orch_json_quote(b, orch_slice_str(r->tool));
+        orch_buf_str(b, ",\"arguments\":");
+        orch_buf_slice(b, r->args);
+        orch_buf_char(b, ',');
+        put_meta(b, r->meta, k->id);
+        orch_buf_char(b, '}');
+    } else if (r->params.n) {
+        orch_buf_str(b, ",\"params\":");
+        orch_buf_slice(b, r->params);
+    }
+    orch_buf_str(b, "}\n");
+    if (r->timeout_ms) {
+        k->timer = orch_timer_new(c->loop, call_timed_out, k);
+        orch_timer_set(k->timer, r->timeout_ms);
+    }
+    flush_soon(c);
+    return k;
+}
+
+void orch_mcp_client_cancel(struct orch_mcp_client_call *k, const char *why)
+{
+    struct orch_mcp_client *c = k->client;
+    if (!c->dead) {
+        orch_buf_printf(&c->outbuf, "{\"jsonrpc\":\"2.0\",\"method\":\"notifications/cancelled\",\"params\":{\"requestId\":%lld,\"reason\":",
+                        (long long)k->id);
+        orch_json_quote(&c->outbuf, orch_slice_str(why));
+        orch_buf_str(&c->outbuf, "}}\n");
+        flush_soon(c);
+    }
+    call_unlink(k);
+    free(k);
+}

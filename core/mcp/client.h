@@ -1,0 +1,57 @@
+/* An MCP client over a child's stdin and stdout, legacy era (2025-11-25 handshake). It owns the child,
+ * the requests under way and their time-outs. What the server sends is an adversary's: lines over the
+ * limit end it, stray text is logged and skipped, ids are checked. */
+#ifndef ORCH_MCP_CLIENT_H
+#define ORCH_MCP_CLIENT_H
+
+#include "../base/loop.h"
+#include "../base/proc.h"
+#include "rpc.h"
+
+struct orch_mcp_client;
+struct orch_mcp_client_call;
+
+struct orch_mcp_client_opts {
+    const char *name;            /* for messages */
+    const char *const *argv;
+    const char *const *env;      /* "NAME=value" */
+    const char *cwd;
+    int64_t start_timeout_ms;    /* until the initialize answer; default 10 s */
+    struct orch_json_limits limits;
+    /* The handshake is done, or the server failed (class UPSTREAM, with exit status and stderr tail).
+     * Once; later failures come to lost. */
+    void (*ready)(void *ud, const struct orch_err *err);
+    void (*lost)(void *ud, const struct orch_err *err);
+    void (*tools_changed)(void *ud); /* notifications/tools/list_changed; may be NULL */
+    void *ud;
+};
+
+struct orch_mcp_client *orch_mcp_client_new(struct orch_loop *l, const struct orch_mcp_client_opts *o, struct orch_err *err);
+/* Closes stdin, gives the child grace_ms to end, then ends its process group. No callbacks follow. */
+void orch_mcp_client_free(struct orch_mcp_client *c, int64_t grace_ms);
+
+/* The initialize result as JSON; empty before ready. */
+struct orch_slice orch_mcp_client_server(const struct orch_mcp_client *c);
+bool orch_mcp_client_alive(const struct orch_mcp_client *c);
+
+/* result: the whole JSON value of "result" as it came; err: a JSON-RPC error or a failure (class
+ * UPSTREAM). Called once, from the loop. */
+typedef void orch_mcp_client_done_fn(void *ud, struct orch_slice result, const struct orch_err *err);
+
+struct orch_mcp_client_request {
+    const char *method;       /* NULL: tools/call of tool, args, meta */
+    struct orch_slice params; /* with method: JSON or empty */
+    const char *tool;
+    struct orch_slice args;   /* JSON object */
+    struct orch_slice meta;   /* params._meta to pass on: JSON object or empty */
+    int64_t timeout_ms;       /* 0: none */
+    orch_mcp_client_done_fn *done;
+    void (*progress)(void *ud, double done, double total, struct orch_slice message);
+    void *ud;
+};
+struct orch_mcp_client_call *orch_mcp_client_call(struct orch_mcp_client *c, const struct orch_mcp_client_request *r,
+                                                  struct orch_err *err);
+/* Sends notifications/cancelled and forgets it; done is not called. */
+void orch_mcp_client_cancel(struct orch_mcp_client_call *call, const char *why);
+
+#endif
