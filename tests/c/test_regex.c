@@ -1,0 +1,253 @@
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include <errno.h>
+#include <lauxlib.h>
+#include <lualib.h>
+#include <string.h>
+#include <time.h>
+
+#include "bind/lua_regex.h"
+
+/* A plain lua_State has no budget; what is charged is counted here. */
+static uint64_t charged, charge_limit = UINT64_MAX;
+void orch_state_charge(lua_State *L, uint64_t n);
+void orch_state_charge(lua_State *L, uint64_t n)
+{
+    charged += n;
+    if (charged > charge_limit) {
+        lua_pushliteral(L, "budget");
+        lua_error(L);
+    }
+}
+
+static struct orch_slice str(const char *s)
+{
+    return (struct orch_slice){ s, strlen(s) };
+}
+
+static struct orch_regex *must(const char *pattern)
+{
+    struct orch_err err = { 0 };
+    struct orch_regex *re = orch_regex_compile(str(pattern), &err);
+    if (!re)
+        fail_msg("%s: %s", pattern, err.msg);
+    return re;
+}
+
+static void replaced(const char *pattern, const char *in, int count, const char *want)
+{
+    struct orch_regex *re = must(pattern);
+    struct orch_buf out = { 0 };
+    orch_buf_str(&out, "<");
+    assert_int_equal(orch_regex_replace(re, str(in), ORCH_SLICE("[redacted]"), &out), count);
+    assert_string_equal(out.p, want);
+    orch_buf_free(&out);
+    orch_regex_free(re);
+}
+
+static void test_replace(void **state)
+{
+    (void)state;
+    replaced("sk-\\w+", "key sk-abc and sk-def.", 2, "<key [redacted] and [redacted].");
+    replaced("sk-\\w+", "sk-abc", 1, "<[redacted]");
+    replaced("sk-\\w+", "nothing here", 0, "<");
+    replaced("sk-\\w+", "", 0, "<");
+    replaced("x*", "axxb", 1, "<a[redacted]b"); /* empty matches are not replaced */
+    replaced("a|b", "ab", 2, "<[redacted][redacted]");
+    replaced("(?<=id=)\\d+", "id=12 id=34", 2, "<id=[redacted] id=[redacted]");
+    replaced("id=\\K\\d+", "id=12 id=34", 2, "<id=[redacted] id=[redacted]");
+    replaced("ü+", "müüde", 1, "<m[redacted]de");
+    replaced("\\w+", "mü", 1, "<[redacted]ü"); /* classes are ASCII */
+}
+
+static void test_replace_keeps_nul(void **state)
+{
+    (void)state;
+    struct orch_regex *re = must("b");
+    struct orch_buf out = { 0 };
+    assert_int_equal(orch_regex_replace(re, (struct orch_slice){ "a\0b\0c", 5 }, ORCH_SLICE("X"), &out), 1);
+    assert_int_equal(out.n, 5);
+    assert_memory_equal(out.p, "a\0X\0c", 5);
+    orch_buf_free(&out);
+    orch_regex_free(re);
+}
+
+static void test_replace_refuses(void **state)
+{
+    (void)state;
+    struct orch_buf out = { 0 };
+    orch_buf_str(&out, "kept");
+    struct orch_regex *re = must("^(a+)+$");
+    assert_int_equal(orch_regex_replace(re, str("aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaab"), ORCH_SLICE("X"), &out), -EOVERFLOW);
+    assert_int_equal(orch_regex_replace(re, str("aaa\xff"), ORCH_SLICE("X"), &out), -EILSEQ);
+    assert_int_equal(orch_regex_replace(re, str("aaa"), ORCH_SLICE("X"), &out), 1); /* usable afterwards */
+    assert_string_equal(out.p, "keptX");
+    orch_regex_free(re);
+
+    /* A match before the limit is not left behind half-done. */
+    re = must("x|(a+)+c$");
+    out.n = 0;
+    orch_buf_str(&out, "kept");
+    assert_int_equal(orch_regex_replace(re, str("xaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaac!"), ORCH_SLICE("Y"), &out), -EOVERFLOW);
+    assert_string_equal(out.p, "kept");
+    orch_regex_free(re);
+    orch_buf_free(&out);
+}
+
+/* Scanning that the match limit does not count ends by the deadline. */
+static void test_deadline(void **state)
+{
+    (void)state;
+    static const char *const patterns[] = { "a*a*[bc]", "a{60000}[bc]" };
+    struct orch_buf in = { 0 }, out = { 0 };
+    orch_buf_reserve(&in, 120000);
+    for (size_t i = 0; i < 120000; i++)
+        orch_buf_char(&in, 'a');
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(patterns); i++) {
+        struct orch_regex *re = must(patterns[i]);
+        struct timespec a, b;
+        clock_gettime(CLOCK_MONOTONIC, &a);
+        assert_int_equal(orch_regex_replace(re, (struct orch_slice){ in.p, in.n }, ORCH_SLICE("X"), &out), -EOVERFLOW);
+        clock_gettime(CLOCK_MONOTONIC, &b);
+        assert_true((b.tv_sec - a.tv_sec) * 1000 + (b.tv_nsec - a.tv_nsec) / 1000000 < 5000);
+        orch_regex_free(re);
+    }
+    orch_buf_free(&in);
+    orch_buf_free(&out);
+}
+
+static void test_compile_refuses(void **state)
+{
+    (void)state;
+    static const struct { const char *pattern, *want; } cases[] = {
+        { "a(b", "missing closing parenthesis at offset 3" },
+        { "[a-", "missing terminating ] for character class at offset 3" },
+        { "*a", "quantifier does not follow a repeatable item at offset 0" },
+        { "(*UCP)a", "using UCP is disabled by the application at offset 6" },
+        { "\\C", "using \\C is disabled by the application at offset 2" },
+        { "\xff", "UTF-8 error: illegal byte (0xfe or 0xff) at offset 0" },
+    };
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(cases); i++) {
+        struct orch_err err = { 0 };
+        assert_null(orch_regex_compile(str(cases[i].pattern), &err));
+        assert_string_equal(err.msg, cases[i].want);
+    }
+    struct orch_err err = { 0 };
+    struct orch_buf big = { 0 };
+    for (int i = 0; i < 16 * 1024 + 1; i++)
+        orch_buf_char(&big, 'a');
+    assert_null(orch_regex_compile((struct orch_slice){ big.p, big.n }, &err));
+    assert_string_equal(err.msg, "pattern of 16385 bytes; at most 16384 are accepted");
+    orch_buf_free(&big);
+}
+
+static void run_lua(const char *code)
+{
+    lua_State *L = luaL_newstate();
+    luaL_openlibs(L);
+    orch_luaopen_regex(L);
+    lua_setglobal(L, "compile");
+    if (luaL_dostring(L, code))
+        fail_msg("%s", lua_tostring(L, -1));
+    lua_close(L);
+}
+
+static void test_lua(void **state)
+{
+    (void)state;
+    run_lua("local m = assert(compile('^a+$'))\n"
+            "assert(m('aaa') == true and m('aab') == false and m('') == false and m('aaa\\n') == false)\n"
+            "assert(compile('b')('abc') == true and compile('')('') == true)\n"
+            "assert(compile([[^\\u00e9\\x41$]])('\\195\\169A'))\n"
+            "assert(compile('^.$')('\\195\\169') and not compile([[^\\w$]])('\\195\\169'))\n"
+            "assert(compile('a%zb') and compile('a\\0b')('xa\\0b'))\n"
+            "local f = compile('b+')\n"
+            "local i, j = f:find('abbcb') assert(i == 2 and j == 3)\n"
+            "i, j = f:find('abbcb', 4) assert(i == 5 and j == 5)\n"
+            "assert(f:find('abbcb', 6) == nil and f:find('aaa') == nil)\n"
+            "i, j = compile('x*'):find('ab', 2) assert(i == 2 and j == 1)\n");
+}
+
+static void test_lua_errors(void **state)
+{
+    (void)state;
+    run_lua("local m, err = compile('a(b')\n"
+            "assert(m == nil and err == 'missing closing parenthesis at offset 3', err)\n"
+            "local function raises(want, f, ...)\n"
+            "  local ok, got = pcall(f, ...)\n"
+            "  assert(not ok and got:find(want, 1, true), tostring(got))\n"
+            "end\n"
+            "raises('string expected', compile, 12)\n"
+            "raises('string expected', compile)\n"
+            "m = compile('^(a+)+$')\n"
+            "local ok, got = pcall(m, ('a'):rep(40) .. 'b')\n"
+            "assert(not ok and got == 'pattern match limit', got)\n"
+            "raises('not valid UTF-8', m, 'a\\255')\n"
+            "raises('string expected', m, 12)\n"
+            "raises('outside of the string', m.find, m, 'abc', 5)\n"
+            "raises('outside of the string', m.find, m, 'abc', 0)\n"
+            "raises('outside of the string', m.find, m, 'abc', 0/0)\n"
+            "raises('inside a character', m.find, m, '\\195\\169', 2)\n"
+            "raises('orch.regex expected', m.find, io.stdout, 'abc')\n"
+            "assert(getmetatable(m) == false)\n"
+            "raises('', function() m.find = 1 end)\n");
+}
+
+static int count_charge(lua_State *L)
+{
+    lua_pushnumber(L, (lua_Number)charged);
+    return 1;
+}
+
+static void test_lua_charges(void **state)
+{
+    (void)state;
+    lua_State *L = luaL_newstate();
+    luaL_openlibs(L);
+    orch_luaopen_regex(L);
+    lua_setglobal(L, "compile");
+    lua_register(L, "charged", count_charge);
+    if (luaL_dostring(L, "local m, before = compile('b'), charged()\n"
+                         "m(('a'):rep(8000)) assert(charged() - before >= 1001, charged() - before)\n"
+                         "m, before = compile('^(a+)+$'), charged()\n"
+                         "pcall(m, ('a'):rep(40) .. 'b') assert(charged() - before > 50000, charged() - before)\n"))
+        fail_msg("%s", lua_tostring(L, -1));
+    charge_limit = charged + 100;
+    assert_int_equal(luaL_dostring(L, "local m = compile('b') for i = 1, 1000 do m('aaa') end"), 1);
+    assert_string_equal(lua_tostring(L, -1), "budget");
+    charge_limit = UINT64_MAX;
+    lua_close(L); /* the sanitizer sees whether patterns are freed */
+}
+
+/* Patterns that became garbage are collected although the collector does not see their memory. */
+static void test_lua_collects(void **state)
+{
+    (void)state;
+    run_lua("local alive = setmetatable({}, { __mode = 'k' })\n"
+            "local most = 0\n"
+            "for i = 1, 20000 do\n"
+            "  alive[compile('(abc|def){1,60}' .. i)] = true\n"
+            "  if i % 1000 == 0 then local n = 0 for _ in pairs(alive) do n = n + 1 end most = math.max(most, n) end\n"
+            "end\n"
+            "assert(most < 10000, most)\n");
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_replace),
+        cmocka_unit_test(test_replace_keeps_nul),
+        cmocka_unit_test(test_replace_refuses),
+        cmocka_unit_test(test_deadline),
+        cmocka_unit_test(test_compile_refuses),
+        cmocka_unit_test(test_lua),
+        cmocka_unit_test(test_lua_errors),
+        cmocka_unit_test(test_lua_charges),
+        cmocka_unit_test(test_lua_collects),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
