@@ -289,6 +289,12 @@ class Env:
             os.mkdir(self.path(folder), 0o700)
         os.mkdir(self.path("p"))
 
+    def shared_cache(self):
+        """Guest images are built once for all cases, not once a case."""
+        self.environ["XDG_CACHE_HOME"] = os.environ.get("ORCH_TEST_CACHE") or os.path.join(ROOT, "build/test-cache")
+        os.makedirs(self.environ["XDG_CACHE_HOME"], 0o700, exist_ok=True)
+        return self
+
     def path(self, *parts):
         return os.path.join(self.dir, *parts)
 
