@@ -21,6 +21,9 @@ struct orch_vms_opts {
     const char *cache_dir;   /* $XDG_CACHE_HOME/orch */
     const char *runtime_dir; /* $XDG_RUNTIME_DIR/orch: a folder a microVM, with vmm.log */
     const char *kernel, *modules; /* --kernel; NULL: Debian's */
+    const char *qemu;        /* NULL: the known places */
+    int64_t boot_ms, clone_ms; /* deadlines of a template's boot and of a clone's start; 0: 60 s (10 s while
+                                * KVM is tried) and 10 s */
     int max;                 /* microVMs at once; more is refused with class LIMIT */
     void (*progress)(void *ud, const char *line); /* long work: image build, template boot */
     /* events for the audit log: "vm_spawn", "vm_exit"; fields is a JSON object's inside */
@@ -28,7 +31,9 @@ struct orch_vms_opts {
     void *ud;
 };
 
+/* Makes runtime_dir and removes from it what killed processes left. Starts nothing yet. */
 struct orch_vms *orch_vms_new(struct orch_loop *l, const struct orch_vms_opts *o, struct orch_err *err);
+/* Ends and frees every microVM; may wait, at most 10 s, until a new template is written to disk. */
 void orch_vms_free(struct orch_vms *m);
 
 struct orch_vm_opts {
@@ -39,12 +44,12 @@ struct orch_vm_opts {
     const char *name;        /* NULL or a label for list */
     uint64_t memory_bytes;   /* 64M … 4G, default 256M */
     int vcpus;               /* 1 only under TCG; 1…8 */
-    int64_t timeout_ms;      /* life of the microVM; 0: none */
+    int64_t timeout_ms;      /* life of the microVM from its VMM's start; 0: none */
     const char *call;        /* audit: the call it serves, or NULL */
     /* Ready or failed, once; the vm is borrowed and lives until orch_vm_free. On failure the message
      * has the phase, the VMM's last lines and the path of its log. Never called from inside spawn. */
     void (*ready)(void *ud, struct orch_vm *vm, const struct orch_err *err);
-    /* It ended by itself after ready (crash, timeout, launcher lost); execs were failed before. */
+    /* It ended by itself after ready (crash, timeout, launcher lost), once; execs were failed before. */
     void (*lost)(void *ud, struct orch_vm *vm, const struct orch_err *err);
     void *ud;
 };
@@ -55,10 +60,11 @@ struct orch_vm *orch_vm_spawn(struct orch_vms *m, const struct orch_vm_opts *o, 
 void orch_vm_free(struct orch_vm *vm); /* ends it, no callbacks; NULL is fine */
 
 const char *orch_vm_id(const struct orch_vm *vm);
+const char *orch_vm_name(const struct orch_vm *vm); /* NULL: none */
 const char *orch_vm_backend(const struct orch_vm *vm);
 const char *orch_vm_image(const struct orch_vm *vm);
 enum orch_isolation orch_vm_isolation(const struct orch_vm *vm);
-double orch_vm_spawn_ms(const struct orch_vm *vm);
+double orch_vm_spawn_ms(const struct orch_vm *vm); /* spawn to ready */
 /* Phases of the start in the order they ended, with milliseconds since spawn; NULL-name terminated. */
 struct orch_vm_phase {
     const char *name;
@@ -73,7 +79,8 @@ bool orch_vm_no_aslr(const struct orch_vm *vm);
 /* Each microVM of this process. */
 void orch_vms_each(struct orch_vms *m, void (*fn)(void *ud, struct orch_vm *vm), void *ud);
 
-/* What acceleration works here; remembered in the cache directory. For doctor. `why` gets the reason. */
+/* What a start with accel "auto" would use, from the device and the verdict remembered in the cache
+ * directory; NONE when QEMU is missing or KVM was not tried yet. For doctor. `why` gets the reason. */
 enum orch_isolation orch_vms_known_isolation(struct orch_vms *m, struct orch_buf *why);
 
 #endif

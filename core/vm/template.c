@@ -1,0 +1,849 @@
+/* A source (one template in the making or made) goes through its steps in this order:
+ *   image → accel → programs → open a kept copy ─────────────────────────→ load → ready
+ *                                └ none: lock → open again → boot → warm → freeze → ready, save
+ * Each step ends by calling the next, from the loop. A failed KVM trial goes back to `programs` without
+ * KVM; a damaged copy goes on as if there were none. */
+#include "template.h"
+
+#include "../base/hash.h"
+#include "../base/json.h"
+#include "../base/log.h"
+#include "accel.h"
+#include "channel.h"
+#include "frozen.h"
+#include "rundir.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <x86intrin.h>
+
+#define BOOT_TCG_MS 60000
+#define BOOT_KVM_MS 10000 /* short: where KVM only pretends, guests hang */
+#define FREEZE_MS 20000
+#define LOCK_MS 120000 /* another process boots the same template; about 2 s */
+#define LOCK_POLL_MS 50
+#define EXIT_GRACE_MS 500 /* from the agent stream's end to the VMM's exit */
+#define SAVE_WAIT_MS 10000
+#define KEEP 8 /* templates on disk */
+#define TSC_MEASURE_US 20000
+#define TSC_CHECK_US 2000
+
+struct tsc_sample {
+    uint64_t tsc;
+    int64_t ns;
+};
+
+struct saver {
+    struct saver *next, **link;
+    struct orch_templates *ts;
+    pid_t pid;
+    int pidfd;
+    struct orch_watch *watch;
+};
+
+struct source;
+
+struct orch_template_wait {
+    struct orch_template_wait *next;
+    struct source *source;
+    orch_template_fn *fn;
+    void *ud;
+    bool told; /* about the template of this loading */
+};
+
+struct source {
+    struct orch_template t;
+    struct source *next;
+    struct orch_templates *ts;
+    char *image_name;
+    enum orch_accel want;
+    struct orch_template_wait *waits;
+
+    struct orch_image_build *build;
+    bool preparing;
+    char key[33], host_key[65], no_kvm[512];
+    bool ready, kept, have_trial; /* kept: it came from, or cannot go to, the disk; trial: KVM's verdict is open */
+    struct orch_frozen frozen;
+    struct orch_frozen_load *load;
+    int lock_fd;
+    int64_t lock_until;
+
+    struct orch_rundir *rundir; /* while a VMM boots */
+    struct orch_vmm *vmm;
+    struct orch_channel *channel;
+    struct orch_timer *timer;
+    const char *phase;
+    struct orch_err stream_err; /* the agent's stream ended, the VMM's exit is awaited */
+    int64_t boot_start;
+};
+
+struct orch_templates {
+    struct orch_templates_opts o;
+    char *cache_dir, *runtime_dir, *agent_path, *kernel, *modules, *dir, *image_dir;
+    struct source *sources;
+    struct saver *savers;
+    struct tsc_sample start;
+    uint32_t tsc_khz; /* 0: not measured yet */
+};
+
+static void step_image(void *ud);
+static void step_programs(struct source *s);
+static void without_kvm(struct source *s, const char *why);
+static void step_lock(void *ud);
+static void step_load(void *ud);
+static void tell_late(void *ud);
+
+/* ---- the host's TSC, which is also the emulated guest's */
+
+/* The tightest of some reads of both clocks: one that nothing interrupted. */
+static struct tsc_sample tsc_now(void)
+{
+    struct tsc_sample best = { 0 };
+    uint64_t width = UINT64_MAX;
+    for (int i = 0; i < 8; i++) {
+        struct timespec t;
+        uint64_t a = __rdtsc();
+        clock_gettime(CLOCK_MONOTONIC_RAW, &t);
+        uint64_t b = __rdtsc();
+        if (b - a < width) {
+            width = b - a;
+            best = (struct tsc_sample){ a + (b - a) / 2, (int64_t)t.tv_sec * 1000000000 + t.tv_nsec };
+        }
+    }
+    return best;
+}
+
+/* kHz since the manager was made; waits when that is less than min_us ago. */
+static uint32_t tsc_khz(struct orch_templates *ts, int64_t min_us)
+{
+    struct tsc_sample now = tsc_now();
+    int64_t left = min_us * 1000 - (now.ns - ts->start.ns);
+    if (left > 0) {
+        struct timespec t = { 0, left };
+        nanosleep(&t, NULL);
+        now = tsc_now();
+    }
+    return (uint32_t)((double)(now.tsc - ts->start.tsc) * 1e6 / (double)(now.ns - ts->start.ns) + 0.5);
+}
+
+/* ---- waits */
+
+static void progress(struct source *s, const char *fmt, ...) ORCH_PRINTF(2, 3);
+static void progress(struct source *s, const char *fmt, ...)
+{
+    char line[512];
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(line, sizeof line, fmt, ap);
+    va_end(ap);
+    if (s->ts->o.progress)
+        s->ts->o.progress(s->ts->o.progress_ud, line);
+}
+
+/* What a boot holds beside the template itself. */
+static void end_boot(struct source *s)
+{
+    orch_channel_free(s->channel);
+    s->ts->o.backend->free(s->vmm);
+    orch_rundir_free(s->rundir);
+    orch_timer_free(s->timer);
+    s->channel = NULL;
+    s->vmm = NULL;
+    s->rundir = NULL;
+    s->timer = NULL;
+    s->stream_err.code = 0;
+}
+
+static void unlock(struct source *s)
+{
+    if (s->lock_fd >= 0)
+        close(orch_steal_fd(&s->lock_fd));
+}
+
+static void drop_load(struct source *s)
+{
+    orch_loop_unpost(s->ts->o.loop, step_load, s);
+    orch_frozen_close(s->load);
+    s->load = NULL;
+    orch_frozen_fini(&s->frozen);
+    s->t.mem_fd = s->t.state_fd = -1;
+    s->t.loaded = false;
+    for (struct orch_template_wait *w = s->waits; w; w = w->next)
+        w->told = false;
+}
+
+static void source_free(struct source *s)
+{
+    struct orch_loop *l = s->ts->o.loop;
+    orch_loop_unpost(l, step_image, s);
+    orch_loop_unpost(l, step_lock, s);
+    orch_image_build_cancel(s->build);
+    s->ts->o.backend->unprepare(s->ts->o.host, s);
+    end_boot(s);
+    unlock(s);
+    drop_load(s);
+    while (s->waits) {
+        struct orch_template_wait *next = s->waits->next;
+        orch_loop_unpost(l, tell_late, s->waits);
+        free(s->waits);
+        s->waits = next;
+    }
+    orch_image_fini(&s->t.image);
+    free(s->image_name);
+    free(s);
+}
+
+static void source_unlink(struct source *s)
+{
+    struct source **ss = &s->ts->sources;
+    while (*ss != s)
+        ss = &(*ss)->next;
+    *ss = s->next;
+}
+
+/* Callbacks may cancel waits, their own too, and ask for others. */
+static void tell_usable(struct source *s)
+{
+    for (struct orch_template_wait *w = s->waits; w;) {
+        if (w->told) {
+            w = w->next;
+            continue;
+        }
+        w->told = true;
+        w->fn(w->ud, &s->t, NULL);
+        w = s->waits;
+    }
+}
+
+static void tell_end(struct source *s, const struct orch_err *err)
+{
+    while (s->waits) {
+        struct orch_template_wait w = *s->waits;
+        orch_loop_unpost(s->ts->o.loop, tell_late, s->waits);
+        free(s->waits);
+        s->waits = w.next;
+        w.fn(w.ud, err ? NULL : &s->t, err);
+    }
+}
+
+static void source_failed(struct source *s, const struct orch_err *err)
+{
+    source_unlink(s);
+    end_boot(s);
+    unlock(s);
+    tell_end(s, err);
+    source_free(s);
+}
+
+static void source_ready(struct source *s)
+{
+    s->ready = true;
+    s->t.loaded = true;
+    tell_end(s, NULL);
+}
+
+/* ---- image and acceleration */
+
+static void step_accel(struct source *s)
+{
+    struct orch_err err;
+    s->t.kvm = s->want != ORCH_ACCEL_TCG;
+    if (s->t.kvm && orch_accel_device(&err) < 0) {
+        if (s->want == ORCH_ACCEL_KVM) {
+            orch_err_wrap(&err, "acceleration kvm");
+            source_failed(s, &err);
+            return;
+        }
+        without_kvm(s, err.msg);
+        return;
+    }
+    step_programs(s);
+}
+
+static void image_built(void *ud, const struct orch_image *image, const struct orch_err *err)
+{
+    struct source *s = ud;
+    s->build = NULL;
+    if (err) {
+        source_failed(s, err);
+        return;
+    }
+    s->t.image = *image;
+    s->t.image.kernel = orch_xstrdup(image->kernel);
+    s->t.image.initrd = orch_xstrdup(image->initrd);
+    s->t.image.kernel_release = orch_xstrdup(image->kernel_release);
+    step_accel(s);
+}
+
+static void step_image(void *ud)
+{
+    struct source *s = ud;
+    struct orch_templates *ts = s->ts;
+    struct orch_err err;
+    struct orch_image_opts o = { ts->image_dir, ts->agent_path, ts->kernel, ts->modules, ts->o.progress, ts->o.progress_ud };
+    int r = orch_image_find(s->image_name, &o, &s->t.image, &err);
+    if (r == 0) {
+        step_accel(s);
+    } else if (r != -ENOENT) {
+        source_failed(s, &err);
+    } else {
+        progress(s, "building image %s (once)", s->image_name);
+        s->build = orch_image_build_start(ts->o.loop, s->image_name, &o, image_built, s);
+    }
+}
+
+static struct orch_vmm_spec boot_spec(const struct source *s)
+{
+    return (struct orch_vmm_spec){
+        .image = &s->t.image,
+        .kvm = s->t.kvm,
+        .memory_bytes = s->t.memory_bytes,
+        .vcpus = s->t.vcpus,
+        .tsc_khz = s->ts->tsc_khz,
+        .log_fd = -1,
+        .mem_fd = -1,
+        .state_fd = -1,
+    };
+}
+
+static int host_key(struct orch_templates *ts, char out[65], struct orch_err *err)
+{
+    cleanup_buf struct orch_buf programs = { 0 };
+    int r = ts->o.backend->identity(ts->o.host, true, NULL, &programs, err);
+    if (r == 0)
+        orch_accel_host_key((struct orch_slice){ programs.p, programs.n }, out);
+    return r;
+}
+
+static int make_keys(struct source *s, struct orch_err *err)
+{
+    cleanup_buf struct orch_buf all = { 0 };
+    char hex[65];
+    struct orch_vmm_spec spec = boot_spec(s);
+    if (s->t.kvm && host_key(s->ts, s->host_key, err) < 0)
+        return -1;
+    orch_buf_printf(&all, "orch %s\nimage %s\n%s\n", ORCH_VERSION, s->t.image.id, s->t.kvm ? s->host_key : "tcg");
+    if (s->ts->o.backend->identity(s->ts->o.host, s->t.kvm, &spec, &all, err) < 0)
+        return -1;
+    orch_sha256_hex(all.p, all.n, hex);
+    snprintf(s->key, sizeof s->key, "%.32s", hex);
+    return 0;
+}
+
+static void without_kvm(struct source *s, const char *why)
+{
+    orch_log(ORCH_INFO, "KVM is not used: %s", why);
+    snprintf(s->no_kvm, sizeof s->no_kvm, "%s", why);
+    s->t.kvm = false;
+    s->have_trial = false;
+    step_programs(s);
+}
+
+static void step_open(struct source *s)
+{
+    struct orch_err err;
+    if (make_keys(s, &err) < 0) {
+        source_failed(s, &err);
+        return;
+    }
+    if (s->t.kvm) {
+        cleanup_buf struct orch_buf why = { 0 };
+        enum orch_accel_verdict v = orch_accel_recall(s->ts->cache_dir, s->host_key, s->t.image.id, &why);
+        s->have_trial = v != ORCH_ACCEL_WORKS;
+        if (v == ORCH_ACCEL_FAILS && s->want == ORCH_ACCEL_AUTO) {
+            without_kvm(s, why.p ? why.p : "it failed before");
+            return;
+        }
+        if (v == ORCH_ACCEL_FAILS) {
+            orch_err_setc(&err, ORCH_CLASS_ISOLATION, ENOTSUP,
+                          "acceleration kvm: it was tried here and does not work: %s (remembered in %s/accel.json; remove that "
+                          "file to try again)",
+                          why.p ? why.p : "", s->ts->cache_dir);
+            source_failed(s, &err);
+            return;
+        }
+    }
+    if (s->t.vcpus > 1 && !s->t.kvm) {
+        orch_err_setc(&err, ORCH_CLASS_ISOLATION, ENOTSUP, "%d vCPUs need KVM, which does not work here: %s", s->t.vcpus,
+                      *s->no_kvm ? s->no_kvm : "emulation was asked for");
+        source_failed(s, &err);
+        return;
+    }
+    step_lock(s);
+}
+
+static void programs_found(void *ud, const struct orch_err *err)
+{
+    struct source *s = ud;
+    s->preparing = false;
+    if (!err)
+        step_open(s);
+    else if (s->t.kvm && s->want == ORCH_ACCEL_AUTO)
+        without_kvm(s, err->msg);
+    else
+        source_failed(s, err);
+}
+
+static void step_programs(struct source *s)
+{
+    s->preparing = true;
+    s->ts->o.backend->prepare(s->ts->o.host, s->t.kvm, programs_found, s);
+}
+
+/* ---- the copy on disk */
+
+static void boot(struct source *s);
+
+static bool try_open(struct source *s)
+{
+    struct orch_err err;
+    s->load = orch_frozen_open(s->ts->dir, s->key, s->t.memory_bytes, &s->frozen, &err);
+    if (!s->load) {
+        if (err.code != ENOENT)
+            orch_log(ORCH_WARN, "%s; it is made anew", err.msg);
+        return false;
+    }
+    unlock(s);
+    s->t.mem_fd = s->frozen.mem_fd;
+    s->t.state_fd = s->frozen.state_fd;
+    s->t.round++;
+    s->kept = true;
+    orch_loop_post(s->ts->o.loop, step_load, s);
+    tell_usable(s);
+    return true;
+}
+
+/* The lock file may be removed with its template by another process that prunes; then it is no lock. */
+static int try_lock(struct source *s)
+{
+    cleanup_free char *path = orch_xasprintf("%s/%s.lock", s->ts->dir, s->key);
+    struct stat st;
+    int r = orch_mkdir_p(s->ts->dir, 0700);
+    if (r < 0)
+        return r;
+    s->lock_fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+    if (s->lock_fd < 0)
+        return -errno;
+    if (flock(s->lock_fd, LOCK_EX | LOCK_NB) == 0 && fstat(s->lock_fd, &st) == 0 && st.st_nlink > 0)
+        return 0;
+    unlock(s);
+    return -EAGAIN;
+}
+
+static void step_lock(void *ud)
+{
+    struct source *s = ud;
+    if (s->timer) {
+        orch_timer_free(s->timer);
+        s->timer = NULL;
+    }
+    if (try_open(s))
+        return;
+    int r = try_lock(s);
+    int64_t now = orch_loop_now_ms(s->ts->o.loop);
+    if (r == -EAGAIN && !s->lock_until) {
+        s->lock_until = now + LOCK_MS;
+        progress(s, "waiting for another orch that makes the template of image %s", s->t.image.name);
+    }
+    if (r == -EAGAIN && now < s->lock_until) {
+        s->timer = orch_timer_new(s->ts->o.loop, step_lock, s);
+        orch_timer_set(s->timer, LOCK_POLL_MS);
+        return;
+    }
+    if (r < 0) {
+        s->kept = true;
+        orch_log(ORCH_WARN, "%s: the template is not kept, each process boots its own: %s", s->ts->dir, strerror(-r));
+    } else if (try_open(s)) {
+        return; /* it was finished between our look and our lock */
+    }
+    boot(s);
+}
+
+static void step_load(void *ud)
+{
+    struct source *s = ud;
+    struct orch_err err;
+    int r = orch_frozen_step(s->load, &err);
+    if (r > 0) {
+        orch_loop_post(s->ts->o.loop, step_load, s);
+        return;
+    }
+    if (r == 0) {
+        uint32_t khz = tsc_khz(s->ts, TSC_CHECK_US), was = s->frozen.tsc_khz;
+        if (khz > was + was / 1000 || khz < was - was / 1000)
+            r = orch_err_set(&err, ESTALE, "a template was made on a processor of another frequency (TSC %u kHz, here %u)", was,
+                             khz);
+    }
+    orch_frozen_close(s->load);
+    s->load = NULL;
+    if (r == 0) {
+        source_ready(s);
+        return;
+    }
+    orch_log(ORCH_WARN, "%s; it is made anew", err.msg);
+    drop_load(s);
+    s->kept = false;
+    orch_frozen_remove(s->ts->dir, s->key);
+    step_lock(s);
+}
+
+static void saver_free(struct saver *v)
+{
+    orch_watch_free(v->watch);
+    close(v->pidfd);
+    *v->link = v->next;
+    if (v->next)
+        v->next->link = v->link;
+    free(v);
+}
+
+static void saved(void *ud, int events)
+{
+    (void)events;
+    struct saver *v = ud;
+    siginfo_t si = { 0 };
+    if (waitid(P_PIDFD, (id_t)v->pidfd, &si, WEXITED | WNOHANG) == 0 && si.si_pid == 0)
+        return;
+    if (si.si_code != CLD_EXITED || si.si_status != 0)
+        orch_log(ORCH_WARN, "%s: the template is not kept, each process boots its own: %s", v->ts->dir,
+                 si.si_code == CLD_EXITED ? strerror(si.si_status) : "its writer was killed");
+    else
+        orch_frozen_prune(v->ts->dir, KEEP);
+    saver_free(v);
+}
+
+/* The child inherits the lock and holds it until the copy is there. */
+static void start_saving(struct source *s)
+{
+    struct orch_err err;
+    cleanup_buf struct orch_buf about = { 0 };
+    int pidfd;
+    orch_buf_str(&about, "\"image\":");
+    orch_json_quote(&about, orch_slice_str(s->t.image.name));
+    orch_buf_printf(&about, ",\"image_id\":\"%s\",\"accel\":\"%s\",\"vcpus\":%d,\"orch\":\"%s\"", s->t.image.id,
+                    s->t.kvm ? "kvm" : "tcg", s->t.vcpus, ORCH_VERSION);
+    pid_t pid = orch_frozen_save(s->ts->dir, s->key, &s->frozen, (struct orch_slice){ about.p, about.n }, &pidfd, &err);
+    if (pid < 0) {
+        orch_log(ORCH_WARN, "%s: the template is not kept, each process boots its own: %s", s->ts->dir, err.msg);
+        return;
+    }
+    struct saver *v = orch_xmalloc(sizeof *v);
+    *v = (struct saver){ s->ts->savers, &s->ts->savers, s->ts, pid, pidfd, NULL };
+    if (v->next)
+        v->next->link = &v->next;
+    s->ts->savers = v;
+    v->watch = orch_watch_new(s->ts->o.loop, pidfd, ORCH_READ, saved, v);
+}
+
+/* ---- boot, warm, freeze */
+
+static void boot_failed(struct source *s, const struct orch_err *why)
+{
+    struct orch_err err = *why;
+    orch_err_wrap(&err, "template of image %s (%s): %s", s->t.image.name, s->t.kvm ? "KVM" : "emulated", s->phase);
+    if (s->rundir && err.cls != ORCH_CLASS_ISOLATION) /* ISOLATION: nothing ran, so it wrote nothing */
+        orch_rundir_explain(s->rundir, &err);
+    end_boot(s);
+    unlock(s);
+    orch_frozen_fini(&s->frozen);
+    bool trial = s->t.kvm && s->have_trial && err.cls != ORCH_CLASS_ISOLATION;
+    if (trial)
+        orch_accel_remember(s->ts->cache_dir, s->host_key, s->t.image.id, ORCH_ACCEL_FAILS, err.msg);
+    if (trial && s->want == ORCH_ACCEL_AUTO) {
+        progress(s, "KVM does not work here, going on emulated");
+        without_kvm(s, err.msg);
+        return;
+    }
+    if (trial) {
+        err.cls = ORCH_CLASS_ISOLATION;
+        orch_err_wrap(&err, "acceleration kvm: it was tried here and does not work");
+    }
+    source_failed(s, &err);
+}
+
+static void boot_timeout(void *ud)
+{
+    struct source *s = ud;
+    struct orch_err err;
+    if (s->stream_err.code) {
+        err = s->stream_err;
+    } else {
+        orch_err_setc(&err, ORCH_CLASS_TIMEOUT, ETIMEDOUT, "%s within %.1f s",
+                      strcmp(s->phase, "booting") == 0 ? "the guest agent did not answer" : "not done",
+                      (double)(orch_loop_now_ms(s->ts->o.loop) - s->boot_start) / 1000);
+    }
+    boot_failed(s, &err);
+}
+
+static void vmm_phase(void *ud, const char *name)
+{
+    (void)ud;
+    (void)name;
+}
+
+static void vmm_ended(void *ud, const struct orch_err *err, int status)
+{
+    (void)status;
+    boot_failed(ud, err);
+}
+
+static void vmm_frozen(void *ud)
+{
+    struct source *s = ud;
+    struct orch_err err;
+    end_boot(s);
+    s->frozen.tsc_khz = s->ts->tsc_khz;
+    if (orch_frozen_seal(&s->frozen, &err) < 0) {
+        boot_failed(s, &err);
+        return;
+    }
+    if (s->t.kvm && s->have_trial)
+        orch_accel_remember(s->ts->cache_dir, s->host_key, s->t.image.id, ORCH_ACCEL_WORKS, NULL);
+    s->t.mem_fd = s->frozen.mem_fd;
+    s->t.state_fd = s->frozen.state_fd;
+    s->t.round++;
+    if (!s->kept)
+        start_saving(s);
+    unlock(s);
+    source_ready(s);
+}
+
+static void freeze(struct source *s)
+{
+    s->phase = "freezing";
+    orch_timer_set(s->timer, FREEZE_MS);
+    s->ts->o.backend->freeze(s->vmm, s->frozen.state_fd);
+}
+
+/* The agent makes an exec's cgroup and reads the user list at the first exec; clones find both done. */
+static void warmed(void *ud, const struct orch_exec_result *r, const struct orch_err *err)
+{
+    struct source *s = ud;
+    struct orch_err why;
+    if (r && r->fail == 0 && r->status == 0) {
+        freeze(s);
+    } else if (r) {
+        orch_err_set(&why, r->sys_errno, "`true` in the guest: %s", r->fail ? strerror(r->sys_errno) : "failed");
+        boot_failed(s, &why);
+    } else if (err && !s->stream_err.code) {
+        s->stream_err = *err;
+        orch_timer_set(s->timer, EXIT_GRACE_MS);
+    }
+}
+
+static void agent_hello(void *ud, const uint8_t epoch[16])
+{
+    (void)epoch;
+    struct source *s = ud;
+    static const char *const argv[] = { "true", NULL };
+    struct orch_exec_opts o = { .argv = argv, .timeout_ms = 10000, .done = warmed, .ud = s };
+    struct orch_err err;
+    if (strcmp(s->phase, "booting") != 0)
+        return;
+    s->phase = "warming";
+    if (!orch_exec_start(s->channel, &o, &err))
+        boot_failed(s, &err);
+}
+
+/* A VMM that ended closes the stream too, and its exit tells more: that is awaited shortly. */
+static void agent_failed(void *ud, const struct orch_err *err)
+{
+    struct source *s = ud;
+    if (strcmp(s->phase, "freezing") == 0)
+        return;
+    s->stream_err = *err;
+    if (!s->stream_err.code)
+        s->stream_err.code = EPIPE;
+    orch_timer_set(s->timer, EXIT_GRACE_MS);
+}
+
+static int start_boot(struct source *s, struct orch_err *err)
+{
+    struct orch_templates *ts = s->ts;
+    struct orch_vmm_cb cb = { vmm_phase, vmm_frozen, vmm_ended, s };
+    struct orch_channel_cb agent_cb = { agent_hello, agent_failed, s };
+    int agent_fd;
+    struct orch_launcher *la = ts->o.launcher(ts->o.launcher_ud, err);
+    if (!la || orch_frozen_new(&s->frozen, s->t.memory_bytes, err) < 0)
+        return -1;
+    s->rundir = orch_rundir_new(ts->o.loop, ts->runtime_dir, "template", err);
+    if (!s->rundir)
+        return -1;
+    struct orch_vmm_spec spec = boot_spec(s);
+    spec.log_fd = orch_rundir_log_fd(s->rundir);
+    spec.mem_fd = s->frozen.mem_fd;
+    s->vmm = ts->o.backend->start(ts->o.host, la, &spec, &cb, &agent_fd, err);
+    if (!s->vmm)
+        return -1;
+    orch_rundir_log_handed_over(s->rundir);
+    s->channel = orch_channel_new(ts->o.loop, agent_fd, &agent_cb);
+    return 0;
+}
+
+static void boot(struct source *s)
+{
+    struct orch_err err;
+    progress(s, "booting image %s %s to make its template (once)", s->t.image.name, s->t.kvm ? "with KVM" : "emulated");
+    if (!s->ts->tsc_khz)
+        s->ts->tsc_khz = tsc_khz(s->ts, TSC_MEASURE_US);
+    s->phase = "starting the VMM";
+    s->boot_start = orch_loop_now_ms(s->ts->o.loop);
+    if (start_boot(s, &err) < 0) {
+        boot_failed(s, &err);
+        return;
+    }
+    s->phase = "booting";
+    s->timer = orch_timer_new(s->ts->o.loop, boot_timeout, s);
+    orch_timer_set(s->timer, s->ts->o.boot_ms ? s->ts->o.boot_ms : s->t.kvm ? BOOT_KVM_MS : BOOT_TCG_MS);
+}
+
+/* ---- the manager */
+
+struct orch_templates *orch_templates_new(const struct orch_templates_opts *o)
+{
+    struct orch_templates *ts = orch_xcalloc(1, sizeof *ts);
+    ts->o = *o;
+    ts->cache_dir = orch_xstrdup(o->cache_dir);
+    ts->runtime_dir = orch_xstrdup(o->runtime_dir);
+    ts->agent_path = orch_xstrdup(o->agent_path);
+    ts->kernel = orch_xstrdup(o->kernel);
+    ts->modules = orch_xstrdup(o->modules);
+    ts->dir = orch_xasprintf("%s/templates", o->cache_dir);
+    ts->image_dir = orch_xasprintf("%s/images", o->cache_dir);
+    ts->start = tsc_now();
+    return ts;
+}
+
+void orch_templates_free(struct orch_templates *ts)
+{
+    if (!ts)
+        return;
+    while (ts->sources) {
+        struct source *s = ts->sources;
+        ts->sources = s->next;
+        source_free(s);
+    }
+    while (ts->savers) {
+        struct saver *v = ts->savers;
+        struct pollfd p = { v->pidfd, POLLIN, 0 };
+        if (poll(&p, 1, SAVE_WAIT_MS) != 1)
+            kill(v->pid, SIGKILL);
+        siginfo_t si;
+        waitid(P_PIDFD, (id_t)v->pidfd, &si, WEXITED);
+        saver_free(v);
+    }
+    free(ts->cache_dir);
+    free(ts->runtime_dir);
+    free(ts->agent_path);
+    free(ts->kernel);
+    free(ts->modules);
+    free(ts->dir);
+    free(ts->image_dir);
+    free(ts);
+}
+
+static struct source *find_source(struct orch_templates *ts, const struct orch_template_want *w)
+{
+    for (struct source *s = ts->sources; s; s = s->next)
+        if (s->want == w->accel && s->t.memory_bytes == w->memory_bytes && s->t.vcpus == w->vcpus &&
+            strcmp(s->image_name, w->image) == 0)
+            return s;
+    return NULL;
+}
+
+static struct source *new_source(struct orch_templates *ts, const struct orch_template_want *w)
+{
+    struct source *s = orch_xcalloc(1, sizeof *s);
+    s->ts = ts;
+    s->next = ts->sources;
+    ts->sources = s;
+    s->image_name = orch_xstrdup(w->image);
+    s->want = w->accel;
+    s->t.memory_bytes = w->memory_bytes;
+    s->t.vcpus = w->vcpus;
+    s->frozen = ORCH_FROZEN_NONE;
+    s->t.mem_fd = s->t.state_fd = s->lock_fd = -1;
+    orch_loop_post(ts->o.loop, step_image, s);
+    return s;
+}
+
+static void tell_late(void *ud)
+{
+    struct orch_template_wait *w = ud;
+    struct source *s = w->source;
+    if (s->ready) {
+        tell_end(s, NULL);
+    } else if (s->load && !w->told) {
+        tell_usable(s);
+    }
+}
+
+struct orch_template_wait *orch_template_want(struct orch_templates *ts, const struct orch_template_want *want, orch_template_fn *fn,
+                                              void *ud)
+{
+    struct source *s = find_source(ts, want);
+    if (!s)
+        s = new_source(ts, want);
+    struct orch_template_wait *w = orch_xmalloc(sizeof *w);
+    *w = (struct orch_template_wait){ s->waits, s, fn, ud, false };
+    s->waits = w;
+    if (s->ready || s->load)
+        orch_loop_post(ts->o.loop, tell_late, w);
+    return w;
+}
+
+void orch_template_cancel(struct orch_template_wait *w)
+{
+    if (!w)
+        return;
+    orch_loop_unpost(w->source->ts->o.loop, tell_late, w);
+    struct orch_template_wait **ww = &w->source->waits;
+    while (*ww != w)
+        ww = &(*ww)->next;
+    *ww = w->next;
+    free(w);
+}
+
+int orch_template_open_state(const struct orch_template *t, struct orch_err *err)
+{
+    char path[64];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", t->state_fd);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    return fd >= 0 ? fd : orch_err_set(err, errno, "template: state: %s", strerror(errno));
+}
+
+enum orch_isolation orch_templates_known(struct orch_templates *ts, struct orch_buf *why)
+{
+    struct orch_err err;
+    char key[65];
+    cleanup_buf struct orch_buf reason = { 0 };
+    cleanup_buf struct orch_buf programs = { 0 };
+    if (ts->o.backend->identity(ts->o.host, false, NULL, &programs, &err) < 0) {
+        orch_buf_str(why, err.msg);
+        return ORCH_ISOLATION_NONE;
+    }
+    if (orch_accel_device(&err) < 0 || host_key(ts, key, &err) < 0) {
+        orch_buf_str(why, err.msg);
+        return ORCH_ISOLATION_EMULATED;
+    }
+    switch (orch_accel_recall(ts->cache_dir, key, NULL, &reason)) {
+    case ORCH_ACCEL_WORKS:
+        orch_buf_str(why, "KVM worked when it was tried");
+        return ORCH_ISOLATION_HARDWARE;
+    case ORCH_ACCEL_FAILS:
+        orch_buf_printf(why, "%s", reason.p ? reason.p : "KVM failed when it was tried");
+        return ORCH_ISOLATION_EMULATED;
+    case ORCH_ACCEL_UNTRIED:
+        break;
+    }
+    orch_buf_str(why, "KVM was not tried yet; the first microVM tries it");
+    return ORCH_ISOLATION_NONE;
+}

@@ -1,0 +1,637 @@
+/* A microVM waits for its template, starts a VMM that goes on from it, is ready when the guest agent has
+ * answered RESTORE, and ends by orch_vm_free or by itself. Everything the user hears comes from a turn
+ * of the loop of its own, so that he may free anything from there. */
+#include "vm.h"
+
+#include "../base/json.h"
+#include "../base/log.h"
+#include "../base/proc.h"
+#include "rundir.h"
+#include "template.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+
+#define CLONE_MS 10000
+#define EXIT_GRACE_MS 500 /* from the agent stream's end to the VMM's exit */
+#define MEMORY_DEFAULT (256ULL << 20)
+#define MEMORY_MIN (64ULL << 20)
+#define MEMORY_MAX (4ULL << 30)
+#define MAX_PHASES 8
+
+enum state {
+    WAITING,  /* for its template */
+    STARTING, /* a VMM runs */
+    READY,
+    ENDING, /* the VMM is gone or going; the channel still fails its execs */
+    ENDED,  /* failed or lost was told, or is about to be */
+};
+
+struct orch_vms {
+    struct orch_loop *loop;
+    struct orch_vms_opts o;
+    char *launcher_path, *runtime_dir;
+    const struct orch_vmm_backend *backend;
+    struct orch_vmm_host *host;
+    struct orch_templates *templates;
+    struct orch_launcher *launcher; /* from the first start on */
+    struct orch_vm *vms;
+    int n;
+};
+
+struct orch_vm {
+    struct orch_vms *m;
+    struct orch_vm *next, **link;
+    struct orch_vm_opts o; /* its strings are not kept, but these: */
+    char *image, *name, *call;
+    char id[16];
+    enum state state;
+    enum orch_isolation isolation;
+    struct orch_template_wait *wait;
+    struct orch_rundir *rundir;
+    struct orch_vmm *vmm;
+    struct orch_channel *channel;
+    int agent_fd; /* the channel's */
+    unsigned round;
+    struct orch_timer *deadline, *life;
+    int64_t spawned_us, started_us;
+    struct orch_vm_phase phases[MAX_PHASES + 1];
+    int n_phases;
+    struct orch_err err; /* why it ended */
+    const char *reason;  /* the same, for the audit log; NULL: not decided */
+    int status;          /* of the VMM as wait(2), or -1 */
+};
+
+static void stream_timeout(void *ud);
+
+const char *orch_isolation_name(enum orch_isolation i)
+{
+    static const char *const names[] = { "none", "hardware", "emulated" };
+    return names[i];
+}
+
+static double ms_since(int64_t us)
+{
+    return (double)(orch_now_us() - us) / 1000;
+}
+
+/* ---- events */
+
+static void add_string(struct orch_buf *b, const char *key, const char *value)
+{
+    orch_buf_printf(b, "%s\"%s\":", b->n ? "," : "", key);
+    if (value)
+        orch_json_quote(b, orch_slice_str(value));
+    else
+        orch_buf_str(b, "null");
+}
+
+static void emit(struct orch_vm *vm, const char *event, struct orch_buf *fields, double ms)
+{
+    orch_buf_printf(fields, ",\"ms\":%.1f", ms);
+    if (vm->m->o.event)
+        vm->m->o.event(vm->m->o.ud, event, (struct orch_slice){ fields->p, fields->n });
+    orch_log_fields(ORCH_INFO, orch_slice_str(event), (struct orch_slice){ fields->p, fields->n });
+}
+
+static void emit_spawn(struct orch_vm *vm)
+{
+    cleanup_buf struct orch_buf f = { 0 };
+    add_string(&f, "vm", vm->id);
+    add_string(&f, "image", vm->image);
+    add_string(&f, "backend", vm->m->backend->name);
+    add_string(&f, "isolation", orch_isolation_name(vm->isolation));
+    if (vm->call)
+        add_string(&f, "call", vm->call);
+    emit(vm, "vm_spawn", &f, orch_vm_spawn_ms(vm));
+}
+
+/* Once for each microVM whose VMM was started. */
+static void emit_exit(struct orch_vm *vm)
+{
+    cleanup_buf struct orch_buf f = { 0 };
+    char how[64];
+    if (!vm->started_us)
+        return;
+    if (vm->status >= 0)
+        orch_proc_describe(vm->status, how, sizeof how);
+    add_string(&f, "vm", vm->id);
+    add_string(&f, "reason", vm->reason);
+    add_string(&f, "status", vm->status >= 0 ? how : NULL);
+    emit(vm, "vm_exit", &f, ms_since(vm->started_us));
+    vm->started_us = 0;
+}
+
+static void phase(struct orch_vm *vm, const char *name)
+{
+    if (vm->n_phases < MAX_PHASES)
+        vm->phases[vm->n_phases++] = (struct orch_vm_phase){ name, ms_since(vm->spawned_us) };
+}
+
+/* ---- the end */
+
+static void timer_drop(struct orch_timer **t)
+{
+    orch_timer_free(*t);
+    *t = NULL;
+}
+
+/* All that a microVM holds of the system; what is left answers questions. */
+static void release(struct orch_vm *vm)
+{
+    orch_template_cancel(vm->wait);
+    vm->wait = NULL;
+    timer_drop(&vm->deadline);
+    timer_drop(&vm->life);
+    orch_channel_free(vm->channel);
+    vm->channel = NULL;
+    vm->m->backend->free(vm->vmm);
+    vm->vmm = NULL;
+}
+
+static void tell_failed(void *ud)
+{
+    struct orch_vm *vm = ud;
+    vm->o.ready(vm->o.ud, vm, &vm->err);
+}
+
+static void tell_lost(void *ud)
+{
+    struct orch_vm *vm = ud;
+    if (vm->o.lost)
+        vm->o.lost(vm->o.ud, vm, &vm->err);
+}
+
+static void tell_ready(void *ud)
+{
+    struct orch_vm *vm = ud;
+    vm->o.ready(vm->o.ud, vm, NULL);
+}
+
+static void uncount(struct orch_vm *vm)
+{
+    if (vm->state != ENDED)
+        vm->m->n--;
+    vm->state = ENDED;
+}
+
+static void set_reason(struct orch_vm *vm, const char *reason, const struct orch_err *err)
+{
+    if (vm->reason)
+        return;
+    vm->reason = reason;
+    vm->err = *err;
+}
+
+/* It never became ready. */
+static void failed(struct orch_vm *vm, const char *reason, const struct orch_err *err)
+{
+    set_reason(vm, reason, err);
+    bool started = vm->started_us != 0;
+    release(vm);
+    if (started && vm->rundir) {
+        orch_err_wrap(&vm->err, "microVM %s (image %s, %s): start failed %s", vm->id, vm->image,
+                      orch_isolation_name(vm->isolation),
+                      vm->n_phases > 2   ? "waiting for the guest agent"
+                      : vm->n_phases > 1 ? "loading the template's state"
+                                         : "starting the VMM");
+        if (vm->err.cls != ORCH_CLASS_ISOLATION) /* that class: nothing ran, so it wrote nothing */
+            orch_rundir_explain(vm->rundir, &vm->err);
+    }
+    emit_exit(vm);
+    orch_rundir_free(vm->rundir);
+    vm->rundir = NULL;
+    uncount(vm);
+    orch_loop_post(vm->m->loop, tell_failed, vm);
+}
+
+static void lost(struct orch_vm *vm)
+{
+    release(vm);
+    emit_exit(vm);
+    uncount(vm);
+    orch_loop_post(vm->m->loop, tell_lost, vm);
+}
+
+/* Ends a ready microVM in two steps: the VMM goes and the agent's stream is cut, which makes the channel
+ * deliver what it still has, fail its execs and call agent_failed; then it is lost. */
+static void end(struct orch_vm *vm, const char *reason, const struct orch_err *err)
+{
+    set_reason(vm, reason, err);
+    if (vm->state != READY)
+        return;
+    vm->state = ENDING;
+    timer_drop(&vm->life);
+    vm->m->backend->free(vm->vmm);
+    vm->vmm = NULL;
+    orch_channel_pause(vm->channel, false);
+    shutdown(vm->agent_fd, SHUT_RDWR);
+}
+
+static void fail_or_end(struct orch_vm *vm, const char *reason, const struct orch_err *err)
+{
+    if (vm->state == READY)
+        end(vm, reason, err);
+    else if (vm->state == WAITING || vm->state == STARTING)
+        failed(vm, reason, err);
+}
+
+/* ---- the VMM's and the agent's voices */
+
+static void vmm_phase(void *ud, const char *name)
+{
+    struct orch_vm *vm = ud;
+    phase(vm, name);
+    /* The guest runs from now: the time it is told is right by some milliseconds. */
+    if (strcmp(name, "state") == 0) {
+        uint8_t epoch[16];
+        orch_random(epoch, sizeof epoch);
+        orch_channel_restore(vm->channel, epoch);
+    }
+}
+
+static void vmm_frozen(void *ud)
+{
+    (void)ud; /* a clone is never told to freeze */
+}
+
+static void vmm_ended(void *ud, const struct orch_err *err, int status)
+{
+    struct orch_vm *vm = ud;
+    vm->status = status;
+    if (vm->state == ENDING) {
+        lost(vm); /* the stream had ended before */
+        return;
+    }
+    fail_or_end(vm, status < 0 && err->cls == ORCH_CLASS_ISOLATION ? "launcher" : "vmm", err);
+}
+
+static void agent_hello(void *ud, const uint8_t epoch[16])
+{
+    (void)epoch; /* the channel has compared it */
+    struct orch_vm *vm = ud;
+    if (vm->state != STARTING)
+        return;
+    vm->state = READY;
+    timer_drop(&vm->deadline);
+    orch_rundir_log_handed_over(vm->rundir);
+    phase(vm, "ready");
+    emit_spawn(vm);
+    orch_loop_post(vm->m->loop, tell_ready, vm);
+}
+
+static void agent_failed(void *ud, const struct orch_err *err)
+{
+    struct orch_vm *vm = ud;
+    if (vm->state == ENDING) {
+        lost(vm);
+        return;
+    }
+    /* The stream's end is mostly the VMM's end, whose status says more: awaited shortly. */
+    struct orch_err stream = *err;
+    if (err->cls != ORCH_CLASS_CLOSED) {
+        vm->state == READY ? (void)set_reason(vm, "protocol", &stream) : failed(vm, "protocol", &stream);
+        if (vm->state == READY) {
+            vm->state = ENDING;
+            lost(vm);
+        }
+        return;
+    }
+    vm->err = stream;
+    if (vm->state == READY)
+        vm->state = ENDING;
+    timer_drop(&vm->deadline);
+    vm->deadline = orch_timer_new(vm->m->loop, stream_timeout, vm);
+    orch_timer_set(vm->deadline, EXIT_GRACE_MS);
+}
+
+static void stream_timeout(void *ud)
+{
+    struct orch_vm *vm = ud;
+    struct orch_err err = vm->err;
+    set_reason(vm, "agent", &err);
+    if (vm->state == ENDING)
+        lost(vm);
+    else
+        failed(vm, "agent", &err);
+}
+
+static void clone_timeout(void *ud)
+{
+    struct orch_vm *vm = ud;
+    struct orch_err err;
+    orch_err_setc(&err, ORCH_CLASS_TIMEOUT, ETIMEDOUT, "no answer within %.1f s",
+                  (double)(vm->m->o.clone_ms ? vm->m->o.clone_ms : CLONE_MS) / 1000);
+    failed(vm, "start", &err);
+}
+
+static void life_over(void *ud)
+{
+    struct orch_vm *vm = ud;
+    struct orch_err err;
+    orch_err_setc(&err, ORCH_CLASS_TIMEOUT, ETIMEDOUT, "microVM %s: its time of %.1f s is over", vm->id,
+                  (double)vm->o.timeout_ms / 1000);
+    fail_or_end(vm, "timeout", &err);
+}
+
+/* ---- start */
+
+static void launcher_lost(void *ud, const char *why)
+{
+    (void)ud; /* every cell was failed before; the next start makes another */
+    orch_log(ORCH_WARN, "launcher: %s", why);
+}
+
+static struct orch_launcher *get_launcher(void *ud, struct orch_err *err)
+{
+    struct orch_vms *m = ud;
+    if (!m->launcher)
+        m->launcher = orch_launcher_new(m->loop, m->launcher_path, launcher_lost, m, err);
+    return m->launcher;
+}
+
+static void drop_vmm(struct orch_vm *vm)
+{
+    orch_channel_free(vm->channel);
+    vm->channel = NULL;
+    vm->m->backend->free(vm->vmm);
+    vm->vmm = NULL;
+}
+
+static int start_vmm(struct orch_vm *vm, const struct orch_template *t, struct orch_err *err)
+{
+    struct orch_vms *m = vm->m;
+    struct orch_vmm_cb cb = { vmm_phase, vmm_frozen, vmm_ended, vm };
+    struct orch_channel_cb agent_cb = { agent_hello, agent_failed, vm };
+    struct orch_launcher *la = get_launcher(m, err);
+    if (!la)
+        return -1;
+    cleanup_close int state_fd = orch_template_open_state(t, err);
+    if (state_fd < 0)
+        return -1;
+    struct orch_vmm_spec spec = {
+        .image = &t->image,
+        .kvm = t->kvm,
+        .clone = true,
+        .hold = !t->loaded,
+        .memory_bytes = t->memory_bytes,
+        .vcpus = t->vcpus,
+        .log_fd = orch_rundir_log_fd(vm->rundir),
+        .mem_fd = t->mem_fd,
+        .state_fd = state_fd,
+    };
+    vm->vmm = m->backend->start(m->host, la, &spec, &cb, &vm->agent_fd, err);
+    if (!vm->vmm)
+        return -1;
+    vm->channel = orch_channel_new(m->loop, vm->agent_fd, &agent_cb);
+    vm->started_us = orch_now_us();
+    vm->round = t->round;
+    return 0;
+}
+
+/* Comes twice when the template is being read from disk: QEMU starts while its memory is filled. */
+static void template_there(void *ud, const struct orch_template *t, const struct orch_err *err)
+{
+    struct orch_vm *vm = ud;
+    struct orch_vms *m = vm->m;
+    struct orch_err why;
+    if (err || t->loaded)
+        vm->wait = NULL;
+    if (err) {
+        failed(vm, "template", err);
+        return;
+    }
+    vm->isolation = t->kvm ? ORCH_ISOLATION_HARDWARE : ORCH_ISOLATION_EMULATED;
+    bool held = vm->vmm && vm->round == t->round;
+    if (held) {
+        m->backend->go(vm->vmm);
+    } else {
+        drop_vmm(vm);
+        vm->n_phases = 0;
+    }
+    if (t->loaded)
+        phase(vm, "template");
+    if (!held && start_vmm(vm, t, &why) < 0) {
+        failed(vm, "start", &why);
+        return;
+    }
+    vm->state = STARTING;
+    if (!vm->deadline)
+        vm->deadline = orch_timer_new(m->loop, clone_timeout, vm);
+    orch_timer_set(vm->deadline, m->o.clone_ms ? m->o.clone_ms : CLONE_MS);
+    if (vm->o.timeout_ms && !vm->life) {
+        vm->life = orch_timer_new(m->loop, life_over, vm);
+        orch_timer_set(vm->life, vm->o.timeout_ms);
+    }
+}
+
+static int parse_accel(const char *s, enum orch_accel *out, struct orch_err *err)
+{
+    static const char *const names[] = { "auto", "kvm", "tcg", NULL };
+    for (int i = 0; names[i]; i++)
+        if (!s || strcmp(s, names[i]) == 0) {
+            *out = (enum orch_accel)i;
+            return 0;
+        }
+    const char *near = orch_nearest(s, names);
+    return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL, "accel: \"%s\" is not known; auto, kvm or tcg%s%s%s", s,
+                         near ? " (did you mean " : "", near ? near : "", near ? "?)" : "");
+}
+
+static int check_opts(struct orch_vms *m, const struct orch_vm_opts *o, struct orch_template_want *w, struct orch_err *err)
+{
+    if (o->backend && strcmp(o->backend, "auto") != 0 && strcmp(o->backend, m->backend->name) != 0)
+        return orch_err_setc(err, ORCH_CLASS_ISOLATION, ENOTSUP, "backend: \"%s\" is not available; qemu is", o->backend);
+    if (o->network && strcmp(o->network, "none") != 0)
+        return orch_err_setc(err, ORCH_CLASS_ISOLATION, ENOTSUP,
+                             "network: \"%s\": microVMs with a network are not available yet; \"none\" is", o->network);
+    *w = (struct orch_template_want){ o->image ? o->image : "base", ORCH_ACCEL_AUTO,
+                                      o->memory_bytes ? o->memory_bytes : MEMORY_DEFAULT, o->vcpus ? o->vcpus : 1 };
+    if (parse_accel(o->accel, &w->accel, err) < 0)
+        return -EINVAL;
+    if (w->memory_bytes < MEMORY_MIN || w->memory_bytes > MEMORY_MAX || w->memory_bytes % (1 << 20))
+        return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL, "memory: %llu bytes; 64M to 4G in whole MiB are possible",
+                             (unsigned long long)w->memory_bytes);
+    if (w->vcpus < 1 || w->vcpus > 8)
+        return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL, "vcpus: %d; 1 to 8 are possible", w->vcpus);
+    if (o->timeout_ms < 0)
+        return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL, "timeout: negative");
+    if (m->n >= m->o.max)
+        return orch_err_setc(err, ORCH_CLASS_LIMIT, EAGAIN, "%d microVMs run already, the limit (vm.max) is %d", m->n, m->o.max);
+    return 0;
+}
+
+struct orch_vm *orch_vm_spawn(struct orch_vms *m, const struct orch_vm_opts *o, struct orch_err *err)
+{
+    struct orch_template_want want;
+    struct orch_err why;
+    if (check_opts(m, o, &want, err) < 0)
+        return NULL;
+    struct orch_vm *vm = orch_xcalloc(1, sizeof *vm);
+    vm->m = m;
+    vm->o = *o;
+    vm->image = orch_xstrdup(want.image);
+    vm->name = orch_xstrdup(o->name);
+    vm->call = orch_xstrdup(o->call);
+    vm->status = -1;
+    vm->agent_fd = -1;
+    vm->spawned_us = orch_now_us();
+    vm->next = m->vms;
+    vm->link = &m->vms;
+    if (vm->next)
+        vm->next->link = &vm->next;
+    m->vms = vm;
+    m->n++;
+    vm->rundir = orch_rundir_new(m->loop, m->runtime_dir, "vm", &why);
+    if (vm->rundir) {
+        snprintf(vm->id, sizeof vm->id, "%s", orch_rundir_id(vm->rundir));
+        vm->wait = orch_template_want(m->templates, &want, template_there, vm);
+    } else {
+        uint32_t n = 0;
+        orch_random(&n, sizeof n);
+        snprintf(vm->id, sizeof vm->id, "vm-%08x", n);
+        failed(vm, "start", &why);
+    }
+    return vm;
+}
+
+void orch_vm_free(struct orch_vm *vm)
+{
+    if (!vm)
+        return;
+    if (!vm->reason)
+        vm->reason = "closed";
+    release(vm);
+    emit_exit(vm);
+    uncount(vm);
+    orch_loop_unpost(vm->m->loop, tell_ready, vm);
+    orch_loop_unpost(vm->m->loop, tell_failed, vm);
+    orch_loop_unpost(vm->m->loop, tell_lost, vm);
+    orch_rundir_free(vm->rundir);
+    *vm->link = vm->next;
+    if (vm->next)
+        vm->next->link = vm->link;
+    free(vm->image);
+    free(vm->name);
+    free(vm->call);
+    free(vm);
+}
+
+/* ---- answers */
+
+const char *orch_vm_id(const struct orch_vm *vm)
+{
+    return vm->id;
+}
+
+const char *orch_vm_name(const struct orch_vm *vm)
+{
+    return vm->name;
+}
+
+const char *orch_vm_backend(const struct orch_vm *vm)
+{
+    return vm->m->backend->name;
+}
+
+const char *orch_vm_image(const struct orch_vm *vm)
+{
+    return vm->image;
+}
+
+enum orch_isolation orch_vm_isolation(const struct orch_vm *vm)
+{
+    return vm->isolation;
+}
+
+double orch_vm_spawn_ms(const struct orch_vm *vm)
+{
+    return vm->n_phases ? vm->phases[vm->n_phases - 1].ms : 0;
+}
+
+const struct orch_vm_phase *orch_vm_phases(const struct orch_vm *vm)
+{
+    return vm->phases;
+}
+
+struct orch_channel *orch_vm_channel(struct orch_vm *vm)
+{
+    return vm->channel;
+}
+
+struct orch_slice orch_vm_log_tail(const struct orch_vm *vm)
+{
+    return vm->rundir ? orch_rundir_tail(vm->rundir) : ORCH_SLICE("");
+}
+
+bool orch_vm_no_aslr(const struct orch_vm *vm)
+{
+    return vm->isolation == ORCH_ISOLATION_EMULATED;
+}
+
+/* ---- the manager */
+
+struct orch_vms *orch_vms_new(struct orch_loop *l, const struct orch_vms_opts *o, struct orch_err *err)
+{
+    int r = orch_mkdir_p(o->cache_dir, 0700);
+    if (r < 0) {
+        orch_err_set(err, -r, "cache directory %s: cannot be made: %s", o->cache_dir, strerror(-r));
+        return NULL;
+    }
+    if (orch_rundir_open(o->runtime_dir, err) < 0)
+        return NULL;
+    struct orch_vms *m = orch_xcalloc(1, sizeof *m);
+    m->loop = l;
+    m->o = *o;
+    m->launcher_path = orch_xstrdup(o->launcher_path);
+    m->runtime_dir = orch_xstrdup(o->runtime_dir);
+    m->backend = &orch_vmm_qemu;
+    m->host = m->backend->host_new(l, o->cache_dir, o->qemu);
+    struct orch_templates_opts t = {
+        .loop = l,
+        .backend = m->backend,
+        .host = m->host,
+        .cache_dir = o->cache_dir,
+        .runtime_dir = o->runtime_dir,
+        .agent_path = o->agent_path,
+        .kernel = o->kernel,
+        .modules = o->modules,
+        .boot_ms = o->boot_ms,
+        .launcher = get_launcher,
+        .launcher_ud = m,
+        .progress = o->progress,
+        .progress_ud = o->ud,
+    };
+    m->templates = orch_templates_new(&t);
+    return m;
+}
+
+void orch_vms_free(struct orch_vms *m)
+{
+    if (!m)
+        return;
+    while (m->vms)
+        orch_vm_free(m->vms);
+    orch_templates_free(m->templates);
+    m->backend->host_free(m->host);
+    orch_launcher_free(m->launcher);
+    free(m->launcher_path);
+    free(m->runtime_dir);
+    free(m);
+}
+
+void orch_vms_each(struct orch_vms *m, void (*fn)(void *ud, struct orch_vm *vm), void *ud)
+{
+    for (struct orch_vm *vm = m->vms, *next; vm; vm = next) {
+        next = vm->next;
+        if (vm->state != ENDED)
+            fn(ud, vm);
+    }
+}
+
+enum orch_isolation orch_vms_known_isolation(struct orch_vms *m, struct orch_buf *why)
+{
+    return orch_templates_known(m->templates, why);
+}

@@ -1,0 +1,137 @@
+/* orch's clones: spawn → `true` ran in the guest → freed, ROUNDS times in one process, pool 0. Compare with
+ * clone_raw.c, which does the same with bare QEMU.
+ * usage: clone_orch LAUNCHER AGENT CACHE_DIR RUNTIME_DIR [ROUNDS [AT_ONCE]] */
+#include "base/log.h"
+#include "vm/vm.h"
+
+#include <dirent.h>
+#include <stdio.h>
+#include <string.h>
+
+#define MAX_AT_ONCE 64
+
+struct run {
+    struct orch_vm *vm;
+    int64_t start_us;
+    double ready_ms, done_ms;
+    struct orch_vm_phase phases[9];
+};
+
+static struct orch_loop *loop;
+static int left;
+
+static void stop(void *ud, const char *line)
+{
+    (void)ud;
+    fprintf(stderr, "%s\n", line);
+}
+
+static void executed(void *ud, const struct orch_exec_result *r, const struct orch_err *err)
+{
+    struct run *x = ud;
+    if (err || r->status != 0) {
+        fprintf(stderr, "true failed: %s\n", err ? err->msg : "status");
+        exit(1);
+    }
+    x->done_ms = (double)(orch_now_us() - x->start_us) / 1000;
+    if (--left == 0)
+        orch_loop_stop(loop);
+}
+
+static void ready(void *ud, struct orch_vm *vm, const struct orch_err *err)
+{
+    struct run *x = ud;
+    static const char *const argv[] = { "true", NULL };
+    if (err) {
+        fprintf(stderr, "%s\n", err->msg);
+        exit(1);
+    }
+    x->ready_ms = orch_vm_spawn_ms(vm);
+    int n = 0;
+    for (const struct orch_vm_phase *p = orch_vm_phases(vm); p->name; p++)
+        x->phases[n++] = *p;
+    struct orch_exec_opts o = { .argv = argv, .no_aslr = orch_vm_no_aslr(vm), .done = executed, .ud = x };
+    struct orch_err why;
+    if (!orch_exec_start(orch_vm_channel(vm), &o, &why)) {
+        fprintf(stderr, "%s\n", why.msg);
+        exit(1);
+    }
+}
+
+static int by_value(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static void print(const char *name, double *v, int n)
+{
+    qsort(v, (size_t)n, sizeof *v, by_value);
+    printf("%-10s median %7.1f  p90 %7.1f ms\n", name, v[n / 2], v[n * 9 / 10]);
+}
+
+int main(int argc, char **argv)
+{
+    if (argc < 5) {
+        fprintf(stderr, "usage: clone_orch LAUNCHER AGENT CACHE_DIR RUNTIME_DIR [ROUNDS [AT_ONCE]]\n");
+        return 2;
+    }
+    int rounds = argc > 5 ? atoi(argv[5]) : 20, at_once = argc > 6 ? atoi(argv[6]) : 1;
+    if (rounds < 1 || at_once < 1 || at_once > MAX_AT_ONCE)
+        return 2;
+    struct orch_err err;
+    orch_log_level(getenv("VERBOSE") ? ORCH_DEBUG : ORCH_WARN);
+    loop = orch_loop_new(&err);
+    struct orch_vms_opts o = { .launcher_path = argv[1], .agent_path = argv[2], .cache_dir = argv[3], .runtime_dir = argv[4],
+                               .max = MAX_AT_ONCE, .progress = stop };
+    struct orch_vms *m = orch_vms_new(loop, &o, &err);
+    if (!m) {
+        fprintf(stderr, "%s\n", err.msg);
+        return 1;
+    }
+    double *done = orch_xcalloc((size_t)rounds, sizeof *done), *phase[9];
+    struct run *x = orch_xcalloc((size_t)at_once, sizeof *x);
+    const char *names[9] = { 0 };
+    for (int i = 0; i < 9; i++)
+        phase[i] = orch_xcalloc((size_t)rounds, sizeof *done);
+    int n = 0;
+    for (int r = -1; r < rounds; r++) { /* the first is the template's: not counted */
+        left = at_once;
+        for (int i = 0; i < at_once; i++) {
+            struct orch_vm_opts vo = { .accel = getenv("ACCEL"), .ready = ready, .ud = &x[i] };
+            x[i].start_us = orch_now_us();
+            x[i].vm = orch_vm_spawn(m, &vo, &err);
+            if (!x[i].vm) {
+                fprintf(stderr, "%s\n", err.msg);
+                return 1;
+            }
+        }
+        orch_loop_run(loop);
+        double last = 0;
+        for (int i = 0; i < at_once; i++) {
+            last = x[i].done_ms > last ? x[i].done_ms : last;
+            orch_vm_free(x[i].vm);
+        }
+        if (r < 0) {
+            printf("first (template found or made): %.1f ms\n", last);
+            for (int i = 0; x[0].phases[i].name; i++)
+                printf("  %-8s %7.1f ms\n", x[0].phases[i].name, x[0].phases[i].ms);
+            continue;
+        }
+        done[r] = last;
+        for (n = 0; x[0].phases[n].name; n++) {
+            names[n] = x[0].phases[n].name;
+            phase[n][r] = x[0].phases[n].ms;
+        }
+    }
+    for (int i = 0; i < n; i++)
+        print(names[i], phase[i], rounds);
+    print("true ran", done, rounds);
+    for (int i = 0; i < 9; i++)
+        free(phase[i]);
+    free(done);
+    free(x);
+    orch_vms_free(m);
+    orch_loop_free(loop);
+    return 0;
+}
