@@ -15,7 +15,6 @@
 
 enum {
     ENCODE_DEPTH = 64, /* what the scanner accepts by default */
-    STRIP_DEPTH = 1024,
     ENCODE_BYTES = 64 << 20,
     STEPS_PER_VALUE = 4,
     BYTES_PER_STEP = 16,
@@ -47,8 +46,8 @@ static int integer_eq(lua_State *L)
     return 1;
 }
 
-/* Pushes the metatable of that name. It is registered only when it is complete: memory may end at any
- * step, and a metatable without __metatable would be open to scripts. */
+/* Pushes the metatable of that name. It is registered only when it is complete: memory may end at
+ * any step, and a metatable without __metatable would be open to scripts. */
 static void push_meta(lua_State *L, const char *name)
 {
     static const luaL_Reg null_meta[] = { { "__tostring", null_tostring }, { NULL, NULL } };
@@ -192,14 +191,12 @@ bool orch_lua_push_json(lua_State *L, const struct orch_json_doc *d, uint32_t to
     return p.met_null;
 }
 
-/* Replaces the value at the top by its copy. */
-static void strip_top(lua_State *L, unsigned depth)
+/* Replaces the value at the top by its copy. A cycle ends when the Lua stack is full. */
+static void strip_top(lua_State *L)
 {
     charge(L, 1, 0);
     if (!lua_istable(L, -1))
         return;
-    if (depth == STRIP_DEPTH)
-        luaL_error(L, "JSON nested too deeply");
     luaL_checkstack(L, 6, "JSON nested too deeply");
     int from = lua_gettop(L);
     lua_createtable(L, (int)lua_objlen(L, from), 0);
@@ -213,7 +210,7 @@ static void strip_top(lua_State *L, unsigned depth)
             lua_pop(L, 1);
             continue;
         }
-        strip_top(L, depth + 1);
+        strip_top(L);
         lua_pushvalue(L, -2);
         lua_insert(L, -2);
         lua_rawset(L, from + 1);
@@ -224,7 +221,7 @@ static void strip_top(lua_State *L, unsigned depth)
 void orch_lua_strip_nulls(lua_State *L, int idx)
 {
     lua_pushvalue(L, idx);
-    strip_top(L, 0);
+    strip_top(L);
 }
 
 /* ---- from Lua */
@@ -460,7 +457,10 @@ static int json_array(lua_State *L)
 int orch_luaopen_json(lua_State *L)
 {
     static const luaL_Reg functions[] = {
-        { "encode", json_encode }, { "decode", json_decode }, { "array", json_array }, { NULL, NULL }
+        { "encode", json_encode },
+        { "decode", json_decode },
+        { "array", json_array },
+        { NULL, NULL },
     };
     lua_createtable(L, 0, 4);
     luaL_setfuncs(L, functions, 0);

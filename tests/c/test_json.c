@@ -74,6 +74,7 @@ static const struct bad bad[] = {
     { "\"\\ud800\\ud800\"", 1, "lone surrogate", 0 },
     { "\"\\udc00\"", 1, "lone surrogate", 0 },
     { "\"\\udc00\\ud800\"", 1, "lone surrogate", 0 },
+    { "\"\\udc00\\udc00\"", 1, "lone surrogate", 0 },
     { "\"\\ud800\\u00z0\"", 11, "invalid escape", 0 },
     { "\"ab\x80\"", 3, "invalid UTF-8", 0 },
     { "\"\xC3\"", 1, "invalid UTF-8", 0 },
@@ -859,7 +860,6 @@ static void nulls_are_dropped_kept_and_stripped(void **state)
     assert_false(orch_lua_push_json(L, &d, 2, ORCH_LUA_JSON_KEEP_NULL));
     lua_getfield(L, -1, "a");
     assert_int_equal(lua_objlen(L, -1), 1);
-    assert_int_equal(luaL_dostring(L, "local t = {} t.t = t return t"), 0);
     lua_close(L);
     assert_int_equal(pool.used, 0);
     (void)state;
