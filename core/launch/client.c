@@ -57,8 +57,13 @@ static void add_limits(char *out, size_t n)
     }
 }
 
-#define NO_CAPABILITIES "user namespaces come without capabilities here"
 #define CONTAINER "in a container, its seccomp or AppArmor profile must be relaxed for orch"
+#define PROCESSES "the limit of processes is reached; raise it (ulimit -u, cgroup pids.max)"
+#define UNMAPPED                                                                                   \
+    "uid and gid 60001 are not mapped in this user namespace; map them, or run orch as an ordinary user"
+#define NO_SETID "orch runs as root without CAP_SETUID and CAP_SETGID; give it both, or run it as an ordinary user"
+#define OLD_KERNEL "the kernel is too old: Linux 5.12 or newer is needed"
+#define KNOB "fix: sysctl -w kernel.unprivileged_userns_clone=1 where that setting exists; "
 
 static const struct {
     const char *step; /* "" ends */
@@ -66,36 +71,34 @@ static const struct {
     const char *fix;
 } fixes[] = {
     { "clone of init", EPERM,
-      "user namespaces are refused; fix: sysctl -w kernel.unprivileged_userns_clone=1 where that setting exists; " CONTAINER
+      "user namespaces are refused; " KNOB CONTAINER
       " (Docker: --security-opt seccomp=…, clone with CLONE_NEWUSER); orch must not run in a chroot" },
-    { "clone of init", EINVAL, "the kernel was built without user namespaces (CONFIG_USER_NS); use one that has them" },
-    { "clone of init", EAGAIN, "the limit of processes is reached; raise it (ulimit -u, cgroup pids.max)" },
-    { "clone of the VMM", EAGAIN, "the limit of processes is reached; raise it (ulimit -u, cgroup pids.max)" },
-    { "fork", EAGAIN, "the limit of processes is reached; raise it (ulimit -u, cgroup pids.max)" },
+    { "clone of init", EINVAL, "the kernel was built without user namespaces (CONFIG_USER_NS); use one with them" },
+    { "clone of init", EAGAIN, PROCESSES },
+    { "clone of the VMM", EAGAIN, PROCESSES },
+    { "fork", EAGAIN, PROCESSES },
     { "cells", 0, "one launcher holds at most 64 microVMs; end some first" },
     { "message", 0, "orch sent more than the launcher takes; please report this as a bug of orch" },
     { "uid", 0, "orch asked to run the VMM as root; please report this as a bug of orch" },
-    { "setresuid", EINVAL, "uid and gid 60001 are not mapped in this user namespace; map them, or run orch as an ordinary user" },
-    { "setresgid", EINVAL, "uid and gid 60001 are not mapped in this user namespace; map them, or run orch as an ordinary user" },
-    { "setgroups", EPERM, "orch runs as root without CAP_SETGID and CAP_SETUID; give it both, or run it as an ordinary user" },
-    { "setresuid", EPERM, "orch runs as root without CAP_SETUID; give it that, or run it as an ordinary user" },
-    { "setresgid", EPERM, "orch runs as root without CAP_SETGID; give it that, or run it as an ordinary user" },
-    { "pivot_root", EINVAL, "the root filesystem is the initramfs or orch runs in a chroot; neither can be left by pivot_root" },
-    { "unshare of the VMM", EPERM,
-      "a user namespace inside a user namespace is refused; fix: sysctl -w kernel.unprivileged_userns_clone=1 where that "
-      "setting exists; " CONTAINER },
+    { "setresuid", EINVAL, UNMAPPED },
+    { "setresgid", EINVAL, UNMAPPED },
+    { "setgroups", EPERM, NO_SETID },
+    { "setresuid", EPERM, NO_SETID },
+    { "setresgid", EPERM, NO_SETID },
+    { "pivot_root", EINVAL, "the root filesystem is the initramfs, or orch runs in a chroot; neither can be left" },
+    { "unshare of the VMM", EPERM, "a user namespace inside a user namespace is refused; " KNOB CONTAINER },
     { "bind", ENOENT, "the file is missing; install it, or correct the path orch was given" },
-    { "bind", EACCES, "the VMM's user may not reach the file; every directory on the way must let others pass (chmod o+x)" },
+    { "bind", EACCES, "the VMM's user may not reach the file; let others pass every directory to it (chmod o+x)" },
     { "bind", ENOSPC, "too many files, or the limit fs.mount-max is reached" },
+    { "bind of /proc/self/fd", ENOSYS, OLD_KERNEL },
+    { "read-only mounts", ENOSYS, OLD_KERNEL },
     { "bind of /dev/kvm", 0,
-      "this machine offers no KVM: enable virtualization in its firmware or hypervisor and load kvm_intel or kvm_amd; "
-      "without it microVMs run emulated (accel = \"tcg\")" },
+      "this machine offers no KVM: enable virtualization in its firmware or hypervisor and load kvm_intel or "
+      "kvm_amd; without it microVMs run emulated (accel = \"tcg\")" },
     { "execve", ENOENT, "the program or its dynamic linker is not among the files bound into the VMM's root" },
-    { "execve", EACCES, "the VMM's user may not execute the file: it needs mode o+rx and a filesystem without noexec" },
+    { "execve", EACCES, "the VMM's user may not execute the file: it needs mode o+rx, on no noexec filesystem" },
     { "execve", ENOEXEC, "the file is not a program of this machine" },
-    { "seccomp", EINVAL, "the kernel was built without seccomp filters (CONFIG_SECCOMP_FILTER); use one that has them" },
-    { "bind of /proc/self/fd", ENOSYS, "the kernel is too old: Linux 5.12 or newer is needed" },
-    { "read-only mounts", ENOSYS, "the kernel is too old: Linux 5.12 or newer is needed" },
+    { "seccomp", EINVAL, "the kernel was built without seccomp filters (CONFIG_SECCOMP_FILTER); use one with them" },
     { "filter", 0, "libseccomp could not build the VMM's filter; reinstall it (package libseccomp2)" },
     { "", 0, "see `orch doctor`; " CONTAINER },
 };
@@ -113,26 +116,29 @@ static bool wants_capabilities(const char *step, int code)
 
 static int explain(const char *launcher, const struct orch_launch_msg *m, struct orch_err *err)
 {
-    const char *file = m->blob_len ? m->blob : "";
-    char text[1500] = "";
-    if (wants_capabilities(m->step, m->sys_errno)) {
-        snprintf(text, sizeof text,
-                 NO_CAPABILITIES ". With AppArmor's kernel.apparmor_restrict_unprivileged_userns=1 (Ubuntu 24.04), fix once as root: "
-                 "put these lines into /etc/apparmor.d/orch-launcher and run `apparmor_parser -r /etc/apparmor.d/orch-launcher`:\n"
-                 "abi <abi/4.0>,\ninclude <tunables/global>\nprofile orch-launcher %s flags=(unconfined) {\n  userns,\n"
-                 "  include if exists <local/orch-launcher>\n}\nElse " CONTAINER, launcher);
-    } else if (m->sys_errno == ENOSPC && (!strncmp(m->step, "clone", 5) || !strncmp(m->step, "unshare", 7))) {
+    const char *step = m->step, *file = m->blob_len ? m->blob : "";
+    int code = m->sys_errno;
+    char fix[1200];
+    size_t i = 0;
+    while (*fixes[i].step && (strcmp(fixes[i].step, step) || (fixes[i].code && fixes[i].code != code)))
+        i++;
+    snprintf(fix, sizeof fix, "%s", fixes[i].fix);
+    if (wants_capabilities(step, code)) {
+        snprintf(fix, sizeof fix,
+                 "user namespaces come without capabilities here. With AppArmor's "
+                 "kernel.apparmor_restrict_unprivileged_userns=1 (Ubuntu 24.04), fix once as root: put these lines "
+                 "into /etc/apparmor.d/orch-launcher and run `apparmor_parser -r /etc/apparmor.d/orch-launcher`:\n"
+                 "abi <abi/4.0>,\ninclude <tunables/global>\nprofile orch-launcher %s flags=(unconfined) {\n"
+                 "  userns,\n  include if exists <local/orch-launcher>\n}\nElse " CONTAINER,
+                 launcher);
+    } else if (code == ENOSPC && (!strncmp(step, "clone", 5) || !strncmp(step, "unshare", 7))) {
         char limits[320] = "";
         add_limits(limits, sizeof limits);
-        snprintf(text, sizeof text, "a limit of namespaces is reached; raise the one that is too low (sysctl -w):%s", limits);
-    } else {
-        size_t i = 0;
-        while (*fixes[i].step && (strcmp(fixes[i].step, m->step) || (fixes[i].code && fixes[i].code != m->sys_errno)))
-            i++;
-        snprintf(text, sizeof text, "%s", fixes[i].fix);
+        snprintf(fix, sizeof fix, "a limit of namespaces is reached; raise the one that is too low (sysctl -w):%s",
+                 limits);
     }
-    return orch_err_setc(err, ORCH_CLASS_ISOLATION, m->sys_errno, "no confined VMM: %s%s%s: %s; %s", m->step, *file ? " " : "",
-                         file, strerror(m->sys_errno), text);
+    return orch_err_setc(err, ORCH_CLASS_ISOLATION, code, "no confined VMM: %s%s%s: %s; %s", step, *file ? " " : "", file,
+                         strerror(code), fix);
 }
 
 static int refuse(struct orch_err *err, int code, const char *path, const char *what)

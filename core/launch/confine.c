@@ -114,7 +114,12 @@ static void make_root(struct orch_confine *c)
 
 static void limit(int what, rlim_t value)
 {
-    struct rlimit l = { value, value };
+    struct rlimit l;
+    if (getrlimit(what, &l))
+        fail("rlimits", NULL);
+    if (value < l.rlim_max) /* orch's own may be lower, and cannot be raised here */
+        l.rlim_max = value;
+    l.rlim_cur = l.rlim_max;
     if (setrlimit(what, &l))
         fail("rlimits", NULL);
 }

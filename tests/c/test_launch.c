@@ -148,14 +148,15 @@ static void note_spaces(struct spaces *s, const pid_t *pids, int n)
 static int count_spaces(const struct spaces *s)
 {
     int n = 0;
-    pid_t parent;
     DIR *d = opendir("/proc");
-    for (struct dirent *e; (e = readdir(d));)
-        for (size_t k = 0; atoi(e->d_name) > 0 && state_of(atoi(e->d_name), &parent) != 'Z' && k < ORCH_ARRAY_LEN(kinds); k++) {
-            ino_t ino = space_of(atoi(e->d_name), kinds[k]);
+    for (struct dirent *e; (e = readdir(d));) {
+        pid_t pid = atoi(e->d_name), parent;
+        for (size_t k = 0; pid > 0 && state_of(pid, &parent) != 'Z' && k < ORCH_ARRAY_LEN(kinds); k++) {
+            ino_t ino = space_of(pid, kinds[k]);
             for (int i = 0; ino && i < s->n; i++)
                 n += s->ino[i] == ino;
         }
+    }
     closedir(d);
     return n;
 }
@@ -717,8 +718,6 @@ static int fake_launcher(const char *name)
     }
     if (strcmp(step, "dead"))
         orch_launch_send(3, &m, NULL, 0);
-    if (!strcmp(step, "silent"))
-        pause();
     return 4;
 }
 
@@ -749,15 +748,14 @@ static void test_fakes(void **state)
 {
     (void)state;
     char path[128];
-    static const char *const names[] = { "fake-uid_map-1", "fake-setgroups file-13", "fake-tmpfs-1", "fake-clone of init-1",
-                                         "fake-pivot_root-22", "fake-version-0", "fake-dead-0" };
+    static const char *const names[] = { "fake-uid_map-1",       "fake-setgroups file-13", "fake-tmpfs-1",
+                                         "fake-clone of init-1", "fake-pivot_root-22",     "fake-version-0",
+                                         "fake-dead-0" };
+    char self[256];
+    ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
+    self[n < 0 ? 0 : n] = 0;
     for (size_t i = 0; i < ORCH_ARRAY_LEN(names); i++) {
         snprintf(path, sizeof path, "%s/%s", dir, names[i]);
-        assert_int_equal(link(launcher, path), 0);
-        assert_int_equal(unlink(path), 0);
-        char self[256];
-        ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
-        self[n < 0 ? 0 : n] = 0;
         assert_int_equal(symlink(self, path), 0);
     }
     run_as(0, fake_case);
@@ -779,7 +777,8 @@ static int raw_launcher(pid_t *pid)
     }
     close(sv[1]);
     struct pollfd pf = { sv[0], POLLIN, 0 };
-    CHECK(poll(&pf, 1, 5000) == 1 && orch_launch_recv(sv[0], &m, fds, &n) == 1 && m.op == ORCH_LAUNCH_HELLO, "no HELLO");
+    CHECK(poll(&pf, 1, 5000) == 1 && orch_launch_recv(sv[0], &m, fds, &n) == 1, "no HELLO");
+    CHECK(m.op == ORCH_LAUNCH_HELLO && m.status == ORCH_LAUNCH_VERSION, "%u %d", m.op, m.status);
     return sv[0];
 }
 
@@ -804,6 +803,28 @@ static int raw_answer(int ctl, struct orch_launch_msg *m)
     int r = orch_launch_recv(ctl, m, fds, &n);
     CHECK(r >= 0, "%d", r);
     return r ? (int)m->op : 0;
+}
+
+/* Each of the two ties of an init holds alone: its launcher's life, its ctl. */
+static void ties_case(void)
+{
+    static struct orch_launch_msg m;
+    uint32_t uid = geteuid() ? 0 : 60001;
+    pid_t pid;
+    int sock = raw_launcher(&pid), ctl = raw_new(sock, uid), status;
+    close(ctl);
+    wait_gone(1, "ctl closed");
+    ctl = raw_new(sock, uid);
+    pid_t pids[2];
+    for (int64_t end = orch_now_us() + 5000000; find_processes(NULL, pids, 2) < 2;)
+        CHECK(orch_now_us() < end, "no init");
+    poll(NULL, 0, 20); /* past its start, whose helper has this command line too */
+    kill(pid, SIGKILL);
+    CHECK(raw_answer(ctl, &m) == 0, "the init lives on");
+    waitpid(pid, &status, 0);
+    wait_gone(0, "launcher killed");
+    close(ctl);
+    close(sock);
 }
 
 static void protocol_case(void)
@@ -921,6 +942,7 @@ static void protocol_case(void)
 static void test_protocol(void **state)
 {
     (void)state;
+    run_as_both(ties_case);
     run_as_both(protocol_case);
 }
 
