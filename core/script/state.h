@@ -23,14 +23,16 @@ struct orch_state;
 
 struct orch_state_opts {
     enum orch_context ctx;
-    size_t memory_bytes;  /* cap of the allocator; 0: none (script only) */
-    uint64_t steps;       /* per entry from C: VM instructions + strlib steps + bytes allocated / 16; 0: none */
-    int64_t cpu_ms;       /* per entry: time inside Lua; 0: none. A task's entries add up */
-    const char *lua_dir;  /* where boot.lua and the shipped modules are */
-    void *host;           /* for binders: orch_state_host */
+    size_t memory_bytes;    /* cap of the allocator (a single block may pass it by 1/16); 0: none */
+    uint64_t steps;         /* per entry from C: VM instructions + strlib steps + bytes allocated / 16; 0: none */
+    int64_t cpu_ms;         /* per entry: CPU time inside Lua; 0: none. A task's entries add up */
+    const char *lua_dir;    /* where boot.lua and the shipped modules are */
+    const char *script_dir; /* script only: `require` looks there after lua_dir; NULL: nowhere else */
+    void *host;             /* for binders: orch_state_host */
 };
 
 struct orch_state *orch_state_new(const struct orch_state_opts *o, struct orch_err *err);
+/* Cancels the state's tasks first (their waits' cancel and their done are called). */
 void orch_state_free(struct orch_state *s);
 lua_State *orch_state_lua(struct orch_state *s);
 struct orch_state *orch_state_of(lua_State *L); /* from any coroutine of the state */
@@ -46,12 +48,101 @@ int orch_state_load(struct orch_state *s, const char *path, struct orch_slice te
 
 /* Calls the function below nargs arguments, with budget and traceback. On failure pops everything and
  * sets err: the error's text with file:line, then the traceback on further lines; class LIMIT when a
- * budget ended it (the text then says which one, its size and where). */
+ * budget ended it: "limit: policy time 100 ms used up in policies/tools.lua:12". Inside another entry
+ * the budget of that one is used on. */
 int orch_state_pcall(struct orch_state *s, int nargs, int nresults, struct orch_err *err);
+
+/* Runs fn(L, ud) on the main thread so that a Lua error in it (also out of memory) is an error here.
+ * For host code that pushes values; arms no budget. fn leaves nothing on the stack. */
+typedef void orch_state_fn(lua_State *L, void *ud);
+int orch_state_protect(struct orch_state *s, orch_state_fn *fn, void *ud, struct orch_err *err);
 
 /* For binders and strlib: charges n steps; raises the limit error when the budget is used up. */
 void orch_state_charge(lua_State *L, uint64_t n); /* raises */
-/* Freezes the table at idx and every table below it: writes raise, pairs and # go on working. */
+
+/* Freezes the table at idx in place: assignments, rawset, table.insert and so on raise.
+ *  - A table of named things (a library): also every table below it. Reads and pairs go on working;
+ *    `#` and next do not, since what is left is a proxy: not for arrays, which stay as they are.
+ *  - The environment of a loaded chunk (orch_state_env): its globals can no longer be assigned; the
+ *    tables they hold are left alone. */
 void orch_state_freeze(lua_State *L, int idx); /* raises */
+/* Pushes the environment of the function at fn_idx; returns 1. */
+int orch_state_env(lua_State *L, int fn_idx);
+
+/* ---- Inside core/script only ------------------------------------------------------------------ */
+
+struct orch_task;
+struct orch_tasks;
+
+/* What an entry, or a task over all its entries, has used. */
+struct orch_meter {
+    uint64_t steps;
+    int64_t used_us;
+};
+
+struct orch_state {
+    lua_State *L; /* the main thread */
+    enum orch_context ctx;
+    bool bounded;
+    size_t memory, memory_max;
+    uint64_t steps_max;
+    int64_t cpu_us_max;
+    void *host;
+
+    /* The entry in progress. */
+    int depth;                 /* entries on the C stack */
+    struct orch_meter *meter;  /* never NULL */
+    uint64_t next_check;       /* meter->steps at which clock and limits are looked at again */
+    int64_t tick_ms, cpu_us;   /* coarse clock at the last look; CPU clock then, -1 not read yet */
+    enum orch_class over;      /* not 0: ended by this; every instruction raises until C is reached */
+    int over_code;
+    char over_msg[256];
+    bool no_memory;            /* the allocator refused */
+    bool armed;                /* the hook fires at the next instruction */
+    int nest;                  /* C functions that call back into Lua, on the C stack */
+    struct orch_task *task;    /* running now */
+    lua_State *task_thread;
+    struct orch_meter own;
+
+    orch_state_fn *protect_fn;
+    void *protect_ud;
+    int ref_traceback, ref_protect, ref_slot, ref_env;
+    struct orch_tasks *tasks; /* task.c's; freed by tasks_free before the state */
+    void (*tasks_free)(struct orch_tasks *ts);
+};
+
+struct orch_entry {
+    struct orch_meter *meter;
+    struct orch_task *task;
+    lua_State *task_thread;
+    int nest;
+    bool own;
+};
+
+/* Around everything that runs Lua. m: a task's meter; NULL: a fresh budget, or the outer entry's when
+ * there is one. false: the outer entry is over, nothing may run. */
+bool orch_state_enter(struct orch_state *s, struct orch_entry *e, struct orch_meter *m);
+/* true: a limit or a cancellation ended it, and err says which. */
+bool orch_state_leave(struct orch_state *s, struct orch_entry *e, struct orch_err *err);
+/* Ends the entry in progress as if a budget were used up (bounded states). */
+void orch_state_stop(struct orch_state *s, enum orch_class cls, int code, const char *msg);
+/* Clock, limits, memory; raises when one is used up. */
+void orch_state_check(lua_State *L); /* raises */
+/* Error value at the top of the main thread to err; pops it. T: thread for the traceback or NULL. */
+int orch_state_describe(struct orch_state *s, int status, lua_State *T, struct orch_err *err);
+bool orch_state_frozen(lua_State *L, int idx);
+/* Pushes the text tostring would give (calls __tostring); raises. */
+const char *orch_state_text(lua_State *L, int idx, size_t *n);
+/* A C function that may call back into Lua counts itself, since every level costs C stack:
+ * ORCH_NEST(L); raises when too many are on the C stack. */
+struct orch_state *orch_state_nest(lua_State *L); /* raises */
+static inline void orch_state_unnest(struct orch_state **s)
+{
+    (*s)->nest--;
+}
+#define ORCH_NEST(L) \
+    ORCH_CLEANUP(orch_state_unnest) __attribute__((unused)) struct orch_state *orch_nested = orch_state_nest(L)
+
+extern const char orch_wait_marker; /* its address is what a waiting C function yields */
 
 #endif
