@@ -9,7 +9,6 @@
 #include <cmocka.h>
 #include <errno.h>
 #include <lauxlib.h>
-#include <lualib.h>
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -663,54 +662,27 @@ static void builder_composes_documents(void **state)
 
 /* ---- Lua */
 
-__attribute__((weak)) void orch_state_charge(lua_State *L, uint64_t n)
+static struct orch_state *new_state(enum orch_context ctx)
 {
-    (void)L;
-    (void)n;
-}
-
-__attribute__((weak)) enum orch_context orch_state_context(lua_State *L)
-{
-    (void)L;
-    return ORCH_CTX_SCRIPT;
-}
-
-/* Counts what it gave out; after `left` allocations it gives nothing. */
-struct pool {
-    long left; /* below 0: no limit */
-    size_t used;
-    bool refused;
-};
-
-static void *pool_alloc(void *ud, void *p, size_t old, size_t n)
-{
-    struct pool *pool = ud;
-    if (n == 0) {
-        pool->used -= old;
-        free(p);
-        return NULL;
-    }
-    if (n > old && pool->left == 0) {
-        pool->refused = true;
-        return NULL;
-    }
-    pool->left -= n > old && pool->left > 0;
-    void *q = realloc(p, n);
-    pool->used += q ? n - old : 0;
-    return q;
-}
-
-static lua_State *new_state(struct pool *pool)
-{
-    *pool = (struct pool){ .left = -1 };
-    lua_State *L = lua_newstate(pool_alloc, pool);
-    assert_non_null(L);
-    luaL_openlibs(L);
-    lua_newtable(L);
+    struct orch_err err;
+    struct orch_state *s = orch_state_new(
+        &(struct orch_state_opts){ .ctx = ctx, .lua_dir = "lua", .memory_bytes = ctx == ORCH_CTX_SCRIPT ? 0 : 64 << 20 },
+        &err);
+    if (!s)
+        fail_msg("%s", err.msg);
+    lua_State *L = orch_state_lua(s);
     assert_int_equal(orch_luaopen_json(L), 1);
-    lua_setfield(L, -2, "json");
-    lua_setglobal(L, "orch");
-    return L;
+    lua_pushliteral(L, "json");
+    lua_insert(L, -2);
+    lua_rawset(L, LUA_GLOBALSINDEX); /* a bounded state's globals are read-only for scripts alone */
+    return s;
+}
+
+/* Runs the text; its result, if any, is on the stack. */
+static int run(struct orch_state *s, const char *text, int nresults, struct orch_err *err)
+{
+    int rc = orch_state_load(s, "test", orch_slice_str(text), err);
+    return rc < 0 ? rc : orch_state_pcall(s, 0, nresults, err);
 }
 
 /* Each must end without an error. */
@@ -760,16 +732,20 @@ static const char *const scripts[] = {
 
 static void lua_scripts_hold(void **state)
 {
-    struct pool pool;
-    lua_State *L = new_state(&pool);
-    for (size_t i = 0; i < ORCH_ARRAY_LEN(scripts); i++) {
-        lua_pushfstring(L, "local json = orch.json %s", scripts[i]);
-        if (luaL_dostring(L, lua_tostring(L, -1)))
-            fail_msg("%s\n%s", scripts[i], lua_tostring(L, -1));
-        lua_settop(L, 0);
+    static const enum orch_context contexts[] = { ORCH_CTX_SCRIPT, ORCH_CTX_TOOL };
+    struct orch_err err;
+    for (size_t c = 0; c < ORCH_ARRAY_LEN(contexts); c++) {
+        struct orch_state *s = new_state(contexts[c]);
+        for (size_t i = 0; i < ORCH_ARRAY_LEN(scripts); i++) {
+            if (run(s, scripts[i], 0, &err) < 0)
+                fail_msg("%s\n%s", scripts[i], err.msg);
+        }
+        orch_state_free(s);
     }
-    lua_close(L);
-    assert_int_equal(pool.used, 0);
+    struct orch_state *s = new_state(ORCH_CTX_POLICY);
+    if (run(s, "local t = json.decode('{\"a\":null,\"b\":[null]}') assert(t.a == nil and t.b[1] == json.null)", 0, &err) < 0)
+        fail_msg("%s", err.msg);
+    orch_state_free(s);
     (void)state;
 }
 
@@ -794,7 +770,7 @@ static void encode_names_what_it_refuses(void **state)
         { "{[0]=1,2}", "value: mixed keys (they must be strings, or 1 to n)" },
         { "{1,2,nil,4}", "value: mixed keys (they must be strings, or 1 to n)" },
         { "{1,2,nil,4,x=1}", "value: mixed keys (they must be strings, or 1 to n)" },
-        { "orch.json.array{x=1}", "value: mixed keys (they must be strings, or 1 to n)" },
+        { "json.array{x=1}", "value: mixed keys (they must be strings, or 1 to n)" },
         { "{p=setmetatable({},{__index={x=1}})}", "p: an empty table with a metatable cannot be JSON" },
         { "(function() local t={} t.t=t return t end)()",
           "t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t."
@@ -802,34 +778,36 @@ static void encode_names_what_it_refuses(void **state)
         { "(function() local s=('x'):rep(2^20) local t={} for i=1,65 do t[i]=s end return t end)()",
           "[64]: more than 64 MiB of JSON" },
     };
-    struct pool pool;
-    lua_State *L = new_state(&pool);
+    struct orch_state *s = new_state(ORCH_CTX_SCRIPT);
+    struct orch_err err;
+    lua_State *L = orch_state_lua(s);
+    int top = lua_gettop(L);
     for (size_t i = 0; i < ORCH_ARRAY_LEN(cases); i++) {
         cleanup_buf struct orch_buf out = { 0 };
+        cleanup_buf struct orch_buf text = { 0 };
         char why[512] = "", tiny[8];
         orch_buf_str(&out, "before");
-        lua_pushfstring(L, "return %s", cases[i].expr);
-        assert_int_equal(luaL_dostring(L, lua_tostring(L, -1)), 0);
-        int top = lua_gettop(L);
+        orch_buf_printf(&text, "return %s", cases[i].expr);
+        assert_int_equal(run(s, text.p, 1, &err), 0);
         assert_int_equal(orch_lua_encode_json(L, -1, &out, why, sizeof why), -EINVAL);
         assert_string_equal(why, cases[i].why);
         assert_string_equal(out.p, "before");
-        assert_int_equal(lua_gettop(L), top);
-        assert_int_equal(orch_lua_encode_json(L, top, &out, tiny, sizeof tiny), -EINVAL);
+        assert_int_equal(lua_gettop(L), top + 1);
+        assert_int_equal(orch_lua_encode_json(L, top + 1, &out, tiny, sizeof tiny), -EINVAL);
         assert_memory_equal(tiny, why, sizeof tiny - 1);
-        assert_int_equal(orch_lua_encode_json(L, top, &out, NULL, 0), -EINVAL);
-        lua_settop(L, 0);
+        assert_int_equal(orch_lua_encode_json(L, top + 1, &out, NULL, 0), -EINVAL);
+        lua_settop(L, top);
     }
-    assert_int_equal(luaL_dostring(L, "return select(2, pcall(orch.json.encode, {a=print}))"), 0);
+    assert_int_equal(run(s, "return select(2, pcall(json.encode, {a=print}))", 1, &err), 0);
     assert_string_equal(lua_tostring(L, -1), "orch.json.encode: a: function cannot be JSON");
-    lua_close(L);
+    orch_state_free(s);
     (void)state;
 }
 
 static void nulls_are_dropped_kept_and_stripped(void **state)
 {
-    struct pool pool;
-    lua_State *L = new_state(&pool);
+    struct orch_state *s = new_state(ORCH_CTX_SCRIPT);
+    lua_State *L = orch_state_lua(s);
     cleanup_json struct orch_json_doc d = { 0 };
     cleanup_buf struct orch_buf out = { 0 };
 
@@ -840,11 +818,10 @@ static void nulls_are_dropped_kept_and_stripped(void **state)
 
     assert_true(orch_lua_push_json(L, &d, 0, ORCH_LUA_JSON_KEEP_NULL));
     lua_getfield(L, -1, "a");
-    lua_getglobal(L, "orch");
-    lua_getfield(L, -1, "json");
+    lua_getglobal(L, "json");
     lua_getfield(L, -1, "null");
-    assert_true(lua_rawequal(L, -1, -4));
-    lua_pop(L, 4);
+    assert_true(lua_rawequal(L, -1, -3));
+    lua_pop(L, 3);
     orch_lua_strip_nulls(L, -1);
     out.n = 0;
     assert_int_equal(orch_lua_encode_json(L, -1, &out, NULL, 0), 0);
@@ -860,8 +837,7 @@ static void nulls_are_dropped_kept_and_stripped(void **state)
     assert_false(orch_lua_push_json(L, &d, 2, ORCH_LUA_JSON_KEEP_NULL));
     lua_getfield(L, -1, "a");
     assert_int_equal(lua_objlen(L, -1), 1);
-    lua_close(L);
-    assert_int_equal(pool.used, 0);
+    orch_state_free(s);
     (void)state;
 }
 
@@ -873,21 +849,21 @@ static int strip_it(lua_State *L)
 
 static void strip_refuses_cycles(void **state)
 {
-    struct pool pool;
-    lua_State *L = new_state(&pool);
+    struct orch_state *s = new_state(ORCH_CTX_SCRIPT);
+    lua_State *L = orch_state_lua(s);
     lua_pushcfunction(L, strip_it);
     assert_int_equal(luaL_dostring(L, "local t = {} t.t = t return t"), 0);
     assert_int_equal(lua_pcall(L, 1, 1, 0), LUA_ERRRUN);
     assert_non_null(strstr(lua_tostring(L, -1), "nested too deeply"));
-    lua_close(L);
+    orch_state_free(s);
     (void)state;
 }
 
 /* As deep as any scanner limit allows. */
 static void deep_documents_become_lua(void **state)
 {
-    struct pool pool;
-    lua_State *L = new_state(&pool);
+    struct orch_state *s = new_state(ORCH_CTX_SCRIPT);
+    lua_State *L = orch_state_lua(s);
     cleanup_json struct orch_json_doc d = { 0 };
     char text[2048];
     struct orch_json_fault f;
@@ -898,58 +874,76 @@ static void deep_documents_become_lua(void **state)
     orch_lua_push_json(L, &d, 0, 0);
     orch_lua_strip_nulls(L, -1);
     assert_int_equal(lua_gettop(L), 2);
-    lua_close(L);
+    orch_state_free(s);
     (void)state;
 }
 
-static int exercise(lua_State *L)
+static void exercise(lua_State *L, void *ud)
 {
     cleanup_json struct orch_json_doc d = { 0 };
     cleanup_buf struct orch_buf out = { 0 };
     SCAN(&d, "{\"list\":[1,\"\\u00e9scaped\",null,{\"k\":null},12345678901234567890],\"o\":{\"p\":{\"q\":[[]]}}}");
     orch_luaopen_json(L);
+    int json = lua_gettop(L);
     orch_lua_push_json(L, &d, 0, ORCH_LUA_JSON_KEEP_NULL);
     orch_lua_strip_nulls(L, -1);
     if (orch_lua_encode_json(L, -1, &out, NULL, 0) < 0)
-        return luaL_error(L, "encode");
-    lua_getfield(L, 1, "decode");
+        luaL_error(L, "encode");
+    lua_getfield(L, json, "decode");
     lua_pushlstring(L, out.p, out.n);
     lua_call(L, 1, 1);
-    lua_getfield(L, 1, "encode");
+    lua_getfield(L, json, "encode");
     lua_insert(L, -2);
     lua_call(L, 1, 1);
-    return 0;
+    lua_settop(L, json - 1);
+    (void)ud;
 }
 
-static int exercise_cp(lua_State *L)
-{
-    lua_settop(L, 0);
-    return exercise(L);
-}
-
-/* The n-th allocation fails, for every n until none does; nothing leaks (the sanitizer looks at the C
+/* Memory ends a little later each time, until it suffices: nothing leaks (the sanitizer looks at the C
  * side) and the state goes on. */
 static void memory_may_end_anywhere(void **state)
 {
-    long n = 0;
-    for (;; n++) {
-        struct pool pool = { .left = -1 };
-        lua_State *L = lua_newstate(pool_alloc, &pool);
-        assert_non_null(L);
-        pool.left = n;
-        int rc = lua_cpcall(L, exercise_cp, NULL);
-        pool.left = -1;
-        if (!pool.refused) {
-            assert_int_equal(rc, 0);
-            lua_close(L);
+    struct orch_err err;
+    int failed = 0;
+    for (size_t more = 0;; more += 16) {
+        struct orch_state *s = orch_state_new(
+            &(struct orch_state_opts){ .ctx = ORCH_CTX_SCRIPT, .lua_dir = "lua" }, &err);
+        assert_non_null(s);
+        /* The allocator's limit has a reserve of 1/16. */
+        orch_state_set_limits(s, (orch_state_memory(s) + more) * 16 / 17, 0, 0);
+        int rc = orch_state_protect(s, exercise, NULL, &err);
+        if (rc == 0) {
+            orch_state_free(s);
             break;
         }
-        assert_int_equal(rc, LUA_ERRMEM);
-        assert_int_equal(lua_cpcall(L, exercise_cp, NULL), 0);
-        lua_close(L);
-        assert_int_equal(pool.used, 0);
+        assert_int_equal(rc, -ENOMEM);
+        failed++;
+        orch_state_set_limits(s, 0, 0, 0);
+        assert_int_equal(orch_state_protect(s, exercise, NULL, &err), 0);
+        orch_state_free(s);
     }
-    assert_true(n > 30);
+    assert_true(failed > 30);
+    (void)state;
+}
+
+/* What is done in C counts: no loop around these calls outlasts the budget. */
+static void work_is_charged(void **state)
+{
+    static const char script[] = "local big = json.decode('[' .. string.rep('[],', 5000) .. '0]')\n"
+                                 "local blank = string.rep(' ', 100000) local bad = blank .. '\\255'\n"
+                                 "for i = 1, 1000 do %s end";
+    static const char *const work[] = { "json.encode(big)", "pcall(json.encode, bad)", "json.decode(blank)",
+                                        "pcall(json.encode, {[bad] = 1})", "json.decode(json.encode(big))" };
+    struct orch_err err;
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(work); i++) {
+        cleanup_buf struct orch_buf text = { 0 };
+        struct orch_state *s = new_state(ORCH_CTX_POLICY);
+        orch_buf_printf(&text, script, work[i]);
+        orch_state_set_limits(s, 64 << 20, 1000000, 0);
+        assert_true(run(s, text.p, 0, &err) < 0);
+        assert_int_equal(err.cls, ORCH_CLASS_LIMIT);
+        orch_state_free(s);
+    }
     (void)state;
 }
 
@@ -977,6 +971,7 @@ int main(void)
         cmocka_unit_test(strip_refuses_cycles),
         cmocka_unit_test(deep_documents_become_lua),
         cmocka_unit_test(memory_may_end_anywhere),
+        cmocka_unit_test(work_is_charged),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
