@@ -227,7 +227,8 @@ static void test_lua_charges(void **state)
 static void test_lua_collects(void **state)
 {
     (void)state;
-    run_lua("local alive = setmetatable({}, { __mode = 'k' })\n"
+    run_lua("local heap = {} for i = 1, 200000 do heap[i] = {} end collectgarbage()\n"
+            "local alive = setmetatable({}, { __mode = 'k' })\n"
             "local most = 0\n"
             "for i = 1, 20000 do\n"
             "  alive[compile('(abc|def){1,60}' .. i)] = true\n"
