@@ -128,8 +128,8 @@ good("paths are relative to the file", { policies = "../p//x/./y", tools = { "/a
     eq(c.policies, "/etc/p/x/y") eq(c.tools[1], "/abs/t") eq(c.tools[2], "/etc/orch/t") eq(c.tools[3], "/t")
     eq(c.audit.dir, "/etc/orch/audit")
 end)
-good("address blocks", { net = { permit_private = { "10.0.0.0/8", "192.168.1.0/24", "10.1.2.3/32", "fd00::/8", "fe80::1/128", "2001:db8:0:1:2:3:4:5/128", "::1/128", "1::/16" } } }, function(c)
-    eq(#c.net.permit_private, 8) eq(c.net.permit_private[4], "fd00::/8")
+good("address blocks", { net = { permit_private = { "10.0.0.0/8", "192.168.1.0/24", "10.1.2.3/32", "fd00::/8", "fe80::1/128", "2001:db8:0:1:2:3:4:5/128", "::1/128", "1::/16", "255.255.255.255/32", "1:2:3:4:5:6:7::/112" } } }, function(c)
+    eq(#c.net.permit_private, 10) eq(c.net.permit_private[4], "fd00::/8")
     eq(list_text(c.notes), "net.permit_private: without effect until network policies are available")
 end)
 good("a secret token is noted, since the environment decides whether it is there", { http = { token = SECRET } }, function(c)
@@ -209,6 +209,9 @@ bad({ net = { permit_private = { "10.0.0.0/8", "10.0.0.1/8", "10.0.0.0", "300.0.
     'net.permit_private[7]: expected an address block like "10.0.0.0/8", got "1:2:3/8"',
     'net.permit_private[8]: expected an address block like "10.0.0.0/8", got "1::2::3/8"',
     'net.permit_private[9]: expected an address block like "10.0.0.0/8", got "010.0.0.0/8"')
+for _, block in ipairs({ "1.256.0.0/16", "1.2.256.0/24", "1.2.3.256/32", "1:2:3:4:5:6:7:8:9/128", "1:2:3:4:5:6:7:8::/128", "g::/16", "12345::/16", "/8", "::/x" }) do
+    bad({ net = { permit_private = { block } } }, 'net.permit_private[1]: expected an address block like "10.0.0.0/8", got "' .. block .. '"')
+end
 bad({ net = { uplink = "slirp" } }, 'net.uplink: must be one of pasta, veth, got "slirp"')
 bad({ upstreams = { files = { command = { "x" } } } }, "upstreams: not available yet; put one server behind `orch mcp stdio -- CMD`")
 bad({ upstreams = "x" }, 'upstreams: expected a table, got "x"')

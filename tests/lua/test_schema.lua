@@ -193,6 +193,7 @@ S '{"multipleOf":3}':ok("9", "-9", "9007199254740993", "3e300", "\"a\""):no("10"
 S '{"multipleOf":100}':ok("0", "200", "1e30"):no("20", ": must be a multiple of 100 (multipleOf)", "250", ": must be a multiple of 100 (multipleOf)")
 S '{"multipleOf":0.123456789}':no("1e308", ": must be a multiple of 0.123456789 (multipleOf)")
 S '{"multipleOf":1e-8}':ok("12391239123")
+S '{"multipleOf":4}':ok("300", "1e2", "0.4e1"):no("30", ": must be a multiple of 4 (multipleOf)", "1e1", ": must be a multiple of 4 (multipleOf)")
 
 -- Strings --------------------------------------------------------------------------------------------
 
@@ -269,6 +270,7 @@ S '{"$ref":"#/$defs/a","maximum":3,"$defs":{"a":{"minimum":1}}}':ok("2"):no("0",
 S '{"$ref":"#/$defs/a~1b%25c~0d","$defs":{"a/b%c~d":{"type":"null"}}}':ok("null"):no("1", ": expected null, got number (type)")
 S '{"$ref":"#/prefixItems/1","prefixItems":[true,{"type":"array"}]}':ok("[]"):no("{}", ": expected array, got object (type)")
 S '{"$ref":"#name","$defs":{"a":{"$anchor":"name","type":"string"}}}':ok('"a"'):no("1", ": expected string, got number (type)")
+S '{"$ref":"#name","not":{"$anchor":"name","type":"string"}}':no("1", ": expected string, got number (type)", '"a"', ": must not match (not)")
 S '{"$ref":"#/$defs/no","$defs":{"no":false}}':no("1", ": nothing is allowed here (false)")
 S '{"$id":"http://h/base/s","$ref":"other#x","$defs":{"o":{"$id":"other","$defs":{"y":{"$anchor":"x","type":"string"}}}}}':ok('"a"'):no(
     "1", ": expected string, got number (type)")
@@ -343,6 +345,7 @@ bad('{"$ref":"other.json#/a"}', "#/$ref: 'other.json#/a' is not in this schema; 
 bad('{"$ref":"#/$defs/missing"}', "#/$ref: '#/$defs/missing' leads to no schema")
 bad('{"$ref":"#/title/x","title":"t"}', "#/$ref: '#/title/x' leads to no schema")
 bad('{"$ref":"#gone"}', "#/$ref: no $anchor 'gone' in this schema")
+bad('{"$ref":"#x","enum":[{"$anchor":"x"}]}', "#/$ref: no $anchor 'x' in this schema")
 bad('{"$ref":5}', "#/$ref: expected a string")
 bad('{"type":"str"}', "#/type: expected string, number, integer, boolean, null, array or object, got 'str'")
 bad('{"type":[]}', "#/type: expected the name of a type or a list of them")
@@ -397,6 +400,14 @@ do
     deep.d2001 = { type = "string" }
     check, message = schema.compile({ ["$ref"] = "#/$defs/d1", ["$defs"] = deep })
     report(not check and message:find("schemas and references nested deeper than 256", 1, true), "a chain of references, too", message)
+    local wide = { properties = {}, items = { ["$ref"] = "#" } }
+    for i = 1, 300 do wide.properties["p" .. i] = { type = "string" } end
+    check, message = schema.compile(wide)
+    report(check, "a wide schema is not a deep one", message)
+    local rows = {}
+    for i = 1, 300 do rows[i] = { p1 = "x" } end
+    good, message = check(rows)
+    report(good, "300 entries of a recursive schema are not a recursion of 300", message)
     local value, other = 1, 1
     for _ = 1, 300 do value, other = { value }, { other } end
     check = schema.compile({ const = value })
