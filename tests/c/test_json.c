@@ -219,15 +219,19 @@ static const char *const suite[] = {
     "n[-.123]", "n[1ea]", "n[1.8011670033376514H-308]", "n[012]", "n[00]", "n[1e1e1]", "n[1e1000]",
     "n{\"x\", null}", "n{\"x\"::\"b\"}", "n{\"a\":\"a\" 123}", "n{key: 'value'}", "n{\"a\" \"b\"}", "n{:\"b\"}",
     "n{\"a\"", "n{1:1}", "n{9999E9999:1}", "n{null:null}", "n{\"id\":0,,,,,}", "n{'a':0}", "n{\"id\":0,}",
-    "n{\"a\":\"b\"}/**/", "n{\"a\":\"b\"}//", "n{\"a\":\"b\",,\"c\":\"d\"}", "n{a: \"b\"}", "n{\"a\":\"a", "n{ \"a\" : 1",
+    "n{\"a\":\"b\"}/**/", "n{\"a\":\"b\"}//", "n{\"a\":\"b\",,\"c\":\"d\"}",
+    "n{a: \"b\"}", "n{\"a\":\"a", "n{ \"a\" : 1",
     "n{\"a\":\"b\"}#", "n ", "n[\"\\uD800\\u\"]", "n[\"\\uD800\\u1\"]", "n[\"\\uD800\\u1x\"]", "n[\\u0020]",
     "n[\"\\x00\"]", "n[\"\\\\\\\"]", "n[\"\\\t\"]", "n[\"\\\xF0\x9F\x8C\x80\"]", "n[\"\\\"]", "n[\"\\u00A\"]",
-    "n[\"\\uD834\\uDd\"]", "n[\"\\uD800\\uD800\\x\"]", "n[\"\\a\"]", "n[\"\\uqqqq\"]", "n[\"\\u\xC3\xA9\"]", "n[\xC3\xA9]",
+    "n[\"\\uD834\\uDd\"]", "n[\"\\uD800\\uD800\\x\"]", "n[\"\\a\"]",
+    "n[\"\\uqqqq\"]", "n[\"\\u\xC3\xA9\"]", "n[\xC3\xA9]",
     "n[\"", "n['single quote']", "nabc", "n[\"\\", "n[\"new\nline\"]", "n[\"\t\"]", "n\"\\UA66D\"", "n\"\"x", "n<.>",
     "n[<null>]", "n[1]x", "n[1]]", "n[\"asd]", "na\xC3\xA5", "n[True]", "n1]", "n{\"x\": true,", "n[][]", "n]",
     "n\xEF\xBB\xBF[]", "n\xE2\x81\xA0", "n[", "n{\"a\":{\"b\":1}", "n{}}", "n{\"\":", "n{[", "n*", "n[a",
-    "n{\"a\":\"b\"}#{}", "n[\"a\" b]", "n{\"a\":1,\"a\":1}", "n{\"a\":{},\"b\":{},\"a\":{}}", "n[\x0C]", "n[\xE2\x80\x83]",
-    "n[\"\xFF\"]", "n[\"\xE0\xFF\"]", "n[\"\xFC\x80\x80\x80\x80\x80\"]", "n[\"\xE9\"]", "n[\"\x81\"]", "n[\"\xC0\xAF\"]",
+    "n{\"a\":\"b\"}#{}", "n[\"a\" b]", "n{\"a\":1,\"a\":1}",
+    "n{\"a\":{},\"b\":{},\"a\":{}}", "n[\x0C]", "n[\xE2\x80\x83]",
+    "n[\"\xFF\"]", "n[\"\xE0\xFF\"]", "n[\"\xFC\x80\x80\x80\x80\x80\"]",
+    "n[\"\xE9\"]", "n[\"\x81\"]", "n[\"\xC0\xAF\"]",
     "n[\"\xED\xA0\x80\xED\xB0\x80\"]", "n[\"\xF0\x9F\x98\"]", "n[\"01234567\x01\"]", "n\x01", "n[\"a\x00\"]",
 };
 
@@ -362,7 +366,8 @@ static void numbers_are_read_exactly(void **state)
         { "-17", -17, ORCH_JSON_INTEGER, true, -17 },
         { "9007199254740992", 9007199254740992.0, ORCH_JSON_INTEGER, true, INT64_C(9007199254740992) },
         { "9007199254740993", 9007199254740992.0, ORCH_JSON_INTEGER | ORCH_JSON_BIG, true, INT64_C(9007199254740993) },
-        { "-9007199254740993", -9007199254740992.0, ORCH_JSON_INTEGER | ORCH_JSON_BIG, true, -INT64_C(9007199254740993) },
+        { "-9007199254740993", -9007199254740992.0, ORCH_JSON_INTEGER | ORCH_JSON_BIG, true,
+          -INT64_C(9007199254740993) },
         { "9223372036854775807", 0x1p63, ORCH_JSON_INTEGER | ORCH_JSON_BIG, true, INT64_MAX },
         { "9223372036854775808", 0x1p63, ORCH_JSON_INTEGER | ORCH_JSON_BIG, false, 0 },
         { "-9223372036854775808", -0x1p63, ORCH_JSON_INTEGER | ORCH_JSON_BIG, true, INT64_MIN },
@@ -610,11 +615,14 @@ static void canonical_form_follows_rfc_8785(void **state)
         { "{ \"a\" : 1 }", "{\"a\":1}" },
         { "[-0, -0.0, 0e5, 10, -10, 1.0, 100e-2]", "[0,0,0,10,-10,1,1]" },
         { "[9007199254740993, 1e21, 123456789012345678901]", "[9007199254740992,1e+21,123456789012345680000]" },
-        { "{\"b\":{\"z\":1,\"y\":[{\"d\":1,\"c\":2}]},\"a\":\"\\/\"}", "{\"a\":\"/\",\"b\":{\"y\":[{\"c\":2,\"d\":1}],\"z\":1}}" },
+        { "{\"b\":{\"z\":1,\"y\":[{\"d\":1,\"c\":2}]},\"a\":\"\\/\"}",
+          "{\"a\":\"/\",\"b\":{\"y\":[{\"c\":2,\"d\":1}],\"z\":1}}" },
         { "{\"aa\":1,\"a\":2,\"\":3,\"a\\u0000\":4,\"B\":5}", "{\"\":3,\"B\":5,\"a\":2,\"a\\u0000\":4,\"aa\":1}" },
-        { "{\"q\":1,\"p\":2,\"o\":3,\"n\":4,\"m\":5,\"l\":6,\"k\":7,\"j\":8,\"i\":9,\"h\":10,\"g\":11,\"f\":12,\"e\":13,"
+        { "{\"q\":1,\"p\":2,\"o\":3,\"n\":4,\"m\":5,\"l\":6,\"k\":7,\"j\":8,\"i\":9,"
+          "\"h\":10,\"g\":11,\"f\":12,\"e\":13,"
           "\"\\u0064\":14,\"c\":15,\"b\":16,\"a\":17}",
-          "{\"a\":17,\"b\":16,\"c\":15,\"d\":14,\"e\":13,\"f\":12,\"g\":11,\"h\":10,\"i\":9,\"j\":8,\"k\":7,\"l\":6,\"m\":5,"
+          "{\"a\":17,\"b\":16,\"c\":15,\"d\":14,\"e\":13,\"f\":12,\"g\":11,"
+          "\"h\":10,\"i\":9,\"j\":8,\"k\":7,\"l\":6,\"m\":5,"
           "\"n\":4,\"o\":3,\"p\":2,\"q\":1}" },
         { "\"\\u007f\\u0000\\b\"", "\"\x7f\\u0000\\b\"" },
     };
@@ -666,7 +674,8 @@ static struct orch_state *new_state(enum orch_context ctx)
 {
     struct orch_err err;
     struct orch_state *s = orch_state_new(
-        &(struct orch_state_opts){ .ctx = ctx, .lua_dir = "lua", .memory_bytes = ctx == ORCH_CTX_SCRIPT ? 0 : 64 << 20 },
+        &(struct orch_state_opts){ .ctx = ctx, .lua_dir = "lua",
+                                   .memory_bytes = ctx == ORCH_CTX_SCRIPT ? 0 : 64 << 20 },
         &err);
     if (!s)
         fail_msg("%s", err.msg);
@@ -708,7 +717,8 @@ static const char *const scripts[] = {
     "local t = {} for i = 100, 1, -1 do t[i] = i end assert(#json.decode(json.encode(t)) == 100)",
     "assert(getmetatable(json.decode('[]')) == 'orch.json.array')",
     "assert(not pcall(setmetatable, json.decode('[]'), {}) and not pcall(json.array, setmetatable({}, {})))",
-    "assert(tostring(json.null) == 'null' and json.encode(json.null) == 'null' and json.encode({json.null}) == '[null]')",
+    "assert(tostring(json.null) == 'null' and json.encode(json.null) == 'null')\n"
+    "assert(json.encode({json.null}) == '[null]')",
     "assert(json.encode({a = json.null}) == '{\"a\":null}' and type(json.null) == 'userdata')",
     "assert(not pcall(function() return json.null.x end) and not pcall(function() json.null.x = 1 end))",
     /* numbers */
@@ -743,7 +753,9 @@ static void lua_scripts_hold(void **state)
         orch_state_free(s);
     }
     struct orch_state *s = new_state(ORCH_CTX_POLICY);
-    if (run(s, "local t = json.decode('{\"a\":null,\"b\":[null]}') assert(t.a == nil and t.b[1] == json.null)", 0, &err) < 0)
+    static const char nulls[] = "local t = json.decode('{\"a\":null,\"b\":[null]}')\n"
+                                "assert(t.a == nil and t.b[1] == json.null)";
+    if (run(s, nulls, 0, &err) < 0)
         fail_msg("%s", err.msg);
     orch_state_free(s);
     (void)state;
