@@ -72,6 +72,8 @@ IN_CHILD static int child_main(void *arg)
     /* The parent may have died before the line above: then no signal comes any more. */
     if (getppid() != c->parent)
         _exit(127);
+    if (c->cwd >= 0 && fchdir(c->cwd) < 0)
+        return child_fail(c, "fchdir");
 
     /* All up first, so that no target number is a source that is still needed. */
     for (int i = 0; i < c->n_fds; i++) {
@@ -82,8 +84,6 @@ IN_CHILD static int child_main(void *arg)
     for (int i = 0; i < c->n_fds; i++)
         if (dup2(c->fds[i], i) < 0)
             return child_fail(c, "dup2");
-    if (c->cwd >= 0 && fchdir(c->cwd) < 0)
-        return child_fail(c, "fchdir");
     if (syscall(SYS_close_range, (unsigned)c->n_fds, ~0U, 0) < 0)
         return child_fail(c, "close_range (Linux 5.9 or later is needed)");
 
@@ -381,7 +381,7 @@ void orch_proc_kill(struct orch_proc *p, int signo)
     if (p->reaped)
         return;
     kill(-p->pid, signo);
-    /* A child that moved to a session of its own is no longer in the group it led. */
+    /* The child may have joined another group. */
     if (!p->exited && getpgid(p->pid) != p->pid)
         syscall(SYS_pidfd_send_signal, p->pidfd, signo, NULL, 0);
 }

@@ -31,7 +31,7 @@ struct orch_audit {
     enum orch_audit_sync sync;
     struct orch_hmac_key key;
 
-    /* The chain up to the last queued line; the file's own end, to which a failed flush goes back. */
+    /* The chain up to the last queued line, and up to the last written one, which the head names. */
     uint64_t seq, written_seq;
     char prev[HEX + 1], written_prev[HEX + 1];
     struct orch_buf queue;
@@ -249,8 +249,6 @@ static int break_it(struct orch_audit *a, int code, const char *what, struct orc
         orch_log(ORCH_ERROR, "audit file %s: cannot be cut back to its last whole line: %s", a->path, strerror(errno));
     a->allocated = a->size;
     a->queue.n = 0;
-    a->seq = a->written_seq;
-    memcpy(a->prev, a->written_prev, sizeof a->prev);
     return fail_broken(a, err);
 }
 

@@ -616,6 +616,17 @@ static void test_proc_stderr(void **state)
     assert_string_equal(r.tail.p + 996, "xend");
     assert_int_equal(r.tail.p[0], 'x');
     end(&r);
+
+    /* The exit is known before stderr is read: the last words are not lost. */
+    struct run late = { 0 };
+    o = shell(&late, SH("head -c 60000 /dev/zero | tr '\\0' x >&2; printf end >&2"));
+    start(&late, &o);
+    siginfo_t si;
+    assert_int_equal(waitid(P_PID, (id_t)orch_proc_pid(late.p), &si, WEXITED | WNOWAIT), 0);
+    await(&late.done);
+    assert_int_equal(late.tail.n, 8192);
+    assert_string_equal(late.tail.p + 8188, "xend");
+    end(&late);
 }
 
 /* A pipe whose writing end only children hold: its end of file tells that all of them are gone. */
@@ -663,14 +674,18 @@ static void test_proc_group(void **state)
 
     /* A child that left its group is reached too; free of a running child calls nobody. */
     struct run s = { 0 };
-    o = shell(&s, (const char *const[]){ "setsid", "--wait", "sleep", "1000", NULL });
+    o = shell(&s, (const char *const[]){ "perl", "-e", "setpgrp(0, getpgrp(getppid())); syswrite(STDOUT, 'x'); sleep 1000",
+                                         NULL });
     assert_int_equal(pipe2(p, O_CLOEXEC), 0);
     o.fds[o.n_fds++] = p[1];
     start(&s, &o);
     close(p[1]);
+    pfd.fd = orch_proc_stdout(s.p);
+    assert_int_equal(poll(&pfd, 1, 10000), 1);
+    assert_int_equal(getpgid(orch_proc_pid(s.p)), getpgrp());
     end(&s);
     assert_int_equal(s.calls, 0);
-    close(p[0]);
+    await_gone(p[0]);
 }
 
 static void test_proc_inherits_nothing(void **state)
@@ -683,6 +698,8 @@ static void test_proc_inherits_nothing(void **state)
     assert_int_equal(dup2(given, 3), 3);
     assert_int_equal(dup2(leak, 4), 4);
     loop = orch_loop_new(NULL);
+    int in = fcntl(0, F_DUPFD_CLOEXEC, 50);
+    close(0); /* pipes may get the numbers of stdin to stderr */
 
     signal(SIGUSR1, SIG_IGN);
     sigset_t set, before;
@@ -704,6 +721,8 @@ static void test_proc_inherits_nothing(void **state)
     read_end(orch_proc_stdout(r.p), &out);
     await(&r.done);
     end(&r);
+    assert_int_equal(dup2(in, 0), 0);
+    close(in);
     sigprocmask(SIG_SETMASK, &before, NULL);
     signal(SIGUSR1, SIG_DFL);
     close(leak);
@@ -763,7 +782,10 @@ static void test_proc_errors(void **state)
     struct orch_err err;
     const char *const dot[] = { "PATH=.:", NULL };
     struct orch_proc_opts o = { .argv = (const char *const[]){ "fine", NULL }, .env = dot, .cwd = dir };
+    cleanup_close int home = open(".", O_PATH | O_DIRECTORY | O_CLOEXEC);
+    assert_int_equal(chdir(dir), 0);
     assert_null(orch_proc_start(loop, &o, &err));
+    assert_int_equal(fchdir(home), 0);
     struct run r = { 0 };
     o = shell(&r, (const char *const[]){ "./fine", NULL });
     o.cwd = dir;
