@@ -49,6 +49,8 @@ struct orch_mcp_session {
     char *client;
     void (*on_output)(void *ud);
     void *on_output_ud;
+    void (*on_idle)(void *ud);
+    void *on_idle_ud;
 };
 
 struct orch_mcp_session *orch_mcp_session_new(const struct orch_mcp_server_ops *ops, void *ud,
@@ -101,6 +103,12 @@ void orch_mcp_session_on_output(struct orch_mcp_session *s, void (*fn)(void *ud)
 {
     s->on_output = fn;
     s->on_output_ud = ud;
+}
+
+void orch_mcp_session_on_idle(struct orch_mcp_session *s, void (*fn)(void *ud), void *ud)
+{
+    s->on_idle = fn;
+    s->on_idle_ud = ud;
 }
 
 struct orch_slice orch_mcp_session_client(const struct orch_mcp_session *s)
@@ -208,6 +216,8 @@ static void request_end(struct orch_mcp_request *rq)
     free(rq->id);
     rq->next = s->spare;
     s->spare = rq;
+    if (!s->in_flight && s->on_idle)
+        s->on_idle(s->on_idle_ud);
 }
 
 void orch_mcp_request_set_host(struct orch_mcp_request *rq, void *host)

@@ -41,6 +41,9 @@ struct orch_buf *orch_mcp_session_out(struct orch_mcp_session *s);
 /* Called when output appears outside of session_line (an answer that came later). */
 void orch_mcp_session_on_output(struct orch_mcp_session *s, void (*fn)(void *ud), void *ud);
 
+/* Called when the last request in flight ended. */
+void orch_mcp_session_on_idle(struct orch_mcp_session *s, void (*fn)(void *ud), void *ud);
+
 /* What the client says of itself, for call.untrusted: JSON bytes of clientInfo or empty. */
 struct orch_slice orch_mcp_session_client(const struct orch_mcp_session *s);
 const char *orch_mcp_session_version(const struct orch_mcp_session *s); /* negotiated, or "2026-07-28" */

@@ -1,0 +1,117 @@
+/* Shared helpers of the Lua modules, and what they may reach of the host. A binder checks arguments
+ * and converts; the comfortable API is Lua's business.
+ *
+ * Conventions: a caller's mistake raises; a failure of the world returns nil, message, code. An
+ * option table is read with orch_opt_*, which know name, type and range; orch_opt_done refuses what
+ * was not asked for. */
+#ifndef ORCH_BIND_BIND_H
+#define ORCH_BIND_BIND_H
+
+#include "../base/loop.h"
+#include "../script/state.h"
+#include "../script/task.h"
+#include <lauxlib.h>
+
+struct orch_vms;
+struct orch_vm_opts;
+struct orch_vm_handle;
+struct orch_toolcall;
+
+/* One tool call as its ctx sees it. A ctx that outlives its call finds NULL. */
+struct orch_env_call_ops {
+    struct orch_toolcall *(*get)(void *ud, uint32_t slot, uint32_t serial);
+    void (*progress)(struct orch_toolcall *c, double done, double total, struct orch_slice message);
+    void (*log)(struct orch_toolcall *c, const char *level, struct orch_slice message);
+    bool (*cancelled)(const struct orch_toolcall *c);
+    const char *(*id)(const struct orch_toolcall *c);
+    const char *(*session)(const struct orch_toolcall *c);
+    const char *(*workspace)(const struct orch_toolcall *c);
+    /* The call's time is over in this many milliseconds. */
+    int64_t (*left_ms)(const struct orch_toolcall *c);
+    /* A microVM of the call: closed when the call ends; its isolation goes into answer and audit. */
+    void (*adopt)(struct orch_toolcall *c, struct orch_vm_handle *h);
+};
+
+struct orch_serve_opts {
+    const char *transport;      /* "stdio" */
+    const char *const *command; /* a server to put behind the policy; NULL: none */
+    const char *as;             /* its name in policy, "cmd" unless given */
+    void (*done)(void *ud, int status, const char *why);
+    void *ud;
+};
+
+/* Every state's host pointer (orch_state_host). Filled by core/host.c. */
+struct orch_env {
+    struct orch_loop *loop;
+    /* The microVM manager, made at the first need; NULL with err. */
+    struct orch_vms *(*vms)(void *ud, struct orch_err *err);
+    /* Lowers and fills what the configuration bounds (image, accel, memory, vcpus). */
+    int (*vm_defaults)(void *ud, struct orch_vm_opts *o, struct orch_err *err);
+    /* orch.mcp.serve: returns at once, done is called from the loop when the session ended. */
+    int (*serve)(void *ud, const struct orch_serve_opts *o, struct orch_err *err);
+    void (*serve_stop)(void *ud); /* ends it at once; done is not called */
+    /* os.exit of scripts: leaves what must not be lost, then exits. */
+    void (*exit)(void *ud, int status);
+    const struct orch_env_call_ops *call;
+    struct orch_vm_handle *vm_handles; /* of scripts; closed with the host */
+    void *ud;
+};
+
+struct orch_env *orch_env_of(lua_State *L);
+
+/* A function of the API and the contexts it serves; elsewhere calling it raises. */
+struct orch_api {
+    const char *name;
+    lua_CFunction fn; /* NULL: named, but not available yet */
+    int contexts;
+};
+/* Sets the functions into the table at the top of the stack; prefix ("orch.vm.") is for messages. */
+void orch_api_set(lua_State *L, const char *prefix, const struct orch_api *api);
+
+/* Opens the global `orch` (and package.loaded.orch in scripts) for the state's context; freezes it in
+ * bounded states. */
+int orch_luaopen_orch(lua_State *L);
+
+/* The ctx of a tool call. */
+void orch_push_ctx(lua_State *L, uint32_t slot, uint32_t serial);
+
+/* nil, message, code. */
+int orch_push_err(lua_State *L, const struct orch_err *err);
+
+/* Options. idx is a table, or none for all defaults. Each raises on a wrong type or range. */
+struct orch_opts {
+    lua_State *L;
+    int idx; /* absolute; 0 when absent */
+    const char *what;
+    const char *known[32];
+    int n_known;
+};
+struct orch_opts orch_opts_begin(lua_State *L, int idx, const char *what); /* raises */
+const char *orch_opt_string(struct orch_opts *o, const char *key, const char *def);
+double orch_opt_number(struct orch_opts *o, const char *key, double def, double least, double most);
+bool orch_opt_bool(struct orch_opts *o, const char *key, bool def);
+int64_t orch_opt_duration_ms(struct orch_opts *o, const char *key, int64_t def); /* seconds or "30s" */
+int64_t orch_opt_size_bytes(struct orch_opts *o, const char *key, int64_t def);
+bool orch_opt_push(struct orch_opts *o, const char *key, int type); /* pushes the value, or false */
+void orch_opts_done(struct orch_opts *o);                           /* raises on an unknown key */
+
+/* A duration or size at idx as the API takes them. Raises. */
+int64_t orch_check_duration_ms(lua_State *L, int idx, const char *what);
+/* The list of strings at idx as a NULL-terminated array in a userdata left on the stack (so that it
+ * lives as long as the frame); raises when it is no list of strings without NUL or is over max. */
+const char **orch_check_strings(lua_State *L, int idx, const char *what, size_t max);
+
+int orch_luaopen_sys(lua_State *L, int orch_table); /* now, log, version, env, process, fs */
+int orch_luaopen_vm(lua_State *L, int orch_table);  /* vm, image */
+int orch_luaopen_mcp(lua_State *L, int orch_table); /* mcp */
+int orch_luaopen_ctx(lua_State *L);                 /* the metatable of ctx, in tool states */
+
+/* A microVM as Lua holds it: outlives neither its owner (a call, or the host for scripts) nor close(). */
+struct orch_vm_handle *orch_vm_handle_next(const struct orch_vm_handle *h);
+struct orch_vm *orch_vm_handle_vm(const struct orch_vm_handle *h);
+void orch_vm_handles_close(struct orch_vm_handle **list);
+void orch_vm_handle_adopt(struct orch_vm_handle **list, struct orch_vm_handle *h);
+/* Spawns with the option table at idx and waits: returns a wait for the vm object. call: NULL in scripts. */
+int orch_vm_spawn_wait(lua_State *L, int idx, struct orch_toolcall *call);
+
+#endif

@@ -1,0 +1,197 @@
+/* ctx: what a tool's run gets beside its arguments. It names its call by slot and serial, so that one
+ * that was kept beyond the call finds nothing. */
+#include "bind.h"
+
+#include "../base/json.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/openat2.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+
+#define CTX_META "orch.ctx"
+
+enum { FILE_MAX_BYTES = 16 << 20, ENTRIES_MAX = 10000 };
+
+struct ctx {
+    uint32_t slot, serial;
+};
+
+void orch_push_ctx(lua_State *L, uint32_t slot, uint32_t serial)
+{
+    struct ctx *x = lua_newuserdata(L, sizeof *x);
+    *x = (struct ctx){ slot, serial };
+    luaL_getmetatable(L, CTX_META);
+    lua_setmetatable(L, -2);
+}
+
+static struct orch_toolcall *check_call(lua_State *L)
+{
+    struct ctx *x = luaL_checkudata(L, 1, CTX_META);
+    struct orch_env *env = orch_env_of(L);
+    struct orch_toolcall *c = env->call->get(env->ud, x->slot, x->serial);
+    if (!c)
+        luaL_error(L, "ctx: the call it belongs to has ended");
+    return c;
+}
+
+static int l_vm(lua_State *L)
+{
+    struct orch_toolcall *c = check_call(L);
+    return orch_vm_spawn_wait(L, 2, c);
+}
+
+static int l_progress(lua_State *L)
+{
+    struct orch_toolcall *c = check_call(L);
+    size_t n = 0;
+    double done = luaL_checknumber(L, 2), total = luaL_optnumber(L, 3, -1);
+    const char *message = luaL_optlstring(L, 4, "", &n);
+    orch_env_of(L)->call->progress(c, done, total, (struct orch_slice){ message, n });
+    return 0;
+}
+
+static int l_log(lua_State *L)
+{
+    static const char *const levels[] = { "debug", "info", "notice", "warning", "error", "critical", "alert", "emergency", NULL };
+    struct orch_toolcall *c = check_call(L);
+    size_t n;
+    const char *level = levels[luaL_checkoption(L, 2, NULL, levels)];
+    const char *message = luaL_checklstring(L, 3, &n);
+    orch_env_of(L)->call->log(c, level, (struct orch_slice){ message, n });
+    return 0;
+}
+
+static int l_cancelled(lua_State *L)
+{
+    lua_pushboolean(L, orch_env_of(L)->call->cancelled(check_call(L)));
+    return 1;
+}
+
+/* ---- the workspace: opened beneath its directory, no symlink leads out */
+
+static int open_beneath(lua_State *L, const char *path, int flags)
+{
+    const char *root = orch_env_of(L)->call->workspace(check_call(L));
+    cleanup_close int rootfd = open(root, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (rootfd < 0)
+        return -errno;
+    struct open_how how = { .flags = (uint64_t)(flags | O_CLOEXEC | O_NONBLOCK | O_NOCTTY),
+                            .resolve = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS };
+    while (*path == '/')
+        path++; /* "/a" is "a" of the workspace */
+    long fd = syscall(SYS_openat2, rootfd, *path ? path : ".", &how, sizeof how);
+    return fd < 0 ? -errno : (int)fd;
+}
+
+static int file_fail(lua_State *L, const char *path, int e)
+{
+    struct orch_err err;
+    orch_err_set(&err, e, "%s: %s", path, e == EXDEV ? "leads out of the workspace" : strerror(e));
+    return orch_push_err(L, &err);
+}
+
+static int l_read_file(lua_State *L)
+{
+    const char *path = luaL_checkstring(L, 2);
+    cleanup_close int fd = open_beneath(L, path, O_RDONLY);
+    struct stat st;
+    if (fd < 0)
+        return file_fail(L, path, -fd);
+    if (fstat(fd, &st) < 0 || !S_ISREG(st.st_mode))
+        return file_fail(L, path, S_ISDIR(st.st_mode) ? EISDIR : EINVAL);
+    if (st.st_size > FILE_MAX_BYTES)
+        return file_fail(L, path, EFBIG);
+    cleanup_buf struct orch_buf b = { 0 };
+    orch_buf_reserve(&b, (size_t)st.st_size);
+    for (;;) {
+        orch_buf_reserve(&b, 4096);
+        ssize_t r = read(fd, b.p + b.n, b.cap - b.n - 1);
+        if (r < 0)
+            return file_fail(L, path, errno);
+        if (r == 0)
+            break;
+        b.n += (size_t)r;
+        if (b.n > FILE_MAX_BYTES)
+            return file_fail(L, path, EFBIG);
+    }
+    lua_pushlstring(L, b.p, b.n);
+    return 1;
+}
+
+static int l_list_dir(lua_State *L)
+{
+    const char *path = luaL_optstring(L, 2, ".");
+    int fd = open_beneath(L, path, O_RDONLY | O_DIRECTORY);
+    if (fd < 0)
+        return file_fail(L, path, -fd);
+    DIR *d = fdopendir(fd);
+    if (!d) {
+        close(fd);
+        return file_fail(L, path, ENOMEM);
+    }
+    lua_newtable(L);
+    int i = 0;
+    for (struct dirent *e; i < ENTRIES_MAX && (e = readdir(d));) {
+        struct stat st;
+        if (strcmp(e->d_name, ".") == 0 || strcmp(e->d_name, "..") == 0 || fstatat(dirfd(d), e->d_name, &st, AT_SYMLINK_NOFOLLOW) < 0)
+            continue;
+        lua_newtable(L);
+        lua_pushstring(L, e->d_name);
+        lua_setfield(L, -2, "name");
+        lua_pushstring(L, S_ISREG(st.st_mode) ? "file" : S_ISDIR(st.st_mode) ? "directory" : S_ISLNK(st.st_mode) ? "link" : "other");
+        lua_setfield(L, -2, "type");
+        lua_pushnumber(L, (double)st.st_size);
+        lua_setfield(L, -2, "size");
+        lua_rawseti(L, -2, ++i);
+    }
+    closedir(d);
+    return 1;
+}
+
+static int ctx_index(lua_State *L)
+{
+    struct orch_toolcall *c = check_call(L);
+    const char *key = luaL_checkstring(L, 2);
+    lua_pushvalue(L, 2);
+    lua_rawget(L, lua_upvalueindex(1));
+    if (!lua_isnil(L, -1))
+        return 1;
+    if (strcmp(key, "session") == 0) {
+        lua_newtable(L);
+        lua_pushstring(L, orch_env_of(L)->call->session(c));
+        lua_setfield(L, -2, "id");
+    } else if (strcmp(key, "workspace") == 0) {
+        lua_pushstring(L, orch_env_of(L)->call->workspace(c));
+    }
+    return 1;
+}
+
+int orch_luaopen_ctx(lua_State *L)
+{
+    enum { T = ORCH_CTX_TOOL };
+    if (!luaL_newmetatable(L, CTX_META))
+        return 0;
+    lua_newtable(L);
+    orch_api_set(L, "ctx:",
+                 (struct orch_api[]){ { "vm", l_vm, T },
+                                      { "progress", l_progress, T },
+                                      { "log", l_log, T },
+                                      { "cancelled", l_cancelled, T },
+                                      { "read_file", l_read_file, T },
+                                      { "list_dir", l_list_dir, T },
+                                      { "http", NULL, 0 },
+                                      { "elicit", NULL, 0 },
+                                      { "sample", NULL, 0 },
+                                      { "roots", NULL, 0 },
+                                      { "call", NULL, 0 },
+                                      { 0 } });
+    lua_pushcclosure(L, ctx_index, 1);
+    lua_setfield(L, -2, "__index");
+    lua_pushboolean(L, 0);
+    lua_setfield(L, -2, "__metatable");
+    return 0;
+}

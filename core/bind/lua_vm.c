@@ -1,0 +1,785 @@
+/* orch.vm and orch.image; the vm object. */
+#include "bind.h"
+
+#include "../base/log.h"
+#include "../guest/wire.h"
+#include "../vm/vm.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+
+enum {
+    ARGV_MAX = 4096,
+    MAX_OUTPUT_BYTES = 1 << 20,
+    FILE_MAX_BYTES = 16 << 20,
+    STDIN_CHUNK = 64 * 1024,
+};
+
+#define VM_META "orch.vm"
+
+/* Shared by the Lua object, its owner and what is under way; freed with the last of them. */
+struct orch_vm_handle {
+    struct orch_vm_handle *next;
+    struct orch_vm_handle **list; /* the owner's, while owned */
+    unsigned refs;
+    struct orch_vm *vm; /* NULL once closed */
+    lua_State *main;
+    /* spawn */
+    struct orch_wait wait;
+    bool waiting;
+    struct orch_toolcall *call;
+    struct orch_env *env;
+    struct orch_err err; /* why it is gone */
+    struct operation *operations;
+};
+
+/* A wait of one exec or file operation. */
+struct operation {
+    struct operation *next, **at;
+    struct orch_vm_handle *h;
+    struct orch_wait wait;
+    struct orch_exec *exec;
+    struct orch_fileop *file;
+    struct orch_buf out, err_out, in;
+    size_t in_sent;
+    int on_stdout, on_stderr; /* registry references */
+    bool inherit;             /* the process's own stdin, stdout, stderr */
+    struct orch_watch *stdin_watch;
+    struct orch_exec_result result;
+    struct orch_err err;
+    int (*push)(lua_State *L, struct operation *op);
+};
+
+struct orch_vm_handle *orch_vm_handle_next(const struct orch_vm_handle *h)
+{
+    return h->next;
+}
+
+struct orch_vm *orch_vm_handle_vm(const struct orch_vm_handle *h)
+{
+    return h->vm;
+}
+
+static void handle_drop(struct orch_vm_handle *h, unsigned refs)
+{
+    h->refs -= refs;
+    if (!h->refs)
+        free(h);
+}
+
+static void handle_unref(struct orch_vm_handle *h)
+{
+    handle_drop(h, 1);
+}
+
+static void operation_free(struct operation *op)
+{
+    *op->at = op->next;
+    if (op->next)
+        op->next->at = op->at;
+    if (op->exec)
+        orch_exec_drop(op->exec);
+    if (op->file)
+        orch_fileop_drop(op->file);
+    orch_watch_free(op->stdin_watch);
+    luaL_unref(op->h->main, LUA_REGISTRYINDEX, op->on_stdout);
+    luaL_unref(op->h->main, LUA_REGISTRYINDEX, op->on_stderr);
+    orch_buf_free(&op->out);
+    orch_buf_free(&op->err_out);
+    orch_buf_free(&op->in);
+    handle_unref(op->h);
+    free(op);
+}
+
+static int operation_push(lua_State *L, void *ud)
+{
+    struct operation *op = ud;
+    int n = op->err.cls ? orch_push_err(L, &op->err) : op->push(L, op);
+    operation_free(op);
+    return n;
+}
+
+static void operation_ready(struct operation *op)
+{
+    orch_task_ready(op->wait, operation_push, op);
+}
+
+static void operation_cancel(void *ud)
+{
+    operation_free(ud);
+}
+
+static struct operation *operation_new(struct orch_vm_handle *h, int (*push)(lua_State *L, struct operation *op))
+{
+    struct operation *op = orch_xcalloc(1, sizeof *op);
+    *op = (struct operation){ .next = h->operations, .at = &h->operations, .h = h, .on_stdout = LUA_NOREF, .on_stderr = LUA_NOREF,
+                              .push = push };
+    if (op->next)
+        op->next->at = &op->next;
+    h->operations = op;
+    h->refs++;
+    return op;
+}
+
+/* Ends the microVM; operations under way fail with why. */
+static void handle_close(struct orch_vm_handle *h, const char *why)
+{
+    struct orch_vm *vm = h->vm;
+    h->vm = NULL;
+    for (struct operation *op = h->operations; op; op = op->next) {
+        bool pending = op->exec || op->file;
+        if (op->exec)
+            orch_exec_drop(op->exec);
+        if (op->file)
+            orch_fileop_drop(op->file);
+        op->exec = NULL;
+        op->file = NULL;
+        if (!pending)
+            continue;
+        orch_err_setc(&op->err, ORCH_CLASS_CLOSED, ESHUTDOWN, "the microVM was closed: %s", why);
+        operation_ready(op);
+    }
+    orch_vm_free(vm);
+    if (!h->err.cls)
+        orch_err_setc(&h->err, ORCH_CLASS_CLOSED, ESHUTDOWN, "the microVM is closed");
+}
+
+/* Takes it from its owner; returns how many references are to be dropped for that. */
+static unsigned handle_disown(struct orch_vm_handle *h)
+{
+    if (!h->list)
+        return 0;
+    for (struct orch_vm_handle **at = h->list; *at; at = &(*at)->next)
+        if (*at == h) {
+            *at = h->next;
+            break;
+        }
+    h->list = NULL;
+    return 1;
+}
+
+void orch_vm_handle_adopt(struct orch_vm_handle **list, struct orch_vm_handle *h)
+{
+    h->refs++;
+    h->next = *list;
+    h->list = list;
+    *list = h;
+}
+
+void orch_vm_handles_close(struct orch_vm_handle **list)
+{
+    while (*list) {
+        struct orch_vm_handle *h = *list;
+        handle_close(h, "its owner ended");
+        handle_drop(h, handle_disown(h));
+    }
+}
+
+/* ---- spawn */
+
+static int push_vm(lua_State *L, struct orch_vm_handle *h)
+{
+    struct orch_vm_handle **box = lua_newuserdata(L, sizeof *box);
+    *box = h;
+    h->refs++;
+    luaL_getmetatable(L, VM_META);
+    lua_setmetatable(L, -2);
+    return 1;
+}
+
+static int spawn_push(lua_State *L, void *ud)
+{
+    struct orch_vm_handle *h = ud;
+    int n = h->vm ? push_vm(L, h) : orch_push_err(L, &h->err);
+    handle_unref(h); /* the wait's */
+    return n;
+}
+
+static void vm_ready(void *ud, struct orch_vm *vm, const struct orch_err *err)
+{
+    struct orch_vm_handle *h = ud;
+    if (err) {
+        h->err = *err;
+        h->vm = NULL;
+        orch_vm_free(vm);
+    } else if (h->call) {
+        h->env->call->adopt(h->call, h);
+    } else {
+        orch_vm_handle_adopt(&h->env->vm_handles, h);
+    }
+    h->waiting = false;
+    orch_task_ready(h->wait, spawn_push, h);
+}
+
+static void vm_lost(void *ud, struct orch_vm *vm, const struct orch_err *err)
+{
+    (void)vm;
+    struct orch_vm_handle *h = ud;
+    h->err = *err;
+    handle_close(h, err->msg);
+}
+
+static void spawn_cancel(void *ud)
+{
+    struct orch_vm_handle *h = ud;
+    unsigned refs = 1; /* the wait's */
+    if (h->waiting) {
+        orch_vm_free(h->vm);
+        h->vm = NULL;
+    } else if (h->vm && !h->call) { /* ready, but nobody will take it */
+        handle_close(h, "its script ended");
+        refs += handle_disown(h);
+    }
+    handle_drop(h, refs);
+}
+
+int orch_vm_spawn_wait(lua_State *L, int idx, struct orch_toolcall *call)
+{
+    struct orch_env *env = orch_env_of(L);
+    struct orch_err err = { 0 };
+    struct orch_opts o = orch_opts_begin(L, idx, call ? "ctx:vm" : "orch.vm.spawn");
+    struct orch_vm_opts vo = {
+        .image = orch_opt_string(&o, "image", NULL),
+        .memory_bytes = (uint64_t)orch_opt_size_bytes(&o, "memory", 0),
+        .vcpus = (int)orch_opt_number(&o, "vcpus", 0, 1, 64),
+        .timeout_ms = orch_opt_duration_ms(&o, "timeout", 0),
+    };
+    if (call) {
+        const char *keep = orch_opt_string(&o, "keep", NULL), *workspace = orch_opt_string(&o, "workspace", "none");
+        if (keep)
+            return luaL_error(L, "ctx:vm: keep = \"%s\" is not available yet", keep);
+        if (strcmp(workspace, "none") != 0)
+            return luaL_error(L, "ctx:vm: workspace = \"%s\" is not available yet; only \"none\" is", workspace);
+        vo.network = "none";
+        vo.call = env->call->id(call);
+    } else {
+        vo.network = orch_opt_string(&o, "network", "none");
+        vo.backend = orch_opt_string(&o, "backend", NULL);
+        vo.name = orch_opt_string(&o, "name", NULL);
+        if (orch_opt_string(&o, "from", NULL))
+            return luaL_error(L, "orch.vm.spawn: from is not available yet");
+    }
+    orch_opts_done(&o);
+    struct orch_vms *vms = env->vms(env->ud, &err);
+    if (!vms || env->vm_defaults(env->ud, &vo, &err) < 0)
+        return orch_push_err(L, &err);
+    struct orch_vm_handle *h = orch_xcalloc(1, sizeof *h);
+    h->refs = 1; /* the wait's */
+    h->main = orch_state_lua(orch_state_of(L));
+    h->env = env;
+    h->call = call;
+    h->waiting = true;
+    vo.ready = vm_ready;
+    vo.lost = vm_lost;
+    vo.ud = h;
+    h->vm = orch_vm_spawn(vms, &vo, &err);
+    if (!h->vm) {
+        handle_unref(h);
+        return orch_push_err(L, &err);
+    }
+    return orch_task_wait(L, spawn_cancel, h, &h->wait);
+}
+
+static int l_spawn(lua_State *L)
+{
+    return orch_vm_spawn_wait(L, 1, NULL);
+}
+
+/* ---- the object */
+
+static struct orch_vm_handle *handle_at(lua_State *L)
+{
+    struct orch_vm_handle **box = luaL_checkudata(L, 1, VM_META);
+    return *box;
+}
+
+/* NULL with nil, message, code pushed when the microVM is gone. */
+static struct orch_vm_handle *live(lua_State *L, int *n_results)
+{
+    struct orch_vm_handle *h = handle_at(L);
+    if (h->vm)
+        return h;
+    *n_results = orch_push_err(L, &h->err);
+    return NULL;
+}
+
+static int vm_gc(lua_State *L)
+{
+    struct orch_vm_handle **box = lua_touserdata(L, 1);
+    if (*box)
+        handle_unref(*box); /* its owner ends the microVM, not the collector */
+    *box = NULL;
+    return 0;
+}
+
+static int vm_tostring(lua_State *L)
+{
+    struct orch_vm_handle *h = handle_at(L);
+    lua_pushfstring(L, "orch.vm(%s)", h->vm ? orch_vm_id(h->vm) : "closed");
+    return 1;
+}
+
+static int l_close(lua_State *L)
+{
+    struct orch_vm_handle *h = handle_at(L);
+    if (h->vm) {
+        handle_close(h, "vm:close()");
+        handle_drop(h, handle_disown(h)); /* the object keeps its own */
+    }
+    return 0;
+}
+
+static int vm_index(lua_State *L)
+{
+    struct orch_vm_handle *h = handle_at(L);
+    const char *key = luaL_checkstring(L, 2);
+    lua_pushvalue(L, 2);
+    lua_rawget(L, lua_upvalueindex(1));
+    if (!lua_isnil(L, -1))
+        return 1;
+    if (!h->vm)
+        return 0;
+    if (strcmp(key, "id") == 0)
+        lua_pushstring(L, orch_vm_id(h->vm));
+    else if (strcmp(key, "backend") == 0)
+        lua_pushstring(L, orch_vm_backend(h->vm));
+    else if (strcmp(key, "isolation") == 0)
+        lua_pushstring(L, orch_isolation_name(orch_vm_isolation(h->vm)));
+    else if (strcmp(key, "image") == 0)
+        lua_pushstring(L, orch_vm_image(h->vm));
+    else if (strcmp(key, "spawn_ms") == 0)
+        lua_pushnumber(L, orch_vm_spawn_ms(h->vm));
+    else
+        return 0;
+    return 1;
+}
+
+/* ---- exec */
+
+static int exec_push(lua_State *L, struct operation *op)
+{
+    struct orch_exec_result *r = &op->result;
+    static const char *const reasons[] = { "", "not found", "not executable", "working directory", "user", "resources" };
+    lua_newtable(L);
+    if (r->fail) {
+        /* As a shell reports it: 127 not found, 126 not executable, 125 for the rest. */
+        lua_pushinteger(L, r->fail == ORCH_WIRE_FAIL_NOT_FOUND ? 127 : r->fail == ORCH_WIRE_FAIL_NOT_EXECUTABLE ? 126 : 125);
+        lua_setfield(L, -2, "status");
+        const char *reason = (size_t)r->fail < ORCH_ARRAY_LEN(reasons) ? reasons[r->fail] : "?";
+        orch_buf_printf(&op->err_out, "orch: the command could not be started: %s (%s)\n", reason, strerror(r->sys_errno));
+        lua_pushstring(L, reason);
+        lua_setfield(L, -2, "failed");
+    } else if (r->signal) {
+        lua_pushinteger(L, r->signal);
+        lua_setfield(L, -2, "signal");
+    } else {
+        lua_pushinteger(L, r->status);
+        lua_setfield(L, -2, "status");
+    }
+    lua_pushlstring(L, op->out.p ? op->out.p : "", op->out.n);
+    lua_setfield(L, -2, "stdout");
+    lua_pushlstring(L, op->err_out.p ? op->err_out.p : "", op->err_out.n);
+    lua_setfield(L, -2, "stderr");
+    lua_pushboolean(L, r->cut_stdout || r->cut_stderr);
+    lua_setfield(L, -2, "truncated");
+    lua_pushboolean(L, r->timed_out);
+    lua_setfield(L, -2, "timed_out");
+    lua_pushnumber(L, (double)r->ms);
+    lua_setfield(L, -2, "ms");
+    return 1;
+}
+
+static void call_output_fn(struct operation *op, int ref, struct orch_slice bytes)
+{
+    struct orch_err err = { 0 };
+    lua_State *L = op->h->main;
+    lua_rawgeti(L, LUA_REGISTRYINDEX, ref);
+    lua_pushlstring(L, bytes.p, bytes.n);
+    if (orch_state_pcall(orch_state_of(L), 1, 0, &err) < 0)
+        orch_log(ORCH_ERROR, "exec: output callback: %s", err.msg);
+}
+
+static void exec_output(void *ud, int stream, struct orch_slice bytes)
+{
+    struct operation *op = ud;
+    int ref = stream == 1 ? op->on_stdout : op->on_stderr;
+    if (op->inherit)
+        (void)orch_write_all(stream, bytes.p, bytes.n);
+    else if (ref != LUA_NOREF)
+        call_output_fn(op, ref, bytes);
+    else
+        orch_buf_slice(stream == 1 ? &op->out : &op->err_out, bytes);
+}
+
+static void exec_feed(void *ud)
+{
+    struct operation *op = ud;
+    if (op->inherit) {
+        if (op->stdin_watch)
+            orch_watch_set(op->stdin_watch, ORCH_READ);
+        return;
+    }
+    while (op->in_sent < op->in.n) {
+        size_t n = orch_exec_write(op->exec, op->in.p + op->in_sent, op->in.n - op->in_sent);
+        if (!n)
+            return;
+        op->in_sent += n;
+    }
+    orch_exec_close_stdin(op->exec);
+    orch_buf_free(&op->in);
+}
+
+static void stdin_readable(void *ud, int events)
+{
+    (void)events;
+    struct operation *op = ud;
+    char chunk[STDIN_CHUNK];
+    if (op->in_sent == op->in.n) {
+        ssize_t r = read(STDIN_FILENO, chunk, sizeof chunk);
+        if (r < 0 && (errno == EINTR || errno == EAGAIN))
+            return;
+        if (r <= 0) {
+            orch_watch_free(op->stdin_watch);
+            op->stdin_watch = NULL;
+            orch_exec_close_stdin(op->exec);
+            return;
+        }
+        op->in.n = op->in_sent = 0;
+        orch_buf_add(&op->in, chunk, (size_t)r);
+    }
+    op->in_sent += orch_exec_write(op->exec, op->in.p + op->in_sent, op->in.n - op->in_sent);
+    if (op->in_sent < op->in.n)
+        orch_watch_set(op->stdin_watch, 0); /* drained turns it on again */
+}
+
+static void exec_done(void *ud, const struct orch_exec_result *r, const struct orch_err *err)
+{
+    struct operation *op = ud;
+    op->exec = NULL;
+    orch_watch_free(op->stdin_watch);
+    op->stdin_watch = NULL;
+    if (err)
+        op->err = *err;
+    else
+        op->result = *r;
+    operation_ready(op);
+}
+
+/* stdin of the process itself; files and /dev/null cannot be watched and are read at once. */
+static void inherit_stdin(struct operation *op, struct orch_loop *loop)
+{
+    struct stat st;
+    bool plain = fstat(STDIN_FILENO, &st) < 0 || S_ISREG(st.st_mode) || (S_ISCHR(st.st_mode) && !isatty(STDIN_FILENO));
+    if (!plain) {
+        op->stdin_watch = orch_watch_new(loop, STDIN_FILENO, ORCH_READ, stdin_readable, op);
+        return;
+    }
+    op->inherit = false; /* feed as given bytes; the output goes where inherit says all the same */
+    char chunk[STDIN_CHUNK];
+    ssize_t r;
+    while (op->in.n < FILE_MAX_BYTES && (r = read(STDIN_FILENO, chunk, sizeof chunk)) > 0)
+        orch_buf_add(&op->in, chunk, (size_t)r);
+    exec_feed(op);
+    op->inherit = true;
+}
+
+static int l_exec(lua_State *L)
+{
+    int n_results;
+    struct orch_vm_handle *h = live(L, &n_results);
+    if (!h)
+        return n_results;
+    bool trusted = orch_state_context(L) == ORCH_CTX_SCRIPT;
+    struct orch_opts o = orch_opts_begin(L, 3, "vm:exec");
+    struct orch_exec_opts x = {
+        .cwd = orch_opt_string(&o, "cwd", NULL),
+        .user = orch_opt_string(&o, "user", NULL),
+        .timeout_ms = orch_opt_duration_ms(&o, "timeout", 0),
+        .max_output = (uint64_t)orch_opt_size_bytes(&o, "max_output", MAX_OUTPUT_BYTES),
+        .pty = orch_opt_bool(&o, "pty", false),
+        .no_aslr = orch_vm_no_aslr(h->vm),
+        .output = exec_output,
+        .drained = exec_feed,
+        .done = exec_done,
+    };
+    bool inherit = trusted && orch_opt_bool(&o, "inherit", false);
+    if (orch_opt_push(&o, "env", LUA_TTABLE)) {
+        /* { NAME = "value" } as a list of "NAME=value", kept on the stack. */
+        lua_newtable(L);
+        int list = lua_gettop(L), i = 0;
+        lua_pushnil(L);
+        while (lua_next(L, list - 1)) {
+            if (lua_type(L, -2) != LUA_TSTRING || lua_type(L, -1) != LUA_TSTRING)
+                return luaL_error(L, "vm:exec: env must map names to strings");
+            lua_pushfstring(L, "%s=%s", lua_tostring(L, -2), lua_tostring(L, -1));
+            lua_rawseti(L, list, ++i);
+            lua_pop(L, 1);
+        }
+        x.env = orch_check_strings(L, list, "env", ARGV_MAX);
+    }
+    size_t n_input = 0;
+    const char *input = NULL;
+    if (orch_opt_push(&o, "stdin", LUA_TSTRING))
+        input = lua_tolstring(L, -1, &n_input);
+    bool out_fn = orch_opt_push(&o, "on_stdout", LUA_TFUNCTION);
+    int out_idx = lua_gettop(L);
+    bool err_fn = orch_opt_push(&o, "on_stderr", LUA_TFUNCTION);
+    int err_idx = lua_gettop(L);
+    orch_opts_done(&o);
+    x.argv = orch_check_strings(L, 2, "vm:exec: argv", ARGV_MAX);
+    if (!x.argv[0])
+        return luaL_error(L, "vm:exec: argv is empty");
+    /* No longer than the call it serves, so that the guest ends it cleanly before the call's deadline. */
+    struct orch_task *task = orch_task_current(L);
+    int64_t left = task ? orch_task_left_ms(task) : INT64_MAX;
+    if (left != INT64_MAX && (!x.timeout_ms || x.timeout_ms > left))
+        x.timeout_ms = left > 1 ? left : 1;
+
+    struct operation *op = operation_new(h, exec_push);
+    if (out_fn) {
+        lua_pushvalue(L, out_idx);
+        op->on_stdout = luaL_ref(L, LUA_REGISTRYINDEX);
+    }
+    if (err_fn) {
+        lua_pushvalue(L, err_idx);
+        op->on_stderr = luaL_ref(L, LUA_REGISTRYINDEX);
+    }
+    if (input)
+        orch_buf_add(&op->in, input, n_input);
+    op->inherit = inherit;
+    x.stdin_open = input || inherit;
+    x.ud = op;
+    struct orch_err err = { 0 };
+    op->exec = orch_exec_start(orch_vm_channel(h->vm), &x, &err);
+    if (!op->exec) {
+        operation_free(op);
+        return orch_push_err(L, &err);
+    }
+    if (inherit)
+        inherit_stdin(op, orch_env_of(L)->loop);
+    else if (input)
+        exec_feed(op);
+    return orch_task_wait(L, operation_cancel, op, &op->wait);
+}
+
+/* ---- files */
+
+static void file_done(void *ud, struct orch_slice data, const struct orch_err *err)
+{
+    struct operation *op = ud;
+    op->file = NULL;
+    if (err)
+        op->err = *err;
+    else
+        orch_buf_slice(&op->out, data);
+    operation_ready(op);
+}
+
+static int push_true(lua_State *L, struct operation *op)
+{
+    (void)op;
+    lua_pushboolean(L, 1);
+    return 1;
+}
+
+static int push_bytes(lua_State *L, struct operation *op)
+{
+    lua_pushlstring(L, op->out.p ? op->out.p : "", op->out.n);
+    return 1;
+}
+
+/* Entries "type mode size mtime name\0" as { { name, type, mode, size, mtime }, … }. */
+static int push_entries(lua_State *L, struct operation *op)
+{
+    lua_newtable(L);
+    int i = 0;
+    for (const char *p = op->out.p, *end = p ? p + op->out.n : p; p < end; p += strlen(p) + 1) {
+        char type;
+        unsigned mode;
+        unsigned long long size;
+        long long mtime;
+        int at = 0;
+        if (sscanf(p, "%c %o %llu %lld %n", &type, &mode, &size, &mtime, &at) < 4 || !at)
+            continue;
+        lua_newtable(L);
+        lua_pushstring(L, p + at);
+        lua_setfield(L, -2, "name");
+        lua_pushstring(L, type == 'f' ? "file" : type == 'd' ? "directory" : type == 'l' ? "link" : "other");
+        lua_setfield(L, -2, "type");
+        lua_pushinteger(L, (lua_Integer)mode);
+        lua_setfield(L, -2, "mode");
+        lua_pushnumber(L, (double)size);
+        lua_setfield(L, -2, "size");
+        lua_pushnumber(L, (double)mtime);
+        lua_setfield(L, -2, "mtime");
+        lua_rawseti(L, -2, ++i);
+    }
+    return 1;
+}
+
+static int start_file(lua_State *L, struct operation *op)
+{
+    if (!op->file) {
+        struct orch_err err;
+        orch_err_set(&err, EBUSY, "too many operations at once in this microVM");
+        operation_free(op);
+        return orch_push_err(L, &err);
+    }
+    return orch_task_wait(L, operation_cancel, op, &op->wait);
+}
+
+static int l_write_file(lua_State *L)
+{
+    int n_results;
+    size_t n;
+    struct orch_vm_handle *h = live(L, &n_results);
+    if (!h)
+        return n_results;
+    const char *path = luaL_checkstring(L, 2);
+    const char *data = luaL_checklstring(L, 3, &n);
+    struct orch_opts o = orch_opts_begin(L, 4, "vm:write_file");
+    mode_t mode = (mode_t)orch_opt_number(&o, "mode", 0644, 0, 07777);
+    orch_opts_done(&o);
+    struct operation *op = operation_new(h, push_true);
+    op->file = orch_channel_write_file(orch_vm_channel(h->vm), path, (struct orch_slice){ data, n }, mode, file_done, op);
+    return start_file(L, op);
+}
+
+static int l_read_file(lua_State *L)
+{
+    int n_results;
+    struct orch_vm_handle *h = live(L, &n_results);
+    if (!h)
+        return n_results;
+    const char *path = luaL_checkstring(L, 2);
+    struct orch_opts o = orch_opts_begin(L, 3, "vm:read_file");
+    uint64_t offset = (uint64_t)orch_opt_number(&o, "offset", 0, 0, 9e15), length = (uint64_t)orch_opt_number(&o, "length", 0, 0, 9e15);
+    orch_opts_done(&o);
+    struct operation *op = operation_new(h, push_bytes);
+    op->file = orch_channel_read_file(orch_vm_channel(h->vm), path, offset, length, FILE_MAX_BYTES, file_done, op);
+    return start_file(L, op);
+}
+
+static int l_list_dir(lua_State *L)
+{
+    int n_results;
+    struct orch_vm_handle *h = live(L, &n_results);
+    if (!h)
+        return n_results;
+    struct operation *op = operation_new(h, push_entries);
+    op->file = orch_channel_list_dir(orch_vm_channel(h->vm), luaL_checkstring(L, 2), file_done, op);
+    return start_file(L, op);
+}
+
+/* ---- the rest */
+
+static int l_logs(lua_State *L)
+{
+    int n_results;
+    struct orch_vm_handle *h = live(L, &n_results);
+    if (!h)
+        return n_results;
+    struct orch_slice tail = orch_vm_log_tail(h->vm);
+    lua_pushlstring(L, tail.p ? tail.p : "", tail.n);
+    return 1;
+}
+
+static int l_network(lua_State *L)
+{
+    int n_results;
+    if (!live(L, &n_results))
+        return n_results;
+    lua_pushliteral(L, "no interface");
+    return 1;
+}
+
+static int l_phases(lua_State *L)
+{
+    int n_results;
+    struct orch_vm_handle *h = live(L, &n_results);
+    if (!h)
+        return n_results;
+    lua_newtable(L);
+    int i = 0;
+    for (const struct orch_vm_phase *p = orch_vm_phases(h->vm); p->name; p++) {
+        lua_newtable(L);
+        lua_pushstring(L, p->name);
+        lua_setfield(L, -2, "name");
+        lua_pushnumber(L, p->ms);
+        lua_setfield(L, -2, "ms");
+        lua_rawseti(L, -2, ++i);
+    }
+    return 1;
+}
+
+static void list_one(void *ud, struct orch_vm *vm)
+{
+    lua_State *L = ud;
+    lua_newtable(L);
+    lua_pushstring(L, orch_vm_id(vm));
+    lua_setfield(L, -2, "id");
+    lua_pushstring(L, orch_vm_image(vm));
+    lua_setfield(L, -2, "image");
+    lua_pushstring(L, orch_vm_backend(vm));
+    lua_setfield(L, -2, "backend");
+    lua_pushstring(L, orch_isolation_name(orch_vm_isolation(vm)));
+    lua_setfield(L, -2, "isolation");
+    lua_rawseti(L, -2, (int)lua_objlen(L, -2) + 1);
+}
+
+static int l_list(lua_State *L)
+{
+    struct orch_env *env = orch_env_of(L);
+    struct orch_err err = { 0 };
+    struct orch_vms *vms = env->vms(env->ud, &err);
+    if (!vms)
+        return orch_push_err(L, &err);
+    lua_newtable(L);
+    orch_vms_each(vms, list_one, L);
+    return 1;
+}
+
+int orch_luaopen_vm(lua_State *L, int t)
+{
+    enum { TS = ORCH_CTX_TOOL | ORCH_CTX_SCRIPT, S = ORCH_CTX_SCRIPT };
+    if (orch_state_context(L) != ORCH_CTX_POLICY && luaL_newmetatable(L, VM_META)) {
+        lua_newtable(L);
+        orch_api_set(L, "vm:",
+                     (struct orch_api[]){ { "exec", l_exec, TS },
+                                          { "write_file", l_write_file, TS },
+                                          { "read_file", l_read_file, TS },
+                                          { "list_dir", l_list_dir, TS },
+                                          { "logs", l_logs, TS },
+                                          { "network", l_network, TS },
+                                          { "phases", l_phases, S },
+                                          { "close", l_close, TS },
+                                          { "copy_in", NULL, 0 },
+                                          { "copy_out", NULL, 0 },
+                                          { "changes", NULL, 0 },
+                                          { "pause", NULL, 0 },
+                                          { "resume", NULL, 0 },
+                                          { "snapshot", NULL, 0 },
+                                          { "fork", NULL, 0 },
+                                          { "stats", NULL, 0 },
+                                          { "set_network", NULL, 0 },
+                                          { 0 } });
+        lua_pushcclosure(L, vm_index, 1);
+        lua_setfield(L, -2, "__index");
+        lua_pushcfunction(L, vm_gc);
+        lua_setfield(L, -2, "__gc");
+        lua_pushcfunction(L, vm_tostring);
+        lua_setfield(L, -2, "__tostring");
+        lua_pushboolean(L, 0);
+        lua_setfield(L, -2, "__metatable");
+        lua_pop(L, 1);
+    }
+    lua_newtable(L);
+    orch_api_set(L, "orch.vm.", (struct orch_api[]){ { "spawn", l_spawn, S }, { "list", l_list, S }, { "pool", NULL, 0 }, { 0 } });
+    lua_setfield(L, t, "vm");
+    lua_newtable(L);
+    orch_api_set(L, "orch.image.", (struct orch_api[]){ { "build", NULL, 0 }, { "list", NULL, 0 }, { 0 } });
+    lua_setfield(L, t, "image");
+    return 0;
+}

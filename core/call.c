@@ -1,0 +1,956 @@
+/* One tool call from request to answer: judge, audit the decision, run, audit the outcome, answer.
+ * Calls are handled in batches: the decisions of all calls at hand are written with one write before
+ * any of them runs, their outcomes with another before any of them is answered. */
+#include "host.h"
+
+#include "base/hash.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+
+enum {
+    ALLOW = 1, ASK, DENY, /* as lua/policy.lua returns them; 0: bad arguments */
+    ARGS_AUDIT_BYTES = 64 * 1024,
+    SPARE_CALLS = 256,
+};
+
+struct orch_toolcall {
+    struct orch_toolcall *next, *prev; /* in one of the host's lists */
+    struct orch *o;
+    struct orch_generation *gen;
+    struct orch_session *session;
+    struct orch_tool *tool; /* NULL: unknown */
+    struct orch_mcp_request *rq;
+    orch_call_done_fn *done;
+    void *done_ud;
+    char id[40];
+    uint32_t slot, serial;
+    int64_t begun_us, deadline_us;
+    int decision; /* ALLOW, ASK, DENY; 0: bad arguments or unknown */
+    bool reserved, cancelled, is_error, finished, raw;
+    int rpc_code; /* the answer is a JSON-RPC error */
+    int args_ref; /* tool state: decoded arguments */
+    struct orch_buf args; /* for upstreams and C tools: the arguments' bytes */
+    struct orch_buf meta; /* for upstreams: params._meta as it came */
+    struct orch_buf text; /* the error's text, or the result's members */
+    uint16_t *redact;
+    size_t n_redact;
+    struct orch_task *task;
+    struct orch_mcp_client_call *upstream;
+    struct orch_timer *timer; /* deadline of calls that are no task */
+    struct orch_vm_handle *vms;
+    enum orch_isolation isolation;
+    char vm_id[32];
+};
+
+/* orch_answer's handle is the call itself. */
+struct orch_tool_call {
+    struct orch_toolcall call;
+};
+
+/* ---- lists and slots */
+
+static void list_push(struct orch_toolcall **list, struct orch_toolcall *c)
+{
+    c->prev = NULL;
+    c->next = *list;
+    if (*list)
+        (*list)->prev = c;
+    *list = c;
+}
+
+static void list_remove(struct orch_toolcall **list, struct orch_toolcall *c)
+{
+    if (c->prev)
+        c->prev->next = c->next;
+    else
+        *list = c->next;
+    if (c->next)
+        c->next->prev = c->prev;
+    c->next = c->prev = NULL;
+}
+
+/* Takes a whole list in the order its elements were pushed. */
+static struct orch_toolcall *list_take(struct orch_toolcall **list)
+{
+    struct orch_toolcall *in_order = NULL;
+    while (*list) {
+        struct orch_toolcall *c = *list;
+        *list = c->next;
+        c->prev = NULL;
+        c->next = in_order;
+        in_order = c;
+    }
+    return in_order;
+}
+
+static struct orch_toolcall *call_new(struct orch *o, struct orch_session *s)
+{
+    struct orch_toolcall *c = o->spare;
+    if (c) {
+        o->spare = c->next;
+    } else {
+        c = orch_xcalloc(1, sizeof *c);
+        o->slots = orch_xrealloc(o->slots, (o->n_slots + 1) * sizeof(struct orch_toolcall *));
+        o->slots[o->n_slots] = c;
+        c->slot = (uint32_t)o->n_slots++;
+    }
+    *c = (struct orch_toolcall){ .o = o, .session = s, .slot = c->slot, .serial = c->serial + 1, .args_ref = LUA_NOREF,
+                                 .args = c->args, .text = c->text };
+    c->args.n = c->text.n = 0;
+    c->gen = orch_generation_ref(o->gen);
+    c->begun_us = orch_now_us();
+    snprintf(c->id, sizeof c->id, "%s-%llu", o->call_prefix, (unsigned long long)++o->next_call);
+    return c;
+}
+
+static void call_free(struct orch_toolcall *c)
+{
+    struct orch *o = c->o;
+    if (c->args_ref != LUA_NOREF)
+        luaL_unref(orch_state_lua(c->gen->tools_state), LUA_REGISTRYINDEX, c->args_ref);
+    orch_timer_free(c->timer);
+    orch_vm_handles_close(&c->vms);
+    orch_generation_unref(c->gen);
+    free(c->redact);
+    orch_buf_free(&c->meta);
+    if (c->args.cap > 64 * 1024)
+        orch_buf_free(&c->args);
+    if (c->text.cap > 64 * 1024)
+        orch_buf_free(&c->text);
+    c->serial++; /* a ctx that is still held finds nothing */
+    c->gen = NULL;
+    c->next = o->spare;
+    o->spare = c;
+}
+
+static struct orch_toolcall *call_get(void *ud, uint32_t slot, uint32_t serial)
+{
+    struct orch *o = ud;
+    struct orch_toolcall *c = slot < o->n_slots ? o->slots[slot] : NULL;
+    return c && c->gen && c->serial == serial ? c : NULL;
+}
+
+/* ---- rates: a token bucket a key, kept across reloads */
+
+struct orch_rate {
+    struct orch_rate *next;
+    double tokens;
+    int64_t at_ms;
+    char key[];
+};
+
+bool orch_rate_take(struct orch *o, const char *key, double limit, int64_t window_ms)
+{
+    enum { KEYS_MAX = 10000 };
+    int64_t now = orch_now_us() / 1000;
+    unsigned n = 0;
+    struct orch_rate **at = &o->rates;
+    while (*at && strcmp((*at)->key, key) != 0 && n++ < KEYS_MAX)
+        at = &(*at)->next;
+    struct orch_rate *r = *at;
+    if (n >= KEYS_MAX)
+        return false; /* more callers than are kept track of: fail closed */
+    if (!r) {
+        r = orch_xmalloc(sizeof *r + strlen(key) + 1);
+        strcpy(r->key, key);
+        r->next = NULL;
+        r->tokens = limit;
+        r->at_ms = now;
+        *at = r;
+    }
+    r->tokens = fmin(limit, r->tokens + (double)(now - r->at_ms) * limit / (double)window_ms);
+    r->at_ms = now;
+    if (r->tokens < 1)
+        return false;
+    r->tokens -= 1;
+    return true;
+}
+
+/* ---- finishing */
+
+static void run_later(void *ud)
+{
+    struct orch *o = ud;
+    o->run_posted = false;
+    orch_calls_run(o);
+}
+
+static void want_run(struct orch *o)
+{
+    if (o->run_posted || o->in_run)
+        return;
+    o->run_posted = true;
+    orch_loop_post(o->loop, run_later, o);
+}
+
+/* The call has its answer in c->text: queue it for outcome and answer. It must be in no list. */
+static void call_end(struct orch_toolcall *c)
+{
+    c->finished = true;
+    orch_vm_handles_close(&c->vms);
+    list_push(&c->o->ended, c);
+    want_run(c->o);
+}
+
+static void put_meta(struct orch_toolcall *c)
+{
+    static const char *const words[] = { "deny", "allow", "ask", "deny" };
+    struct orch_buf *b = &c->text;
+    orch_buf_str(b, ",\"_meta\":{\"orch/decision\":\"");
+    orch_buf_str(b, words[c->decision]);
+    orch_buf_str(b, "\",\"orch/call\":\"");
+    orch_buf_str(b, c->id);
+    orch_buf_char(b, '"');
+    if (c->isolation) {
+        orch_buf_str(b, ",\"orch/isolation\":\"");
+        orch_buf_str(b, orch_isolation_name(c->isolation));
+        orch_buf_char(b, '"');
+    }
+    if (c->rq && orch_mcp_request_modern(c->rq))
+        orch_buf_str(b, ",\"io.modelcontextprotocol/serverInfo\":{\"name\":\"orch\",\"version\":\"" ORCH_VERSION "\"}");
+    orch_buf_char(b, '}');
+}
+
+static void put_text_result(struct orch_toolcall *c, struct orch_slice prefix, struct orch_slice text, bool is_error)
+{
+    struct orch_buf *b = &c->text;
+    b->n = 0;
+    orch_buf_str(b, "\"content\":[{\"type\":\"text\",\"text\":");
+    if (prefix.n) {
+        cleanup_buf struct orch_buf whole = { 0 };
+        orch_buf_slice(&whole, prefix);
+        orch_buf_slice(&whole, text);
+        orch_json_quote(b, (struct orch_slice){ whole.p, whole.n });
+    } else {
+        orch_json_quote(b, text);
+    }
+    orch_buf_str(b, "}]");
+    if (is_error)
+        orch_buf_str(b, ",\"isError\":true");
+    c->is_error = is_error;
+    put_meta(c);
+}
+
+static void set_failure(struct orch_toolcall *c, const char *kind, const char *text)
+{
+    cleanup_free char *prefix = orch_xasprintf("%s: ", kind);
+    put_text_result(c, orch_slice_str(prefix), orch_slice_str(text), true);
+}
+
+static void set_error_failure(struct orch_toolcall *c, const struct orch_err *err)
+{
+    set_failure(c, err->cls == ORCH_CLASS_ISOLATION ? "not run" : err->cls == ORCH_CLASS_CANCELLED ? "cancelled" : "failed", err->msg);
+}
+
+/* ---- judging */
+
+static void put_decision_fields(struct orch_toolcall *c, struct orch_slice name, struct orch_slice args, struct orch_slice canonical,
+                                const char *reason, const char *rules, struct orch_buf *b)
+{
+    static const char *const words[] = { "deny", "allow", "ask", "deny" };
+    orch_buf_str(b, "\"call\":\"");
+    orch_buf_str(b, c->id);
+    orch_buf_str(b, "\",");
+    orch_buf_slice(b, (struct orch_slice){ c->session->audit_fields.p, c->session->audit_fields.n });
+    orch_buf_str(b, ",\"tool\":");
+    if (c->tool)
+        orch_json_quote(b, orch_slice_str(c->tool->name));
+    else
+        orch_json_quote(b, name);
+    if (args.n <= ARGS_AUDIT_BYTES) {
+        orch_buf_str(b, ",\"args\":");
+        orch_buf_slice(b, args);
+    } else {
+        orch_buf_printf(b, ",\"args\":null,\"args_bytes\":%zu", args.n);
+    }
+    char digest[65];
+    orch_audit_digest(c->o->audit, canonical, digest);
+    orch_buf_str(b, ",\"args_digest\":\"");
+    orch_buf_str(b, digest);
+    orch_buf_str(b, "\",\"decision\":\"");
+    orch_buf_str(b, words[c->decision]);
+    orch_buf_char(b, '"');
+    if (reason) {
+        orch_buf_str(b, ",\"reason\":");
+        orch_json_quote(b, orch_slice_str(reason));
+    }
+    orch_buf_str(b, ",\"rules\":");
+    orch_buf_str(b, rules);
+    orch_buf_slice(b, (struct orch_slice){ c->gen->audit_field.p, c->gen->audit_field.n });
+}
+
+/* Queues the decision line. args: the tokens that will be used (rewritten ones when there are). */
+static int audit_decision(struct orch_toolcall *c, struct orch_slice name, const struct orch_json_doc *d, uint32_t args, const char *reason,
+                          const char *rules, struct orch_err *err)
+{
+    static _Thread_local struct orch_buf fields, canonical, redacted;
+    fields.n = canonical.n = redacted.n = 0;
+    struct orch_slice shown = ORCH_SLICE("{}");
+    if (args)
+        orch_json_canonical(d, args, &canonical);
+    else
+        orch_buf_str(&canonical, "{}");
+    if (args && c->gen->n_redact) {
+        uint16_t all[256];
+        size_t n = c->gen->n_redact < ORCH_ARRAY_LEN(all) ? c->gen->n_redact : ORCH_ARRAY_LEN(all);
+        for (size_t i = 0; i < n; i++)
+            all[i] = (uint16_t)i;
+        if (n < c->gen->n_redact || orch_redact_json(c->gen, all, n, d, args, &redacted) < 0) {
+            redacted.n = 0;
+            orch_buf_str(&redacted, "\"[withheld: redaction limit]\"");
+        }
+        shown = (struct orch_slice){ redacted.p, redacted.n };
+    } else if (args) {
+        shown = orch_json_raw(d, args);
+    }
+    put_decision_fields(c, name, shown, (struct orch_slice){ canonical.p, canonical.n }, reason, rules, &fields);
+    int r = orch_audit_add(c->o->audit, "decision", (struct orch_slice){ fields.p, fields.n }, true, err);
+    c->reserved = r == 0;
+    return r;
+}
+
+static void take_effects(struct orch_toolcall *c, lua_State *L, int idx)
+{
+    lua_getfield(L, idx, "redact");
+    if (lua_istable(L, -1)) {
+        c->n_redact = lua_objlen(L, -1);
+        c->redact = orch_xcalloc(c->n_redact, sizeof *c->redact);
+        for (size_t i = 0; i < c->n_redact; i++) {
+            lua_rawgeti(L, -1, (int)i + 1);
+            c->redact[i] = (uint16_t)(lua_tointeger(L, -1) - 1);
+            lua_pop(L, 1);
+        }
+    }
+    lua_getfield(L, idx, "marks");
+    struct orch_session *s = c->session;
+    for (int i = 1, n = lua_istable(L, -1) && c->decision == ALLOW ? (int)lua_objlen(L, -1) : 0; i <= n; i++) {
+        lua_rawgeti(L, -1, i);
+        const char *mark = lua_tostring(L, -1);
+        bool known = false;
+        for (size_t k = 0; k < s->n_marks; k++)
+            known = known || strcmp(s->marks[k], mark) == 0;
+        if (!known && s->n_marks < 256) {
+            s->marks = orch_xrealloc(s->marks, (s->n_marks + 1) * sizeof *s->marks);
+            s->marks[s->n_marks++] = orch_xstrdup(mark);
+        }
+        lua_pop(L, 1);
+    }
+    lua_pop(L, 2);
+}
+
+/* Keeps the arguments in the form the tool's side wants them. */
+static void keep_args(struct orch_toolcall *c, const struct orch_json_doc *d, uint32_t args)
+{
+    struct orch_tool *t = c->tool;
+    if (t->run_ref == LUA_NOREF || t->fn) {
+        if (args)
+            orch_buf_slice(&c->args, orch_json_raw(d, args));
+        else
+            orch_buf_str(&c->args, "{}");
+        return;
+    }
+    lua_State *L = orch_state_lua(c->gen->tools_state);
+    if (args)
+        orch_lua_push_json(L, d, args, 0);
+    else
+        lua_newtable(L);
+    c->args_ref = luaL_ref(L, LUA_REGISTRYINDEX);
+}
+
+struct judgement {
+    int verdict;
+    const char *reason, *rules;
+    struct orch_buf rewritten; /* "[" JSON "]", so that the object is token 1; empty when not rewritten */
+};
+
+/* Calls engine.judge; what it returned stays on the policy state's stack until lua_settop(0). */
+static int judge(struct orch_toolcall *c, const struct orch_json_doc *d, uint32_t args, struct judgement *j, struct orch_err *err)
+{
+    struct orch_generation *g = c->gen;
+    lua_State *L = orch_state_lua(g->policy);
+    lua_rawgeti(L, LUA_REGISTRYINDEX, g->judge_ref);
+    lua_rawgeti(L, LUA_REGISTRYINDEX, c->tool->name_ref);
+    bool nulls = false;
+    if (args)
+        nulls = orch_lua_push_json(L, d, args, ORCH_LUA_JSON_KEEP_NULL);
+    else
+        lua_newtable(L);
+    if (nulls)
+        orch_lua_strip_nulls(L, -1);
+    else
+        lua_pushvalue(L, -1);
+    lua_pushstring(L, c->session->id);
+    lua_pushstring(L, c->session->caller);
+    int r = orch_state_pcall(g->policy, 5, 5, err);
+    if (r < 0)
+        return r;
+    j->verdict = (int)lua_tointeger(L, -5);
+    j->reason = lua_tostring(L, -4);
+    j->rules = lua_tostring(L, -3);
+    c->decision = j->verdict;
+    if (lua_istable(L, -2))
+        take_effects(c, L, lua_gettop(L) - 1);
+    if (lua_istable(L, -1)) {
+        char why[256];
+        orch_buf_char(&j->rewritten, '[');
+        if (orch_lua_encode_json(L, -1, &j->rewritten, why, sizeof why) < 0)
+            return orch_err_set(err, EINVAL, "the rewritten arguments cannot be JSON: %s", why);
+        orch_buf_char(&j->rewritten, ']');
+    }
+    return 0;
+}
+
+/* Judges and queues the decision; the call then is in the list of begun ones. */
+static void call_begin(struct orch_toolcall *c, struct orch_slice name, const struct orch_json_doc *d, uint32_t args, uint32_t meta)
+{
+    struct orch *o = c->o;
+    struct orch_err err = { 0 };
+    struct judgement j = { .rules = "[]" };
+    cleanup_json struct orch_json_doc rewritten = { 0 };
+    c->tool = orch_generation_tool(c->gen, name);
+    if (!c->tool && o->upstream && !orch_upstream_ready(o->upstream)) {
+        c->rpc_code = ORCH_RPC_UPSTREAM_FAILED;
+        orch_buf_str(&c->text, orch_upstream_problem(o->upstream));
+        j.reason = "the upstream is not running";
+    } else if (!c->tool) {
+        cleanup_free char *text = orch_xasprintf("Unknown tool: %.*s", name.n > 200 ? 200 : (int)name.n, name.p);
+        c->rpc_code = ORCH_RPC_INVALID_PARAMS;
+        orch_buf_str(&c->text, text);
+        j.reason = "unknown tool";
+    } else if (judge(c, d, args, &j, &err) < 0) {
+        c->decision = DENY;
+        j.reason = err.msg;
+        set_failure(c, "denied", err.msg);
+    } else if (j.verdict == 0) {
+        c->rpc_code = ORCH_RPC_INVALID_PARAMS;
+        orch_buf_str(&c->text, j.reason ? j.reason : "bad arguments");
+    } else if (j.verdict != ALLOW) {
+        set_failure(c, "denied", j.reason ? j.reason : "?");
+    } else if (j.rewritten.n) {
+        struct orch_json_fault fault;
+        if (orch_json_scan(&rewritten, (struct orch_slice){ j.rewritten.p, j.rewritten.n }, &(struct orch_json_limits){ 0 }, &fault) < 0) {
+            c->decision = DENY;
+            set_failure(c, "denied", fault.rule);
+        } else {
+            d = &rewritten;
+            args = 1;
+        }
+    }
+    if (!o->audit || orch_audit_broken(o->audit)) {
+        c->decision = DENY;
+        c->rpc_code = 0;
+        set_failure(c, "not run", "the audit log cannot be written; calls are refused until orch is started again");
+    } else if (audit_decision(c, name, d, args, j.reason, j.rules ? j.rules : "[]", &err) < 0) {
+        c->decision = DENY;
+        c->rpc_code = 0;
+        set_failure(c, "not run", err.msg);
+    } else if (c->decision == ALLOW && !c->rpc_code) {
+        keep_args(c, d, args);
+        if (meta && c->tool->run_ref == LUA_NOREF && !c->tool->fn)
+            orch_buf_slice(&c->meta, orch_json_raw(d, meta));
+    }
+    lua_settop(orch_state_lua(c->gen->policy), 0);
+    orch_buf_free(&j.rewritten);
+    list_push(&o->begun, c);
+}
+
+void orch_call_from_mcp(struct orch_session *s, struct orch_mcp_request *rq, const struct orch_json_doc *d, struct orch_slice name,
+                        uint32_t args, uint32_t meta)
+{
+    struct orch_toolcall *c = call_new(s->host, s);
+    c->rq = rq;
+    orch_mcp_request_set_host(rq, c);
+    call_begin(c, name, d, args, meta);
+}
+
+void orch_call_from_host(struct orch_session *s, struct orch_slice name, const struct orch_json_doc *d, uint32_t args,
+                         orch_call_done_fn *done, void *ud)
+{
+    struct orch_toolcall *c = call_new(s->host, s);
+    c->done = done;
+    c->done_ud = ud;
+    call_begin(c, name, d, args, 0);
+    want_run(s->host);
+}
+
+/* ---- running */
+
+static struct orch_slice get_string(lua_State *L, int idx, const char *key)
+{
+    struct orch_slice s = { 0 };
+    lua_getfield(L, idx, key);
+    if (lua_type(L, -1) == LUA_TSTRING)
+        s.p = lua_tolstring(L, -1, &s.n);
+    lua_pop(L, 1); /* anchored in the result table */
+    return s;
+}
+
+/* Checks `structured` (at the top) against the tool's output schema; an error text or NULL. */
+static const char *check_output(struct orch_toolcall *c, lua_State *L)
+{
+    struct orch_err err = { 0 };
+    static _Thread_local char why[512];
+    lua_State *main = orch_state_lua(c->gen->tools_state);
+    if (c->tool->output_ref == LUA_NOREF)
+        return NULL;
+    lua_rawgeti(main, LUA_REGISTRYINDEX, c->tool->output_ref);
+    lua_pushvalue(L, -1);
+    lua_xmove(L, main, 1);
+    if (orch_state_pcall(c->gen->tools_state, 1, 2, &err) < 0) {
+        snprintf(why, sizeof why, "%.500s", err.msg);
+        return why;
+    }
+    const char *text = lua_toboolean(main, -2) ? NULL : lua_tostring(main, -1);
+    if (text)
+        snprintf(why, sizeof why, "structured result: %s", text);
+    lua_pop(main, 2);
+    return text ? why : NULL;
+}
+
+/* The table a tool returned: { text, structured, is_error, content }. */
+static void take_result_table(struct orch_toolcall *c, lua_State *L, int idx)
+{
+    char why[256];
+    struct orch_slice text = get_string(L, idx, "text");
+    cleanup_buf struct orch_buf structured = { 0 };
+    cleanup_buf struct orch_buf content = { 0 };
+    lua_getfield(L, idx, "is_error");
+    bool is_error = lua_toboolean(L, -1);
+    lua_getfield(L, idx, "structured");
+    if (!lua_isnil(L, -1)) {
+        const char *problem = check_output(c, L);
+        if (problem) {
+            set_failure(c, "failed", problem);
+            return;
+        }
+        if (orch_lua_encode_json(L, -1, &structured, why, sizeof why) < 0) {
+            cleanup_free char *m = orch_xasprintf("structured result: %s", why);
+            set_failure(c, "failed", m);
+            return;
+        }
+    }
+    lua_getfield(L, idx, "content");
+    if (!lua_isnil(L, -1) && orch_lua_encode_json(L, -1, &content, why, sizeof why) < 0) {
+        cleanup_free char *m = orch_xasprintf("content: %s", why);
+        set_failure(c, "failed", m);
+        return;
+    }
+    if (content.n && content.p[0] != '[') {
+        set_failure(c, "failed", "content must be a list of MCP content blocks");
+        return;
+    }
+    struct orch_buf *b = &c->text;
+    b->n = 0;
+    orch_buf_str(b, "\"content\":");
+    if (content.n) {
+        orch_buf_slice(b, (struct orch_slice){ content.p, content.n });
+    } else {
+        orch_buf_str(b, "[{\"type\":\"text\",\"text\":");
+        orch_json_quote(b, text.p ? text : (struct orch_slice){ structured.p, structured.n });
+        orch_buf_str(b, "}]");
+    }
+    /* Before 2026-07-28 only an object is allowed there. */
+    if (structured.n && (structured.p[0] == '{' || (c->rq && orch_mcp_request_modern(c->rq)))) {
+        orch_buf_str(b, ",\"structuredContent\":");
+        orch_buf_slice(b, (struct orch_slice){ structured.p, structured.n });
+    }
+    if (is_error)
+        orch_buf_str(b, ",\"isError\":true");
+    c->is_error = is_error;
+    put_meta(c);
+}
+
+static void take_result(struct orch_toolcall *c, lua_State *L, int nres)
+{
+    int first = lua_gettop(L) - nres + 1;
+    int type = nres ? lua_type(L, first) : LUA_TNIL;
+    if (type == LUA_TTABLE) {
+        take_result_table(c, L, first);
+    } else if (type == LUA_TSTRING) {
+        size_t n;
+        const char *s = lua_tolstring(L, first, &n);
+        put_text_result(c, (struct orch_slice){ 0 }, (struct orch_slice){ s, n }, false);
+    } else if (type == LUA_TNIL && nres >= 2) {
+        const char *code = nres >= 3 ? lua_tostring(L, first + 2) : NULL;
+        const char *text = lua_tostring(L, first + 1);
+        set_failure(c, code && strcmp(code, "isolation") == 0 ? "not run" : "failed", text ? text : "the tool gave no reason");
+    } else {
+        cleanup_free char *m = orch_xasprintf("%s: run must return a table, a string, or nil and an error; it returned %s", c->tool->name,
+                                              lua_typename(L, type));
+        set_failure(c, "failed", m);
+    }
+}
+
+static void task_done(void *ud, lua_State *L, int nres, const struct orch_err *err)
+{
+    struct orch_toolcall *c = ud;
+    c->task = NULL;
+    if (err)
+        set_error_failure(c, err);
+    else
+        take_result(c, L, nres);
+    list_remove(&c->o->running, c);
+    call_end(c);
+}
+
+static void deadline_passed(void *ud)
+{
+    struct orch_toolcall *c = ud;
+    cleanup_free char *m = orch_xasprintf("no answer within %lld ms (the tool's timeout)", (long long)c->tool->timeout_ms);
+    if (c->upstream)
+        orch_mcp_client_cancel(c->upstream, "timeout");
+    c->upstream = NULL;
+    set_failure(c, "failed", m);
+    list_remove(&c->o->running, c);
+    call_end(c);
+}
+
+static void upstream_done(void *ud, struct orch_slice result, const struct orch_err *err)
+{
+    struct orch_toolcall *c = ud;
+    c->upstream = NULL;
+    if (err) {
+        c->rpc_code = ORCH_RPC_UPSTREAM_FAILED;
+        c->is_error = true;
+        c->text.n = 0;
+        orch_buf_str(&c->text, err->msg);
+    } else {
+        /* The result's members as they came, without its braces. */
+        c->text.n = 0;
+        orch_buf_add(&c->text, result.p + 1, result.n - 2);
+        c->raw = true;
+        cleanup_json struct orch_json_doc d = { 0 };
+        struct orch_json_fault fault;
+        if (orch_json_scan(&d, result, &(struct orch_json_limits){ 0 }, &fault) == 0) {
+            uint32_t tok = orch_json_get(&d, 0, "isError");
+            c->is_error = tok && d.toks[tok].type == ORCH_JSON_TRUE;
+        }
+    }
+    list_remove(&c->o->running, c);
+    call_end(c);
+}
+
+static void upstream_progress(void *ud, double done, double total, struct orch_slice message)
+{
+    struct orch_toolcall *c = ud;
+    if (c->rq)
+        orch_mcp_progress(c->rq, done, total, message);
+}
+
+static void call_run(struct orch_toolcall *c)
+{
+    struct orch *o = c->o;
+    struct orch_tool *t = c->tool;
+    c->deadline_us = orch_now_us() + t->timeout_ms * 1000;
+    list_push(&o->running, c);
+    if (t->fn || t->run_ref == LUA_NOREF) {
+        c->timer = orch_timer_new(o->loop, deadline_passed, c);
+        orch_timer_set(c->timer, t->timeout_ms);
+    }
+    if (t->fn) {
+        t->fn(t->fn_ud, (struct orch_tool_call *)c, c->args.p);
+        return;
+    }
+    if (t->run_ref == LUA_NOREF) {
+        struct orch_err err = { 0 };
+        c->upstream = orch_mcp_client_call(orch_upstream_client(o->upstream),
+                                           &(struct orch_mcp_client_request){ .tool = strstr(t->name, "__") + 2,
+                                                                              .args = { c->args.p, c->args.n },
+                                                                              .meta = { c->meta.p, c->meta.n },
+                                                                              .done = upstream_done,
+                                                                              .progress = upstream_progress,
+                                                                              .ud = c },
+                                           &err);
+        if (!c->upstream)
+            upstream_done(c, (struct orch_slice){ 0 }, &err);
+        return;
+    }
+    lua_State *L = orch_state_lua(c->gen->tools_state);
+    lua_rawgeti(L, LUA_REGISTRYINDEX, t->run_ref);
+    lua_rawgeti(L, LUA_REGISTRYINDEX, c->args_ref);
+    orch_push_ctx(L, c->slot, c->serial);
+    /* It may end at once: then it is in the list of ended ones, which only our caller empties. */
+    struct orch_task *task = orch_task_start(o->loop, c->gen->tools_state, 2, t->timeout_ms, task_done, c);
+    if (!c->finished)
+        c->task = task;
+}
+
+/* ---- outcome and answer */
+
+static void withhold(struct orch_toolcall *c, const char *text)
+{
+    c->rpc_code = 0;
+    c->raw = false;
+    set_failure(c, "failed", text);
+}
+
+/* Applies the deciding rules' redact patterns to the finished result. */
+static void redact_result(struct orch_toolcall *c)
+{
+    if (!c->n_redact || c->decision != ALLOW)
+        return;
+    cleanup_buf struct orch_buf whole = { 0 };
+    cleanup_buf struct orch_buf out = { 0 };
+    cleanup_json struct orch_json_doc d = { 0 };
+    struct orch_json_fault fault;
+    if (c->rpc_code)
+        orch_json_quote(&whole, (struct orch_slice){ c->text.p, c->text.n });
+    else {
+        orch_buf_char(&whole, '{');
+        orch_buf_slice(&whole, (struct orch_slice){ c->text.p, c->text.n });
+        orch_buf_char(&whole, '}');
+    }
+    if (orch_json_scan(&d, (struct orch_slice){ whole.p, whole.n }, &(struct orch_json_limits){ .bytes = 256 << 20, .depth = 1000 }, &fault) < 0 ||
+        orch_redact_json(c->gen, c->redact, c->n_redact, &d, 0, &out) < 0) {
+        withhold(c, "the result was withheld: a redact pattern hit its match limit");
+        return;
+    }
+    c->text.n = 0;
+    if (c->rpc_code) {
+        cleanup_json struct orch_json_doc text = { 0 };
+        if (orch_json_scan(&text, (struct orch_slice){ out.p, out.n }, &(struct orch_json_limits){ 0 }, &fault) == 0)
+            orch_json_string(&text, 0, &c->text);
+    } else {
+        orch_buf_add(&c->text, out.p + 1, out.n - 2);
+    }
+}
+
+static int audit_outcome(struct orch_toolcall *c, struct orch_err *err)
+{
+    static _Thread_local struct orch_buf fields;
+    char sha[65];
+    struct orch_buf *b = &fields;
+    b->n = 0;
+    orch_sha256_hex(c->text.p, c->text.n, sha);
+    orch_buf_str(b, "\"call\":\"");
+    orch_buf_str(b, c->id);
+    orch_buf_str(b, "\",\"tool\":");
+    orch_json_quote(b, orch_slice_str(c->tool ? c->tool->name : "?"));
+    if (c->vm_id[0])
+        orch_buf_printf(b, ",\"vm\":\"%s\"", c->vm_id);
+    if (c->isolation)
+        orch_buf_printf(b, ",\"isolation\":\"%s\"", orch_isolation_name(c->isolation));
+    if (c->cancelled)
+        orch_buf_str(b, ",\"cancelled\":true");
+    int64_t us = orch_now_us() - c->begun_us;
+    orch_buf_str(b, ",\"ms\":");
+    orch_json_put_number(b, (double)us / 1000);
+    orch_buf_str(b, c->is_error || c->rpc_code ? ",\"result\":{\"is_error\":true,\"bytes\":" : ",\"result\":{\"is_error\":false,\"bytes\":");
+    orch_json_put_number(b, (double)c->text.n);
+    orch_buf_str(b, ",\"sha256\":\"");
+    orch_buf_str(b, sha);
+    orch_buf_str(b, "\"}");
+    return orch_audit_add_outcome(c->o->audit, (struct orch_slice){ b->p, b->n }, err);
+}
+
+static void call_answer(struct orch_toolcall *c)
+{
+    struct orch_slice text = { c->text.p, c->text.n };
+    if (c->rq) {
+        if (c->cancelled)
+            orch_mcp_request_drop(c->rq);
+        else if (c->rpc_code)
+            orch_mcp_respond_error(c->rq, c->rpc_code, text, (struct orch_slice){ 0 });
+        else
+            orch_mcp_respond(c->rq, text);
+    }
+    if (c->done) {
+        if (c->rpc_code) {
+            cleanup_buf struct orch_buf b = { 0 };
+            orch_buf_str(&b, "\"content\":[{\"type\":\"text\",\"text\":");
+            orch_json_quote(&b, text);
+            orch_buf_str(&b, "}],\"isError\":true");
+            c->done(c->done_ud, (struct orch_slice){ b.p, b.n }, true);
+        } else {
+            c->done(c->done_ud, text, c->is_error);
+        }
+    }
+    call_free(c);
+}
+
+/* What to do with the calls that were judged: run them, or end them at once. */
+static void run_begun(struct orch_toolcall *list, const struct orch_err *audit_error)
+{
+    for (struct orch_toolcall *c = list, *next; c; c = next) {
+        next = c->next;
+        c->next = c->prev = NULL;
+        if (audit_error) {
+            c->decision = DENY;
+            c->reserved = false;
+            c->rpc_code = 0;
+            set_failure(c, "not run", audit_error->msg);
+        } else if (c->cancelled) {
+            set_failure(c, "cancelled", "before it ran");
+        } else if (c->decision == ALLOW && !c->rpc_code) {
+            call_run(c);
+            continue;
+        }
+        call_end(c);
+    }
+}
+
+void orch_calls_run(struct orch *o)
+{
+    struct orch_err err = { 0 };
+    if (o->in_run)
+        return;
+    o->in_run = true;
+    if (o->begun) {
+        struct orch_toolcall *begun = list_take(&o->begun);
+        bool failed = o->audit && orch_audit_flush(o->audit, &err) < 0;
+        if (failed)
+            orch_log(ORCH_ERROR, "%s", err.msg);
+        run_begun(begun, failed ? &err : NULL);
+    }
+    while (o->ended) {
+        struct orch_toolcall *ended = list_take(&o->ended);
+        for (struct orch_toolcall *c = ended; c; c = c->next) {
+            redact_result(c);
+            if (c->reserved && audit_outcome(c, &err) < 0)
+                withhold(c, err.msg);
+        }
+        if (o->audit && orch_audit_flush(o->audit, &err) < 0) {
+            orch_log(ORCH_ERROR, "%s", err.msg);
+            for (struct orch_toolcall *c = ended; c; c = c->next)
+                if (c->reserved)
+                    withhold(c, "the outcome could not be written to the audit log; the answer is withheld");
+        }
+        for (struct orch_toolcall *c = ended, *next; c; c = next) {
+            next = c->next;
+            call_answer(c);
+        }
+    }
+    o->in_run = false;
+    if (o->begun) /* an answer's callback made another call */
+        want_run(o);
+}
+
+/* ---- cancelling */
+
+static void call_cancel(struct orch_toolcall *c, const char *why)
+{
+    if (c->cancelled || c->finished)
+        return;
+    c->cancelled = true;
+    if (c->task) {
+        orch_task_cancel(c->task, why);
+    } else if (c->upstream || c->timer) {
+        if (c->upstream)
+            orch_mcp_client_cancel(c->upstream, why);
+        c->upstream = NULL;
+        set_failure(c, "cancelled", why);
+        list_remove(&c->o->running, c);
+        call_end(c);
+    }
+}
+
+void orch_call_cancel_mcp(struct orch_mcp_request *rq)
+{
+    struct orch_toolcall *c = orch_mcp_request_host(rq);
+    if (c->finished)
+        c->cancelled = true;
+    call_cancel(c, "the client cancelled the call");
+}
+
+void orch_calls_cancel(struct orch *o, struct orch_session *s, const char *why)
+{
+    for (struct orch_toolcall *c = o->running, *next; c; c = next) {
+        next = c->next;
+        if (c->session == s)
+            call_cancel(c, why);
+    }
+}
+
+/* ---- what a tool's ctx reaches */
+
+static void ctx_progress(struct orch_toolcall *c, double done, double total, struct orch_slice message)
+{
+    if (c->rq)
+        orch_mcp_progress(c->rq, done, total, message);
+}
+
+static void ctx_log(struct orch_toolcall *c, const char *level, struct orch_slice message)
+{
+    cleanup_buf struct orch_buf json = { 0 };
+    orch_json_quote(&json, message);
+    if (c->rq)
+        orch_mcp_log(c->rq, level, orch_slice_str(c->tool->name), (struct orch_slice){ json.p, json.n });
+    orch_log(ORCH_INFO, "%s: %s: %.*s", c->tool->name, level, (int)message.n, message.p);
+}
+
+static bool ctx_cancelled(const struct orch_toolcall *c)
+{
+    return c->cancelled;
+}
+
+static const char *ctx_id(const struct orch_toolcall *c)
+{
+    return c->id;
+}
+
+static const char *ctx_session(const struct orch_toolcall *c)
+{
+    return c->session->id;
+}
+
+static const char *ctx_workspace(const struct orch_toolcall *c)
+{
+    return c->gen->cfg.workspace;
+}
+
+static int64_t ctx_left_ms(const struct orch_toolcall *c)
+{
+    return (c->deadline_us - orch_now_us()) / 1000;
+}
+
+static void ctx_adopt(struct orch_toolcall *c, struct orch_vm_handle *h)
+{
+    orch_vm_handle_adopt(&c->vms, h);
+    struct orch_vm *vm = orch_vm_handle_vm(h);
+    c->isolation = orch_vm_isolation(vm);
+    snprintf(c->vm_id, sizeof c->vm_id, "%s", orch_vm_id(vm));
+}
+
+const struct orch_env_call_ops orch_call_ops = {
+    .get = call_get,
+    .progress = ctx_progress,
+    .log = ctx_log,
+    .cancelled = ctx_cancelled,
+    .id = ctx_id,
+    .session = ctx_session,
+    .workspace = ctx_workspace,
+    .left_ms = ctx_left_ms,
+    .adopt = ctx_adopt,
+};
+
+void orch_calls_free(struct orch *o)
+{
+    for (size_t i = 0; i < o->n_slots; i++) {
+        orch_buf_free(&o->slots[i]->args);
+        orch_buf_free(&o->slots[i]->text);
+        free(o->slots[i]);
+    }
+    free(o->slots);
+    orch_loop_unpost(o->loop, run_later, o);
+    while (o->rates) {
+        struct orch_rate *r = o->rates;
+        o->rates = r->next;
+        free(r);
+    }
+}
+
+/* ---- tools written in C */
+
+void orch_answer(struct orch_tool_call *call, const char *text, int is_error)
+{
+    struct orch_toolcall *c = &call->call;
+    if (c->finished)
+        return;
+    put_text_result(c, (struct orch_slice){ 0 }, orch_slice_str(text), is_error != 0);
+    list_remove(&c->o->running, c);
+    call_end(c);
+}

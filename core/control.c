@@ -1,0 +1,275 @@
+/* The control socket: PID.sock in the runtime directory, one JSON line in, one out. How `orch status`
+ * and `orch reload` reach the running orch processes of the same user. */
+#include "host.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/time.h>
+#include <sys/un.h>
+
+enum { REQUEST_MAX_BYTES = 64 * 1024, ANSWER_MAX_BYTES = 4 << 20, CLIENTS_MAX = 16, ASK_TIMEOUT_S = 3 };
+
+struct client {
+    struct client *next;
+    struct orch_control *control;
+    struct orch_watch *watch;
+    struct orch_buf in;
+    int fd, pid;
+};
+
+struct orch_control {
+    struct orch *o;
+    int fd, dirfd;
+    char name[32];
+    struct orch_watch *watch;
+    struct client *clients;
+    unsigned n_clients;
+};
+
+/* A socket's address by directory handle, so that a long path or a moved directory does no harm. */
+static void address(struct sockaddr_un *a, int dirfd, const char *name)
+{
+    *a = (struct sockaddr_un){ .sun_family = AF_UNIX };
+    snprintf(a->sun_path, sizeof a->sun_path, "/proc/self/fd/%d/%s", dirfd, name);
+}
+
+bool orch_is_descendant(int pid, int of)
+{
+    for (int depth = 0; pid > 1 && depth < 64; depth++) {
+        char path[64];
+        cleanup_buf struct orch_buf stat = { 0 };
+        snprintf(path, sizeof path, "/proc/%d/stat", pid);
+        if (orch_read_file(AT_FDCWD, path, 4096, &stat) < 0)
+            return false;
+        const char *after = strrchr(stat.p, ')');
+        int parent = 0;
+        if (!after || sscanf(after + 1, " %*c %d", &parent) != 1)
+            return false;
+        if (parent == of)
+            return true;
+        pid = parent;
+    }
+    return false;
+}
+
+static void put_status(struct orch *o, struct orch_buf *out)
+{
+    struct orch_json *j = orch_json_object();
+    unsigned sessions = 0, in_flight = 0;
+    for (struct orch_session *s = o->sessions; s; s = s->next) {
+        sessions++;
+        in_flight += s->mcp ? orch_mcp_session_in_flight(s->mcp) : 0;
+    }
+    orch_json_set_str(j, "version", ORCH_VERSION);
+    orch_json_set_num(j, "pid", getpid());
+    orch_json_set_str(j, "config", o->paths.config);
+    orch_json_set_str(j, "generation", o->gen ? o->gen->hash : NULL);
+    orch_json_set_num(j, "tools", o->gen ? (double)o->gen->n_tools : 0);
+    orch_json_set_num(j, "reloads", (double)o->reloads);
+    orch_json_set_str(j, "reload_error", o->reload_error.n ? o->reload_error.p : NULL);
+    orch_json_set_str(j, "notes", o->gen && o->gen->notes.n ? o->gen->notes.p : NULL);
+    orch_json_set_num(j, "sessions", sessions);
+    orch_json_set_num(j, "calls_in_flight", in_flight);
+    orch_json_set_str(j, "audit", o->audit ? orch_audit_path(o->audit) : NULL);
+    orch_json_set_bool(j, "audit_broken", o->audit && orch_audit_broken(o->audit));
+    orch_json_set_num(j, "uptime_s", (double)(orch_now_us() - o->started_us) / 1e6);
+    orch_json_set_str(j, "upstream", o->upstream ? (orch_upstream_ready(o->upstream) ? "ready" : orch_upstream_problem(o->upstream)) : NULL);
+    orch_json_print(j, false, out);
+    orch_json_free(j);
+}
+
+static void answer(struct client *k)
+{
+    struct orch *o = k->control->o;
+    cleanup_json struct orch_json_doc d = { 0 };
+    struct orch_json_fault fault;
+    cleanup_buf struct orch_buf out = { 0 };
+    struct orch_slice line = { k->in.p, k->in.n - 1 };
+    uint32_t op = orch_json_scan(&d, line, &(struct orch_json_limits){ 0 }, &fault) == 0 ? orch_json_get(&d, 0, "op") : 0;
+    if (op && orch_json_string_eq(&d, op, "status")) {
+        put_status(o, &out);
+    } else if (op && orch_json_string_eq(&d, op, "reload")) {
+        if (orch_is_descendant(k->pid, getpid()))
+            orch_buf_str(&out, "{\"ok\":false,\"error\":\"refused: asked by a process that orch started\"}");
+        else if (orch_host_reload(o, "orch reload") == 0)
+            orch_buf_printf(&out, "{\"ok\":true,\"generation\":\"%s\"}", o->gen->hash);
+        else {
+            orch_buf_str(&out, "{\"ok\":false,\"error\":");
+            orch_json_quote(&out, (struct orch_slice){ o->reload_error.p, o->reload_error.n });
+            orch_buf_char(&out, '}');
+        }
+    } else {
+        orch_buf_str(&out, "{\"ok\":false,\"error\":\"unknown request\"}");
+    }
+    orch_buf_char(&out, '\n');
+    /* The peer is this user's own orch: it reads at once, and a time-out bounds one that does not. */
+    setsockopt(k->fd, SOL_SOCKET, SO_SNDTIMEO, &(struct timeval){ .tv_sec = 1 }, sizeof(struct timeval));
+    for (size_t sent = 0; sent < out.n;) {
+        ssize_t w = send(k->fd, out.p + sent, out.n - sent, MSG_NOSIGNAL);
+        if (w <= 0)
+            break;
+        sent += (size_t)w;
+    }
+}
+
+static void client_free(struct client *k)
+{
+    for (struct client **at = &k->control->clients; *at; at = &(*at)->next)
+        if (*at == k) {
+            *at = k->next;
+            break;
+        }
+    k->control->n_clients--;
+    orch_watch_free(k->watch);
+    close(k->fd);
+    orch_buf_free(&k->in);
+    free(k);
+}
+
+static void client_readable(void *ud, int events)
+{
+    (void)events;
+    struct client *k = ud;
+    char chunk[4096];
+    ssize_t r = recv(k->fd, chunk, sizeof chunk, MSG_DONTWAIT);
+    if (r < 0 && (errno == EAGAIN || errno == EINTR))
+        return;
+    if (r > 0)
+        orch_buf_add(&k->in, chunk, (size_t)r);
+    bool whole = k->in.n && k->in.p[k->in.n - 1] == '\n';
+    if (whole)
+        answer(k);
+    if (r <= 0 || whole || k->in.n > REQUEST_MAX_BYTES)
+        client_free(k);
+}
+
+static void accept_client(void *ud, int events)
+{
+    (void)events;
+    struct orch_control *c = ud;
+    struct ucred peer;
+    socklen_t n = sizeof peer;
+    int fd = accept4(c->fd, NULL, NULL, SOCK_CLOEXEC);
+    if (fd < 0)
+        return;
+    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &n) < 0 || (peer.uid != getuid() && peer.uid != 0) || c->n_clients >= CLIENTS_MAX) {
+        close(fd);
+        return;
+    }
+    struct client *k = orch_xcalloc(1, sizeof *k);
+    *k = (struct client){ .next = c->clients, .control = c, .fd = fd, .pid = peer.pid };
+    c->clients = k;
+    c->n_clients++;
+    k->watch = orch_watch_new(c->o->loop, fd, ORCH_READ, client_readable, k);
+}
+
+struct orch_control *orch_control_new(struct orch *o, struct orch_err *err)
+{
+    int r = orch_mkdir_p(o->paths.runtime, 0700);
+    cleanup_close int dirfd = r < 0 ? -1 : open(o->paths.runtime, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (dirfd < 0) {
+        orch_err_set(err, r < 0 ? -r : errno, "%s: the runtime directory cannot be used: %s", o->paths.runtime, strerror(r < 0 ? -r : errno));
+        return NULL;
+    }
+    struct orch_control *c = orch_xcalloc(1, sizeof *c);
+    c->o = o;
+    snprintf(c->name, sizeof c->name, "%d.sock", getpid());
+    unlinkat(dirfd, c->name, 0);
+    struct sockaddr_un a;
+    address(&a, dirfd, c->name);
+    c->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    mode_t old = umask(0177);
+    r = c->fd < 0 ? -1 : bind(c->fd, (struct sockaddr *)&a, sizeof a);
+    umask(old);
+    if (r < 0 || listen(c->fd, 8) < 0) {
+        orch_err_set(err, errno, "%s/%s: the control socket cannot be made: %s", o->paths.runtime, c->name, strerror(errno));
+        if (c->fd >= 0)
+            close(c->fd);
+        free(c);
+        return NULL;
+    }
+    c->dirfd = orch_steal_fd(&dirfd);
+    c->watch = orch_watch_new(o->loop, c->fd, ORCH_READ, accept_client, c);
+    return c;
+}
+
+void orch_control_free(struct orch_control *c)
+{
+    if (!c)
+        return;
+    while (c->clients)
+        client_free(c->clients);
+    orch_watch_free(c->watch);
+    unlinkat(c->dirfd, c->name, 0);
+    close(c->dirfd);
+    close(c->fd);
+    free(c);
+}
+
+/* ---- asking */
+
+/* The answer's line appended to out; 0 or a negative errno. */
+static int ask_one(int dirfd, const char *name, struct orch_slice request, struct orch_buf *out)
+{
+    struct sockaddr_un a;
+    struct timeval tv = { .tv_sec = ASK_TIMEOUT_S };
+    cleanup_close int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    address(&a, dirfd, name);
+    if (fd < 0)
+        return -errno;
+    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &tv, sizeof tv);
+    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &tv, sizeof tv);
+    if (connect(fd, (struct sockaddr *)&a, sizeof a) < 0)
+        return -errno;
+    int r = orch_write_all(fd, request.p, request.n);
+    if (r < 0 || (r = orch_write_all(fd, "\n", 1)) < 0)
+        return r;
+    size_t start = out->n;
+    while (out->n - start < ANSWER_MAX_BYTES) {
+        char chunk[8192];
+        ssize_t n = recv(fd, chunk, sizeof chunk, 0);
+        if (n < 0)
+            return -errno;
+        if (n == 0)
+            break;
+        orch_buf_add(out, chunk, (size_t)n);
+    }
+    while (out->n > start && out->p[out->n - 1] == '\n')
+        out->n--;
+    return out->n > start ? 0 : -EPIPE;
+}
+
+void orch_control_ask(struct orch *o, int pid, struct orch_slice request, struct orch_buf *out)
+{
+    orch_buf_char(out, '[');
+    int copy = open(o->paths.runtime, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    DIR *d = copy < 0 ? NULL : fdopendir(copy);
+    for (struct dirent *e; d && (e = readdir(d));) {
+        int its_pid, end = 0;
+        if (sscanf(e->d_name, "%d.sock%n", &its_pid, &end) != 1 || !end || e->d_name[end] || (pid && pid != its_pid) || its_pid == getpid())
+            continue;
+        cleanup_buf struct orch_buf text = { 0 };
+        int r = ask_one(dirfd(d), e->d_name, request, &text);
+        if (r == -ECONNREFUSED) { /* left by a process that was killed */
+            unlinkat(dirfd(d), e->d_name, 0);
+            continue;
+        }
+        orch_buf_printf(out, "%s{\"pid\":%d,", out->n > 1 ? "," : "", its_pid);
+        if (r < 0) {
+            orch_buf_str(out, "\"error\":");
+            orch_json_quote(out, orch_slice_str(strerror(-r)));
+        } else {
+            orch_buf_str(out, "\"answer\":");
+            orch_buf_slice(out, (struct orch_slice){ text.p, text.n });
+        }
+        orch_buf_char(out, '}');
+    }
+    if (d)
+        closedir(d);
+    orch_buf_char(out, ']');
+}

@@ -1,0 +1,803 @@
+/* The host: finds its files, wires the rooms, starts and stops them in order, serves MCP, reloads. The
+ * public API of orch.h is here too. */
+#include "host.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <pwd.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+
+enum {
+    RELOAD_QUIET_MS = 50,
+    EOF_GRACE_MS = 1000, /* calls under way when the input ends may still answer */
+    DRAIN_MS = 200,
+};
+
+/* ---- paths */
+
+static char *xdg(const char *variable, const char *home, const char *below)
+{
+    const char *v = getenv(variable);
+    if (v && *v == '/')
+        return orch_xasprintf("%s/orch", v);
+    return orch_xasprintf("%s/%s/orch", home, below);
+}
+
+/* Beside the program in the build tree, or ../NAME of an installation. */
+static char *beside(const char *dir, const char *in_tree, const char *installed)
+{
+    char *p = orch_xasprintf("%s/%s", dir, in_tree);
+    if (access(p, F_OK) == 0)
+        return p;
+    free(p);
+    p = orch_xasprintf("%s/../%s", dir, installed);
+    char *real = realpath(p, NULL);
+    if (real) {
+        free(p);
+        return real;
+    }
+    return p;
+}
+
+static void find_install(struct orch_paths *p)
+{
+    char exe[PATH_MAX];
+    ssize_t n = readlink("/proc/self/exe", exe, sizeof exe - 1);
+    exe[n < 0 ? 0 : n] = 0;
+    char *slash = strrchr(exe, '/');
+    if (slash)
+        *slash = 0;
+    cleanup_free char *lua = orch_xasprintf("%s/lua/policy.lua", exe);
+    p->share = access(lua, F_OK) == 0 ? orch_xstrdup(exe) : beside(exe, "share/orch", "share/orch");
+    if (access(p->share, F_OK) < 0) { /* an embedder's program elsewhere */
+        free(p->share);
+        p->share = orch_xstrdup(ORCH_PREFIX "/share/orch");
+    }
+    p->launcher = beside(exe, "launcher", "libexec/orch/launcher");
+    p->agent = beside(exe, "agent", "libexec/orch/agent");
+    if (access(p->launcher, F_OK) < 0 && access(ORCH_PREFIX "/libexec/orch/launcher", F_OK) == 0) {
+        free(p->launcher);
+        free(p->agent);
+        p->launcher = orch_xstrdup(ORCH_PREFIX "/libexec/orch/launcher");
+        p->agent = orch_xstrdup(ORCH_PREFIX "/libexec/orch/agent");
+    }
+}
+
+static bool try_config(struct orch_paths *p, char *path, enum orch_config_origin origin)
+{
+    if (access(path, F_OK) < 0) {
+        free(path);
+        return false;
+    }
+    p->config = realpath(path, NULL);
+    if (!p->config)
+        p->config = orch_xstrdup(path);
+    free(path);
+    p->origin = origin;
+    return true;
+}
+
+static int find_config(struct orch_paths *p, const char *option, struct orch_err *err)
+{
+    const char *env = getenv("ORCH_CONFIG"), *config_home = getenv("XDG_CONFIG_HOME");
+    const char *named = option ? option : env && *env ? env : NULL;
+    if (named) {
+        if (try_config(p, orch_xstrdup(named), option ? ORCH_CONFIG_OPTION : ORCH_CONFIG_ENV))
+            return 0;
+        return orch_err_setc(err, ORCH_CLASS_CONFIG, ENOENT, "%s: no such configuration (given by %s)", named,
+                             option ? "--config" : "ORCH_CONFIG");
+    }
+    char *xdg_config = config_home && *config_home == '/' ? orch_xasprintf("%s/orch/orchestrator.lua", config_home)
+                                                          : orch_xasprintf("%s/.config/orch/orchestrator.lua", p->home);
+    if (try_config(p, orch_xasprintf("%s/orchestrator.lua", p->cwd), ORCH_CONFIG_CWD)) {
+        free(xdg_config);
+        return 0;
+    }
+    if (try_config(p, xdg_config, ORCH_CONFIG_XDG) || try_config(p, orch_xstrdup("/etc/orch/orchestrator.lua"), ORCH_CONFIG_ETC) ||
+        try_config(p, orch_xasprintf("%s/orchestrator.lua", p->share), ORCH_CONFIG_BUILTIN))
+        return 0;
+    return orch_err_setc(err, ORCH_CLASS_CONFIG, ENOENT, "%s/orchestrator.lua: the built-in configuration is missing; is orch installed whole?",
+                         p->share);
+}
+
+int orch_paths_find(struct orch_paths *p, const char *config_option, struct orch_err *err)
+{
+    const char *home = getenv("HOME");
+    struct passwd *pw = home && *home == '/' ? NULL : getpwuid(getuid());
+    p->home = orch_xstrdup(home && *home == '/' ? home : pw ? pw->pw_dir : "/nonexistent");
+    p->cwd = getcwd(NULL, 0);
+    if (!p->cwd)
+        return orch_err_set(err, errno, "the working directory cannot be read: %s", strerror(errno));
+    if (!p->share)
+        find_install(p);
+    bool root = geteuid() == 0;
+    const char *run = getenv("XDG_RUNTIME_DIR");
+    p->state = root && !getenv("XDG_STATE_HOME") ? orch_xstrdup("/var/lib/orch") : xdg("XDG_STATE_HOME", p->home, ".local/state");
+    p->cache = root && !getenv("XDG_CACHE_HOME") ? orch_xstrdup("/var/cache/orch") : xdg("XDG_CACHE_HOME", p->home, ".cache");
+    p->runtime = root && !run           ? orch_xstrdup("/run/orch")
+                 : run && *run == '/' ? orch_xasprintf("%s/orch", run)
+                                      : orch_xasprintf("%s/run", p->state);
+    return find_config(p, config_option, err);
+}
+
+void orch_paths_fini(struct orch_paths *p)
+{
+    free(p->share);
+    free(p->launcher);
+    free(p->agent);
+    free(p->state);
+    free(p->cache);
+    free(p->runtime);
+    free(p->cwd);
+    free(p->home);
+    free(p->config);
+    *p = (struct orch_paths){ 0 };
+}
+
+/* ---- generations */
+
+static void fill_error(struct orch_error *out, const struct orch_err *err)
+{
+    if (!out)
+        return;
+    out->status = orch_class_exit(err->cls);
+    snprintf(out->message, sizeof out->message, "%s", err->msg);
+}
+
+int orch_host_generation(struct orch *o, struct orch_err *err)
+{
+    if (o->gen)
+        return 0;
+    cleanup_buf struct orch_buf errors = { 0 };
+    enum orch_class cls = ORCH_CLASS_CONFIG;
+    o->gen = orch_generation_load(o, ORCH_TRUST_CHECK, NULL, &errors, &cls);
+    if (!o->gen) {
+        while (errors.n && errors.p[errors.n - 1] == '\n')
+            errors.p[--errors.n] = 0;
+        return orch_err_setc(err, cls, EINVAL, "%s", errors.p);
+    }
+    for (char *line = o->gen->notes.p, *end; line && (end = strchr(line, '\n')); line = end + 1)
+        orch_log(ORCH_WARN, "%.*s", (int)(end - line), line);
+    return 0;
+}
+
+int orch_host_audit(struct orch *o, struct orch_err *err)
+{
+    if (o->audit)
+        return 0;
+    cleanup_free char *key = orch_xasprintf("%s/audit.key", o->paths.state);
+    int r = orch_mkdir_p(o->paths.state, 0700);
+    if (r < 0)
+        return orch_err_set(err, -r, "%s: the state directory cannot be made: %s", o->paths.state, strerror(-r));
+    o->audit = orch_audit_open(o->loop, o->gen->cfg.audit_dir, key, o->gen->cfg.audit_sync, err);
+    return o->audit ? 0 : -EIO;
+}
+
+static void audit_event(struct orch *o, const char *event, struct orch_slice fields)
+{
+    struct orch_err err = { 0 };
+    if (o->audit && (orch_audit_add(o->audit, event, fields, false, &err) < 0 || orch_audit_flush(o->audit, &err) < 0))
+        orch_log(ORCH_ERROR, "%s", err.msg);
+}
+
+static void watch_files(struct orch *o);
+
+int orch_host_reload(struct orch *o, const char *why)
+{
+    cleanup_buf struct orch_buf errors = { 0 };
+    enum orch_class cls = ORCH_CLASS_CONFIG;
+    int64_t started = orch_now_us();
+    struct orch_generation *g = orch_generation_load(o, ORCH_TRUST_CHECK, NULL, &errors, &cls);
+    o->reload_error.n = 0;
+    if (!g) {
+        orch_buf_slice(&o->reload_error, (struct orch_slice){ errors.p, errors.n });
+        orch_log(ORCH_ERROR, "reload failed, the policies and tools before stay in force: %s", errors.p);
+    } else if (strcmp(g->hash, o->gen->hash) == 0 && !o->upstream) {
+        orch_generation_unref(g);
+        return 0;
+    } else {
+        bool list_changed = g->list.n != o->gen->list.n || memcmp(g->list.p, o->gen->list.p, g->list.n) != 0;
+        orch_generation_unref(o->gen);
+        o->gen = g;
+        o->reloads++;
+        watch_files(o);
+        for (struct orch_session *s = o->sessions; s; s = s->next)
+            if (s->mcp && list_changed)
+                orch_mcp_session_tools_changed(s->mcp);
+        orch_log(ORCH_INFO, "reloaded (%s): generation %.12s, %zu tools", why, g->hash, g->n_tools);
+    }
+    cleanup_buf struct orch_buf fields = { 0 };
+    orch_buf_str(&fields, "\"why\":");
+    orch_json_quote(&fields, orch_slice_str(why));
+    orch_buf_printf(&fields, ",\"ok\":%s,\"ms\":%.1f", g ? "true" : "false", (double)(orch_now_us() - started) / 1000);
+    if (!g) {
+        orch_buf_str(&fields, ",\"error\":");
+        orch_json_quote(&fields, (struct orch_slice){ errors.p, errors.n > 4000 ? 4000 : errors.n });
+    }
+    orch_buf_slice(&fields, (struct orch_slice){ o->gen->audit_field.p, o->gen->audit_field.n });
+    audit_event(o, "reload", (struct orch_slice){ fields.p, fields.n });
+    return g ? 0 : -(int)cls;
+}
+
+static void files_changed(void *ud)
+{
+    orch_host_reload(ud, "a file changed");
+}
+
+static void watch_files(struct orch *o)
+{
+    struct orch_err err = { 0 };
+    if (!o->reload && !(o->reload = orch_reload_new(o->loop, RELOAD_QUIET_MS, files_changed, o, &err))) {
+        orch_log(ORCH_WARN, "changes of files will not be noticed (orch reload works): %s", err.msg);
+        return;
+    }
+    orch_reload_clear(o->reload);
+    cleanup_free char *config_dir = orch_xstrdup(o->paths.config);
+    *strrchr(config_dir, '/') = 0;
+    cleanup_free char *lua = orch_xasprintf("%s/lua", o->paths.share);
+    cleanup_free char *shipped = orch_xasprintf("%s/lua/tools", o->paths.share);
+    const char *dirs[] = { config_dir, o->gen->cfg.policies, lua, shipped };
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(dirs); i++)
+        if (orch_reload_add_dir(o->reload, dirs[i], &err) < 0)
+            orch_log(ORCH_WARN, "%s", err.msg);
+    for (char **dir = o->gen->cfg.tools; *dir; dir++)
+        if (orch_reload_add_dir(o->reload, *dir, &err) < 0)
+            orch_log(ORCH_WARN, "%s", err.msg);
+}
+
+/* ---- microVMs */
+
+static void vm_progress(void *ud, const char *line)
+{
+    (void)ud;
+    orch_log(ORCH_WARN, "%s", line);
+}
+
+static void vm_event(void *ud, const char *event, struct orch_slice fields)
+{
+    audit_event(ud, event, fields);
+}
+
+static struct orch_vms *env_vms(void *ud, struct orch_err *err)
+{
+    struct orch *o = ud;
+    if (o->vms)
+        return o->vms;
+    if (orch_host_generation(o, err) < 0 || orch_host_audit(o, err) < 0)
+        return NULL;
+    o->vms = orch_vms_new(o->loop,
+                          &(struct orch_vms_opts){ .launcher_path = o->paths.launcher,
+                                                   .agent_path = o->paths.agent,
+                                                   .cache_dir = o->paths.cache,
+                                                   .runtime_dir = o->paths.runtime,
+                                                   .kernel = o->kernel,
+                                                   .modules = o->modules,
+                                                   .max = o->gen->cfg.vm_max,
+                                                   .progress = vm_progress,
+                                                   .event = vm_event,
+                                                   .ud = o },
+                          err);
+    return o->vms;
+}
+
+static int env_vm_defaults(void *ud, struct orch_vm_opts *v, struct orch_err *err)
+{
+    struct orch *o = ud;
+    const struct orch_config *c = &o->gen->cfg;
+    if (v->call && v->memory_bytes > c->vm_memory_bytes)
+        return orch_err_setc(err, ORCH_CLASS_LIMIT, EINVAL, "memory %llu is over the configured vm.memory (%llu bytes)",
+                             (unsigned long long)v->memory_bytes, (unsigned long long)c->vm_memory_bytes);
+    if (v->call && v->vcpus > c->vm_vcpus)
+        return orch_err_setc(err, ORCH_CLASS_LIMIT, EINVAL, "vcpus %d is over the configured vm.vcpus (%d)", v->vcpus, c->vm_vcpus);
+    if (!v->memory_bytes)
+        v->memory_bytes = c->vm_memory_bytes;
+    if (!v->vcpus)
+        v->vcpus = c->vm_vcpus;
+    if (!v->timeout_ms || (v->call && v->timeout_ms > c->vm_timeout_ms))
+        v->timeout_ms = v->call ? c->vm_timeout_ms : 0;
+    if (!v->image)
+        v->image = c->vm_image;
+    if (!v->backend)
+        v->backend = c->vm_backend;
+    v->accel = c->vm_accel;
+    return 0;
+}
+
+/* ---- sessions */
+
+/* Who started us: uid and program. */
+static char *parent_caller(void)
+{
+    char link[64], exe[PATH_MAX] = "";
+    snprintf(link, sizeof link, "/proc/%d/exe", getppid());
+    ssize_t n = readlink(link, exe, sizeof exe - 1);
+    exe[n < 0 ? 0 : n] = 0;
+    return orch_xasprintf("uid:%u %s", getuid(), exe[0] ? exe : "unknown");
+}
+
+struct orch_session *orch_session_new(struct orch *o, const char *caller)
+{
+    static _Thread_local unsigned n;
+    struct orch_session *s = orch_xcalloc(1, sizeof *s);
+    s->host = o;
+    s->caller = orch_xstrdup(caller);
+    snprintf(s->id, sizeof s->id, "%s-s%u", o->call_prefix, ++n);
+    orch_buf_printf(&s->audit_fields, "\"session\":\"%s\",\"caller\":", s->id);
+    orch_json_quote(&s->audit_fields, orch_slice_str(caller));
+    s->next = o->sessions;
+    o->sessions = s;
+    return s;
+}
+
+void orch_session_free(struct orch_session *s)
+{
+    for (struct orch_session **at = &s->host->sessions; *at; at = &(*at)->next)
+        if (*at == s) {
+            *at = s->next;
+            break;
+        }
+    for (size_t i = 0; i < s->n_marks; i++)
+        free(s->marks[i]);
+    free(s->marks);
+    free(s->caller);
+    orch_buf_free(&s->audit_fields);
+    free(s);
+}
+
+/* ---- serving MCP over stdio */
+
+struct serving {
+    struct orch *o;
+    struct orch_session *session;
+    struct orch_mcp_session *mcp;
+    struct orch_mcp_stdio *stdio;
+    struct orch_mcp_server_ops ops;
+    struct orch_timer *grace;
+    bool ending;
+    char why[256];
+    void (*done)(void *ud, int status, const char *why);
+    void *ud;
+};
+
+static int ops_tools_list(void *ud, struct orch_buf *out, struct orch_err *err)
+{
+    struct serving *v = ud;
+    struct orch *o = v->o;
+    if (o->upstream && !orch_upstream_ready(o->upstream))
+        return orch_err_setc(err, ORCH_CLASS_UPSTREAM, EIO, "%s", orch_upstream_problem(o->upstream));
+    orch_buf_slice(out, (struct orch_slice){ o->gen->list.p, o->gen->list.n });
+    return 0;
+}
+
+static void ops_tool_call(void *ud, struct orch_mcp_request *rq, const struct orch_json_doc *d, struct orch_slice name, uint32_t args,
+                          uint32_t meta)
+{
+    struct serving *v = ud;
+    orch_call_from_mcp(v->session, rq, d, name, args, meta);
+}
+
+static void ops_cancel(void *ud, struct orch_mcp_request *rq)
+{
+    (void)ud;
+    orch_call_cancel_mcp(rq);
+}
+
+/* Calls under way are cancelled, their outcomes written. */
+static void serving_stop(void *ud)
+{
+    struct orch *o = ud;
+    struct serving *v = orch_steal_ptr(&o->serving);
+    if (!v)
+        return;
+    orch_mcp_session_end(v->mcp);
+    orch_calls_run(o);
+    orch_mcp_stdio_drain(v->stdio, DRAIN_MS);
+    orch_mcp_stdio_free(v->stdio);
+    orch_mcp_session_free(v->mcp);
+    v->session->mcp = NULL;
+    orch_session_free(v->session);
+    orch_timer_free(v->grace);
+    orch_upstream_free(o->upstream);
+    o->upstream = NULL;
+    free(v);
+}
+
+static void serving_finish(void *ud)
+{
+    struct serving *v = ud;
+    void (*done)(void *ud, int status, const char *why) = v->done;
+    void *done_ud = v->ud;
+    char why[sizeof v->why];
+    memcpy(why, v->why, sizeof why);
+    serving_stop(v->o);
+    done(done_ud, 0, why[0] ? why : NULL);
+}
+
+static void finish_when_idle(void *ud)
+{
+    struct serving *v = ud;
+    if (v->ending && orch_mcp_session_in_flight(v->mcp) == 0)
+        orch_timer_set(v->grace, 0);
+}
+
+static void serving_batch_end(void *ud)
+{
+    struct serving *v = ud;
+    orch_calls_run(v->o);
+}
+
+/* Input ended: what is under way gets a moment to answer, then everything ends. */
+static void serving_closed(void *ud, const char *why)
+{
+    struct serving *v = ud;
+    if (why)
+        snprintf(v->why, sizeof v->why, "%s", why);
+    v->ending = true;
+    bool gone = why != NULL || orch_mcp_session_in_flight(v->mcp) == 0;
+    orch_timer_set(v->grace, gone ? 0 : EOF_GRACE_MS);
+}
+
+static int env_serve(void *ud, const struct orch_serve_opts *so, struct orch_err *err)
+{
+    struct orch *o = ud;
+    if (o->serving)
+        return orch_err_setc(err, ORCH_CLASS_USAGE, EBUSY, "standard input and output are served already");
+    if (strcmp(so->transport, "stdio") != 0)
+        return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL, "transport \"%s\" is not available yet; only \"stdio\" is", so->transport);
+    if (so->command && o->paths.origin == ORCH_CONFIG_BUILTIN)
+        return orch_err_setc(err, ORCH_CLASS_CONFIG, ENOENT,
+                             "there is no configuration, so nothing says what this server's tools may do. Write %s/orchestrator.lua:\n"
+                             "  return {}\n"
+                             "and %s/policies/tools.lua, for instance:\n"
+                             "  return { rules = { { tool = \"%s__*\", action = \"allow\" } } }\n"
+                             "then run: orch trust",
+                             o->paths.cwd, o->paths.cwd, so->as);
+    if (orch_host_generation(o, err) < 0 || orch_host_audit(o, err) < 0)
+        return err->code > 0 ? -err->code : -EIO;
+    if (so->command) {
+        o->upstream = orch_upstream_start(o, so->as, so->command, err);
+        if (orch_upstream_ready(o->upstream)) {
+            int r = orch_host_reload(o, "the upstream is ready");
+            if (r < 0)
+                return orch_err_setc(err, (enum orch_class)-r, EINVAL, "%s", o->reload_error.p);
+        }
+    }
+    struct serving *v = orch_xcalloc(1, sizeof *v);
+    v->o = o;
+    v->done = so->done;
+    v->ud = so->ud;
+    v->ops = (struct orch_mcp_server_ops){ .tools_list = ops_tools_list,
+                                           .tool_call = ops_tool_call,
+                                           .cancel = ops_cancel,
+                                           .max_calls = o->gen->cfg.calls };
+    struct orch_json_limits limits = { .bytes = o->gen->cfg.message_bytes, .depth = o->gen->cfg.depth };
+    cleanup_free char *caller = parent_caller();
+    v->mcp = orch_mcp_session_new(&v->ops, v, &limits);
+    v->session = orch_session_new(o, caller);
+    v->session->mcp = v->mcp;
+    v->grace = orch_timer_new(o->loop, serving_finish, v);
+    v->stdio = orch_mcp_stdio_new(o->loop, v->mcp,
+                                  &(struct orch_mcp_stdio_opts){ .in_fd = STDIN_FILENO,
+                                                                 .out_fd = STDOUT_FILENO,
+                                                                 .max_line = limits.bytes,
+                                                                 .batch_end = serving_batch_end,
+                                                                 .closed = serving_closed,
+                                                                 .ud = v },
+                                  err);
+    if (!v->stdio) {
+        orch_session_free(v->session);
+        orch_mcp_session_free(v->mcp);
+        orch_timer_free(v->grace);
+        free(v);
+        return -EIO;
+    }
+    orch_mcp_session_on_idle(v->mcp, finish_when_idle, v);
+    o->serving = v;
+    watch_files(o);
+    struct orch_err control_err = { 0 };
+    if (!o->control && !(o->control = orch_control_new(o, &control_err)))
+        orch_log(ORCH_WARN, "%s", control_err.msg);
+    return 0;
+}
+
+/* ---- opening and closing */
+
+static void env_exit(void *ud, int status)
+{
+    struct orch *o = ud;
+    orch_control_free(o->control);
+    orch_audit_close(o->audit);
+    fflush(NULL);
+    _exit(status);
+}
+
+static void log_to_embedder(void *ud, enum orch_level level, const char *line, size_t n)
+{
+    (void)level;
+    const struct orch_options *opts = ud;
+    opts->log(opts->log_ud, line, n);
+}
+
+struct orch *orch_host_open(const char *config, const struct orch_options *opts, struct orch_err *err)
+{
+    struct orch *o = orch_xcalloc(1, sizeof *o);
+    uint8_t prefix[4];
+    if (opts && opts->share)
+        o->paths.share = orch_xstrdup(opts->share);
+    if (opts && opts->launcher)
+        o->paths.launcher = orch_xstrdup(opts->launcher);
+    if (opts && opts->agent)
+        o->paths.agent = orch_xstrdup(opts->agent);
+    o->started_us = orch_now_us();
+    o->loop = orch_loop_new(err);
+    if (!o->loop || orch_random(prefix, sizeof prefix) < 0 || orch_paths_find(&o->paths, config, err) < 0) {
+        orch_close(o);
+        return NULL;
+    }
+    snprintf(o->call_prefix, sizeof o->call_prefix, "c%02x%02x%02x%02x", prefix[0], prefix[1], prefix[2], prefix[3]);
+    o->env = (struct orch_env){ .loop = o->loop, .vms = env_vms, .vm_defaults = env_vm_defaults, 
+                                .serve = env_serve, .serve_stop = serving_stop, .exit = env_exit, .call = &orch_call_ops, .ud = o };
+    return o;
+}
+
+struct orch *orch_open(const struct orch_options *opts, struct orch_error *error)
+{
+    struct orch_err err = { 0 };
+    if (opts && opts->size < sizeof *opts) {
+        orch_err_setc(&err, ORCH_CLASS_USAGE, EINVAL, "orch_open: options.size must be sizeof(struct orch_options)");
+        fill_error(error, &err);
+        return NULL;
+    }
+    if (opts && opts->log)
+        orch_log_sink(&(struct orch_log_sink){ log_to_embedder, (void *)(uintptr_t)opts });
+    struct orch *o = orch_host_open(opts ? opts->config : NULL, opts, &err);
+    if (o && (orch_host_generation(o, &err) < 0 || orch_host_audit(o, &err) < 0)) {
+        orch_close(o);
+        o = NULL;
+    }
+    if (!o)
+        fill_error(error, &err);
+    return o;
+}
+
+void orch_close(struct orch *o)
+{
+    if (!o)
+        return;
+    /* In the reverse of the order in which things lean on each other. */
+    orch_control_free(o->control);
+    orch_reload_free(o->reload);
+    serving_stop(o);
+    for (struct orch_session *s = o->sessions; s; s = s->next)
+        orch_calls_cancel(o, s, "orch is closing");
+    orch_calls_run(o);
+    orch_upstream_free(o->upstream);
+    orch_state_free(o->script);
+    orch_vm_handles_close(&o->env.vm_handles);
+    while (o->sessions)
+        orch_session_free(o->sessions);
+    orch_vms_free(o->vms);
+    orch_generation_unref(o->gen);
+    orch_calls_free(o);
+    for (size_t i = 0; i < o->n_c_tools; i++)
+        orch_tool_fini(&o->c_tools[i]);
+    free(o->c_tools);
+    orch_audit_close(o->audit);
+    orch_loop_free(o->loop);
+    orch_paths_fini(&o->paths);
+    orch_buf_free(&o->reload_error);
+    free(o->kernel);
+    free(o->modules);
+    free(o);
+}
+
+const char *orch_version(void)
+{
+    return ORCH_VERSION;
+}
+
+int orch_step(struct orch *o, int64_t max_ms)
+{
+    orch_loop_step(o->loop, max_ms);
+    return o->served ? 0 : 1;
+}
+
+int orch_reload(struct orch *o, struct orch_error *error)
+{
+    struct orch_err err = { 0 };
+    int r = orch_host_reload(o, "orch_reload");
+    if (r < 0) {
+        orch_err_setc(&err, (enum orch_class)-r, EINVAL, "%s", o->reload_error.p);
+        fill_error(error, &err);
+    }
+    return r;
+}
+
+/* ---- tools and calls of an embedder */
+
+int orch_add_tool(struct orch *o, const struct orch_tool_def *def, struct orch_error *error)
+{
+    struct orch_err err = { 0 };
+    cleanup_json struct orch_json_doc d = { 0 };
+    struct orch_json_fault fault;
+    size_t n = strlen(def->name);
+    int r = 0;
+    if (n < 1 || n > 64 || strstr(def->name, "__") ||
+        strspn(def->name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-") != n)
+        r = orch_err_setc(&err, ORCH_CLASS_USAGE, EINVAL, "orch_add_tool: name must be 1 to 64 of A-Za-z0-9_.- without \"__\"");
+    else if (orch_json_scan(&d, orch_slice_str(def->input), &(struct orch_json_limits){ 0 }, &fault) < 0)
+        r = orch_err_setc(&err, ORCH_CLASS_USAGE, EINVAL, "orch_add_tool: input: %s at byte %zu", fault.rule, fault.byte);
+    if (r == 0) {
+        cleanup_buf struct orch_buf definition = { 0 };
+        orch_buf_printf(&definition, "{\"name\":\"%s\",\"description\":", def->name);
+        orch_json_quote(&definition, orch_slice_str(def->description));
+        orch_buf_printf(&definition, ",\"inputSchema\":%s}", def->input);
+        struct orch_tool t = { .name = orch_xstrdup(def->name),
+                               .wire_name = orch_xstrdup(def->name),
+                               .server = orch_xstrdup("local"),
+                               .definition = orch_steal_ptr(&definition.p),
+                               .input = orch_xstrdup(def->input),
+                               .run_ref = LUA_NOREF,
+                               .output_ref = LUA_NOREF,
+                               .timeout_ms = 60000,
+                               .fn = def->fn,
+                               .fn_ud = def->ud };
+        r = orch_generation_add_tool(o->gen, &t, (struct orch_slice){ 0 }, &err);
+        if (r < 0) {
+            orch_tool_fini(&t);
+        } else {
+            orch_generation_list(o->gen);
+            o->c_tools = orch_xrealloc(o->c_tools, (o->n_c_tools + 1) * sizeof *o->c_tools);
+            o->c_tools[o->n_c_tools++] = t;
+        }
+    }
+    if (r < 0)
+        fill_error(error, &err);
+    return r;
+}
+
+struct host_call {
+    struct orch_session *session;
+    orch_result_fn *fn;
+    void *ud;
+};
+
+static void host_call_done(void *ud, struct orch_slice members, bool is_error)
+{
+    struct host_call *h = ud;
+    cleanup_free char *text = orch_xasprintf("{%.*s}", (int)members.n, members.p);
+    h->fn(h->ud, text, is_error);
+    orch_session_free(h->session);
+    free(h);
+}
+
+int orch_call(struct orch *o, const char *tool, const char *args_json, const char *caller, orch_result_fn *fn, void *ud,
+              struct orch_error *error)
+{
+    struct orch_err err = { 0 };
+    cleanup_json struct orch_json_doc d = { 0 };
+    struct orch_json_fault fault;
+    cleanup_free char *wrapped = orch_xasprintf("[%s]", args_json); /* so that the object is token 1 */
+    if (orch_json_scan(&d, orch_slice_str(wrapped), &(struct orch_json_limits){ 0 }, &fault) < 0 || d.toks[0].count != 1 ||
+        d.toks[1].type != ORCH_JSON_OBJECT) {
+        orch_err_setc(&err, ORCH_CLASS_USAGE, EINVAL, "orch_call: the arguments must be one JSON object");
+        fill_error(error, &err);
+        return -EINVAL;
+    }
+    struct host_call *h = orch_xmalloc(sizeof *h);
+    *h = (struct host_call){ orch_session_new(o, caller ? caller : "embedder"), fn, ud };
+    orch_call_from_host(h->session, orch_slice_str(tool), &d, 1, host_call_done, h);
+    return 0;
+}
+
+static void serve_ended(void *ud, int status, const char *why)
+{
+    (void)status;
+    (void)why;
+    struct orch *o = ud;
+    o->served = true;
+}
+
+int orch_serve_stdio(struct orch *o, struct orch_error *error)
+{
+    struct orch_err err = { 0 };
+    int r = env_serve(o, &(struct orch_serve_opts){ .transport = "stdio", .done = serve_ended, .ud = o }, &err);
+    if (r < 0)
+        fill_error(error, &err);
+    return r;
+}
+
+/* ---- scripts */
+
+struct running {
+    bool done;
+    int status;
+    struct orch_err err;
+};
+
+static void script_done(void *ud, lua_State *L, int nres, const struct orch_err *err)
+{
+    struct running *r = ud;
+    r->done = true;
+    if (err)
+        r->err = *err;
+    else if (nres > 0 && lua_type(L, -nres) == LUA_TNUMBER)
+        r->status = (int)lua_tonumber(L, -nres);
+}
+
+static struct orch_state *script_state(struct orch *o, const char *script_dir, struct orch_err *err)
+{
+    if (o->script)
+        return o->script;
+    cleanup_free char *lua_dir = orch_xasprintf("%s/lua", o->paths.share);
+    o->script = orch_state_new(
+        &(struct orch_state_opts){ .ctx = ORCH_CTX_SCRIPT, .lua_dir = lua_dir, .script_dir = script_dir, .host = &o->env }, err);
+    if (o->script)
+        orch_luaopen_orch(orch_state_lua(o->script));
+    return o->script;
+}
+
+int orch_host_run(struct orch *o, const char *name, struct orch_slice text, int argc, const char *const *argv, bool internal,
+                  struct orch_err *err)
+{
+    cleanup_free char *dir = strchr(name, '/') ? orch_xstrndup(name, (size_t)(strrchr(name, '/') - name)) : orch_xstrdup(".");
+    struct orch_state *s = script_state(o, dir, err);
+    if (!s)
+        return -1;
+    lua_State *L = orch_state_lua(s);
+    if (text.n > 2 && text.p[0] == '#') { /* keep the line's number */
+        const char *nl = memchr(text.p, '\n', text.n);
+        size_t skip = nl ? (size_t)(nl - text.p) : text.n;
+        text.p += skip;
+        text.n -= skip;
+    }
+    lua_createtable(L, argc, 1);
+    lua_pushstring(L, name);
+    lua_rawseti(L, -2, 0);
+    for (int i = 0; i < argc; i++) {
+        lua_pushstring(L, argv[i]);
+        lua_rawseti(L, -2, i + 1);
+    }
+    lua_setglobal(L, "arg");
+    if (orch_state_load(s, name, text, err) < 0) {
+        err->cls = ORCH_CLASS_CONFIG;
+        return -1;
+    }
+    int n_args = argc;
+    if (internal) {
+        orch_luaopen_internal(L);
+        n_args++;
+    }
+    luaL_checkstack(L, argc + 8, "too many arguments");
+    for (int i = 0; i < argc; i++)
+        lua_pushstring(L, argv[i]);
+    struct running r = { 0 };
+    o->main = orch_task_start(o->loop, s, n_args, 0, script_done, &r);
+    while (!r.done)
+        orch_loop_step(o->loop, -1);
+    o->main = NULL;
+    if (r.err.cls) {
+        *err = r.err;
+        return -1;
+    }
+    return r.status;
+}
+
+int orch_run_file(struct orch *o, const char *path, int argc, const char *const *argv, struct orch_error *error)
+{
+    struct orch_err err = { 0 };
+    cleanup_buf struct orch_buf text = { 0 };
+    int r = orch_read_file(AT_FDCWD, path, 16 << 20, &text);
+    if (r < 0) {
+        orch_err_setc(&err, ORCH_CLASS_CONFIG, -r, "%s: %s", path, strerror(-r));
+        r = -1;
+    } else {
+        r = orch_host_run(o, path, (struct orch_slice){ text.p, text.n }, argc, argv, false, &err);
+    }
+    if (r < 0)
+        fill_error(error, &err);
+    return r;
+}

@@ -1,0 +1,211 @@
+/* The host: what one orch process (or one embedder's handle) is made of. Private to core/. */
+#ifndef ORCH_HOST_H
+#define ORCH_HOST_H
+
+#include "base/log.h"
+#include "bind/bind.h"
+#include "bind/lua_json.h"
+#include "bind/lua_regex.h"
+#include "mcp/client.h"
+#include "mcp/session.h"
+#include "mcp/stdio.h"
+#include "orch.h"
+#include "script/reload.h"
+#include "store/audit.h"
+#include "store/db.h"
+#include "vm/vm.h"
+
+/* ---- where things are */
+
+enum orch_config_origin { ORCH_CONFIG_OPTION, ORCH_CONFIG_ENV, ORCH_CONFIG_CWD, ORCH_CONFIG_XDG, ORCH_CONFIG_ETC, ORCH_CONFIG_BUILTIN };
+
+struct orch_paths {
+    char *share;    /* …/share/orch, or the build tree: lua/, policies/, orchestrator.lua */
+    char *launcher, *agent;
+    char *state, *cache, *runtime;
+    char *cwd, *home;
+    char *config; /* absolute */
+    enum orch_config_origin origin;
+};
+
+/* config_option: --config or NULL. Fails with class CONFIG when the named file does not exist. */
+int orch_paths_find(struct orch_paths *p, const char *config_option, struct orch_err *err);
+void orch_paths_fini(struct orch_paths *p);
+
+/* ---- one generation: configuration, policies and tools as one immutable set */
+
+struct orch_config {
+    char *policies, *workspace, *audit_dir;
+    char **tools; /* directories, NULL-terminated */
+    char *vm_backend, *vm_accel, *vm_image;
+    uint64_t vm_memory_bytes;
+    int vm_vcpus, vm_max;
+    int64_t vm_timeout_ms;
+    size_t message_bytes, policy_memory_bytes, tool_memory_bytes;
+    unsigned depth, calls;
+    int64_t policy_time_ms, tool_cpu_ms;
+    enum orch_audit_sync audit_sync;
+};
+
+struct orch_tool {
+    char *name;      /* qualified */
+    char *wire_name; /* as clients see it */
+    char *server;    /* "local" or the upstream's name */
+    char *file;      /* where it was defined; NULL for an upstream's */
+    char *definition; /* MCP tool object as JSON */
+    char *input;      /* its JSON Schema */
+    bool listed;
+    int name_ref;            /* policy state: the name, interned */
+    int run_ref, output_ref; /* tool state */
+    int64_t timeout_ms;
+    orch_tool_fn *fn; /* a tool written in C, by an embedder */
+    void *fn_ud;
+};
+
+struct orch_generation {
+    struct orch *host;
+    unsigned refs;
+    char hash[65];
+    struct orch_config cfg;
+    struct orch_state *policy, *tools_state;
+    int judge_ref, engine_ref;
+    struct orch_tool **tools; /* sorted by wire name */
+    size_t n_tools;
+    struct orch_buf list; /* the JSON array of tools/list */
+    struct orch_regex **redact;
+    char **redact_text;
+    size_t n_redact;
+    struct orch_buf audit_field; /* ,"generation":"…" */
+    struct orch_buf notes;       /* warnings, a line each */
+    char *config_show;           /* JSON for config show */
+};
+
+enum orch_trust_mode { ORCH_TRUST_CHECK, ORCH_TRUST_COLLECT, ORCH_TRUST_NONE };
+
+struct orch_trust_list {
+    struct orch_trust_file *files;
+    size_t n;
+};
+
+/* Reads, checks and tests everything; NULL with all errors, a line each, in errors (class in cls).
+ * collected: with COLLECT, what orch trust records. */
+struct orch_generation *orch_generation_load(struct orch *o, enum orch_trust_mode mode, struct orch_trust_list *collected,
+                                             struct orch_buf *errors, enum orch_class *cls);
+struct orch_generation *orch_generation_ref(struct orch_generation *g);
+void orch_generation_unref(struct orch_generation *g);
+struct orch_tool *orch_generation_tool(const struct orch_generation *g, struct orch_slice wire_name);
+void orch_tool_fini(struct orch_tool *t); /* frees its strings */
+/* Adds an embedder's or an upstream's tool (copied) and rebuilds the list. untrusted: JSON of what an
+ * upstream says of it. */
+int orch_generation_add_tool(struct orch_generation *g, const struct orch_tool *t, struct orch_slice untrusted, struct orch_err *err);
+void orch_generation_list(struct orch_generation *g);
+/* engine.explain and engine.show as JSON. */
+int orch_generation_explain(struct orch_generation *g, const char *tool, struct orch_slice args, struct orch_buf *out, struct orch_err *err);
+int orch_generation_show(struct orch_generation *g, struct orch_buf *out, struct orch_err *err);
+
+/* ---- sessions and calls */
+
+struct orch_session {
+    struct orch_session *next;
+    struct orch *host;
+    struct orch_mcp_session *mcp; /* NULL for a call from the embedder */
+    char id[40];
+    char *caller;
+    char **marks;
+    size_t n_marks;
+    struct orch_buf audit_fields; /* "session":"…","caller":"…" */
+};
+
+struct orch_session *orch_session_new(struct orch *o, const char *caller);
+void orch_session_free(struct orch_session *s); /* its calls have ended */
+
+/* The answer of a call that did not come from MCP. members: of the MCP result. */
+typedef void orch_call_done_fn(void *ud, struct orch_slice members, bool is_error);
+
+void orch_call_from_mcp(struct orch_session *s, struct orch_mcp_request *rq, const struct orch_json_doc *d, struct orch_slice name,
+                        uint32_t args, uint32_t meta);
+void orch_call_from_host(struct orch_session *s, struct orch_slice name, const struct orch_json_doc *d, uint32_t args,
+                         orch_call_done_fn *done, void *ud);
+void orch_call_cancel_mcp(struct orch_mcp_request *rq);
+/* Writes the decisions of all calls begun since the last time, runs them, writes the outcomes of those
+ * that ended, answers. Called when all input at hand was read, or from a posted turn. */
+void orch_calls_run(struct orch *o);
+/* Cancels every call of the session; each still writes its outcome. */
+void orch_calls_cancel(struct orch *o, struct orch_session *s, const char *why);
+void orch_calls_free(struct orch *o); /* what is kept for later calls, and rates */
+extern const struct orch_env_call_ops orch_call_ops;
+
+/* Appends the JSON value at tok with every match of the patterns in its strings replaced. The bytes stay
+ * as they came where nothing matched. -E2BIG when a pattern's match limit was hit: withhold it. */
+int orch_redact_json(const struct orch_generation *g, const uint16_t *patterns, size_t n, const struct orch_json_doc *d, uint32_t tok,
+                     struct orch_buf *out);
+
+/* Whether calls to this tool's rule and caller are still within limit per window. */
+bool orch_rate_take(struct orch *o, const char *key, double limit, int64_t window_ms);
+
+struct orch_toolcall;
+
+struct orch {
+    struct orch_env env;
+    struct orch_loop *loop;
+    struct orch_paths paths;
+    char *kernel, *modules;          /* --kernel, --modules */
+    struct orch_generation *gen;     /* in force */
+    struct orch_state *script;       /* trusted state, made at the first script */
+    struct orch_audit *audit;
+    struct orch_vms *vms;
+    struct orch_reload *reload;
+    struct orch_buf reload_error;    /* of the last failed reload; empty when the last one went well */
+    uint64_t reloads;
+    struct orch_session *sessions;
+    struct orch_toolcall *begun, *ended, *running, *spare;
+    struct orch_toolcall **slots;
+    size_t n_slots;
+    uint64_t next_call;
+    char call_prefix[16];
+    bool run_posted, in_run;
+    struct orch_tool *c_tools; /* embedder's */
+    size_t n_c_tools;
+    struct orch_rate *rates;
+    struct orch_upstream *upstream; /* the server behind the thin proxy */
+    struct orch_control *control;
+    int64_t started_us;
+    struct serving *serving; /* stdio */
+    bool served;             /* orch_serve_stdio came to its end */
+    struct orch_task *main;  /* the script that orch_host_run runs */
+};
+
+/* What orch_open does before it loads anything. */
+struct orch *orch_host_open(const char *config, const struct orch_options *opts, struct orch_err *err);
+int orch_host_generation(struct orch *o, struct orch_err *err); /* loads the first one */
+/* Runs a trusted script as a task; its exit status, or -1 with err. internal: it gets the private
+ * module as its first argument (lua/cli). */
+int orch_host_run(struct orch *o, const char *name, struct orch_slice text, int argc, const char *const *argv, bool internal,
+                  struct orch_err *err);
+
+int orch_host_audit(struct orch *o, struct orch_err *err); /* opens the audit log of the generation in force */
+/* Loads anew and swaps; on failure the old generation stays. 0 or the errors' class as a negative number. */
+int orch_host_reload(struct orch *o, const char *why);
+
+/* The private module of lua/cli: see core/internal.c. */
+int orch_luaopen_internal(lua_State *L);
+
+/* The control socket of this process (PID.sock) and requests to those of others. */
+struct orch_control *orch_control_new(struct orch *o, struct orch_err *err);
+void orch_control_free(struct orch_control *c);
+/* Sends one request to each running orch process of this user (or to pid); answers as a JSON array of
+ * {"pid":…,"answer":…} or {"pid":…,"error":…}. Waits at most 3 s for each. */
+void orch_control_ask(struct orch *o, int pid, struct orch_slice request, struct orch_buf *out);
+bool orch_is_descendant(int pid, int of); /* by /proc */
+
+/* ---- the thin proxy: one server behind the policy (core/upstream.c) */
+struct orch_upstream *orch_upstream_start(struct orch *o, const char *name, const char *const *command, struct orch_err *err);
+void orch_upstream_free(struct orch_upstream *u);
+/* Adds its tools to a generation; waits are over by then. */
+int orch_upstream_add_tools(struct orch_upstream *u, struct orch_generation *g, struct orch_err *err);
+bool orch_upstream_ready(const struct orch_upstream *u);
+const char *orch_upstream_problem(const struct orch_upstream *u); /* why it is not ready */
+struct orch_mcp_client *orch_upstream_client(struct orch_upstream *u);
+const char *orch_upstream_name(const struct orch_upstream *u);
+
+#endif

@@ -1,0 +1,404 @@
+/* The private module of the commands in lua/cli: what they need of the host beyond the public API. Not
+ * reachable from users' scripts. Functions return a value, or nil, message, code. */
+#include "host.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+
+static struct orch *host_of(lua_State *L)
+{
+    return orch_env_of(L)->ud;
+}
+
+static int push_json_text(lua_State *L, struct orch_slice text)
+{
+    cleanup_json struct orch_json_doc d = { 0 };
+    struct orch_json_fault fault;
+    if (orch_json_scan(&d, text, &(struct orch_json_limits){ .bytes = 64 << 20 }, &fault) < 0)
+        return luaL_error(L, "internal: %s at byte %d", fault.rule, (int)fault.byte);
+    orch_lua_push_json(L, &d, 0, 0);
+    return 1;
+}
+
+static int i_paths(lua_State *L)
+{
+    static const char *const origins[] = { "--config", "ORCH_CONFIG", "working directory", "user", "system", "built-in" };
+    const struct orch_paths *p = &host_of(L)->paths;
+    const char *const fields[][2] = { { "share", p->share },     { "launcher", p->launcher }, { "agent", p->agent },
+                                      { "state", p->state },     { "cache", p->cache },       { "runtime", p->runtime },
+                                      { "cwd", p->cwd },         { "home", p->home },         { "config", p->config },
+                                      { "origin", origins[p->origin] } };
+    lua_newtable(L);
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(fields); i++) {
+        lua_pushstring(L, fields[i][1]);
+        lua_setfield(L, -2, fields[i][0]);
+    }
+    return 1;
+}
+
+/* load(): { generation, tools = { { name, server, listed, file, timeout_ms }… }, notes, policies, audit_dir,
+ * workspace } of the configuration as it is on disk; or nil, all errors, "config". */
+static int i_load(lua_State *L)
+{
+    struct orch *o = host_of(L);
+    struct orch_err err = { 0 };
+    if (orch_host_generation(o, &err) < 0)
+        return orch_push_err(L, &err);
+    struct orch_generation *g = o->gen;
+    lua_newtable(L);
+    lua_pushstring(L, g->hash);
+    lua_setfield(L, -2, "generation");
+    lua_pushstring(L, g->notes.p ? g->notes.p : "");
+    lua_setfield(L, -2, "notes");
+    lua_pushstring(L, g->cfg.policies);
+    lua_setfield(L, -2, "policies");
+    lua_pushstring(L, g->cfg.workspace);
+    lua_setfield(L, -2, "workspace");
+    lua_pushstring(L, g->cfg.audit_dir);
+    lua_setfield(L, -2, "audit_dir");
+    lua_newtable(L);
+    for (size_t i = 0; i < g->n_tools; i++) {
+        lua_newtable(L);
+        lua_pushstring(L, g->tools[i]->name);
+        lua_setfield(L, -2, "name");
+        lua_pushstring(L, g->tools[i]->server);
+        lua_setfield(L, -2, "server");
+        lua_pushboolean(L, g->tools[i]->listed);
+        lua_setfield(L, -2, "listed");
+        lua_pushstring(L, g->tools[i]->file);
+        lua_setfield(L, -2, "file");
+        lua_rawseti(L, -2, (int)i + 1);
+    }
+    lua_setfield(L, -2, "tools");
+    return 1;
+}
+
+static int i_config(lua_State *L)
+{
+    struct orch *o = host_of(L);
+    struct orch_err err = { 0 };
+    if (orch_host_generation(o, &err) < 0)
+        return orch_push_err(L, &err);
+    return push_json_text(L, orch_slice_str(o->gen->config_show ? o->gen->config_show : "[]"));
+}
+
+static int i_explain(lua_State *L)
+{
+    struct orch *o = host_of(L);
+    struct orch_err err = { 0 };
+    size_t n;
+    cleanup_buf struct orch_buf out = { 0 };
+    const char *tool = luaL_checkstring(L, 1), *args = luaL_optlstring(L, 2, "{}", &n);
+    if (lua_isnoneornil(L, 2))
+        n = 2;
+    if (orch_host_generation(o, &err) < 0 || orch_generation_explain(o->gen, tool, (struct orch_slice){ args, n }, &out, &err) < 0)
+        return orch_push_err(L, &err);
+    return push_json_text(L, (struct orch_slice){ out.p, out.n });
+}
+
+static int i_rules(lua_State *L)
+{
+    struct orch *o = host_of(L);
+    struct orch_err err = { 0 };
+    cleanup_buf struct orch_buf out = { 0 };
+    if (orch_host_generation(o, &err) < 0 || orch_generation_show(o->gen, &out, &err) < 0)
+        return orch_push_err(L, &err);
+    return push_json_text(L, (struct orch_slice){ out.p, out.n });
+}
+
+/* trust(edits): records the files of the configuration in force; returns the list { { path, sha256 }… }. */
+static int i_trust(lua_State *L)
+{
+    struct orch *o = host_of(L);
+    struct orch_err err = { 0 };
+    struct orch_trust_list list = { 0 };
+    cleanup_buf struct orch_buf errors = { 0 };
+    enum orch_class cls = ORCH_CLASS_CONFIG;
+    struct orch_generation *g = orch_generation_load(o, ORCH_TRUST_COLLECT, &list, &errors, &cls);
+    if (!g) {
+        orch_err_setc(&err, cls, EINVAL, "%s", errors.p ? errors.p : "?");
+        orch_trust_files_free(list.files, list.n);
+        return orch_push_err(L, &err);
+    }
+    orch_generation_unref(g);
+    cleanup_free char *dir = orch_xstrdup(o->paths.config);
+    *strrchr(dir, '/') = 0;
+    cleanup_free char *path = orch_xasprintf("%s/state.db", o->paths.state);
+    int r = orch_mkdir_p(o->paths.state, 0700);
+    struct orch_db *db = NULL;
+    if (r < 0)
+        orch_err_set(&err, -r, "%s: %s", o->paths.state, strerror(-r));
+    else if ((db = orch_db_open(path, &err)))
+        r = orch_db_trust_set(db, dir, lua_toboolean(L, 1), list.files, list.n, &err);
+    bool ok = db && r >= 0;
+    orch_db_close(db);
+    if (ok) {
+        lua_newtable(L);
+        for (size_t i = 0; i < list.n; i++) {
+            lua_newtable(L);
+            lua_pushstring(L, list.files[i].path);
+            lua_setfield(L, -2, "path");
+            lua_pushstring(L, list.files[i].sha256);
+            lua_setfield(L, -2, "sha256");
+            lua_rawseti(L, -2, (int)i + 1);
+        }
+    }
+    orch_trust_files_free(list.files, list.n);
+    return ok ? 1 : orch_push_err(L, &err);
+}
+
+/* Refused where an agent could reach it: below a process that an orch started. */
+static int i_below_orch(lua_State *L)
+{
+    cleanup_buf struct orch_buf status = { 0 };
+    char self[4096], exe[4096];
+    ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
+    self[n < 0 ? 0 : n] = 0;
+    for (int pid = getppid(), depth = 0; pid > 1 && depth < 64; depth++) {
+        char path[64];
+        snprintf(path, sizeof path, "/proc/%d/exe", pid);
+        n = readlink(path, exe, sizeof exe - 1);
+        exe[n < 0 ? 0 : n] = 0;
+        if (self[0] && strcmp(self, exe) == 0) {
+            lua_pushinteger(L, pid);
+            return 1;
+        }
+        snprintf(path, sizeof path, "/proc/%d/stat", pid);
+        status.n = 0;
+        if (orch_read_file(AT_FDCWD, path, 4096, &status) < 0)
+            break;
+        const char *after = strrchr(status.p, ')');
+        if (!after || sscanf(after + 1, " %*c %d", &pid) != 1)
+            break;
+    }
+    return 0;
+}
+
+static int i_audit_list(lua_State *L)
+{
+    struct orch_err err = { 0 };
+    char **paths;
+    size_t n;
+    if (orch_audit_list(luaL_checkstring(L, 1), &paths, &n, &err) < 0)
+        return orch_push_err(L, &err);
+    lua_newtable(L);
+    for (size_t i = 0; i < n; i++) {
+        lua_pushstring(L, paths[i]);
+        lua_rawseti(L, -2, (int)i + 1);
+    }
+    orch_audit_list_free(paths, n);
+    return 1;
+}
+
+static int i_audit_verify(lua_State *L)
+{
+    struct orch *o = host_of(L);
+    struct orch_err err = { 0 };
+    struct orch_audit_report r = { 0 };
+    cleanup_free char *key = orch_xasprintf("%s/audit.key", o->paths.state);
+    if (orch_audit_verify(luaL_checkstring(L, 1), access(key, R_OK) == 0 ? key : NULL, luaL_optstring(L, 2, NULL), &r, &err) < 0)
+        return orch_push_err(L, &err);
+    lua_newtable(L);
+    lua_pushboolean(L, r.ok);
+    lua_setfield(L, -2, "ok");
+    lua_pushboolean(L, r.has_head);
+    lua_setfield(L, -2, "has_head");
+    lua_pushnumber(L, (double)r.lines);
+    lua_setfield(L, -2, "lines");
+    lua_pushnumber(L, (double)r.unsigned_lines);
+    lua_setfield(L, -2, "unsigned_lines");
+    lua_pushstring(L, r.problem);
+    lua_setfield(L, -2, "problem");
+    lua_pushstring(L, r.head_hash);
+    lua_setfield(L, -2, "head");
+    return 1;
+}
+
+/* control(request as JSON, pid or nil): what every running orch process answered. */
+static int i_control(lua_State *L)
+{
+    cleanup_buf struct orch_buf out = { 0 };
+    orch_control_ask(host_of(L), (int)luaL_optinteger(L, 2, 0), orch_slice_str(luaL_checkstring(L, 1)), &out);
+    return push_json_text(L, (struct orch_slice){ out.p, out.n });
+}
+
+static int i_escape(lua_State *L)
+{
+    size_t n;
+    const char *s = luaL_checklstring(L, 1, &n);
+    cleanup_buf struct orch_buf out = { 0 };
+    orch_escape_terminal(&out, (struct orch_slice){ s, n }, lua_toboolean(L, 2));
+    lua_pushlstring(L, out.p ? out.p : "", out.n);
+    return 1;
+}
+
+static int i_nearest(lua_State *L)
+{
+    lua_pushstring(L, orch_nearest(luaL_checkstring(L, 1), orch_check_strings(L, 2, "list", 1024)));
+    return 1;
+}
+
+static int i_launch_check(lua_State *L)
+{
+    struct orch_err err = { 0 };
+    if (orch_launch_check(host_of(L)->paths.launcher, &err) < 0)
+        return orch_push_err(L, &err);
+    lua_pushboolean(L, 1);
+    return 1;
+}
+
+static int i_isolation(lua_State *L)
+{
+    struct orch *o = host_of(L);
+    struct orch_err err = { 0 };
+    struct orch_vms *vms = o->env.vms(o, &err);
+    if (!vms)
+        return orch_push_err(L, &err);
+    cleanup_buf struct orch_buf why = { 0 };
+    enum orch_isolation i = orch_vms_known_isolation(vms, &why);
+    lua_pushstring(L, orch_isolation_name(i));
+    lua_pushstring(L, why.p ? why.p : "");
+    return 2;
+}
+
+/* set_kernel(file, modules): before the first microVM or image build. */
+static int i_set_kernel(lua_State *L)
+{
+    struct orch *o = host_of(L);
+    free(o->kernel);
+    free(o->modules);
+    o->kernel = orch_xstrdup(luaL_checkstring(L, 1));
+    o->modules = orch_xstrdup(luaL_optstring(L, 2, NULL));
+    return 0;
+}
+
+/* ---- images */
+
+struct building {
+    struct orch_wait wait;
+    struct orch_image_build *build;
+    struct orch_err err;
+    struct orch_image image;
+};
+
+static void push_image(lua_State *L, const struct orch_image *i)
+{
+    lua_newtable(L);
+    lua_pushstring(L, i->name);
+    lua_setfield(L, -2, "name");
+    lua_pushstring(L, i->id);
+    lua_setfield(L, -2, "id");
+    lua_pushstring(L, i->kernel);
+    lua_setfield(L, -2, "kernel");
+    lua_pushstring(L, i->initrd);
+    lua_setfield(L, -2, "initrd");
+    lua_pushstring(L, i->kernel_release);
+    lua_setfield(L, -2, "kernel_release");
+    lua_pushnumber(L, (double)i->bytes);
+    lua_setfield(L, -2, "bytes");
+}
+
+static int build_push(lua_State *L, void *ud)
+{
+    struct building *b = ud;
+    int n = 1;
+    if (b->err.cls)
+        n = orch_push_err(L, &b->err);
+    else
+        push_image(L, &b->image);
+    orch_image_fini(&b->image);
+    free(b);
+    return n;
+}
+
+static void build_done(void *ud, const struct orch_image *image, const struct orch_err *err)
+{
+    struct building *b = ud;
+    b->build = NULL;
+    if (err) {
+        b->err = *err;
+    } else {
+        b->image = *image;
+        b->image.kernel = orch_xstrdup(image->kernel);
+        b->image.initrd = orch_xstrdup(image->initrd);
+        b->image.kernel_release = orch_xstrdup(image->kernel_release);
+    }
+    orch_task_ready(b->wait, build_push, b);
+}
+
+static void build_cancel(void *ud)
+{
+    struct building *b = ud;
+    orch_image_build_cancel(b->build);
+    orch_image_fini(&b->image);
+    free(b);
+}
+
+static void build_progress(void *ud, const char *line)
+{
+    (void)ud;
+    dprintf(STDERR_FILENO, "%s\n", line);
+}
+
+static struct orch_image_opts image_opts(struct orch *o, char *dir)
+{
+    return (struct orch_image_opts){ .cache_dir = dir, .agent_path = o->paths.agent, .kernel = o->kernel, .modules = o->modules,
+                                     .progress = build_progress };
+}
+
+static int i_image_build(lua_State *L)
+{
+    struct orch *o = host_of(L);
+    cleanup_free char *dir = orch_xasprintf("%s/images", o->paths.cache);
+    struct orch_image_opts opts = image_opts(o, dir);
+    struct building *b = orch_xcalloc(1, sizeof *b);
+    b->build = orch_image_build_start(o->loop, luaL_checkstring(L, 1), &opts, build_done, b);
+    return orch_task_wait(L, build_cancel, b, &b->wait);
+}
+
+static int i_image_find(lua_State *L)
+{
+    struct orch *o = host_of(L);
+    cleanup_free char *dir = orch_xasprintf("%s/images", o->paths.cache);
+    struct orch_image_opts opts = image_opts(o, dir);
+    struct orch_image image = { 0 };
+    struct orch_err err = { 0 };
+    if (orch_image_find(luaL_checkstring(L, 1), &opts, &image, &err) < 0)
+        return orch_push_err(L, &err);
+    push_image(L, &image);
+    orch_image_fini(&image);
+    return 1;
+}
+
+int orch_luaopen_internal(lua_State *L)
+{
+    static const struct luaL_Reg functions[] = {
+        { "paths", i_paths },
+        { "load", i_load },
+        { "config", i_config },
+        { "explain", i_explain },
+        { "rules", i_rules },
+        { "trust", i_trust },
+        { "below_orch", i_below_orch },
+        { "audit_list", i_audit_list },
+        { "audit_verify", i_audit_verify },
+        { "control", i_control },
+        { "escape", i_escape },
+        { "nearest", i_nearest },
+        { "launch_check", i_launch_check },
+        { "isolation", i_isolation },
+        { "set_kernel", i_set_kernel },
+        { "image_build", i_image_build },
+        { "image_find", i_image_find },
+        { NULL, NULL },
+    };
+    lua_newtable(L);
+    luaL_setfuncs(L, functions, 0);
+    lua_pushliteral(L, ORCH_FEATURES);
+    lua_setfield(L, -2, "features");
+    lua_pushliteral(L, ORCH_PREFIX);
+    lua_setfield(L, -2, "prefix");
+    return 1;
+}

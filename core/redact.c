@@ -1,0 +1,50 @@
+/* Redaction: the policy's patterns over every decoded string of a JSON value. */
+#include "host.h"
+
+#include <errno.h>
+
+/* Replaces in one string's text, pattern after pattern; 1 when something matched. */
+static int redact_text(const struct orch_generation *g, const uint16_t *patterns, size_t n, struct orch_buf *text)
+{
+    int matched = 0;
+    for (size_t i = 0; i < n; i++) {
+        cleanup_buf struct orch_buf out = { 0 };
+        int r = orch_regex_replace(g->redact[patterns[i]], (struct orch_slice){ text->p, text->n }, ORCH_SLICE("[redacted]"), &out);
+        if (r < 0)
+            return r;
+        if (r > 0) {
+            matched = 1;
+            orch_buf_free(text);
+            *text = out;
+            out = (struct orch_buf){ 0 };
+        }
+    }
+    return matched;
+}
+
+int orch_redact_json(const struct orch_generation *g, const uint16_t *patterns, size_t n, const struct orch_json_doc *d, uint32_t tok,
+                     struct orch_buf *out)
+{
+    /* Strings lie in order in the text: copy what is between them, replace those that match. Keys too. */
+    size_t copied = d->toks[tok].start - (d->toks[tok].type == ORCH_JSON_STRING);
+    cleanup_buf struct orch_buf text = { 0 };
+    for (uint32_t i = tok; i < d->toks[tok].next; i++) {
+        const struct orch_json_tok *t = &d->toks[i];
+        if (t->type != ORCH_JSON_STRING)
+            continue;
+        text.n = 0;
+        orch_buf_reserve(&text, 1);
+        orch_json_string(d, i, &text);
+        int r = redact_text(g, patterns, n, &text);
+        if (r < 0)
+            return r;
+        if (!r)
+            continue;
+        orch_buf_add(out, d->text + copied, t->start - 1 - copied);
+        orch_json_quote(out, (struct orch_slice){ text.p, text.n });
+        copied = t->end + 1;
+    }
+    size_t end = d->toks[tok].end + (d->toks[tok].type == ORCH_JSON_STRING);
+    orch_buf_add(out, d->text + copied, end - copied);
+    return 0;
+}

@@ -1,0 +1,235 @@
+/* The thin proxy's upstream: one MCP server behind the policy. Its tools join every generation. */
+#include "host.h"
+
+#include <errno.h>
+#include <string.h>
+
+enum { PAGES_MAX = 100, TOOLS_MAX = 1000, LIST_TIMEOUT_MS = 10000, CALL_TIMEOUT_MS = 60000, GRACE_MS = 500 };
+
+struct orch_upstream {
+    struct orch *o;
+    char *name;
+    struct orch_mcp_client *client;
+    struct orch_buf tools; /* JSON: [page.tools, page.tools, …] */
+    unsigned pages;
+    bool settled, relisting; /* settled: ready or failed once */
+    struct orch_err problem; /* class 0: none */
+};
+
+static void list_page(struct orch_upstream *u, struct orch_slice cursor);
+
+static void settle(struct orch_upstream *u, const struct orch_err *err)
+{
+    if (err) {
+        u->problem = *err;
+        orch_log(ORCH_ERROR, "%s", err->msg);
+    }
+    u->settled = true;
+    if (u->relisting) {
+        u->relisting = false;
+        orch_host_reload(u->o, "the upstream's tools changed");
+    }
+}
+
+static void page_done(void *ud, struct orch_slice result, const struct orch_err *err)
+{
+    struct orch_upstream *u = ud;
+    if (err) {
+        settle(u, err);
+        return;
+    }
+    cleanup_json struct orch_json_doc d = { 0 };
+    struct orch_json_fault fault;
+    if (orch_json_scan(&d, result, &(struct orch_json_limits){ 0 }, &fault) < 0)
+        return;
+    uint32_t tools = orch_json_get(&d, 0, "tools"), next = orch_json_get(&d, 0, "nextCursor");
+    struct orch_err wrong = { 0 };
+    if (!tools || d.toks[tools].type != ORCH_JSON_ARRAY) {
+        orch_err_setc(&wrong, ORCH_CLASS_UPSTREAM, EPROTO, "%s: its tools/list answer has no list of tools", u->name);
+        settle(u, &wrong);
+        return;
+    }
+    orch_buf_char(&u->tools, u->tools.n ? ',' : '[');
+    orch_buf_slice(&u->tools, orch_json_raw(&d, tools));
+    if (next && d.toks[next].type == ORCH_JSON_STRING && ++u->pages < PAGES_MAX) {
+        list_page(u, orch_json_raw(&d, next));
+        return;
+    }
+    orch_buf_char(&u->tools, ']');
+    settle(u, NULL);
+}
+
+static void list_page(struct orch_upstream *u, struct orch_slice cursor)
+{
+    cleanup_buf struct orch_buf params = { 0 };
+    struct orch_err err = { 0 };
+    if (cursor.n) {
+        orch_buf_str(&params, "{\"cursor\":");
+        orch_buf_slice(&params, cursor);
+        orch_buf_char(&params, '}');
+    }
+    if (!orch_mcp_client_call(u->client,
+                              &(struct orch_mcp_client_request){ .method = "tools/list",
+                                                                 .params = { params.p, params.n },
+                                                                 .timeout_ms = LIST_TIMEOUT_MS,
+                                                                 .done = page_done,
+                                                                 .ud = u },
+                              &err))
+        settle(u, &err);
+}
+
+static void ready(void *ud, const struct orch_err *err)
+{
+    struct orch_upstream *u = ud;
+    if (err)
+        settle(u, err);
+    else
+        list_page(u, (struct orch_slice){ 0 });
+}
+
+static void lost(void *ud, const struct orch_err *err)
+{
+    struct orch_upstream *u = ud;
+    if (!u->problem.cls)
+        settle(u, err);
+}
+
+static void tools_changed(void *ud)
+{
+    struct orch_upstream *u = ud;
+    if (!u->settled || u->relisting)
+        return;
+    u->relisting = true;
+    u->tools.n = 0;
+    u->pages = 0;
+    list_page(u, (struct orch_slice){ 0 });
+}
+
+struct orch_upstream *orch_upstream_start(struct orch *o, const char *name, const char *const *command, struct orch_err *err)
+{
+    /* Children on the host get PATH, HOME and LANG, nothing else (ORCH_DEPTH: see main.c). */
+    static const char *const passed[] = { "PATH", "HOME", "LANG", "ORCH_DEPTH" };
+    char *env[ORCH_ARRAY_LEN(passed) + 1];
+    size_t n = 0;
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(passed); i++)
+        if (getenv(passed[i]))
+            env[n++] = orch_xasprintf("%s=%s", passed[i], getenv(passed[i]));
+    env[n] = NULL;
+    struct orch_upstream *u = orch_xcalloc(1, sizeof *u);
+    u->o = o;
+    u->name = orch_xstrdup(name);
+    u->client = orch_mcp_client_new(o->loop,
+                                    &(struct orch_mcp_client_opts){ .name = u->name,
+                                                                    .argv = command,
+                                                                    .env = (const char *const *)env,
+                                                                    .limits = { .bytes = o->gen->cfg.message_bytes },
+                                                                    .ready = ready,
+                                                                    .lost = lost,
+                                                                    .tools_changed = tools_changed,
+                                                                    .ud = u },
+                                    err);
+    while (n)
+        free(env[--n]);
+    if (!u->client) {
+        u->problem = *err;
+        u->settled = true;
+        orch_log(ORCH_ERROR, "%s", err->msg);
+    }
+    /* The tools are needed before the first list: wait here, each step has its deadline. */
+    while (!u->settled)
+        orch_loop_step(o->loop, -1);
+    return u;
+}
+
+void orch_upstream_free(struct orch_upstream *u)
+{
+    if (!u)
+        return;
+    orch_mcp_client_free(u->client, GRACE_MS);
+    orch_buf_free(&u->tools);
+    free(u->name);
+    free(u);
+}
+
+bool orch_upstream_ready(const struct orch_upstream *u)
+{
+    return !u->problem.cls;
+}
+
+const char *orch_upstream_problem(const struct orch_upstream *u)
+{
+    return u->problem.msg;
+}
+
+struct orch_mcp_client *orch_upstream_client(struct orch_upstream *u)
+{
+    return u->client;
+}
+
+static char *string_member(const struct orch_json_doc *d, uint32_t obj, const char *key)
+{
+    cleanup_buf struct orch_buf b = { 0 };
+    uint32_t tok = orch_json_get(d, obj, key);
+    if (!tok || orch_json_string(d, tok, &b) < 0)
+        return NULL;
+    return orch_steal_ptr(&b.p);
+}
+
+/* What the server says of a tool, as predicates may see it: everything but the schemas. */
+static void put_untrusted(const struct orch_json_doc *d, uint32_t tool, struct orch_buf *out)
+{
+    static const char *const keys[] = { "title", "description", "annotations" };
+    orch_buf_char(out, '{');
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(keys); i++) {
+        uint32_t v = orch_json_get(d, tool, keys[i]);
+        if (!v)
+            continue;
+        orch_buf_printf(out, "%s\"%s\":", out->n > 1 ? "," : "", keys[i]);
+        orch_buf_slice(out, orch_json_raw(d, v));
+    }
+    orch_buf_char(out, '}');
+}
+
+static void add_tool(struct orch_upstream *u, struct orch_generation *g, const struct orch_json_doc *d, uint32_t tok)
+{
+    cleanup_free char *name = string_member(d, tok, "name");
+    uint32_t schema = orch_json_get(d, tok, "inputSchema");
+    if (!name || !*name || strlen(name) > 128) {
+        orch_buf_printf(&g->notes, "%s: a tool without a usable name is left out\n", u->name);
+        return;
+    }
+    struct orch_slice definition = orch_json_raw(d, tok), input = schema ? orch_json_raw(d, schema) : ORCH_SLICE("{}");
+    struct orch_tool t = { .wire_name = orch_xstrdup(name),
+                           .name = orch_xasprintf("%s__%s", u->name, name),
+                           .server = orch_xstrdup(u->name),
+                           .definition = orch_xstrndup(definition.p, definition.n),
+                           .input = orch_xstrndup(input.p, input.n),
+                           .run_ref = LUA_NOREF,
+                           .output_ref = LUA_NOREF,
+                           .timeout_ms = CALL_TIMEOUT_MS };
+    cleanup_buf struct orch_buf untrusted = { 0 };
+    struct orch_err err = { 0 };
+    put_untrusted(d, tok, &untrusted);
+    if (orch_generation_add_tool(g, &t, (struct orch_slice){ untrusted.p, untrusted.n }, &err) < 0)
+        orch_buf_printf(&g->notes, "%s: left out: its inputSchema cannot be used: %s\n", t.name, err.msg);
+    orch_tool_fini(&t);
+}
+
+int orch_upstream_add_tools(struct orch_upstream *u, struct orch_generation *g, struct orch_err *err)
+{
+    cleanup_json struct orch_json_doc d = { 0 };
+    struct orch_json_fault fault;
+    if (!orch_upstream_ready(u) || !u->tools.n)
+        return 0;
+    if (orch_json_scan(&d, (struct orch_slice){ u->tools.p, u->tools.n }, &(struct orch_json_limits){ .bytes = 256 << 20 }, &fault) < 0)
+        return orch_err_setc(err, ORCH_CLASS_UPSTREAM, EPROTO, "%s: its lists of tools together are too large: %s", u->name, fault.rule);
+    uint32_t page = 1;
+    size_t n = 0;
+    for (uint32_t p = 0; p < d.toks[0].count; p++, page = d.toks[page].next) {
+        uint32_t tool = page + 1;
+        for (uint32_t i = 0; i < d.toks[page].count && n < TOOLS_MAX; i++, n++, tool = d.toks[tool].next)
+            if (d.toks[tool].type == ORCH_JSON_OBJECT)
+                add_tool(u, g, &d, tool);
+    }
+    return 0;
+}

@@ -1,0 +1,33 @@
+-- Runs a shell command in a microVM that is made for this call and destroyed after it.
+return {
+  name = "run_command",
+  description = "Run a shell command in a fresh, isolated microVM (Linux, busybox). Nothing of the host is visible and "
+    .. "nothing is kept between calls. Returns standard output and error and the exit status.",
+  input = {
+    type = "object",
+    properties = {
+      command = { type = "string", description = "Command line for /bin/sh", minLength = 1, maxLength = 32768 },
+      stdin = { type = "string", description = "Text for the command's standard input", maxLength = 1048576 },
+      timeout = { type = "number", description = "Seconds after which the command is ended", exclusiveMinimum = 0, maximum = 3600 },
+    },
+    required = { "command" },
+    additionalProperties = false,
+  },
+  annotations = { title = "Run a command in a microVM", readOnlyHint = false, destructiveHint = false, openWorldHint = false },
+  timeout = "2m",
+  run = function(args, ctx)
+    local vm, err, code = ctx:vm()
+    if not vm then return nil, err, code end
+    local r
+    r, err, code = vm:exec({ "/bin/sh", "-c", args.command }, { stdin = args.stdin, timeout = args.timeout })
+    if not r then return nil, err, code end
+    local text = r.stdout .. r.stderr
+    if r.truncated then text = text .. "\n[output cut at 1 MiB a stream]" end
+    if r.timed_out then text = text .. "\n[ended: time is up]" end
+    return {
+      text = text,
+      structured = { status = r.status, signal = r.signal, timed_out = r.timed_out, truncated = r.truncated, ms = r.ms },
+      is_error = r.status ~= 0,
+    }
+  end,
+}
