@@ -161,7 +161,7 @@ class Table:
     def session(self):
         if not self.now:
             self.env = Env().project()
-            self.now = self.env.session("-v")
+            self.now = self.env.session()
             if self.legacy:
                 self.now.initialize()
         return self.now
