@@ -177,6 +177,18 @@ static int l_size(lua_State *L)
     return 1;
 }
 
+static int l_is_array(lua_State *L)
+{
+    lua_pushboolean(L, orch_lua_is_array(L, 1));
+    return 1;
+}
+
+static int l_is_bigint(lua_State *L)
+{
+    lua_pushboolean(L, orch_lua_is_bigint(L, 1));
+    return 1;
+}
+
 static int l_rate(lua_State *L)
 {
     struct orch *o = orch_env_of(L)->ud;
@@ -275,12 +287,13 @@ static void set_function(lua_State *L, const char *name, lua_CFunction fn)
 static struct orch_state *state_new(struct loading *l, enum orch_context ctx, size_t memory_bytes)
 {
     struct orch_err err = { 0 };
+    cleanup_free char *lua_dir = orch_xasprintf("%s/lua", l->o->paths.share);
     struct orch_state *s = orch_state_new(
         &(struct orch_state_opts){ .ctx = ctx,
                                    .memory_bytes = memory_bytes,
                                    .steps = (uint64_t)LOAD_TIME_MS * STEPS_PER_MS,
                                    .cpu_ms = LOAD_TIME_MS,
-                                   .lua_dir = l->o->paths.share,
+                                   .lua_dir = lua_dir,
                                    .host = &l->o->env },
         &err);
     if (!s) {
@@ -312,6 +325,8 @@ static int push_schema(struct loading *l, struct orch_state *s)
     push_deps(L);
     orch_luaopen_regex(L);
     lua_setfield(L, -2, "regex");
+    set_function(L, "is_array", l_is_array);
+    set_function(L, "is_bigint", l_is_bigint);
     return run_product(l, s, "schema.lua", 1);
 }
 
@@ -454,10 +469,8 @@ static int load_config(struct loading *l)
     lua_newtable(L);
     lua_pushstring(L, l->base);
     lua_setfield(L, -2, "dir");
-    lua_pushstring(L, o->paths.share);
-    lua_setfield(L, -2, "share");
-    lua_pushboolean(L, o->paths.origin == ORCH_CONFIG_BUILTIN);
-    lua_setfield(L, -2, "builtin");
+    lua_pushstring(L, shown);
+    lua_setfield(L, -2, "file");
     if (orch_state_pcall(g->policy, 2, 2, &err) < 0) {
         fail(l, ORCH_CLASS_CONFIG, "%s: %s", shown, err.msg);
         return -1;
@@ -753,12 +766,16 @@ void orch_tool_fini(struct orch_tool *t)
 int orch_generation_add_tool(struct orch_generation *g, const struct orch_tool *def, struct orch_slice untrusted, struct orch_err *err)
 {
     lua_State *L = orch_state_lua(g->policy);
+    cleanup_json struct orch_json_doc schema = { 0 };
+    struct orch_json_fault fault;
+    if (orch_json_scan(&schema, orch_slice_str(def->input), &(struct orch_json_limits){ .bytes = 1 << 20 }, &fault) < 0)
+        return orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL, "%s at byte %zu", fault.rule, fault.byte);
     lua_rawgeti(L, LUA_REGISTRYINDEX, g->engine_ref);
     lua_getfield(L, -1, "add_tool");
     lua_remove(L, -2);
     lua_pushstring(L, def->name);
     lua_pushstring(L, def->server);
-    lua_pushstring(L, def->input);
+    orch_lua_push_json(L, &schema, 0, ORCH_LUA_JSON_KEEP_NULL); /* const: null is a schema too */
     if (untrusted.n)
         lua_pushlstring(L, untrusted.p, untrusted.n);
     else

@@ -129,8 +129,9 @@ local function directories(v, _, c, path)
   return out
 end
 
--- Omitted: the folder orch was started in. What holds everything of a user is no workspace by accident.
-local function workspace(v, _, c)
+-- Omitted: the folder orch was started in. What holds everything of a user is no workspace by accident:
+-- written so it is an error, omitted there is none.
+local function workspace(v, _, c, path)
   local p, message
   if v == nil then
     p = absolute("/", deps.cwd)
@@ -141,9 +142,10 @@ local function workspace(v, _, c)
   local home = deps.home and absolute("/", deps.home)
   local what = p == "/" and "the whole file system"
     or home and (home == p and "your home directory" or sub(home, 1, #p + 1) == p .. "/" and "above your home directory")
-  if what then
-    return nil, (v == nil and "omitted, so it is the folder orch was started in, " or show(v) .. " is ") .. p .. ", "
-      .. what .. ": name a folder in it, or write that path itself to allow it"
+  if what and v == nil then
+    return nil, c:note(path, "none: orch was started in " .. p .. ", " .. what .. "; set workspace to give tools a folder")
+  elseif what then
+    return nil, show(v) .. " is " .. p .. ", " .. what .. ": name a folder in it, or write that path itself to allow it"
   end
   return p
 end
@@ -300,7 +302,7 @@ local function fill(c, section, given)
       if v ~= nil then
         value, message = row[2](v, row, c, path)
       elseif row[3] ~= nil or row[2] == workspace then
-        value, message = row[2](row[3], row, { dir = c.dir, note = function() end }, path)
+        value, message = row[2](row[3], row, row[2] == workspace and c or { dir = c.dir, note = function() end }, path)
       end
       if value == nil and message then c:fail(path, message) end
       out[k] = value

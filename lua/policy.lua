@@ -166,11 +166,9 @@ function engine.load_network(file, value)
   return errors
 end
 
--- A tool: its qualified name, "local" or the upstream's, and its input schema as JSON.
+-- A tool: its qualified name, "local" or the upstream's, and its input schema.
 -- What it says of itself (description, annotations) is only ever shown to predicates as untrusted.
-function engine.add_tool(name, server, schema_json, untrusted_json)
-  local schema, err = json.decode(schema_json)
-  if not schema then return nil, err end
+function engine.add_tool(name, server, schema, untrusted_json)
   local check, unknown = deps.schema.compile(schema, { unknown = server == "local" and "error" or "collect" })
   if not check then return nil, unknown end
   engine.tools[name] = { server = server, check = check, says = untrusted_json and json.decode(untrusted_json) or {} }

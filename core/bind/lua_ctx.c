@@ -76,6 +76,8 @@ static int l_cancelled(lua_State *L)
 static int open_beneath(lua_State *L, const char *path, int flags)
 {
     const char *root = orch_env_of(L)->call->workspace(check_call(L));
+    if (!root)
+        return -ENOTDIR; /* no workspace: started where none is by accident, see config show */
     cleanup_close int rootfd = open(root, O_PATH | O_DIRECTORY | O_CLOEXEC);
     if (rootfd < 0)
         return -errno;

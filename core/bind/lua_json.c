@@ -84,6 +84,16 @@ static bool is_null(lua_State *L, int idx)
     return lua_type(L, idx) == LUA_TUSERDATA && has_meta(L, idx, NAME_NULL);
 }
 
+bool orch_lua_is_array(lua_State *L, int idx)
+{
+    return lua_type(L, idx) == LUA_TTABLE && has_meta(L, idx, NAME_ARRAY);
+}
+
+bool orch_lua_is_bigint(lua_State *L, int idx)
+{
+    return lua_type(L, idx) == LUA_TUSERDATA && has_meta(L, idx, NAME_INTEGER);
+}
+
 /* The one null of the state lies in the registry. */
 static void push_null(lua_State *L)
 {

@@ -40,6 +40,10 @@ bool orch_lua_push_json(lua_State *L, const struct orch_json_doc *d, uint32_t to
  * Raises on cycles. */
 void orch_lua_strip_nulls(lua_State *L, int idx);
 
+/* Whether the value carries the array metatable; whether it is an opaque integer beyond ±2^53. */
+bool orch_lua_is_array(lua_State *L, int idx);
+bool orch_lua_is_bigint(lua_State *L, int idx);
+
 /* Appends the value at idx as JSON. 0; or -EINVAL with out as it was and, when n_why is not 0, why:
  * "args.items[3]: function cannot be JSON". The Lua stack is as before. */
 int orch_lua_encode_json(lua_State *L, int idx, struct orch_buf *out, char *why, size_t n_why);

@@ -139,7 +139,9 @@ static void *allocate(void *ud, void *p, size_t osize, size_t nsize)
     }
     if (nsize > osize) {
         size_t more = nsize - osize;
-        if (s->memory_max) {
+        /* Outside an entry it is host code that allocates, of sizes the host bounds: it must not fail. The
+         * next entry then finds itself over the limit. */
+        if (s->memory_max && s->depth) {
             size_t hard = s->memory_max + s->memory_max / 16;
             if (more > hard || s->memory > hard - more) {
                 s->no_memory = true;
