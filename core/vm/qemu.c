@@ -568,7 +568,7 @@ static void qmp_line(struct orch_vmm *v, struct orch_slice line)
         break_off(v, "%s", *v->said ? v->said : "an error without a text");
     } else if (event && orch_json_string_eq(&v->doc, event, "MIGRATION")) {
         migration_event(v);
-    } else if (event && orch_json_string_eq(&v->doc, event, "SHUTDOWN") && !v->completed) {
+    } else if (event && orch_json_string_eq(&v->doc, event, "SHUTDOWN") && !v->freezing) {
         snprintf(v->said, sizeof v->said, "the guest stopped (a kernel panic or its init ended)");
     } else if (!v->greeted && orch_json_get(&v->doc, 0, "QMP")) {
         v->greeted = true;

@@ -240,10 +240,22 @@ static bool keep_log(struct orch_rundir *r)
     return true;
 }
 
-/* The last lines that fit what the message has left. */
-static struct orch_slice last_lines(struct orch_slice text, size_t lines, size_t max_bytes)
+/* The last lines that fit; after a panic the first ones of it, which say more than the trace's end. */
+static struct orch_slice telling_lines(struct orch_slice text, size_t lines, size_t max_bytes)
 {
-    while (text.n && (text.p[text.n - 1] == '\n' || text.p[text.n - 1] == '\r'))
+    static const char panic[] = "Kernel panic";
+    const char *at = memmem(text.p, text.n, panic, sizeof panic - 1);
+    if (at) {
+        while (at > text.p && at[-1] != '\n')
+            at--;
+        text.n -= (size_t)(at - text.p);
+        text.p = at;
+        size_t n = 0;
+        while (n < text.n && n < max_bytes && (text.p[n] != '\n' || --lines > 0))
+            n++;
+        return (struct orch_slice){ text.p, n };
+    }
+    while (text.n && text.p[text.n - 1] == '\n')
         text.n--;
     size_t start = text.n;
     for (size_t i = text.n; i-- > 0 && text.n - i <= max_bytes;) {
@@ -256,6 +268,16 @@ static struct orch_slice last_lines(struct orch_slice text, size_t lines, size_t
     return (struct orch_slice){ text.p + start, text.n - start };
 }
 
+/* A serial console ends its lines with both characters. */
+static void escape_log(struct orch_buf *out, struct orch_slice text)
+{
+    cleanup_buf struct orch_buf plain = { 0 };
+    for (size_t i = 0; i < text.n; i++)
+        if (text.p[i] != '\r' || i + 1 == text.n || text.p[i + 1] != '\n')
+            orch_buf_char(&plain, text.p[i]);
+    orch_escape_terminal(out, (struct orch_slice){ plain.p, plain.n }, true);
+}
+
 void orch_rundir_explain(struct orch_rundir *r, struct orch_err *err)
 {
     for (int i = 0; i < 32 && drain_once(r); i++)
@@ -265,10 +287,10 @@ void orch_rundir_explain(struct orch_rundir *r, struct orch_err *err)
     size_t path_bytes = kept ? strlen(r->path) + 8 : 0;
     cleanup_buf struct orch_buf text = { 0 };
     cleanup_buf struct orch_buf shown = { 0 };
-    orch_escape_terminal(&shown, orch_rundir_tail(r), true);
+    escape_log(&shown, orch_rundir_tail(r));
     struct orch_slice lines = { 0 };
     if (shown.n && room > path_bytes + 64)
-        lines = last_lines((struct orch_slice){ shown.p, shown.n }, 20, room - path_bytes - 32);
+        lines = telling_lines((struct orch_slice){ shown.p, shown.n }, 20, room - path_bytes - 32);
     if (lines.n)
         orch_buf_printf(&text, "\nlast output:\n%.*s", (int)lines.n, lines.p);
     else

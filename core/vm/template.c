@@ -626,6 +626,7 @@ static void freeze(struct source *s)
 /* The agent makes an exec's cgroup and reads the user list at the first exec; clones find both done. */
 static void warmed(void *ud, const struct orch_exec_result *r, const struct orch_err *err)
 {
+    (void)err;
     struct source *s = ud;
     struct orch_err why;
     if (r && r->fail == 0 && r->status == 0) {
@@ -633,10 +634,7 @@ static void warmed(void *ud, const struct orch_exec_result *r, const struct orch
     } else if (r) {
         orch_err_set(&why, r->sys_errno, "`true` in the guest: %s", r->fail ? strerror(r->sys_errno) : "failed");
         boot_failed(s, &why);
-    } else if (err && !s->stream_err.code) {
-        s->stream_err = *err;
-        orch_timer_set(s->timer, EXIT_GRACE_MS);
-    }
+    } /* else the stream ended, and agent_failed follows */
 }
 
 static void agent_hello(void *ud, const uint8_t epoch[16])
@@ -660,8 +658,10 @@ static void agent_failed(void *ud, const struct orch_err *err)
     if (strcmp(s->phase, "freezing") == 0)
         return;
     s->stream_err = *err;
-    if (!s->stream_err.code)
-        s->stream_err.code = EPIPE;
+    if (err->cls != ORCH_CLASS_CLOSED) {
+        boot_failed(s, &s->stream_err);
+        return;
+    }
     orch_timer_set(s->timer, EXIT_GRACE_MS);
 }
 

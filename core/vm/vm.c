@@ -260,12 +260,14 @@ static void vmm_frozen(void *ud)
 static void vmm_ended(void *ud, const struct orch_err *err, int status)
 {
     struct orch_vm *vm = ud;
+    const char *reason = status < 0 && err->cls == ORCH_CLASS_ISOLATION ? "launcher" : "vmm";
     vm->status = status;
-    if (vm->state == ENDING) {
-        lost(vm); /* the stream had ended before */
-        return;
+    if (vm->state == ENDING) { /* the stream had ended before */
+        set_reason(vm, reason, err);
+        lost(vm);
+    } else {
+        fail_or_end(vm, reason, err);
     }
-    fail_or_end(vm, status < 0 && err->cls == ORCH_CLASS_ISOLATION ? "launcher" : "vmm", err);
 }
 
 static void agent_hello(void *ud, const uint8_t epoch[16])
@@ -289,17 +291,18 @@ static void agent_failed(void *ud, const struct orch_err *err)
         lost(vm);
         return;
     }
-    /* The stream's end is mostly the VMM's end, whose status says more: awaited shortly. */
-    struct orch_err stream = *err;
     if (err->cls != ORCH_CLASS_CLOSED) {
-        vm->state == READY ? (void)set_reason(vm, "protocol", &stream) : failed(vm, "protocol", &stream);
-        if (vm->state == READY) {
-            vm->state = ENDING;
-            lost(vm);
+        struct orch_err why = *err; /* the channel's, which goes */
+        if (vm->state != READY) {
+            failed(vm, "protocol", &why);
+            return;
         }
+        set_reason(vm, "protocol", &why);
+        lost(vm);
         return;
     }
-    vm->err = stream;
+    /* The stream's end is mostly the VMM's end, whose status says more: awaited shortly. */
+    vm->err = *err;
     if (vm->state == READY)
         vm->state = ENDING;
     timer_drop(&vm->deadline);
