@@ -11,7 +11,8 @@
 -- without effect. errors is such a list too, of all that is wrong, in order of their paths.
 local deps = ...
 local type, pairs, tostring, next, find, format = type, pairs, tostring, next, string.find, string.format
-local floor, gsub, sub, match, concat, sort = math.floor, string.gsub, string.sub, string.match, table.concat, table.sort
+local gsub, sub, match, floor = string.gsub, string.sub, string.match, math.floor
+local concat, sort = table.concat, table.sort
 
 -- A kind is a function(v, entry, c, path) -> value for the checked table | nil, message. `entry` is the
 -- row of SPEC: path, kind, default, and two arguments of the kind; c is the check in progress.
@@ -141,7 +142,8 @@ local function workspace(v, _, c, path)
   end
   local home = deps.home and absolute("/", deps.home)
   local what = p == "/" and "the whole file system"
-    or home and (home == p and "your home directory" or sub(home, 1, #p + 1) == p .. "/" and "above your home directory")
+    or home == p and "your home directory"
+    or home and sub(home, 1, #p + 1) == p .. "/" and "above your home directory"
   if what and v == nil then
     return nil, c:note(path, "none: orch was started in " .. p .. ", " .. what .. "; set workspace to give tools a folder")
   elseif what then
@@ -285,7 +287,8 @@ local function fill(c, section, given)
       c:fail(prefix .. "[" .. show(k) .. "]", "keys are names, like vm = { … }")
     elseif not known[k] then
       local near = deps.nearest(k, names_of(known))
-      c:fail(prefix .. k, "unknown key; " .. (near and "did you mean '" .. near .. "'?" or "known here: " .. concat(names_of(known), ", ")))
+      local hint = near and "did you mean '" .. near .. "'?" or "known here: " .. concat(names_of(known), ", ")
+      c:fail(prefix .. k, "unknown key; " .. hint)
     end
   end
   for k, row in pairs(known) do
@@ -297,7 +300,7 @@ local function fill(c, section, given)
         out[k] = fill(c, path, v or {})
       end
     else
-      -- A default is checked like a value, except that nothing is to be noted about it.
+      -- A default is checked like a value; what is to be noted of defaults is that there is no workspace.
       local value, message
       if v ~= nil then
         value, message = row[2](v, row, c, path)

@@ -9,8 +9,8 @@
 -- "collect" (a peer's schema: it is passed over and its pointer is in the list `unknown`).
 -- opts.root names the value in messages, "arguments" unless said. `format` and its like are annotations.
 --
--- A table is an array when is_array says so or it has an element 1, which lets a Lua author write
--- required = { "a" }; an empty plain table is an object. nil never stands for null: json.null does.
+-- Values are those of orch.json, with nulls kept. A table is an array when is_array says so or it has an
+-- element 1, so that a Lua author writes required = { "a" }; an empty plain table is an object.
 --
 -- A compiled node returns nothing for a valid value, else message and path below the node (nil: none).
 -- Both are built on failure only. A Lua error (match limit, endless recursion) fails the whole check and
@@ -18,9 +18,10 @@
 local deps = ...
 local json, regex, is_array, is_bigint = deps.json, deps.regex, deps.is_array, deps.is_bigint
 local null = json.null
-local type, pairs, next, select, tostring, tonumber, pcall, error = type, pairs, next, select, tostring, tonumber, pcall, error
-local find, match, sub, gsub, format, byte, char = string.find, string.match,
-string.sub, string.gsub, string.format, string.byte, string.char
+local type, pairs, next, select = type, pairs, next, select
+local tostring, tonumber, pcall, error = tostring, tonumber, pcall, error
+local find, match, sub, gsub = string.find, string.match, string.sub, string.gsub
+local format, byte, char = string.format, string.byte, string.char
 local sort, concat = table.sort, table.concat
 
 local MAX_LEVEL = 256     -- schemas inside each other and references followed, when compiling
@@ -173,7 +174,8 @@ local ONE, MANY = 1, 2
 local INNER = {
   ["not"] = ONE, ["if"] = ONE, ["then"] = ONE, ["else"] = ONE, items = ONE, contains = ONE, propertyNames = ONE,
   additionalProperties = ONE, additionalItems = ONE, allOf = MANY, anyOf = MANY, oneOf = MANY, prefixItems = MANY,
-  properties = MANY, patternProperties = MANY, dependentSchemas = MANY, dependencies = MANY, ["$defs"] = MANY, definitions = MANY,
+  properties = MANY, patternProperties = MANY, dependentSchemas = MANY, dependencies = MANY, ["$defs"] = MANY,
+  definitions = MANY,
 }
 
 local function resolve(base, ref)
@@ -328,7 +330,8 @@ end
 
 -- In decimal, since 0.0075 / 0.0001 is 74.99999999999999 in binary. 14 digits, so that 10 * m is exact.
 function K.multipleOf(x, c, base, at)
-  local m, low = decimal(want(is_number(x) and less(0, x) and (type(x) ~= "number" or x - x == 0) and x, at, "a number above 0"))
+  local finite = is_number(x) and (type(x) ~= "number" or x - x == 0)
+  local m, low = decimal(want(finite and less(0, x) and x, at, "a number above 0"))
   m = want(#m < 15, at, "at most 14 significant digits") and tonumber(m)
   return function(v)
     if not is_number(v) then return end
@@ -378,8 +381,8 @@ function K.prefixItems(x, c, base, at, s)
 end
 
 function K.items(x, c, base, at, s)
-  if is_map(x) or not is_list(x) then return s.prefixItems == nil and x ~= true and K.prefixItems(nil, c, base, at, s) end
-  fail(at, "a list of schemas is draft-07; use prefixItems")
+  if is_list(x) and not is_map(x) then fail(at, "a list of schemas is draft-07; use prefixItems") end
+  return s.prefixItems == nil and x ~= true and K.prefixItems(nil, c, base, at, s)
 end
 
 function K.contains(x, c, base, at, s)
@@ -389,7 +392,8 @@ function K.contains(x, c, base, at, s)
     local n, found = elements(v), 0
     for i = 1, n or 0 do found = f(v[i]) and found or found + 1 end
     if n and found < least then return "must contain at least " .. least .. " matching items, has " .. found .. word end
-    if found > most then return "must contain at most " .. most .. " matching items, has " .. found .. " (maxContains)" end
+    if found <= most then return end
+    return "must contain at most " .. most .. " matching items, has " .. found .. " (maxContains)"
   end
 end
 
@@ -538,7 +542,8 @@ for _, word in pairs({ "anyOf", "oneOf" }) do
         end
       end
       if hit then return end
-      return "matches none of " .. n .. " alternatives (" .. word .. "), nearest: " .. (path and path .. ": " or "") .. best
+      return "matches none of " .. n .. " alternatives (" .. word .. "), nearest: "
+        .. (path and path .. ": " or "") .. best
     end
   end
 end
@@ -577,7 +582,8 @@ local function check_keywords(c, s, at)
     end
   end
   if bad and not c.unknown then
-    fail(below(at, bad), LATER[bad] and "not available yet" or "unknown keyword" .. (HINTS[bad] and "; " .. HINTS[bad] or ""))
+    local hint = HINTS[bad] and "; " .. HINTS[bad] or ""
+    fail(below(at, bad), LATER[bad] and "not available yet" or "unknown keyword" .. hint)
   end
   local dialect = s["$schema"]
   if dialect then

@@ -5,24 +5,15 @@
 #include <cmocka.h>
 
 #include <errno.h>
+#include <fcntl.h>
 #include <lauxlib.h>
 #include <lualib.h>
 #include <string.h>
 #include <time.h>
 
+#include "bind/lua_json.h"
 #include "bind/lua_regex.h"
-
-/* A plain lua_State has no budget; what is charged is counted here. */
-static uint64_t charged, charge_limit = UINT64_MAX;
-void orch_state_charge(lua_State *L, uint64_t n);
-void orch_state_charge(lua_State *L, uint64_t n)
-{
-    charged += n;
-    if (charged > charge_limit) {
-        lua_pushliteral(L, "budget");
-        lua_error(L);
-    }
-}
+#include "script/state.h"
 
 static struct orch_slice str(const char *s)
 {
@@ -145,15 +136,40 @@ static void test_compile_refuses(void **state)
     orch_buf_free(&big);
 }
 
+static struct orch_state *new_state(enum orch_context ctx, uint64_t steps)
+{
+    struct orch_err err;
+    struct orch_state *s = orch_state_new(
+        &(struct orch_state_opts){ .ctx = ctx, .lua_dir = "lua", .steps = steps,
+                                   .memory_bytes = ctx == ORCH_CTX_SCRIPT ? 0 : 64 << 20 },
+        &err);
+    if (!s)
+        fail_msg("%s", err.msg);
+    lua_State *L = orch_state_lua(s);
+    lua_pushliteral(L, "compile");
+    orch_luaopen_regex(L);
+    lua_rawset(L, LUA_GLOBALSINDEX);
+    lua_pushliteral(L, "json");
+    orch_luaopen_json(L);
+    lua_rawset(L, LUA_GLOBALSINDEX);
+    return s;
+}
+
+static void must_run(struct orch_state *s, const char *name, struct orch_slice code, int nargs, int nresults)
+{
+    struct orch_err err;
+    if (orch_state_load(s, name, code, &err) < 0)
+        fail_msg("%s", err.msg);
+    lua_insert(orch_state_lua(s), -1 - nargs);
+    if (orch_state_pcall(s, nargs, nresults, &err) < 0)
+        fail_msg("%s", err.msg);
+}
+
 static void run_lua(const char *code)
 {
-    lua_State *L = luaL_newstate();
-    luaL_openlibs(L);
-    orch_luaopen_regex(L);
-    lua_setglobal(L, "compile");
-    if (luaL_dostring(L, code))
-        fail_msg("%s", lua_tostring(L, -1));
-    lua_close(L);
+    struct orch_state *s = new_state(ORCH_CTX_SCRIPT, 0);
+    must_run(s, "test", str(code), 0, 0);
+    orch_state_free(s);
 }
 
 static void test_lua(void **state)
@@ -197,30 +213,24 @@ static void test_lua_errors(void **state)
             "raises('', function() m.find = 1 end)\n");
 }
 
-static int count_charge(lua_State *L)
-{
-    lua_pushnumber(L, (lua_Number)charged);
-    return 1;
-}
-
+/* Both the bytes and the work of a match are steps of the state; the sanitizer sees what is not freed. */
 static void test_lua_charges(void **state)
 {
     (void)state;
-    lua_State *L = luaL_newstate();
-    luaL_openlibs(L);
-    orch_luaopen_regex(L);
-    lua_setglobal(L, "compile");
-    lua_register(L, "charged", count_charge);
-    if (luaL_dostring(L, "local m, before = compile('b'), charged()\n"
-                         "m(('a'):rep(8000)) assert(charged() - before >= 1001, charged() - before)\n"
-                         "m, before = compile('^(a+)+$'), charged()\n"
-                         "pcall(m, ('a'):rep(40) .. 'b') assert(charged() - before > 50000, charged() - before)\n"))
-        fail_msg("%s", lua_tostring(L, -1));
-    charge_limit = charged + 100;
-    assert_int_equal(luaL_dostring(L, "local m = compile('b') for i = 1, 1000 do m('aaa') end"), 1);
-    assert_string_equal(lua_tostring(L, -1), "budget");
-    charge_limit = UINT64_MAX;
-    lua_close(L); /* the sanitizer sees whether patterns are freed */
+    static const char *const spent[] = {
+        "local m = compile('b') local s = ('a'):rep(80000) for i = 1, 20 do m(s) end",
+        "local m = compile('^(a+)+$') for i = 1, 2 do pcall(m, ('a'):rep(40) .. 'b') end",
+        "for i = 1, 500 do compile('(abc|def){1,100}' .. i) end",
+    };
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(spent); i++) {
+        struct orch_err err;
+        struct orch_state *s = new_state(ORCH_CTX_POLICY, 100000);
+        must_run(s, "test", str("local m = compile('b') for i = 1, 100 do m('abc') end"), 0, 0);
+        assert_int_equal(orch_state_load(s, "test", str(spent[i]), &err), 0);
+        assert_true(orch_state_pcall(s, 0, 0, &err) < 0);
+        assert_int_equal(err.cls, ORCH_CLASS_LIMIT);
+        orch_state_free(s);
+    }
 }
 
 /* Patterns that became garbage are collected although the collector does not see their memory. */
@@ -237,6 +247,75 @@ static void test_lua_collects(void **state)
             "assert(most < 10000, most)\n");
 }
 
+static int is_array(lua_State *L)
+{
+    lua_pushboolean(L, orch_lua_is_array(L, 1));
+    return 1;
+}
+
+static int is_bigint(lua_State *L)
+{
+    lua_pushboolean(L, orch_lua_is_bigint(L, 1));
+    return 1;
+}
+
+/* lua/schema.lua with the real patterns and JSON, in a bounded state. */
+static void test_schema(void **state)
+{
+    (void)state;
+    struct orch_buf text = { 0 };
+    assert_int_equal(orch_read_file(AT_FDCWD, "lua/schema.lua", 1 << 20, &text), 0);
+    struct orch_state *s = new_state(ORCH_CTX_TOOL, 0);
+    lua_State *L = orch_state_lua(s);
+    lua_pushliteral(L, "is_array");
+    lua_pushcfunction(L, is_array);
+    lua_rawset(L, LUA_GLOBALSINDEX);
+    lua_pushliteral(L, "is_bigint");
+    lua_pushcfunction(L, is_bigint);
+    lua_rawset(L, LUA_GLOBALSINDEX);
+    must_run(s, "deps", str("return { json = json, regex = compile, is_array = is_array, is_bigint = is_bigint }"), 0, 1);
+    must_run(s, "lua/schema.lua", (struct orch_slice){ text.p, text.n }, 1, 1);
+    must_run(s, "test", str(
+        "local schema = ...\n"
+        "local function try(s, v, want)\n"
+        "  local ok, got = assert(schema.compile(json.decode(s)))(json.decode(v))\n"
+        "  assert(got == want and (ok == true) == (want == nil), tostring(got))\n"
+        "end\n"
+        "local object = '{\"type\":\"object\",\"properties\":{\"a\":{\"type\":\"array\",\"items\":{\"type\":\"string\",\"pattern\":\"^[a-z]+$\"}},'\n"
+        "  .. '\"n\":{\"const\":null},\"i\":{\"type\":\"integer\",\"maximum\":9223372036854775807}},\"additionalProperties\":false}'\n"
+        "try(object, '{\"a\":[],\"n\":null,\"i\":9223372036854775807}')\n"
+        "try(object, '{\"a\":[\"abc\"]}')\n"
+        "try(object, '{\"a\":[\"abc\",\"abc\\\\n\"]}', 'arguments.a[1]: must match \"^[a-z]+$\" (pattern)')\n"
+        "try(object, '{\"a\":{}}', 'arguments.a: expected array, got object (type)')\n"
+        "try(object, '[]', 'arguments: expected object, got array (type)')\n"
+        "try(object, '{\"n\":1}', 'arguments.n: must be null (const)')\n"
+        "try(object, '{\"i\":9223372036854775808}', 'arguments.i: must be at most 9223372036854775807 (maximum)')\n"
+        "try(object, '{\"i\":null}', 'arguments.i: expected integer, got null (type)')\n"
+        "try(object, '{\"b\":1}', 'arguments: unknown property \"b\" (additionalProperties)')\n"
+        "try('{\"not\":{\"pattern\":\"^(a+)+$\"}}', '\"' .. ('a'):rep(40) .. 'b\"', 'arguments: pattern match limit')\n"
+        "try('{\"multipleOf\":0.01}', '4.35')\n"
+        "try('{\"maxLength\":2}', '\"äö\"')\n"
+        "local bad, why = schema.compile({ pattern = 'a(' })\n"
+        "assert(not bad and why == '#/pattern: bad pattern: missing closing parenthesis at offset 2', why)\n"
+        "local nested = {} for i = 1, 1000 do nested = { items = nested } end\n"
+        "assert(not schema.compile(nested))\n"), 1, 0);
+
+    /* A check that would take for ever ends by the budget, whatever pcall does. */
+    orch_state_set_limits(s, 64 << 20, 2000000, 0);
+    must_run(s, "deps", str("return { json = json, regex = compile, is_array = is_array, is_bigint = is_bigint }"), 0, 1);
+    must_run(s, "lua/schema.lua", (struct orch_slice){ text.p, text.n }, 1, 1);
+    struct orch_err err;
+    assert_int_equal(orch_state_load(s, "test", str(
+        "local schema = ...\n"
+        "local s = { type = 'null' } for i = 1, 40 do s = { anyOf = { { allOf = { s } }, { allOf = { s, s } } } } end\n"
+        "schema.compile(s)(1)"), &err), 0);
+    lua_insert(orch_state_lua(s), -2);
+    assert_true(orch_state_pcall(s, 1, 0, &err) < 0);
+    assert_int_equal(err.cls, ORCH_CLASS_LIMIT);
+    orch_state_free(s);
+    orch_buf_free(&text);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -249,6 +328,7 @@ int main(void)
         cmocka_unit_test(test_lua_errors),
         cmocka_unit_test(test_lua_charges),
         cmocka_unit_test(test_lua_collects),
+        cmocka_unit_test(test_schema),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

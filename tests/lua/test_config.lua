@@ -233,13 +233,14 @@ bad({ vm = { memroy = 1, vcpus = 9, image = "debian" }, tols = 1, audit = 5 }, "
     'vm.image: not available yet; use "base"', "vm.memroy: unknown key; did you mean 'memory'?", "vm.vcpus: must be 1 to 8, got 9")
 bad({ vm = { accel = ("ä"):rep(200) } }, 'vm.accel: must be one of auto, kvm, tcg, got "' .. ("ä"):rep(29) .. '…"')
 
-do
-    local _, errors = module_with({ cwd = "/" }).check({}, ctx)
-    report(errors and list_text(errors) == "workspace: omitted, so it is the folder orch was started in, /, the whole file system: name a folder in it, or write that path itself to allow it",
-        "started in /, workspace omitted", errors and list_text(errors))
-    _, errors = module_with({ cwd = "/home/u" }).check({}, ctx)
-    report(errors and list_text(errors):find("/home/u, your home directory", 1, true), "started in the home directory, workspace omitted", errors and list_text(errors))
-end
+good("started in /, workspace omitted", {}, function(c)
+    eq(c.workspace, nil)
+    eq(list_text(c.notes), "workspace: none: orch was started in /, the whole file system; set workspace to give tools a folder")
+end, module_with({ cwd = "/" }))
+good("started in the home directory, workspace omitted", {}, function(c)
+    eq(c.workspace, nil)
+    eq(list_text(c.notes), "workspace: none: orch was started in /home/u, your home directory; set workspace to give tools a folder")
+end, module_with({ cwd = "/home/u" }))
 
 -- show, defaults -------------------------------------------------------------------------------------
 

@@ -11,16 +11,15 @@ end
 -- Stand-ins ------------------------------------------------------------------------------------------
 
 local json = { null = newproxy() }
-local array_mt, bigs = {}, setmetatable({}, { __mode = "k" })
+local array_mt = {}
 
 local function is_array(t) return getmetatable(t) == array_mt end
-local function is_bigint(v) return bigs[v] or false end
+local function is_bigint(v) return type(v) == "userdata" and v ~= json.null end
 
 local function bigint(digits)
     local v = newproxy(true)
     local mt = getmetatable(v)
     mt.__tostring = function() return digits end
-    bigs[v] = true
     return v
 end
 
