@@ -927,12 +927,18 @@ static int load_tool_dir(struct loading *l, int dispatch_ref, const char *dir, b
     return r;
 }
 
+/* The schema module of the tool state: few tools have an output schema, and compiling it costs a fifth of
+ * the start, so it is loaded when the first one asks. */
 static int l_schema_module(lua_State *L)
 {
-    /* The schema module of this state, loaded at the first tool with an output schema. */
+    struct loading *l = lua_touserdata(L, lua_upvalueindex(1));
     lua_getfield(L, LUA_REGISTRYINDEX, "orch.schema");
-    if (lua_isnil(L, -1))
-        return luaL_error(L, "the schema module is not loaded");
+    if (!lua_isnil(L, -1))
+        return 1;
+    if (push_schema(l, l->g->tools_state) < 0)
+        return luaL_error(L, "the schema module cannot be loaded");
+    lua_pushvalue(L, -1);
+    lua_setfield(L, LUA_REGISTRYINDEX, "orch.schema");
     return 1;
 }
 
@@ -942,10 +948,9 @@ static int load_tools(struct loading *l)
     struct orch_generation *g = l->g;
     lua_State *L = orch_state_lua(g->tools_state);
     push_deps(L);
-    set_function(L, "schema", l_schema_module);
-    if (push_schema(l, g->tools_state) < 0)
-        return -1;
-    lua_setfield(L, LUA_REGISTRYINDEX, "orch.schema");
+    lua_pushlightuserdata(L, l);
+    lua_pushcclosure(L, l_schema_module, 1);
+    lua_setfield(L, -2, "schema"); /* called while loading only: l is gone afterwards */
     if (run_product(l, g->tools_state, "dispatch.lua", 1) < 0)
         return -1;
     int dispatch_ref = luaL_ref(L, LUA_REGISTRYINDEX);

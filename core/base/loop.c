@@ -77,8 +77,10 @@ static void run_posted(evutil_socket_t fd, short what, void *ud)
         if (is_last)
             break;
     }
-    if (l->first)
-        event_active(l->wake, 0, 0);
+    if (l->first) { /* the next turn: libevent drains what becomes active now before it returns */
+        static const struct timeval at_once;
+        event_add(l->wake, &at_once);
+    }
 }
 
 struct orch_loop *orch_loop_new(struct orch_err *err)
@@ -294,8 +296,11 @@ int orch_loop_signal(struct orch_loop *l, int signo, orch_loop_fn *fn, void *ud)
     s->ud = ud;
     s->ev = evsignal_new(l->base, signo, signal_fired, s);
     if (!s->ev || event_add(s->ev, NULL) < 0) {
+        int e = errno;
+        if (s->ev)
+            event_free(s->ev);
         free(s);
-        return -errno;
+        return -e;
     }
     s->next = l->signals;
     l->signals = s;

@@ -208,6 +208,8 @@ int orch_write_file(int dirfd, const char *path, const void *p, size_t n, mode_t
 
 int orch_mkdir_p(const char *path, mode_t mode)
 {
+    if (!*path)
+        return -ENOENT;
     cleanup_free char *p = orch_xstrdup(path);
     for (char *s = p + 1; *s; s++) {
         if (*s != '/')
@@ -243,13 +245,11 @@ int orch_random(void *p, size_t n)
 /* "12" or "1.5" followed by a unit; the factor comes from the table. */
 static int64_t parse_with_unit(const char *s, const char *const *units, const double *factors, size_t n_units)
 {
-    if (*s < '0' || *s > '9')
+    size_t whole = strspn(s, "0123456789"), fraction = s[whole] == '.' ? strspn(s + whole + 1, "0123456789") : 0;
+    if (!whole || (s[whole] == '.' && !fraction) || whole + fraction > 20)
         return -1;
-    char *end;
-    errno = 0;
-    double v = strtod(s, &end);
-    if (errno || end - s > 20 || memchr(s, 'x', (size_t)(end - s)) || memchr(s, 'e', (size_t)(end - s)))
-        return -1;
+    const char *end = s + whole + (fraction ? fraction + 1 : 0);
+    double v = strtod(s, NULL);
     for (size_t i = 0; i < n_units; i++) {
         if (strcmp(end, units[i]) != 0)
             continue;

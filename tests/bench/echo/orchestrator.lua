@@ -1,0 +1,1 @@
+return { tools = { "tools" }, limits = { calls = 128 } }

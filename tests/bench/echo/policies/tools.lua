@@ -1,0 +1,25 @@
+-- Twenty rules, one with `when`, in front of the echo tool: what tests/bench/echo.sh measures.
+return {
+  rules = {
+    { tool = "echo", action = "allow" },
+    { tool = "echo", action = "deny", when = function(call) return #call.args.message > 65536 end, reason = "too long" },
+    { tool = "files__d_*", action = "deny" },
+    { tool = "files__e_*", action = "ask" },
+    { tool = "files__f_*", action = "ask" },
+    { tool = "files__g_*", action = "deny" },
+    { tool = "files__h_*", action = "ask" },
+    { tool = "files__i_*", action = "ask" },
+    { tool = "files__j_*", action = "deny" },
+    { tool = "files__k_*", action = "ask" },
+    { tool = "files__l_*", action = "ask" },
+    { tool = "files__m_*", action = "deny" },
+    { tool = "files__n_*", action = "ask" },
+    { tool = "files__o_*", action = "ask" },
+    { tool = "files__p_*", action = "deny" },
+    { tool = "files__q_*", action = "ask" },
+    { tool = "files__r_*", action = "ask" },
+    { tool = "files__s_*", action = "deny" },
+    { tool = "files__t_*", action = "ask" },
+    { tool = "files__u_*", action = "ask" },
+  },
+}
