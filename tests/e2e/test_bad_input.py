@@ -62,8 +62,8 @@ ROWS = [
     ("tool: syntax error", {T: "return { name = }"}, r"echo\.lua:1", "unexpected|expected"),
     ("tool: returns nothing", {T: ""}, r"echo\.lua", "table"),
     ("tool: without name", {T: tool('name = "echo", ', "")}, r"echo\.lua", "name"),
-    ("tool: name with __", {T: tool('"echo"', '"a__b"')}, r"echo\.lua", "a__b"),
-    ("tool: name with a space", {T: tool('"echo"', '"a b"')}, r"echo\.lua", "a b"),
+    ("tool: name with __", {T: tool('"echo"', '"a__b"')}, r"echo\.lua", "name.*__"),
+    ("tool: name with a space", {T: tool('"echo"', '"a b"')}, r"echo\.lua", "name"),
     ("tool: name of 65 characters", {T: tool('"echo"', '"%s"' % ("x" * 65))}, r"echo\.lua", "name|64"),
     ("tool: without run", {T: "return { name = 'echo', description = 'd', input = { type = 'object' } }"}, r"echo\.lua", "run"),
     ("tool: run is no function", {T: "return { name = 'echo', description = 'd', input = { type = 'object' }, run = 'id' }"}, r"echo\.lua", "run"),
@@ -83,7 +83,7 @@ ROWS = [
     ("configuration: loop", {C: "while true do end"}, r"orchestrator\.lua:1", "limit|steps|time|budget"),
     ("configuration: unknown key", {C: conf("polices = 'x'")}, r"orchestrator\.lua|polices", "polices.*policies"),
     ("configuration: unknown key below", {C: conf("vm = { memroy = '256M' }")}, r"vm\.memroy|orchestrator\.lua:", "memroy.*memory"),
-    ("configuration: policies a number", {C: "return { policies = 7 }"}, r"orchestrator\.lua|policies", "string"),
+    ("configuration: policies a number", {C: "return { policies = 7 }"}, r"orchestrator\.lua|policies", "path|string"),
     ("configuration: policies missing on disk", {C: "return { policies = 'nowhere' }"}, r"nowhere", ""),
     ("configuration: tools folder missing", {C: "return { policies = 'policies', tools = { 'nowhere' } }"}, r"nowhere", ""),
     ("configuration: memory in words", {C: conf("vm = { memory = 'lots' }")}, r"vm\.memory|orchestrator\.lua:", "memory|lots"),
@@ -91,7 +91,7 @@ ROWS = [
     ("configuration: no processor", {C: conf("vm = { vcpus = 0 }")}, r"vm\.vcpus|orchestrator\.lua:", "vcpus"),
     ("configuration: half a processor", {C: conf("vm = { vcpus = 1.5 }")}, r"vm\.vcpus|orchestrator\.lua:", "vcpus"),
     ("configuration: unknown backend", {C: conf("vm = { backend = 'xen' }")}, r"vm\.backend|orchestrator\.lua:", "xen|qemu"),
-    ("configuration: backend not available yet", {C: conf("vm = { backend = 'firecracker' }")}, r"vm\.backend|orchestrator\.lua:", "firecracker"),
+    ("configuration: backend not available yet", {C: conf("vm = { backend = 'firecracker' }")}, r"vm\.backend|orchestrator\.lua:", "not available yet"),
     ("configuration: unknown accel", {C: conf("vm = { accel = 'fast' }")}, r"vm\.accel|orchestrator\.lua:", "fast|kvm"),
     ("configuration: timeout negative", {C: conf("vm = { timeout = -1 }")}, r"vm\.timeout|orchestrator\.lua:", "timeout"),
     ("configuration: depth 0", {C: conf("limits = { depth = 0 }")}, r"limits\.depth|orchestrator\.lua:", "depth"),
@@ -141,9 +141,9 @@ def no_file(env, path, words):
     expect(r.status == 6 and path in r.err and re.search(words, r.err) and not r.out, r)
 
 
-case("configuration: no such file", "/no/such/orchestrator.lua", "No such file")(no_file)
+case("configuration: no such file", "/no/such/orchestrator.lua", "[Nn]o such")(no_file)
 case("configuration: a folder", "/etc", "directory|regular")(no_file)
-case("configuration: a device", "/dev/zero", "regular|file")(no_file)
+case("configuration: a device", "/dev/zero", "regular|may write")(no_file)
 
 
 WHEN = [

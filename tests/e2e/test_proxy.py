@@ -41,11 +41,20 @@ def one_line(env, mode):
         expect(c.request("tools/call", {"name": "echo", "arguments": {"message": text}})["content"] == [{"type": "text", "text": text}])
     c.request("ping")
     expect(c.s.end() == 0)
-    expect("upstream ready" in c.s.stderr(), "the server's stderr is not in ours:", c.s.stderr())
 
 
 for mode in ("good", "chatty", "junk", "stderr", "request"):
     case("one line an answer, in front of a server that is " + mode, mode)(one_line)
+
+
+@case("with -v the server's stderr is on ours, and stdout holds JSON-RPC alone")
+def verbose(env):
+    s = proxy(env, "stderr", options=("-v", "--"))
+    s.initialize()
+    s.call("echo", {"message": "x"})
+    expect(s.end() == 0)
+    expect(all(json.loads(line)["jsonrpc"] == "2.0" for line in s.raw), s.raw)
+    expect("upstream ready" in s.stderr(), "the server's stderr is not in ours:", s.stderr()[:500])
 
 
 @case("without `--`, and with options of the command itself")
@@ -108,7 +117,7 @@ def environment(env):
     s.initialize()
     got = json.loads(text_of(s.call("env")))
     expect("ORCH_E2E_SECRET" not in got and got["HOME"] == env.environ["HOME"] and "PATH" in got, got)
-    expect(set(got) <= {"PATH", "HOME", "LANG", "LC_CTYPE"}, sorted(got))
+    expect(set(got) <= {"PATH", "HOME", "LANG", "LC_CTYPE", "ORCH_DEPTH"}, sorted(got))
 
 
 @case("two audit lines a call")
@@ -163,8 +172,8 @@ def no_start(env, argv, words, status):
 
 
 for name, argv, words in (("is missing", ["/no/such/server"], ["/no/such/server", "No such file"]),
-                          ("is not executable", ["/etc/passwd"], ["/etc/passwd", "[Pp]ermission"]),
-                          ("is a folder", ["/etc"], ["/etc", "[Pp]ermission|directory"]),
+                          ("is not executable", ["/etc/passwd"], ["/etc/passwd", "[Pp]ermission|not executable"]),
+                          ("is a folder", ["/etc"], ["/etc", "[Pp]ermission|directory|not executable"]),
                           ("exits at once", [PY, UPSTREAM, "crash-start"], [r"status 9\b", "no licence found"]),
                           ("exits at once with 0", ["/bin/true"], [r"status 0\b"]),
                           ("is killed", ["/bin/sh", "-c", "kill -9 $$"], ["signal 9|SIGKILL|Killed"])):
@@ -209,9 +218,9 @@ def stubborn(env):
     expect(s.end(2) == 0)
 
 
-@case("kill -9 of orch: no server is left")
+@case("kill -9 of orch: a server that ignores the end of its input is ended too")
 def killed(env):
-    s = proxy(env, "nobody")
+    s = proxy(env, "stubborn")
     s.initialize()
     s.call("echo", {"message": "x"})
     s.kill()

@@ -10,7 +10,8 @@ chatty    sends log and list_changed notifications around every answer
 flood     answers a call with 20 MiB in one line
 stderr    writes 10 MiB to stderr during a call
 request   asks the client something (roots/list) before it answers
-nobody    ignores end of input and SIGTERM, and has a child that does so too
+stubborn  ignores end of input and SIGTERM
+nobody    the same, and has a child that does so too
 """
 import json, os, signal, subprocess, sys
 
@@ -62,8 +63,9 @@ def note(method, params):
 if mode == "crash-start":
     sys.stderr.write("cannot start: no licence found\n")
     sys.exit(9)
-if mode == "nobody":
+if mode in ("stubborn", "nobody"):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if mode == "nobody":
     subprocess.Popen([sys.executable, "-c", "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.pause()"])
 sys.stderr.write("upstream ready\n")
 sys.stderr.flush()
@@ -93,5 +95,5 @@ for line in sys.stdin:
     if mode == "chatty":
         note("notifications/tools/list_changed", {})
         note("notifications/progress", {"progressToken": "nobody's", "progress": 1})
-if mode == "nobody":
+if mode in ("stubborn", "nobody"):
     signal.pause()
