@@ -10,7 +10,6 @@ enum {
     DIR_MASK = IN_CLOSE_WRITE | IN_MOVED_TO | IN_MOVED_FROM | IN_CREATE | IN_DELETE | IN_ATTRIB | IN_DELETE_SELF |
                IN_MOVE_SELF,
     PARENT_MASK = IN_MOVED_TO | IN_MOVED_FROM | IN_CREATE | IN_DELETE | IN_DELETE_SELF | IN_MOVE_SELF,
-    RACES_MAX = 8,
 };
 
 struct dir {
@@ -53,11 +52,11 @@ static bool missing(int r)
     return r == -ENOENT || r == -ENOTDIR;
 }
 
-/* Watches the nearest existing parent. */
-static int watch_parent(struct orch_reload *r, struct dir *d)
+/* Watches the nearest existing parent; direct: it is the directory's own. */
+static int watch_parent(struct orch_reload *r, struct dir *d, bool *direct)
 {
     cleanup_free char *path = orch_xstrdup(d->path);
-    for (;;) {
+    for (*direct = true;; *direct = false) {
         char *slash = strrchr(path, '/');
         const char *parent = !slash ? "." : slash == path ? "/" : path;
         free(d->child);
@@ -70,27 +69,26 @@ static int watch_parent(struct orch_reload *r, struct dir *d)
     }
 }
 
-/* Watches path and parent as they are now. The directory may appear or be replaced meanwhile: the
- * parent is watched first, so that whatever comes later is an event. */
+/* Watches path and parent as they are now. Directories may appear meanwhile: it is done again until a
+ * parent was watched already when the rest of the path was looked up; what comes later is an event. */
 static int watch_dir(struct orch_reload *r, struct dir *d)
 {
-    int old_wd = d->wd, old_parent = d->parent_wd, status = 0;
-    for (int i = 0; i < RACES_MAX; i++) {
-        status = watch_parent(r, d);
+    int old_wd = d->wd, old_parent = d->parent_wd, last = -1, status;
+    bool direct;
+    do {
+        release(r, last);
+        last = d->parent_wd;
+        status = watch_parent(r, d, &direct);
         if (status < 0)
             break;
         d->wd = watch_path(r, d->path, DIR_MASK);
-        const char *name = strrchr(d->path, '/');
-        bool direct = strlen(name ? name + 1 : d->path) == strlen(d->child);
-        if (d->wd >= 0 && !direct)
-            continue; /* it appeared after the parent was chosen */
         status = d->wd >= 0 || missing(d->wd) ? 0 : d->wd;
-        break;
-    }
+    } while (!direct && d->parent_wd != last);
     if (d->wd < 0)
         d->wd = -1;
     if (d->parent_wd < 0)
         d->parent_wd = -1;
+    release(r, last);
     release(r, old_wd);
     release(r, old_parent);
     return status;
@@ -102,6 +100,8 @@ static void changed(struct orch_reload *r)
     if (!r->first_ms)
         r->first_ms = now;
     int64_t left = r->first_ms + 4 * r->quiet_ms - now;
+    if (left <= 0)
+        return; /* due: setting it again would put it off */
     orch_timer_set(r->timer, left < r->quiet_ms ? left : r->quiet_ms);
 }
 

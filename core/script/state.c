@@ -16,7 +16,8 @@ enum {
     HOOK_EVERY = 500,         /* instructions between two looks from the hook */
     CHECK_EVERY = 4096,       /* steps between two looks from a C function */
     URGENT_STEPS = 64 * 1024, /* allocated this much (1 MiB) since the last look: look at once */
-    TICK_MAX_MS = 10,         /* what an entry may be charged for the time before its first look */
+    LOOK_US = 2000,           /* between two looks at the CPU clock */
+    FIRST_LOOK_MAX_US = 10000,
     NEST_MAX = 100,
     FREEZE_DEPTH_MAX = 16,
     SOURCE_MAX = 1024 * 1024,
@@ -75,42 +76,36 @@ void orch_state_set_limits(struct orch_state *s, size_t memory_bytes, uint64_t s
 
 /* ---- Limits ------------------------------------------------------------------------------------ */
 
-static int64_t coarse_ms(void)
+static int64_t clock_us(clockid_t id)
 {
     struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC_COARSE, &ts);
-    return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
-}
-
-static int64_t thread_cpu_us(void)
-{
-    struct timespec ts;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &ts);
+    clock_gettime(id, &ts);
     return (int64_t)ts.tv_sec * 1000000 + ts.tv_nsec / 1000;
 }
 
 static void start_clock(struct orch_state *s)
 {
-    s->tick_ms = coarse_ms();
+    s->look_us = clock_us(CLOCK_MONOTONIC);
     s->cpu_us = -1;
     s->next_check = s->meter->steps + CHECK_EVERY;
 }
 
-/* The CPU clock is a system call, so it is read only when the coarse clock has moved on: most entries
- * end before that and never pay for it. What an entry used before its first look is taken from the
- * coarse clock, over many entries that is right on average. */
-static void account(struct orch_state *s)
+/* The CPU clock is a system call. So the monotonic clock counts until an entry has taken LOOK_US, which
+ * few do, and the CPU clock from then on: a busy machine does not use up a budget. */
+static void account(struct orch_state *s, bool leaving)
 {
-    int64_t now = coarse_ms(), elapsed = now - s->tick_ms;
-    if (!elapsed)
+    int64_t now = clock_us(CLOCK_MONOTONIC), elapsed = now - s->look_us;
+    if (elapsed < LOOK_US && !(leaving && s->cpu_us < 0))
         return;
-    int64_t cpu = thread_cpu_us();
-    if (s->cpu_us >= 0)
-        s->meter->used_us += cpu - s->cpu_us;
-    else
-        s->meter->used_us += (elapsed < TICK_MAX_MS ? elapsed : TICK_MAX_MS) * 1000;
-    s->cpu_us = cpu;
-    s->tick_ms = now;
+    if (s->cpu_us < 0)
+        s->meter->used_us += elapsed < FIRST_LOOK_MAX_US ? elapsed : FIRST_LOOK_MAX_US;
+    if (s->cpu_us >= 0 || !leaving) {
+        int64_t cpu = clock_us(CLOCK_THREAD_CPUTIME_ID);
+        if (s->cpu_us >= 0)
+            s->meter->used_us += cpu - s->cpu_us;
+        s->cpu_us = cpu;
+    }
+    s->look_us = now;
 }
 
 static void hook(lua_State *L, lua_Debug *ar);
@@ -152,9 +147,12 @@ static void *allocate(void *ud, void *p, size_t osize, size_t nsize)
                 look_soon(s);
         }
         s->meter->steps += more / 16;
-        if (s->meter->steps >= s->next_check + URGENT_STEPS)
-            look_soon(s);
     }
+    /* Moving a block is work as well: a deep stack is moved for every overflow that pcall catches, and
+     * near its end the hook itself overflows, so that only looking at every instruction gets through. */
+    s->meter->steps += (osize < nsize ? osize : nsize) / 64;
+    if (s->meter->steps >= s->next_check + URGENT_STEPS)
+        look_soon(s);
     void *q = realloc(p, nsize);
     if (q)
         s->memory += nsize - osize;
@@ -187,6 +185,7 @@ static void set_over(struct orch_state *s, lua_State *L, int code, const char *w
         find_place(L, place, sizeof place);
     s->over = ORCH_CLASS_LIMIT;
     s->over_code = code;
+    s->placed = *place;
     snprintf(s->over_msg, sizeof s->over_msg, "limit: %s %s used up%s", context_name(s), what, place);
 }
 
@@ -227,7 +226,7 @@ void orch_state_check(lua_State *L)
         raise_over(L, s);
     }
     if (s->cpu_us_max) {
-        account(s);
+        account(s, false);
         if (m->used_us > s->cpu_us_max) {
             char what[64];
             snprintf(what, sizeof what, "time %lld ms", (long long)s->cpu_us_max / 1000);
@@ -290,7 +289,7 @@ bool orch_state_enter(struct orch_state *s, struct orch_entry *e, struct orch_me
     s->task_thread = NULL;
     if (e->own && s->bounded) {
         if (s->depth)
-            account(s);
+            account(s, true);
         if (!m) {
             s->own = (struct orch_meter){ 0 };
             m = &s->own;
@@ -321,7 +320,7 @@ bool orch_state_leave(struct orch_state *s, struct orch_entry *e, struct orch_er
     s->task_thread = e->task_thread;
     if (!e->own || !s->bounded)
         return hit;
-    account(s);
+    account(s, true);
     s->meter = e->meter;
     start_clock(s);
     if (!hit)
@@ -341,6 +340,7 @@ void orch_state_stop(struct orch_state *s, enum orch_class cls, int code, const 
         return;
     s->over = cls;
     s->over_code = code;
+    s->placed = true;
     snprintf(s->over_msg, sizeof s->over_msg, "%s", msg);
     hook_every(s, 1);
 }
@@ -429,6 +429,18 @@ static int add_traceback(lua_State *L)
     return 1;
 }
 
+/* A C function that was tail-called has no line to name any more: then the entry's function is named. */
+static void add_function(lua_State *L, int idx, struct orch_err *err)
+{
+    lua_Debug ar;
+    lua_pushvalue(L, idx);
+    lua_getinfo(L, ">S", &ar);
+    if (*ar.source != '@')
+        return;
+    size_t n = strlen(err->msg);
+    snprintf(err->msg + n, sizeof err->msg - n, " in %s:%d", ar.source + 1, ar.linedefined ? ar.linedefined : 1);
+}
+
 int orch_state_pcall(struct orch_state *s, int nargs, int nresults, struct orch_err *err)
 {
     lua_State *L = s->L;
@@ -438,21 +450,28 @@ int orch_state_pcall(struct orch_state *s, int nargs, int nresults, struct orch_
         lua_settop(L, base - 1);
         return orch_err_setc(err, s->over, s->over_code, "%s", s->over_msg);
     }
-    lua_rawgeti(L, LUA_REGISTRYINDEX, s->ref_traceback);
+    /* base: function (kept), traceback, function, arguments */
+    lua_pushvalue(L, base);
     lua_insert(L, base);
-    int status = lua_pcall(L, nargs, nresults, base);
+    lua_rawgeti(L, LUA_REGISTRYINDEX, s->ref_traceback);
+    lua_insert(L, base + 1);
+    int status = lua_pcall(L, nargs, nresults, base + 1);
     int r = status ? orch_state_describe(s, status, NULL, err) : 0;
     struct orch_err limit;
     if (orch_state_leave(s, &e, &limit)) {
+        if (!s->placed)
+            add_function(L, base, &limit);
         if (err)
             *err = limit;
         r = -limit.code;
     }
-    if (r)
+    if (r) {
         lua_settop(L, base - 1);
-    else
-        lua_remove(L, base);
-    return r;
+        return r;
+    }
+    lua_remove(L, base + 1);
+    lua_remove(L, base);
+    return 0;
 }
 
 /* ---- Loading ----------------------------------------------------------------------------------- */
@@ -891,20 +910,21 @@ struct orch_state *orch_state_new(const struct orch_state_opts *o, struct orch_e
     s->host = o->host;
     s->meter = &s->own;
     s->next_check = UINT64_MAX - URGENT_STEPS;
-    orch_state_set_limits(s, o->memory_bytes, o->steps, o->cpu_ms);
+    /* No cap yet: lua_newstate does not survive a failed allocation. */
     s->L = lua_newstate(allocate, s);
     if (!s->L) {
         orch_state_free(s);
         orch_err_setc(err, ORCH_CLASS_LIMIT, ENOMEM, "Lua: no memory for a new state");
         return NULL;
     }
+    orch_state_set_limits(s, o->memory_bytes, o->steps, o->cpu_ms);
     lua_atpanic(s->L, die);
     lua_gc(s->L, LUA_GCSTOP, 0); /* nothing to collect while opening */
     struct open a = { s, o, { boot.p, boot.n } };
     int status = lua_cpcall(s->L, open_state, &a);
     if (status) {
         const char *text = lua_tostring(s->L, -1);
-        if (status == LUA_ERRMEM)
+        if (s->no_memory)
             orch_err_setc(err, ORCH_CLASS_LIMIT, ENOMEM, "limit: %s memory %zu bytes is too little to start", context_name(s),
                           o->memory_bytes);
         else

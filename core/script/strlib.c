@@ -4,6 +4,7 @@
 
 #include <ctype.h>
 #include <lauxlib.h>
+#include <limits.h>
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -804,10 +805,10 @@ static void add_number(struct sbuf *b, const struct spec *f, char conversion, lu
         b->n += (size_t)snprintf(room, ITEM_MAX, format, v);
         return;
     }
-    /* Whole numbers as LuaJIT converts them: truncated, negative ones as two's complement. */
-    long long whole = v >= 9223372036854775808.0 ? (long long)(v < 18446744073709551616.0 ? (unsigned long long)v : 0)
-                      : v >= -9223372036854775808.0 ? (long long)v
-                                                    : (long long)(1ULL << 63);
+    if (conversion != 'd' && conversion != 'i' && v >= 0x1p63)
+        v -= 0x1p64;
+    /* As LuaJIT converts: truncated, negative ones as two's complement, the least one for all beyond. */
+    long long whole = v >= -0x1p63 && v < 0x1p63 ? (long long)v : LLONG_MIN;
     memcpy(format + f->n, "ll", 2);
     format[f->n + 2] = conversion;
     format[f->n + 3] = 0;

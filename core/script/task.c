@@ -480,7 +480,7 @@ static void unref(struct spawned *sp)
 {
     if (!sp || --sp->refs)
         return;
-    if (sp->cls && sp->cls != ORCH_CLASS_CANCELLED && !sp->joined)
+    if (sp->cls && sp->cls != ORCH_CLASS_CANCELLED && sp->cls != ORCH_CLASS_LIMIT && !sp->joined)
         orch_log(ORCH_WARN, "a task that nobody joined failed: %s", sp->msg);
     if (sp->T)
         luaL_unref(sp->s->L, LUA_REGISTRYINDEX, sp->ref);
