@@ -32,6 +32,8 @@ static const char *const bounded_globals[] = {
 };
 static const char *const frozen_libraries[] = { "bit", "coroutine", "math", "os", "string", "table" };
 
+#define BOOT_NAME "@boot.lua"
+
 /* Only the addresses matter: the limit error's value, and the key that marks a frozen metatable. */
 static const char limit_marker, frozen_marker;
 
@@ -171,7 +173,7 @@ static void find_place(lua_State *L, char *out, size_t n)
     lua_Debug ar;
     for (int level = 0; level < 16 && lua_getstack(L, level, &ar); level++) {
         lua_getinfo(L, "Sl", &ar);
-        if (ar.currentline <= 0)
+        if (ar.currentline <= 0 || strcmp(ar.source, BOOT_NAME) == 0)
             continue;
         snprintf(out, n, " in %s:%d", *ar.source == '@' ? ar.source + 1 : ar.short_src, ar.currentline);
         return;
@@ -298,6 +300,9 @@ bool orch_state_enter(struct orch_state *s, struct orch_entry *e, struct orch_me
         start_clock(s);
     }
     s->depth++;
+    /* A meter that others share may be used up already. */
+    if (s->cpu_us_max && s->meter->used_us > s->cpu_us_max)
+        look_soon(s);
     return true;
 }
 
@@ -862,7 +867,7 @@ static int open_state(lua_State *L)
         open_trusted(L, a->o);
     seed_random(L);
 
-    if (luaL_loadbufferx(L, a->boot.p, a->boot.n, "@boot.lua", "t"))
+    if (luaL_loadbufferx(L, a->boot.p, a->boot.n, BOOT_NAME, "t"))
         lua_error(L);
     lua_pushboolean(L, s->bounded);
     lua_pushlightuserdata(L, marker(&orch_wait_marker));

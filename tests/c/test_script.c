@@ -1064,7 +1064,7 @@ static void test_task_budget(void **state)
     /* Spawned ones use the budget of the one that spawned them. */
     begin = cpu_ms();
     start(s, "local t for i = 1, 50 do t = orch.task.spawn(function() while true do for k = 1, 1e4 do end orch.sleep(0) end end) end\n"
-             "return t:join()", 0, &o);
+             "local r = t:join() return r", 0, &o);
     settle(&o);
     assert_int_equal(o.err.cls, ORCH_CLASS_LIMIT);
     assert_in_range(cpu_ms() - begin, 50, 300);
