@@ -2,7 +2,6 @@
 #include "bind.h"
 
 #include "../base/log.h"
-#include "../guest/wire.h"
 #include "../vm/vm.h"
 
 #include <errno.h>

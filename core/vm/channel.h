@@ -6,6 +6,7 @@
 #define ORCH_VM_CHANNEL_H
 
 #include "../base/loop.h"
+#include "../guest/wire.h" /* enum orch_wire_fail */
 
 struct orch_channel;
 struct orch_exec;
