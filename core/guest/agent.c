@@ -59,10 +59,13 @@ struct stream {
     uint64_t sent, dropped;
 };
 
-/* A cgroup of an exec; events is its cgroup.events. */
+/* A cgroup for an exec; events is its cgroup.events, 0: not made yet. Used again, since making one
+ * costs as much as a fork, but not after cgroup.kill: Linux 6.14 and later compare the count of kills
+ * of the wrong cgroup, and kill at birth what is cloned into one that was killed before. */
 struct cgroup {
     int dir, events;
-    bool busy;
+    bool busy, killed;
+    char name[16];
 };
 
 struct op {
@@ -102,6 +105,7 @@ static int port = -1, sig_fd = -1;
 static bool hosted; /* --fd */
 static int cgroup_fd = -1;
 static struct cgroup groups[MAX_EXECS];
+static unsigned n_groups; /* ever made, for their names */
 static struct op *ops;
 static unsigned n_ops, n_execs;
 static struct rlimit nofile;
@@ -211,6 +215,54 @@ static void flush(void)
     out_off = out_n = 0;
 }
 
+/* ---- cgroups ---- */
+
+/* A free cgroup, or NULL with errno. */
+static struct cgroup *group_take(void)
+{
+    for (int i = 0; i < MAX_EXECS; i++) {
+        struct cgroup *g = &groups[i];
+        if (g->busy)
+            continue;
+        if (!g->events) {
+            snprintf(g->name, sizeof g->name, "exec-%u", n_groups++);
+            if (mkdirat(cgroup_fd, g->name, 0755) < 0)
+                return NULL;
+            int dir = openat(cgroup_fd, g->name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+            int events = openat(dir, "cgroup.events", O_RDONLY | O_CLOEXEC);
+            if (events < 0) {
+                close_fd(&dir);
+                return NULL;
+            }
+            g->dir = dir;
+            g->events = events;
+        }
+        g->busy = true;
+        return g;
+    }
+    errno = EAGAIN;
+    return NULL;
+}
+
+static void group_give(struct cgroup *g)
+{
+    if (g->killed) {
+        close(g->events);
+        close(g->dir);
+        unlinkat(cgroup_fd, g->name, AT_REMOVEDIR);
+        *g = (struct cgroup){ 0 };
+    }
+    g->busy = false;
+}
+
+static bool group_empty(const struct cgroup *g)
+{
+    char b[128];
+    ssize_t n = pread(g->events, b, sizeof b - 1, 0);
+    b[n > 0 ? n : 0] = 0;
+    return strstr(b, "populated 0") != NULL;
+}
+
 /* ---- operations ---- */
 
 static struct op *op_find(uint32_t id)
@@ -246,7 +298,7 @@ static void op_free(struct op *op)
     n_ops--;
     n_execs -= op->kind == EXEC;
     if (op->group)
-        op->group->busy = false;
+        group_give(op->group);
     close_fd(&op->fail_fd);
     close_fd(&op->in_fd);
     close_fd(&op->out[0].fd);
@@ -263,42 +315,6 @@ static void op_free(struct op *op)
 }
 
 /* ---- process trees ---- */
-
-/* A free cgroup, or NULL with errno. */
-static struct cgroup *group_take(void)
-{
-    for (int i = 0; i < MAX_EXECS; i++) {
-        struct cgroup *g = &groups[i];
-        if (g->busy)
-            continue;
-        if (!g->events) {
-            char name[16];
-            snprintf(name, sizeof name, "exec-%d", i);
-            if (mkdirat(cgroup_fd, name, 0755) < 0 && errno != EEXIST)
-                return NULL;
-            int dir = openat(cgroup_fd, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-            int events = openat(dir, "cgroup.events", O_RDONLY | O_CLOEXEC);
-            if (events < 0) {
-                close_fd(&dir);
-                return NULL;
-            }
-            g->dir = dir;
-            g->events = events;
-        }
-        g->busy = true;
-        return g;
-    }
-    errno = EAGAIN;
-    return NULL;
-}
-
-static bool group_empty(const struct cgroup *g)
-{
-    char b[128];
-    ssize_t n = pread(g->events, b, sizeof b - 1, 0);
-    b[n > 0 ? n : 0] = 0;
-    return strstr(b, "populated 0") != NULL;
-}
 
 struct proc {
     pid_t pid, parent;
@@ -364,6 +380,7 @@ static void tree_signal(const struct op *op, int signo)
     if (fd < 0)
         return;
     if (signo == SIGKILL) {
+        op->group->killed = true;
         if (write(fd, "1", 1) != 1)
             kill(op->pid, SIGKILL);
     } else {
@@ -561,7 +578,7 @@ static bool make_pipe(int ours, int *our_fd, int *their_fd)
 static bool make_pty(struct op *op, struct plan *p)
 {
     int zero = 0;
-    struct winsize size = { .ws_row = p->x.rows, .ws_col = p->x.cols };
+    struct winsize size = { .ws_row = p->x.rows ? p->x.rows : 24, .ws_col = p->x.cols ? p->x.cols : 80 };
     int master = open("/dev/pts/ptmx", O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
     op->out[0].fd = master;
     if (master < 0 || ioctl(master, TIOCSPTLCK, &zero) < 0 || ioctl(master, TIOCSWINSZ, &size) < 0)
@@ -1177,7 +1194,7 @@ static void turn(void)
         }
         if (op->deadline)
             sooner(&wait, op->deadline - now);
-        if (room && (op->kind == READ || op->kind == LIST || op->draining))
+        if (op->reaped ? (op->draining ? room : !op->killing) : room && (op->kind == READ || op->kind == LIST))
             sooner(&wait, 0);
     }
     if (poll(set, n, (int)wait) < 0 && errno != EINTR)

@@ -30,7 +30,8 @@ enum orch_wire_type {
     ORCH_WIRE_SIGNAL,      /* u32 signal, to the whole process tree of the exec */
     ORCH_WIRE_WRITE,       /* struct orch_wire_file + path; then DATA frames, empty one ends → DONE */
     ORCH_WIRE_READ,        /* struct orch_wire_file + path → DATA…, DONE */
-    ORCH_WIRE_LIST,        /* path → DATA (entries "type mode size mtime name\0"), DONE */
+    ORCH_WIRE_LIST,        /* path → DATA (entries "type mode size mtime name\0"), DONE; type one of fdlpscb, mode
+                              octal, mtime in seconds, in no order, no entry split, EFBIG after 65536 */
     ORCH_WIRE_DATA,        /* both directions: file bytes */
     ORCH_WIRE_RESIZE,      /* u16 rows, u16 cols (pty) */
     ORCH_WIRE_WARM,        /* id 0: fork and exec `true` once, answer DONE; translation warm-up */
@@ -68,7 +69,7 @@ struct orch_wire_exec {
     uint32_t flags, n_argv, n_env;
     uint32_t timeout_ms; /* 0: none; then TERM, 2 s, KILL to the tree */
     uint64_t max_output; /* per stream; 0: none */
-    uint16_t rows, cols;
+    uint16_t rows, cols; /* 0: 24, 80 */
     uint32_t zero;
 };
 
@@ -95,8 +96,8 @@ struct orch_wire_exit {
     uint64_t dropped_stdout, dropped_stderr; /* bytes over max_output */
 };
 
-/* Followed by the path. WRITE: creates or replaces the file by rename, mode & 07777, owner `uid`.
- * READ: from offset, at most length bytes (0: to the end). */
+/* Followed by the path. Regular files only: EISDIR, EINVAL. WRITE: creates or replaces the file (or the
+ * link) by rename, mode & 07777, owner `uid`. READ: from offset, at most length bytes (0: to the end). */
 struct orch_wire_file {
     uint64_t offset, length;
     uint32_t mode, uid;

@@ -521,7 +521,7 @@ static void got_frame(struct orch_channel *c, const struct orch_wire_head *h, co
         got_hello(c, h, b);
         return;
     }
-    if (h->type < ORCH_WIRE_HELLO || h->type > ORCH_WIRE_DONE) {
+    if (h->type != ORCH_WIRE_DATA && (h->type < ORCH_WIRE_HELLO || h->type > ORCH_WIRE_DONE)) {
         protocol_error(c, "a frame of unknown type %u", h->type);
         return;
     }
@@ -730,7 +730,7 @@ struct orch_exec *orch_exec_start(struct orch_channel *c, const struct orch_exec
         orch_err_set(err, EINVAL, "a command needs at least one word");
         return NULL;
     }
-    if (c->n_execs >= MAX_EXECS || orch_channel_queued(c) > QUEUE_SOFT) {
+    if (c->n_execs >= MAX_EXECS || orch_channel_queued(c) > QUEUE_HARD / 2) {
         orch_err_setc(err, ORCH_CLASS_LIMIT, EBUSY, "the microVM is busy: %d commands run in it (at most %d), %zu bytes wait to be sent",
                       c->n_execs, MAX_EXECS, orch_channel_queued(c));
         return NULL;

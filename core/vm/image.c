@@ -527,7 +527,7 @@ static void applets(struct orch_image_build *b, struct entries *l)
     for (const char *p = b->text.p; p && *p;) {
         size_t n = strcspn(p, "\n");
         cleanup_free char *path = orch_xstrndup(p, n);
-        if (n && strcmp(path, BUSYBOX + 1) != 0 && !strstr(path, ".."))
+        if (n && strcmp(path, &BUSYBOX[1]) != 0 && !strstr(path, ".."))
             add(l, path, S_IFLNK | 0777, 0, ORCH_SLICE(BUSYBOX));
         p += n + (p[n] == '\n');
     }
@@ -565,7 +565,7 @@ static void initrd_make(struct orch_image_build *b, struct orch_slice agent, str
         module_place(b, &b->modules[i], &l, &list);
     add(&l, "etc/orch/modules", S_IFREG | 0644, 0, (struct orch_slice){ list.p ? list.p : "", list.n });
     add(&l, "init", S_IFREG | 0755, 0, agent);
-    add(&l, BUSYBOX + 1, S_IFREG | 0755, 0, busybox);
+    add(&l, &BUSYBOX[1], S_IFREG | 0755, 0, busybox);
     applets(b, &l);
     cpio_write(&l, &b->initrd);
 }
