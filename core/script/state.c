@@ -88,16 +88,17 @@ static int64_t clock_us(clockid_t id)
 static void start_clock(struct orch_state *s)
 {
     s->look_us = clock_us(CLOCK_MONOTONIC);
-    s->cpu_us = -1;
+    s->cpu_us = s->meter->steps ? clock_us(CLOCK_THREAD_CPUTIME_ID) : -1;
     s->next_check = s->meter->steps + CHECK_EVERY;
 }
 
-/* The CPU clock is a system call. So the monotonic clock counts until an entry has taken LOOK_US, which
- * few do, and the CPU clock from then on: a busy machine does not use up a budget. */
+/* The CPU clock is a system call. So in the first entry of a meter the monotonic clock counts until
+ * LOOK_US have passed, which few entries take; everywhere else the CPU clock does: a busy machine does
+ * not use up a budget. */
 static void account(struct orch_state *s, bool leaving)
 {
     int64_t now = clock_us(CLOCK_MONOTONIC), elapsed = now - s->look_us;
-    if (elapsed < LOOK_US && !(leaving && s->cpu_us < 0))
+    if (elapsed < LOOK_US && !leaving)
         return;
     if (s->cpu_us < 0)
         s->meter->used_us += elapsed < FIRST_LOOK_MAX_US ? elapsed : FIRST_LOOK_MAX_US;
@@ -327,7 +328,8 @@ bool orch_state_leave(struct orch_state *s, struct orch_entry *e, struct orch_er
         return hit;
     account(s, true);
     s->meter = e->meter;
-    start_clock(s);
+    if (s->depth)
+        start_clock(s);
     if (!hit)
         return false;
     bool memory = s->over_code == ENOMEM;

@@ -93,7 +93,7 @@ struct orch_state {
     int depth;                 /* entries on the C stack */
     struct orch_meter *meter;  /* never NULL */
     uint64_t next_check;       /* meter->steps at which clock and limits are looked at again */
-    int64_t look_us, cpu_us;   /* monotonic clock at the last look; CPU clock then, -1 not read yet */
+    int64_t look_us, cpu_us;   /* monotonic clock at the last look; CPU clock then, -1 not read */
     enum orch_class over;      /* not 0: ended by this; every instruction raises until C is reached */
     int over_code;
     char over_msg[256];
