@@ -35,7 +35,7 @@ struct orch_control {
 static void address(struct sockaddr_un *a, int dirfd, const char *name)
 {
     *a = (struct sockaddr_un){ .sun_family = AF_UNIX };
-    snprintf(a->sun_path, sizeof a->sun_path, "/proc/self/fd/%d/%s", dirfd, name);
+    snprintf(a->sun_path, sizeof a->sun_path, "/proc/self/fd/%d/%.64s", dirfd, name);
 }
 
 bool orch_is_descendant(int pid, int of)
@@ -168,6 +168,30 @@ static void accept_client(void *ud, int events)
     k->watch = orch_watch_new(c->o->loop, fd, ORCH_READ, client_readable, k);
 }
 
+static bool parse_name(const char *name, int *pid)
+{
+    int end = 0;
+    return sscanf(name, "%d.sock%n", pid, &end) == 1 && end && !name[end];
+}
+
+/* Sockets of processes that were killed: nobody listens. */
+static void remove_dead(int dirfd)
+{
+    int copy = openat(dirfd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC), pid;
+    DIR *d = copy < 0 ? NULL : fdopendir(copy);
+    for (struct dirent *e; d && (e = readdir(d));) {
+        if (!parse_name(e->d_name, &pid) || pid == getpid())
+            continue;
+        struct sockaddr_un a;
+        address(&a, dirfd, e->d_name);
+        cleanup_close int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+        if (fd >= 0 && connect(fd, (struct sockaddr *)&a, sizeof a) < 0 && errno == ECONNREFUSED)
+            unlinkat(dirfd, e->d_name, 0);
+    }
+    if (d)
+        closedir(d);
+}
+
 struct orch_control *orch_control_new(struct orch *o, struct orch_err *err)
 {
     int r = orch_mkdir_p(o->paths.runtime, 0700);
@@ -179,6 +203,7 @@ struct orch_control *orch_control_new(struct orch *o, struct orch_err *err)
     struct orch_control *c = orch_xcalloc(1, sizeof *c);
     c->o = o;
     snprintf(c->name, sizeof c->name, "%d.sock", getpid());
+    remove_dead(dirfd);
     unlinkat(dirfd, c->name, 0);
     struct sockaddr_un a;
     address(&a, dirfd, c->name);
@@ -250,8 +275,8 @@ void orch_control_ask(struct orch *o, int pid, struct orch_slice request, struct
     int copy = open(o->paths.runtime, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     DIR *d = copy < 0 ? NULL : fdopendir(copy);
     for (struct dirent *e; d && (e = readdir(d));) {
-        int its_pid, end = 0;
-        if (sscanf(e->d_name, "%d.sock%n", &its_pid, &end) != 1 || !end || e->d_name[end] || (pid && pid != its_pid) || its_pid == getpid())
+        int its_pid;
+        if (!parse_name(e->d_name, &its_pid) || (pid && pid != its_pid) || its_pid == getpid())
             continue;
         cleanup_buf struct orch_buf text = { 0 };
         int r = ask_one(dirfd(d), e->d_name, request, &text);
