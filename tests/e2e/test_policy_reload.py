@@ -115,7 +115,7 @@ def broken(env, text, words):
     s = env.project(says("old")).session()
     s.initialize()
     env.write(RULES, text)
-    until(lambda: re.search(words, s.stderr()), 3 * SLOW, "the error in the log")
+    until(lambda: re.search(words, s.stderr()), 8 * SLOW, "the error in the log")
     expect(reason(s) == "old", "the broken policy is in force")
     expect(re.search(r"old generation|stay in force", s.stderr()), "log should say what goes on:", s.stderr())
     rename_over(env.path("p", RULES), says("mended"))
