@@ -55,6 +55,7 @@ def arguments(env):
 def guest(env):
     r = vm(env, "sh", "-c", "id -u; ls /sys/class/net; cat /proc/1/comm; ls -d %s 2>&1" % env.dir)
     lines = r.out.split()
+    expect(r.status != 125 and len(lines) > 1, r)
     expect(lines[0] == "1000" and lines[1] == "lo" and "eth0" not in r.out and "No such file" in r.out, r)
     r = vm(env, "id", "-u", options=("--user", "0"))
     expect(r.out == "0\n", r)
@@ -63,8 +64,9 @@ def guest(env):
 @case("vm run --json names isolation and status")
 def as_json(env):
     r = vm(env, "sh", "-c", "echo x; exit 4", options=("--json",))
+    expect(r.status == 4, r)
     parsed = json.loads(r.out)
-    expect(r.status == 4 and parsed["status"] == 4 and parsed["isolation"] in ("hardware", "emulated") and parsed["stdout"] == "x\n", r)
+    expect( parsed["status"] == 4 and parsed["isolation"] in ("hardware", "emulated") and parsed["stdout"] == "x\n", r)
 
 
 @case("vm run: time-out is 124 and ends the whole tree")
@@ -84,6 +86,7 @@ def network(env):
 @case("vm run: memory and processors as asked")
 def sizes(env):
     r = vm(env, "sh", "-c", "nproc; grep MemTotal /proc/meminfo", options=("--memory", "384M", "--vcpus", "2"))
+    expect(r.status == 0, r)
     n, _, kib, _ = r.out.split()
     expect(n == "2" and 300 << 10 < int(kib) < 384 << 10, r)
 
