@@ -26,22 +26,23 @@ static char *xdg(const char *variable, const char *home, const char *below)
     return orch_xasprintf("%s/%s/orch", home, below);
 }
 
-/* Beside the program in the build tree, or ../NAME of an installation. */
-static char *beside(const char *dir, const char *in_tree, const char *installed)
+/* The folder of the installation that DIR/orch would be part of, if it is one. */
+static bool install_at(struct orch_paths *p, const char *dir, bool tree)
 {
-    char *p = orch_xasprintf("%s/%s", dir, in_tree);
-    if (access(p, F_OK) == 0)
-        return p;
-    free(p);
-    p = orch_xasprintf("%s/../%s", dir, installed);
-    char *real = realpath(p, NULL);
-    if (real) {
-        free(p);
-        return real;
-    }
-    return p;
+    cleanup_free char *share = tree ? orch_xstrdup(dir) : orch_xasprintf("%s/../share/orch", dir);
+    cleanup_free char *probe = orch_xasprintf("%s/lua/policy.lua", share);
+    if (access(probe, R_OK) < 0)
+        return false;
+    p->share = realpath(share, NULL);
+    if (!p->launcher)
+        p->launcher = orch_xasprintf("%s/%s", p->share, tree ? "launcher" : "../../libexec/orch/launcher");
+    if (!p->agent)
+        p->agent = orch_xasprintf("%s/%s", p->share, tree ? "agent" : "../../libexec/orch/agent");
+    return true;
 }
 
+/* Relative to the program, so that a tree can be moved; for an embedder's program elsewhere the compiled-in
+ * prefix, then the orch in PATH. */
 static void find_install(struct orch_paths *p)
 {
     char exe[PATH_MAX];
@@ -50,20 +51,21 @@ static void find_install(struct orch_paths *p)
     char *slash = strrchr(exe, '/');
     if (slash)
         *slash = 0;
-    cleanup_free char *lua = orch_xasprintf("%s/lua/policy.lua", exe);
-    p->share = access(lua, F_OK) == 0 ? orch_xstrdup(exe) : beside(exe, "share/orch", "share/orch");
-    if (access(p->share, F_OK) < 0) { /* an embedder's program elsewhere */
-        free(p->share);
-        p->share = orch_xstrdup(ORCH_PREFIX "/share/orch");
+    if (install_at(p, exe, true) || install_at(p, exe, false) || install_at(p, ORCH_PREFIX "/bin", false))
+        return;
+    cleanup_free char *path = orch_xstrdup(getenv("PATH") ? getenv("PATH") : "");
+    for (char *save, *dir = strtok_r(path, ":", &save); dir; dir = strtok_r(NULL, ":", &save)) {
+        cleanup_free char *program = orch_xasprintf("%s/orch", dir);
+        cleanup_free char *real = dir[0] == '/' ? realpath(program, NULL) : NULL;
+        if (real && strrchr(real, '/') && (*strrchr(real, '/') = 0, install_at(p, real, false) || install_at(p, real, true)))
+            return;
     }
-    p->launcher = beside(exe, "launcher", "libexec/orch/launcher");
-    p->agent = beside(exe, "agent", "libexec/orch/agent");
-    if (access(p->launcher, F_OK) < 0 && access(ORCH_PREFIX "/libexec/orch/launcher", F_OK) == 0) {
-        free(p->launcher);
-        free(p->agent);
+    /* Not there: what opens the files says so. */
+    p->share = orch_xstrdup(ORCH_PREFIX "/share/orch");
+    if (!p->launcher)
         p->launcher = orch_xstrdup(ORCH_PREFIX "/libexec/orch/launcher");
+    if (!p->agent)
         p->agent = orch_xstrdup(ORCH_PREFIX "/libexec/orch/agent");
-    }
 }
 
 static bool try_config(struct orch_paths *p, char *path, enum orch_config_origin origin)
