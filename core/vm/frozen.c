@@ -353,8 +353,26 @@ static int hash_state(const struct orch_frozen *f, char hex[65], long long *byte
     return 0;
 }
 
-pid_t orch_frozen_save(const char *dir, const char *key, const struct orch_frozen *f, struct orch_slice about, int *pidfd,
-                       struct orch_err *err)
+/* The child must not keep microVMs alive, whose life is an open descriptor. */
+static void close_others(const int *keep, size_t n)
+{
+    unsigned from = 3;
+    for (;;) {
+        int next = -1; /* the smallest that is kept and not below from */
+        for (size_t i = 0; i < n; i++)
+            if (keep[i] >= (int)from && (next < 0 || keep[i] < next))
+                next = keep[i];
+        if (next < 0)
+            break;
+        if (next > (int)from)
+            close_range(from, (unsigned)next - 1, 0);
+        from = (unsigned)next + 1;
+    }
+    close_range(from, ~0U, 0);
+}
+
+pid_t orch_frozen_save(const char *dir, const char *key, const struct orch_frozen *f, struct orch_slice about, int lock_fd,
+                       int *pidfd, struct orch_err *err)
 {
     char temp[80], hash[65];
     long long state_bytes = 0;
@@ -372,6 +390,7 @@ pid_t orch_frozen_save(const char *dir, const char *key, const struct orch_froze
     }
     pid_t parent = getpid(), pid = fork();
     if (pid == 0) {
+        close_others((const int[]){ dir_fd, f->mem_fd, f->state_fd, lock_fd }, 4);
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         if (getppid() != parent)
             _exit(ECANCELED);

@@ -33,6 +33,7 @@
 #define EXIT_GRACE_MS 500 /* from the agent stream's end to the VMM's exit */
 #define SAVE_WAIT_MS 10000
 #define KEEP 8 /* templates on disk */
+#define HOLD 4 /* ready templates in memory, about 90 MB each */
 #define TSC_MEASURE_US 20000
 #define TSC_CHECK_US 2000
 
@@ -70,6 +71,7 @@ struct source {
     struct orch_image_build *build;
     bool preparing;
     char key[33], host_key[65], no_kvm[512];
+    uint64_t used; /* when it was wanted last, in wants */
     bool ready, kept, have_trial; /* kept: it came from, or cannot go to, the disk; trial: KVM's verdict is open */
     struct orch_frozen frozen;
     struct orch_frozen_load *load;
@@ -90,6 +92,7 @@ struct orch_templates {
     char *cache_dir, *runtime_dir, *agent_path, *kernel, *modules, *dir, *image_dir;
     struct source *sources;
     struct saver *savers;
+    uint64_t wants;
     struct tsc_sample start;
     uint32_t tsc_khz; /* 0: not measured yet */
 };
@@ -176,8 +179,6 @@ static void drop_load(struct source *s)
     orch_frozen_fini(&s->frozen);
     s->t.mem_fd = s->t.state_fd = -1;
     s->t.loaded = false;
-    for (struct orch_template_wait *w = s->waits; w; w = w->next)
-        w->told = false;
 }
 
 static void source_free(struct source *s)
@@ -209,16 +210,17 @@ static void source_unlink(struct source *s)
     *ss = s->next;
 }
 
-/* Callbacks may cancel waits, their own too, and ask for others. */
-static void tell_usable(struct source *s)
+/* To each wait that does not know yet: it is usable, or (false) no longer. Callbacks may cancel waits,
+ * their own too, and ask for others. */
+static void tell_usable(struct source *s, bool usable)
 {
     for (struct orch_template_wait *w = s->waits; w;) {
-        if (w->told) {
+        if (w->told == usable) {
             w = w->next;
             continue;
         }
-        w->told = true;
-        w->fn(w->ud, &s->t, NULL);
+        w->told = usable;
+        w->fn(w->ud, usable ? &s->t : NULL, NULL);
         w = s->waits;
     }
 }
@@ -243,11 +245,27 @@ static void source_failed(struct source *s, const struct orch_err *err)
     source_free(s);
 }
 
+static void drop_oldest(struct orch_templates *ts)
+{
+    struct source *oldest = NULL;
+    int n = 0;
+    for (struct source *s = ts->sources; s; s = s->next) {
+        n += s->ready;
+        if (s->ready && !s->waits && (!oldest || s->used < oldest->used))
+            oldest = s;
+    }
+    if (n <= HOLD || !oldest)
+        return;
+    source_unlink(oldest);
+    source_free(oldest);
+}
+
 static void source_ready(struct source *s)
 {
     s->ready = true;
     s->t.loaded = true;
     tell_end(s, NULL);
+    drop_oldest(s->ts);
 }
 
 /* ---- image and acceleration */
@@ -414,10 +432,9 @@ static bool try_open(struct source *s)
     unlock(s);
     s->t.mem_fd = s->frozen.mem_fd;
     s->t.state_fd = s->frozen.state_fd;
-    s->t.round++;
     s->kept = true;
     orch_loop_post(s->ts->o.loop, step_load, s);
-    tell_usable(s);
+    tell_usable(s, true);
     return true;
 }
 
@@ -489,6 +506,7 @@ static void step_load(void *ud)
         return;
     }
     orch_log(ORCH_WARN, "%s; it is made anew", err.msg);
+    tell_usable(s, false);
     drop_load(s);
     s->kept = false;
     orch_frozen_remove(s->ts->dir, s->key);
@@ -530,7 +548,8 @@ static void start_saving(struct source *s)
     orch_json_quote(&about, orch_slice_str(s->t.image.name));
     orch_buf_printf(&about, ",\"image_id\":\"%s\",\"accel\":\"%s\",\"vcpus\":%d,\"orch\":\"%s\"", s->t.image.id,
                     s->t.kvm ? "kvm" : "tcg", s->t.vcpus, ORCH_VERSION);
-    pid_t pid = orch_frozen_save(s->ts->dir, s->key, &s->frozen, (struct orch_slice){ about.p, about.n }, &pidfd, &err);
+    pid_t pid = orch_frozen_save(s->ts->dir, s->key, &s->frozen, (struct orch_slice){ about.p, about.n }, s->lock_fd, &pidfd,
+                                 &err);
     if (pid < 0) {
         orch_log(ORCH_WARN, "%s: the template is not kept, each process boots its own: %s", s->ts->dir, err.msg);
         return;
@@ -548,15 +567,19 @@ static void start_saving(struct source *s)
 static void boot_failed(struct source *s, const struct orch_err *why)
 {
     struct orch_err err = *why;
-    orch_err_wrap(&err, "template of image %s (%s): %s", s->t.image.name, s->t.kvm ? "KVM" : "emulated", s->phase);
+    orch_err_wrap(&err, "template of image %s (%s, %llu MiB): %s", s->t.image.name, s->t.kvm ? "KVM" : "emulated",
+                  (unsigned long long)(s->t.memory_bytes >> 20), s->phase);
     if (s->rundir && err.cls != ORCH_CLASS_ISOLATION) /* ISOLATION: nothing ran, so it wrote nothing */
         orch_rundir_explain(s->rundir, &err);
     end_boot(s);
     unlock(s);
     orch_frozen_fini(&s->frozen);
     bool trial = s->t.kvm && s->have_trial && err.cls != ORCH_CLASS_ISOLATION;
-    if (trial)
-        orch_accel_remember(s->ts->cache_dir, s->host_key, s->t.image.id, ORCH_ACCEL_FAILS, err.msg);
+    if (trial) {
+        const char *log = strstr(err.msg, "\nlog: "); /* will not be there for long */
+        cleanup_free char *reason = orch_xstrndup(err.msg, log ? (size_t)(log - err.msg) : strlen(err.msg));
+        orch_accel_remember(s->ts->cache_dir, s->host_key, s->t.image.id, ORCH_ACCEL_FAILS, reason);
+    }
     if (trial && s->want == ORCH_ACCEL_AUTO) {
         progress(s, "KVM does not work here, going on emulated");
         without_kvm(s, err.msg);
@@ -609,7 +632,6 @@ static void vmm_frozen(void *ud)
         orch_accel_remember(s->ts->cache_dir, s->host_key, s->t.image.id, ORCH_ACCEL_WORKS, NULL);
     s->t.mem_fd = s->frozen.mem_fd;
     s->t.state_fd = s->frozen.state_fd;
-    s->t.round++;
     if (!s->kept)
         start_saving(s);
     unlock(s);
@@ -782,7 +804,7 @@ static void tell_late(void *ud)
     if (s->ready) {
         tell_end(s, NULL);
     } else if (s->load && !w->told) {
-        tell_usable(s);
+        tell_usable(s, true);
     }
 }
 
@@ -792,6 +814,7 @@ struct orch_template_wait *orch_template_want(struct orch_templates *ts, const s
     struct source *s = find_source(ts, want);
     if (!s)
         s = new_source(ts, want);
+    s->used = ++ts->wants;
     struct orch_template_wait *w = orch_xmalloc(sizeof *w);
     *w = (struct orch_template_wait){ s->waits, s, fn, ud, false };
     s->waits = w;
@@ -839,7 +862,8 @@ enum orch_isolation orch_templates_known(struct orch_templates *ts, struct orch_
         orch_buf_str(why, "KVM worked when it was tried");
         return ORCH_ISOLATION_HARDWARE;
     case ORCH_ACCEL_FAILS:
-        orch_buf_printf(why, "%s", reason.p ? reason.p : "KVM failed when it was tried");
+        orch_buf_printf(why, "KVM failed when it was tried: %s (remembered in %s/accel.json; remove that file to try again)",
+                        reason.p ? reason.p : "", ts->cache_dir);
         return ORCH_ISOLATION_EMULATED;
     case ORCH_ACCEL_UNTRIED:
         break;

@@ -1,5 +1,5 @@
 /* Templates: a booted guest, frozen, as two sealed memfds that any number of clones start from. Made once
- * per image × size × acceleration, kept in CACHE/templates/KEY/ (mem, sparse; state; meta.json), loaded by
+ * per image × size × acceleration, held in memory (the four used last), kept in CACHE/templates/KEY/ (mem, sparse; state; meta.json), loaded by
  * later processes. Finds or builds the image and decides the acceleration on the way. */
 #ifndef ORCH_VM_TEMPLATE_H
 #define ORCH_VM_TEMPLATE_H
@@ -19,7 +19,6 @@ struct orch_template {
     uint64_t memory_bytes;
     int vcpus;
     int mem_fd, state_fd;
-    unsigned round; /* another number: another mem and state */
 };
 
 struct orch_templates_opts {
@@ -46,9 +45,11 @@ struct orch_template_want {
     int vcpus;
 };
 
-/* t, which lives as long as the manager once it is loaded, or err. Called never from inside want, at most
- * once with loaded false, and again when it is loaded; if its file proves damaged, it is built anew and the
- * calls start over. The call with loaded true or err ends the wait. */
+/* Never called from inside want:
+ *   (t, NULL) with loaded false: a VMM may be started with hold;
+ *   (NULL, NULL): t proved damaged and is made anew, what was started must be dropped;
+ *   (t, NULL) with loaded true, or (NULL, err): the last call.
+ * t is valid during the call; a VMM holds descriptors of its own. */
 typedef void orch_template_fn(void *ud, const struct orch_template *t, const struct orch_err *err);
 struct orch_template_wait *orch_template_want(struct orch_templates *ts, const struct orch_template_want *w, orch_template_fn *fn,
                                               void *ud);

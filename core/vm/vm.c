@@ -54,7 +54,6 @@ struct orch_vm {
     struct orch_vmm *vmm;
     struct orch_channel *channel;
     int agent_fd; /* the channel's */
-    unsigned round;
     struct orch_timer *deadline, *life;
     int64_t spawned_us, started_us;
     struct orch_vm_phase phases[MAX_PHASES + 1];
@@ -355,14 +354,6 @@ static struct orch_launcher *get_launcher(void *ud, struct orch_err *err)
     return m->launcher;
 }
 
-static void drop_vmm(struct orch_vm *vm)
-{
-    orch_channel_free(vm->channel);
-    vm->channel = NULL;
-    vm->m->backend->free(vm->vmm);
-    vm->vmm = NULL;
-}
-
 static int start_vmm(struct orch_vm *vm, const struct orch_template *t, struct orch_err *err)
 {
     struct orch_vms *m = vm->m;
@@ -390,8 +381,19 @@ static int start_vmm(struct orch_vm *vm, const struct orch_template *t, struct o
         return -1;
     vm->channel = orch_channel_new(m->loop, vm->agent_fd, &agent_cb);
     vm->started_us = orch_now_us();
-    vm->round = t->round;
     return 0;
+}
+
+static void back_to_waiting(struct orch_vm *vm)
+{
+    timer_drop(&vm->deadline);
+    orch_channel_free(vm->channel);
+    vm->channel = NULL;
+    vm->m->backend->free(vm->vmm);
+    vm->vmm = NULL;
+    vm->n_phases = 0;
+    memset(vm->phases, 0, sizeof vm->phases);
+    vm->state = WAITING;
 }
 
 /* Comes twice when the template is being read from disk: QEMU starts while its memory is filled. */
@@ -400,6 +402,10 @@ static void template_there(void *ud, const struct orch_template *t, const struct
     struct orch_vm *vm = ud;
     struct orch_vms *m = vm->m;
     struct orch_err why;
+    if (!t && !err) {
+        back_to_waiting(vm);
+        return;
+    }
     if (err || t->loaded)
         vm->wait = NULL;
     if (err) {
@@ -407,16 +413,11 @@ static void template_there(void *ud, const struct orch_template *t, const struct
         return;
     }
     vm->isolation = t->kvm ? ORCH_ISOLATION_HARDWARE : ORCH_ISOLATION_EMULATED;
-    bool held = vm->vmm && vm->round == t->round;
-    if (held) {
-        m->backend->go(vm->vmm);
-    } else {
-        drop_vmm(vm);
-        vm->n_phases = 0;
-    }
     if (t->loaded)
         phase(vm, "template");
-    if (!held && start_vmm(vm, t, &why) < 0) {
+    if (vm->vmm) {
+        m->backend->go(vm->vmm);
+    } else if (start_vmm(vm, t, &why) < 0) {
         failed(vm, "start", &why);
         return;
     }

@@ -85,6 +85,8 @@ int main(int argc, char **argv)
     loop = orch_loop_new(&err);
     struct orch_vms_opts o = { .launcher_path = argv[1], .agent_path = argv[2], .cache_dir = argv[3], .runtime_dir = argv[4],
                                .max = MAX_AT_ONCE, .progress = show };
+    if (getenv("BOOT_MS"))
+        o.boot_ms = o.clone_ms = atoi(getenv("BOOT_MS"));
     struct orch_vms *m = orch_vms_new(loop, &o, &err);
     if (!m) {
         fprintf(stderr, "%s\n", err.msg);

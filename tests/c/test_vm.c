@@ -795,7 +795,7 @@ static void test_frozen_files(void **state)
     assert_int_equal(pwrite(f.mem_fd, page, 1, 0), -1);
     assert_int_equal(errno, EPERM);
     int pidfd = -1, status;
-    pid_t pid = orch_frozen_save(dir, "key", &f, ORCH_SLICE("\"image\":\"x\""), &pidfd, &err);
+    pid_t pid = orch_frozen_save(dir, "key", &f, ORCH_SLICE("\"image\":\"x\""), -1, &pidfd, &err);
     assert_true(pid > 0);
     assert_int_equal(waitpid(pid, &status, 0), pid);
     assert_int_equal(status, 0);
@@ -925,7 +925,7 @@ static void test_bad_inits(void **state)
     o.kernel = base_kernel();
     o.agent_path = silent;
     o.boot_ms = 5000;
-    expect_failure(&o, &b, (const char *const[]){ "template of image base (emulated): booting: the guest agent did not answer within 5.", "\nlog: ", NULL },
+    expect_failure(&o, &b, (const char *const[]){ "template of image base (emulated, 256 MiB): booting: the guest agent did not answer within 5.", "\nlog: ", NULL },
                    ORCH_CLASS_TIMEOUT);
     bed_init(&b);
     snprintf(b.cache_dir, sizeof b.cache_dir, "%s", dir);
@@ -935,6 +935,78 @@ static void test_bad_inits(void **state)
                    (const char *const[]){ "booting: QEMU ended (exit status 0): the guest stopped (a kernel panic or its init ended)",
                                           "last output:", "Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000300", "\nlog: ", NULL },
                    ORCH_CLASS_FAILED);
+}
+
+static void test_little_memory(void **state)
+{
+    (void)state;
+    struct bed b;
+    struct guest g = { 0 };
+    bed_init(&b);
+    struct orch_vms_opts o = bed_opts(&b);
+    bed_open(&b, &o);
+    struct orch_vm_opts vo = guest_opts(&g);
+    vo.memory_bytes = 64 << 20;
+    start_failing(&b, &g, &vo);
+    assert_contains(g.err.msg, "template of image base (emulated, 64 MiB): booting: QEMU ended (exit status 0): the guest stopped");
+    assert_contains(g.err.msg, "Kernel panic - not syncing: System is deadlocked on memory");
+    bed_close(&b);
+}
+
+/* The template is there, and its clone does not come up in time. */
+static void test_slow_clone(void **state)
+{
+    (void)state;
+    struct bed b;
+    struct guest g = { 0 };
+    bed_init(&b);
+    struct orch_vms_opts o = bed_opts(&b);
+    o.clone_ms = 5;
+    bed_open(&b, &o);
+    struct orch_vm_opts vo = guest_opts(&g);
+    start_failing(&b, &g, &vo);
+    assert_int_equal(g.err.cls, ORCH_CLASS_TIMEOUT);
+    char part[128];
+    snprintf(part, sizeof part, "microVM %s (image base, emulated): start failed ", orch_vm_id(g.vm));
+    assert_contains(g.err.msg, part);
+    assert_contains(g.err.msg, ": no answer within 0.0 s");
+    assert_contains(g.err.msg, "\nlog: ");
+    assert_contains(b.events.p, "\"reason\":\"start\",\"status\":null");
+    bed_close(&b);
+}
+
+/* A kept list of QEMU's libraries is not believed when it names what others can change. */
+static void test_library_list(void **state)
+{
+    (void)state;
+    struct bed b;
+    struct guest g;
+    char list[256], evil[128];
+    cleanup_buf struct orch_buf text = { 0 };
+    char *dir = own_path("libs-cache");
+    snprintf(evil, sizeof evil, "%s/evil.so", work);
+    snprintf(list, sizeof list, "%s/qemu-tcg.libs", dir);
+    write_text(evil, "x", 1, 0644);
+    assert_int_equal(chown(evil, 1000, 1000), 0);
+    bed_init(&b);
+    own_cache(&b, dir);
+    struct orch_vms_opts o = bed_opts(&b);
+    bed_open(&b, &o);
+    start(&b, &g);
+    bed_close(&b);
+    assert_int_equal(orch_read_file(AT_FDCWD, list, 1 << 16, &text), 0);
+    assert_contains(text.p, "/libc.so.6\n");
+    size_t honest = text.n;
+    orch_buf_printf(&text, "%s\n", evil);
+    write_text(list, text.p, text.n, 0600);
+    bed_init(&b);
+    own_cache(&b, dir);
+    bed_open(&b, &o);
+    start(&b, &g);
+    bed_close(&b);
+    orch_buf_consume(&text, text.n);
+    assert_int_equal(orch_read_file(AT_FDCWD, list, 1 << 16, &text), 0);
+    assert_int_equal(text.n, honest);
 }
 
 static void test_mistakes(void **state)
@@ -1293,7 +1365,7 @@ static void test_lying_vmm(void **state)
         own_cache(&b, dir);
         struct orch_vms_opts o = bed_opts(&b);
         o.qemu = program;
-        expect_failure(&o, &b, (const char *const[]){ cases[i].part, "template of image base (emulated): booting:", NULL },
+        expect_failure(&o, &b, (const char *const[]){ cases[i].part, "template of image base (emulated, 256 MiB): booting:", NULL },
                        strstr(cases[i].part, "closed") ? ORCH_CLASS_CLOSED : ORCH_CLASS_FAILED);
     }
 }
@@ -1388,6 +1460,9 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_missing_programs),
         cmocka_unit_test(test_bad_kernels),
         cmocka_unit_test(test_bad_inits),
+        cmocka_unit_test(test_little_memory),
+        cmocka_unit_test(test_slow_clone),
+        cmocka_unit_test(test_library_list),
         cmocka_unit_test(test_mistakes),
         cmocka_unit_test(test_cache_read_only),
         cmocka_unit_test(test_cache_full),
