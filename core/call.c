@@ -100,6 +100,7 @@ static struct orch_toolcall *call_new(struct orch *o, struct orch_session *s)
     }
     *c = (struct orch_toolcall){ .o = o, .session = s, .slot = c->slot, .serial = c->serial + 1, .args_ref = LUA_NOREF,
                                  .args = c->args, .text = c->text };
+    s->refs++;
     c->args.n = c->text.n = 0;
     c->gen = orch_generation_ref(o->gen);
     c->begun_us = orch_now_us();
@@ -115,6 +116,7 @@ static void call_free(struct orch_toolcall *c)
     orch_timer_free(c->timer);
     orch_vm_handles_close(&c->vms);
     orch_generation_unref(c->gen);
+    orch_session_unref(c->session);
     free(c->redact);
     orch_buf_free(&c->meta);
     if (c->args.cap > 64 * 1024)
@@ -386,8 +388,11 @@ static int judge(struct orch_toolcall *c, const struct orch_json_doc *d, uint32_
     lua_pushstring(L, c->session->id);
     lua_pushstring(L, c->session->caller);
     int r = orch_state_pcall(g->policy, 5, 5, err);
-    if (r < 0)
-        return r;
+    if (r < 0) {
+        lua_rawgeti(L, LUA_REGISTRYINDEX, g->engine_ref);
+        lua_getfield(L, -1, "current");
+        return lua_isstring(L, -1) ? orch_err_wrap(err, "%s", lua_tostring(L, -1)) : r;
+    }
     j->verdict = (int)lua_tointeger(L, -5);
     j->reason = lua_tostring(L, -4);
     j->rules = lua_tostring(L, -3);
@@ -863,6 +868,22 @@ void orch_calls_cancel(struct orch *o, struct orch_session *s, const char *why)
         if (c->session == s)
             call_cancel(c, why);
     }
+}
+
+static void detach(struct orch_toolcall *list, struct orch_session *s)
+{
+    for (struct orch_toolcall *c = list; c; c = c->next)
+        if (c->session == s && c->rq) {
+            orch_mcp_request_drop(c->rq);
+            c->rq = NULL;
+        }
+}
+
+void orch_calls_detach(struct orch *o, struct orch_session *s)
+{
+    detach(o->begun, s);
+    detach(o->running, s);
+    detach(o->ended, s);
 }
 
 /* ---- what a tool's ctx reaches */

@@ -14,7 +14,7 @@
 enum {
     SOURCE_MAX_BYTES = 1 << 20,
     FILES_MAX = 1000,
-    LOAD_TIME_MS = 2000, /* for the files' own top level; judging has its own budget */
+    LOAD_TIME_MS = 500, /* for the files' own top level; judging has its own budget */
     STEPS_PER_MS = 200000,
 };
 
@@ -114,6 +114,13 @@ static int read_source(struct loading *l, int dirfd, const char *name, const cha
     return 0;
 }
 
+/* An error of a file, which is named even where the error's text does not. */
+static void fail_file(struct loading *l, const char *shown, const struct orch_err *err)
+{
+    bool named = strstr(err->msg, shown) != NULL;
+    fail(l, ORCH_CLASS_CONFIG, "%s%s%s", named ? "" : shown, named ? "" : ": ", err->msg);
+}
+
 /* Compiles and runs a source; its one result is left on the stack. n_args values on the stack are its
  * arguments (they are consumed). */
 static int run_source(struct loading *l, struct orch_state *s, const char *shown, struct orch_slice text, int n_args)
@@ -128,7 +135,7 @@ static int run_source(struct loading *l, struct orch_state *s, const char *shown
         lua_pop(L, n_args);
     }
     if (r < 0)
-        fail(l, ORCH_CLASS_CONFIG, "%s", err.msg);
+        fail_file(l, shown, &err);
     return r;
 }
 
@@ -446,14 +453,14 @@ static int load_config(struct loading *l)
     const char *shown = display(l, o->paths.config);
     struct orch_err err = { 0 };
     if (orch_state_load(g->policy, shown, (struct orch_slice){ text.p, text.n }, &err) < 0) {
-        fail(l, ORCH_CLASS_CONFIG, "%s", err.msg);
+        fail_file(l, shown, &err);
         return -1;
     }
     orch_state_env(L, -1);
     set_function(L, "env", l_config_env);
     lua_pop(L, 1);
     if (orch_state_pcall(g->policy, 0, 1, &err) < 0) {
-        fail(l, ORCH_CLASS_CONFIG, "%s", err.msg);
+        fail_file(l, shown, &err);
         return -1;
     }
     push_deps(L);
@@ -492,6 +499,11 @@ static int load_config(struct loading *l)
             g->config_show = orch_steal_ptr(&json.p);
     }
     lua_settop(L, 0);
+    struct stat st;
+    if (g->cfg.workspace && (stat(g->cfg.workspace, &st) < 0 || !S_ISDIR(st.st_mode))) {
+        fail(l, ORCH_CLASS_CONFIG, "%s: workspace: %s is not a directory", shown, g->cfg.workspace);
+        return -1;
+    }
     return 0;
 }
 
@@ -837,7 +849,7 @@ void orch_generation_list(struct orch_generation *g)
 }
 
 /* dispatch.register(where, table) with its table on the stack; the tool is added. */
-static int register_tool(struct loading *l, int dispatch_ref, const char *path, const char *shown)
+static int register_tool(struct loading *l, int dispatch_ref, const char *path, const char *shown, bool shipped)
 {
     struct orch_generation *g = l->g;
     lua_State *L = orch_state_lua(g->tools_state);
@@ -857,7 +869,7 @@ static int register_tool(struct loading *l, int dispatch_ref, const char *path, 
         lua_pop(L, 6);
         return -1;
     }
-    struct orch_tool t = { .timeout_ms = (int64_t)lua_tonumber(L, -2) };
+    struct orch_tool t = { .shipped = shipped, .timeout_ms = (int64_t)lua_tonumber(L, -2) };
     if (lua_isnil(L, -1)) {
         t.output_ref = LUA_NOREF;
         lua_pop(L, 1);
@@ -874,10 +886,15 @@ static int register_tool(struct loading *l, int dispatch_ref, const char *path, 
     t.definition = orch_xstrdup(lua_tostring(L, -2));
     t.input = orch_xstrdup(lua_tostring(L, -1));
     lua_pop(L, 4);
-    int r = orch_generation_add_tool(g, &t, (struct orch_slice){ 0 }, &err);
+    const struct orch_tool *same = orch_generation_tool(g, orch_slice_str(t.wire_name));
+    int r;
+    if (same && !same->shipped)
+        r = orch_err_set(&err, EEXIST, "the name %s is taken by %s", t.name, display(l, same->file));
+    else
+        r = orch_generation_add_tool(g, &t, (struct orch_slice){ 0 }, &err);
     orch_tool_fini(&t);
     if (r < 0)
-        fail(l, ORCH_CLASS_CONFIG, "%s: input: %s", shown, err.msg);
+        fail(l, ORCH_CLASS_CONFIG, "%s: %s%s", shown, r == -EEXIST ? "" : "input: ", err.msg);
     return r;
 }
 
@@ -905,20 +922,20 @@ static int load_tool_dir(struct loading *l, int dispatch_ref, const char *dir, b
         }
         struct orch_err err = { 0 };
         if (orch_state_load(g->tools_state, shown, (struct orch_slice){ text.p, text.n }, &err) < 0) {
-            fail(l, ORCH_CLASS_CONFIG, "%s", err.msg);
+            fail_file(l, shown, &err);
             r = -1;
             continue;
         }
         orch_state_env(L, -1);
         int env_ref = luaL_ref(L, LUA_REGISTRYINDEX);
         if (orch_state_pcall(g->tools_state, 0, 1, &err) < 0) {
-            fail(l, ORCH_CLASS_CONFIG, "%s", err.msg);
+            fail_file(l, shown, &err);
             r = -1;
         } else {
             lua_rawgeti(L, LUA_REGISTRYINDEX, env_ref);
             orch_state_freeze(L, lua_gettop(L));
             lua_pop(L, 1);
-            if (register_tool(l, dispatch_ref, path, shown) < 0)
+            if (register_tool(l, dispatch_ref, path, shown, product) < 0)
                 r = -1;
         }
         luaL_unref(L, LUA_REGISTRYINDEX, env_ref);

@@ -14,6 +14,7 @@ enum {
     RELOAD_QUIET_MS = 50,
     EOF_GRACE_MS = 1000, /* calls under way when the input ends may still answer */
     DRAIN_MS = 200,
+    CLOSE_MS = 1000,
 };
 
 /* ---- paths */
@@ -325,6 +326,7 @@ struct orch_session *orch_session_new(struct orch *o, const char *caller)
     static _Thread_local unsigned n;
     struct orch_session *s = orch_xcalloc(1, sizeof *s);
     s->host = o;
+    s->refs = 1;
     s->caller = orch_xstrdup(caller);
     snprintf(s->id, sizeof s->id, "%s-s%u", o->call_prefix, ++n);
     orch_buf_printf(&s->audit_fields, "\"session\":\"%s\",\"caller\":", s->id);
@@ -334,8 +336,10 @@ struct orch_session *orch_session_new(struct orch *o, const char *caller)
     return s;
 }
 
-void orch_session_free(struct orch_session *s)
+void orch_session_unref(struct orch_session *s)
 {
+    if (--s->refs)
+        return;
     for (struct orch_session **at = &s->host->sessions; *at; at = &(*at)->next)
         if (*at == s) {
             *at = s->next;
@@ -359,7 +363,9 @@ struct serving {
     struct orch_mcp_server_ops ops;
     struct orch_timer *grace;
     bool ending;
-    char why[256];
+    bool waiting; /* for the upstream; input is held */
+    int status;
+    char why[512];
     void (*done)(void *ud, int status, const char *why);
     void *ud;
 };
@@ -398,9 +404,10 @@ static void serving_stop(void *ud)
     orch_calls_run(o);
     orch_mcp_stdio_drain(v->stdio, DRAIN_MS);
     orch_mcp_stdio_free(v->stdio);
+    orch_calls_detach(o, v->session);
     orch_mcp_session_free(v->mcp);
     v->session->mcp = NULL;
-    orch_session_free(v->session);
+    orch_session_unref(v->session);
     orch_timer_free(v->grace);
     orch_upstream_free(o->upstream);
     o->upstream = NULL;
@@ -412,10 +419,11 @@ static void serving_finish(void *ud)
     struct serving *v = ud;
     void (*done)(void *ud, int status, const char *why) = v->done;
     void *done_ud = v->ud;
+    int status = v->status;
     char why[sizeof v->why];
     memcpy(why, v->why, sizeof why);
     serving_stop(v->o);
-    done(done_ud, 0, why[0] ? why : NULL);
+    done(done_ud, status, why[0] ? why : NULL);
 }
 
 static void finish_when_idle(void *ud)
@@ -438,8 +446,27 @@ static void serving_closed(void *ud, const char *why)
     if (why)
         snprintf(v->why, sizeof v->why, "%s", why);
     v->ending = true;
-    bool gone = why != NULL || orch_mcp_session_in_flight(v->mcp) == 0;
+    bool gone = why != NULL || (!v->waiting && orch_mcp_session_in_flight(v->mcp) == 0);
     orch_timer_set(v->grace, gone ? 0 : EOF_GRACE_MS);
+}
+
+/* The server behind the proxy is ready or has failed: what the client sent meanwhile is handled now. */
+static void upstream_settled(void *ud)
+{
+    struct serving *v = ud;
+    struct orch *o = v->o;
+    if (orch_upstream_ready(o->upstream)) {
+        int r = orch_host_reload(o, "the upstream is ready");
+        if (r < 0) {
+            v->status = orch_class_exit((enum orch_class)-r);
+            snprintf(v->why, sizeof v->why, "%s", o->reload_error.p);
+            orch_timer_set(v->grace, 0);
+            return;
+        }
+    }
+    v->waiting = false;
+    orch_mcp_stdio_hold(v->stdio, false);
+    finish_when_idle(v);
 }
 
 static int env_serve(void *ud, const struct orch_serve_opts *so, struct orch_err *err)
@@ -459,14 +486,6 @@ static int env_serve(void *ud, const struct orch_serve_opts *so, struct orch_err
                              o->paths.cwd, o->paths.cwd, so->as);
     if (orch_host_generation(o, err) < 0 || orch_host_audit(o, err) < 0)
         return err->code > 0 ? -err->code : -EIO;
-    if (so->command) {
-        o->upstream = orch_upstream_start(o, so->as, so->command, err);
-        if (orch_upstream_ready(o->upstream)) {
-            int r = orch_host_reload(o, "the upstream is ready");
-            if (r < 0)
-                return orch_err_setc(err, (enum orch_class)-r, EINVAL, "%s", o->reload_error.p);
-        }
-    }
     struct serving *v = orch_xcalloc(1, sizeof *v);
     v->o = o;
     v->done = so->done;
@@ -490,7 +509,7 @@ static int env_serve(void *ud, const struct orch_serve_opts *so, struct orch_err
                                                                  .ud = v },
                                   err);
     if (!v->stdio) {
-        orch_session_free(v->session);
+        orch_session_unref(v->session);
         orch_mcp_session_free(v->mcp);
         orch_timer_free(v->grace);
         free(v);
@@ -498,6 +517,11 @@ static int env_serve(void *ud, const struct orch_serve_opts *so, struct orch_err
     }
     orch_mcp_session_on_idle(v->mcp, finish_when_idle, v);
     o->serving = v;
+    if (so->command) {
+        v->waiting = true;
+        orch_mcp_stdio_hold(v->stdio, true);
+        o->upstream = orch_upstream_start(o, so->as, so->command, upstream_settled, v);
+    }
     watch_files(o);
     struct orch_err control_err = { 0 };
     if (!o->control && !(o->control = orch_control_new(o, &control_err)))
@@ -565,6 +589,18 @@ struct orch *orch_open(const struct orch_options *opts, struct orch_error *error
     return o;
 }
 
+/* Cancelled calls end in the next turns of the loop; each still writes its outcome. */
+static void end_calls(struct orch *o)
+{
+    for (struct orch_session *s = o->sessions; s; s = s->next)
+        orch_calls_cancel(o, s, "orch is closing");
+    int64_t deadline = orch_now_us() + CLOSE_MS * 1000;
+    while (o->running && orch_now_us() < deadline)
+        orch_loop_step(o->loop, 20);
+    if (o->loop)
+        orch_calls_run(o);
+}
+
 void orch_close(struct orch *o)
 {
     if (!o)
@@ -573,14 +609,10 @@ void orch_close(struct orch *o)
     orch_control_free(o->control);
     orch_reload_free(o->reload);
     serving_stop(o);
-    for (struct orch_session *s = o->sessions; s; s = s->next)
-        orch_calls_cancel(o, s, "orch is closing");
-    orch_calls_run(o);
+    end_calls(o);
     orch_upstream_free(o->upstream);
     orch_state_free(o->script);
     orch_vm_handles_close(&o->env.vm_handles);
-    while (o->sessions)
-        orch_session_free(o->sessions);
     orch_vms_free(o->vms);
     orch_generation_unref(o->gen);
     orch_calls_free(o);
@@ -672,7 +704,7 @@ static void host_call_done(void *ud, struct orch_slice members, bool is_error)
     struct host_call *h = ud;
     cleanup_free char *text = orch_xasprintf("{%.*s}", (int)members.n, members.p);
     h->fn(h->ud, text, is_error);
-    orch_session_free(h->session);
+    orch_session_unref(h->session);
     free(h);
 }
 

@@ -54,7 +54,7 @@ struct orch_tool {
     char *file;      /* where it was defined; NULL for an upstream's */
     char *definition; /* MCP tool object as JSON */
     char *input;      /* its JSON Schema */
-    bool listed;
+    bool listed, shipped;
     int name_ref;            /* policy state: the name, interned */
     int run_ref, output_ref; /* tool state */
     int64_t timeout_ms;
@@ -107,6 +107,7 @@ int orch_generation_show(struct orch_generation *g, struct orch_buf *out, struct
 
 struct orch_session {
     struct orch_session *next;
+    unsigned refs; /* its owner's and its calls' */
     struct orch *host;
     struct orch_mcp_session *mcp; /* NULL for a call from the embedder */
     char id[40];
@@ -117,7 +118,7 @@ struct orch_session {
 };
 
 struct orch_session *orch_session_new(struct orch *o, const char *caller);
-void orch_session_free(struct orch_session *s); /* its calls have ended */
+void orch_session_unref(struct orch_session *s);
 
 /* The answer of a call that did not come from MCP. members: of the MCP result. */
 typedef void orch_call_done_fn(void *ud, struct orch_slice members, bool is_error);
@@ -132,6 +133,8 @@ void orch_call_cancel_mcp(struct orch_mcp_request *rq);
 void orch_calls_run(struct orch *o);
 /* Cancels every call of the session; each still writes its outcome. */
 void orch_calls_cancel(struct orch *o, struct orch_session *s, const char *why);
+/* Its MCP session goes away: what is still under way ends without an answer. */
+void orch_calls_detach(struct orch *o, struct orch_session *s);
 void orch_calls_free(struct orch *o); /* what is kept for later calls, and rates */
 extern const struct orch_env_call_ops orch_call_ops;
 
@@ -199,9 +202,11 @@ void orch_control_ask(struct orch *o, int pid, struct orch_slice request, struct
 bool orch_is_descendant(int pid, int of); /* by /proc */
 
 /* ---- the thin proxy: one server behind the policy (core/upstream.c) */
-struct orch_upstream *orch_upstream_start(struct orch *o, const char *name, const char *const *command, struct orch_err *err);
+/* on_settled is called once, from the loop: its tools are known, or it failed (orch_upstream_ready). */
+struct orch_upstream *orch_upstream_start(struct orch *o, const char *name, const char *const *command, void (*on_settled)(void *ud),
+                                          void *ud);
 void orch_upstream_free(struct orch_upstream *u);
-/* Adds its tools to a generation; waits are over by then. */
+/* Adds its tools to a generation, none before it is ready. */
 int orch_upstream_add_tools(struct orch_upstream *u, struct orch_generation *g, struct orch_err *err);
 bool orch_upstream_ready(const struct orch_upstream *u);
 const char *orch_upstream_problem(const struct orch_upstream *u); /* why it is not ready */

@@ -35,37 +35,78 @@ static int usage(const char *fmt, ...)
     return ORCH_CLASS_USAGE;
 }
 
-/* Global options, anywhere before the command. Returns the index of the first other argument, or a
- * negative exit status. */
+/* A global option at argv[0]: how many arguments it takes up, 0 when it is none, or a negative exit status. */
+static int parse_global(char **argv, struct options *opt)
+{
+    const char *a = argv[0], *value = argv[1];
+    if (a[0] == '-' && a[1] && strspn(a + 1, "v") == strlen(a + 1)) {
+        opt->verbose += (int)strlen(a + 1);
+        return 1;
+    }
+    if (strcmp(a, "-c") != 0 && strcmp(a, "--config") != 0 && strcmp(a, "--log-format") != 0 && strcmp(a, "--log-level") != 0)
+        return 0;
+    if (!value)
+        return -usage("%s needs a value", a);
+    if (strcmp(a, "--log-format") == 0) {
+        if (strcmp(value, "json") != 0 && strcmp(value, "text") != 0)
+            return -usage("--log-format must be text or json, got %s", value);
+        orch_log_json(strcmp(value, "json") == 0);
+    } else if (strcmp(a, "--log-level") == 0) {
+        opt->level = orch_log_parse_level(value);
+        if (opt->level < 0)
+            return -usage("--log-level must be debug, info, warn or error, got %s", value);
+    } else {
+        opt->config = value;
+    }
+    return 2;
+}
+
+/* Global options between a command's own words, up to "--" or, for `mcp stdio`, the server's command:
+ * taken out of argv. Returns the new argc, or a negative exit status. */
+static int parse_between(int argc, char **argv, struct options *opt)
+{
+    int kept = 1, words = 0;
+    bool proxy = argc > 1 && strcmp(argv[0], "mcp") == 0 && strcmp(argv[1], "stdio") == 0;
+    for (int i = 1; i < argc; i++) {
+        bool value_of_own = proxy && (strcmp(argv[i - 1], "--as") == 0 || strcmp(argv[i - 1], "--sandbox") == 0);
+        bool command = argv[i][0] != '-' && !value_of_own && proxy && ++words > 1;
+        if (strcmp(argv[i], "--") == 0 || command) {
+            while (i < argc)
+                argv[kept++] = argv[i++];
+            break;
+        }
+        int taken = value_of_own ? 0 : parse_global(argv + i, opt);
+        if (taken < 0)
+            return taken;
+        if (!taken)
+            argv[kept++] = argv[i];
+        else
+            i += taken - 1;
+    }
+    argv[kept] = NULL;
+    return kept;
+}
+
+/* Global options before the command. Returns the index of the first other argument, or a negative exit
+ * status. */
 static int parse(int argc, char **argv, struct options *opt)
 {
     static const char *const known[] = { "--config", "--log-format", "--log-level", "--help", "--version", NULL };
     int i = 1;
     for (; i < argc && argv[i][0] == '-' && argv[i][1]; i++) {
-        const char *a = argv[i], *value = NULL;
-        bool takes_value = strcmp(a, "-c") == 0 || strcmp(a, "--config") == 0 || strcmp(a, "--log-format") == 0 ||
-                           strcmp(a, "--log-level") == 0 || strcmp(a, "-e") == 0;
-        if (takes_value && !(value = argv[++i]))
-            return -usage("%s needs a value", a);
-        if (strcmp(a, "-e") == 0) {
-            opt->code = value;
-            return i + 1;
-        } else if (strcmp(a, "-c") == 0 || strcmp(a, "--config") == 0) {
-            opt->config = value;
-        } else if (strcmp(a, "--log-format") == 0) {
-            if (strcmp(value, "json") != 0 && strcmp(value, "text") != 0)
-                return -usage("--log-format must be text or json, got %s", value);
-            orch_log_json(strcmp(value, "json") == 0);
-        } else if (strcmp(a, "--log-level") == 0) {
-            opt->level = orch_log_parse_level(value);
-            if (opt->level < 0)
-                return -usage("--log-level must be debug, info, warn or error, got %s", value);
+        const char *a = argv[i];
+        int taken = parse_global(argv + i, opt);
+        if (taken < 0)
+            return taken;
+        if (taken) {
+            i += taken - 1;
+        } else if (strcmp(a, "-e") == 0) {
+            opt->code = argv[i + 1];
+            return opt->code ? i + 2 : -usage("%s needs a value", a);
         } else if (strcmp(a, "-h") == 0 || strcmp(a, "--help") == 0) {
             opt->help = true;
         } else if (strcmp(a, "--version") == 0) {
             opt->version = true;
-        } else if (strspn(a + 1, "v") == strlen(a + 1)) {
-            opt->verbose += (int)strlen(a + 1);
         } else {
             const char *near = orch_nearest(a, known);
             return -usage("unknown option %s%s%s%s", a, near ? "; did you mean " : "", near ? near : "", near ? "?" : "");
@@ -212,8 +253,16 @@ int main(int argc, char **argv)
     int first = parse(argc, argv, &opt);
     if (first < 0)
         return -first;
-    orch_log_level(opt.level >= 0 ? (enum orch_level)opt.level : opt.verbose > 1 ? ORCH_DEBUG : opt.verbose ? ORCH_INFO : ORCH_WARN);
+    argc -= first;
+    argv += first;
+    bool script = opt.code || opt.from_stdin || (argc && is_script(argv[0]));
+    if (!script && argc && (argc = parse_between(argc, argv, &opt)) < 0)
+        return -argc;
+    /* print of a script is a line of the log at level info. */
+    enum orch_level usual = script ? ORCH_INFO : ORCH_WARN;
+    orch_log_level(opt.level >= 0 ? (enum orch_level)opt.level : opt.verbose > 1 ? ORCH_DEBUG : opt.verbose ? ORCH_INFO : usual);
     signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN); /* a file-size limit is a full disk to us: an error, not the end */
     if (too_deep()) {
         fprintf(stderr, "orch: started by an orch that was started by an orch (ORCH_DEPTH); this looks like a loop, refused\n");
         return ORCH_CLASS_CONFIG;
@@ -225,7 +274,7 @@ int main(int argc, char **argv)
         orch_loop_signal(o->loop, SIGINT, on_sigint, NULL);
         orch_loop_signal(o->loop, SIGTERM, on_sigterm, NULL);
         orch_loop_signal(o->loop, SIGHUP, on_sighup, o);
-        status = run(o, &opt, argc - first, argv + first, &err);
+        status = run(o, &opt, argc, argv, &err);
     }
     fflush(stdout);
     orch_close(o);

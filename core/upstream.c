@@ -13,7 +13,10 @@ struct orch_upstream {
     struct orch_buf tools; /* JSON: [page.tools, page.tools, …] */
     unsigned pages;
     bool settled, relisting; /* settled: ready or failed once */
+    void (*on_settled)(void *ud);
+    void *ud;
     struct orch_err problem; /* class 0: none */
+    struct orch_err start_error;
 };
 
 static void list_page(struct orch_upstream *u, struct orch_slice cursor);
@@ -24,8 +27,10 @@ static void settle(struct orch_upstream *u, const struct orch_err *err)
         u->problem = *err;
         orch_log(ORCH_ERROR, "%s", err->msg);
     }
-    u->settled = true;
-    if (u->relisting) {
+    if (!u->settled) {
+        u->settled = true;
+        u->on_settled(u->ud);
+    } else if (u->relisting) {
         u->relisting = false;
         orch_host_reload(u->o, "the upstream's tools changed");
     }
@@ -105,7 +110,14 @@ static void tools_changed(void *ud)
     list_page(u, (struct orch_slice){ 0 });
 }
 
-struct orch_upstream *orch_upstream_start(struct orch *o, const char *name, const char *const *command, struct orch_err *err)
+static void settled_at_start(void *ud)
+{
+    struct orch_upstream *u = ud;
+    settle(u, &u->start_error);
+}
+
+struct orch_upstream *orch_upstream_start(struct orch *o, const char *name, const char *const *command, void (*on_settled)(void *ud),
+                                          void *ud)
 {
     /* Children on the host get PATH, HOME and LANG, nothing else (ORCH_DEPTH: see main.c). */
     static const char *const passed[] = { "PATH", "HOME", "LANG", "ORCH_DEPTH" };
@@ -117,6 +129,8 @@ struct orch_upstream *orch_upstream_start(struct orch *o, const char *name, cons
     env[n] = NULL;
     struct orch_upstream *u = orch_xcalloc(1, sizeof *u);
     u->o = o;
+    u->on_settled = on_settled;
+    u->ud = ud;
     u->name = orch_xstrdup(name);
     u->client = orch_mcp_client_new(o->loop,
                                     &(struct orch_mcp_client_opts){ .name = u->name,
@@ -127,17 +141,11 @@ struct orch_upstream *orch_upstream_start(struct orch *o, const char *name, cons
                                                                     .lost = lost,
                                                                     .tools_changed = tools_changed,
                                                                     .ud = u },
-                                    err);
+                                    &u->start_error);
     while (n)
         free(env[--n]);
-    if (!u->client) {
-        u->problem = *err;
-        u->settled = true;
-        orch_log(ORCH_ERROR, "%s", err->msg);
-    }
-    /* The tools are needed before the first list: wait here, each step has its deadline. */
-    while (!u->settled)
-        orch_loop_step(o->loop, -1);
+    if (!u->client)
+        orch_loop_post(o->loop, settled_at_start, u);
     return u;
 }
 
@@ -145,6 +153,7 @@ void orch_upstream_free(struct orch_upstream *u)
 {
     if (!u)
         return;
+    orch_loop_unpost(u->o->loop, settled_at_start, u);
     orch_mcp_client_free(u->client, GRACE_MS);
     orch_buf_free(&u->tools);
     free(u->name);

@@ -239,6 +239,7 @@ local function decide(list, call)
   local whens = list.whens
   for i = 1, #whens do
     local rule = whens[i]
+    engine.current = rule.where -- named when a budget ends it, which no pcall here sees
     local ok, hit = pcall(rule.when, call)
     if not ok then
       return { verdict = DENY, rules = json.encode(json.array { rule.where }), matched = { rule },
@@ -294,6 +295,7 @@ end
 
 local function run_rewrites(list, out, args)
   for _, rule in ipairs(out.rewrites) do
+    engine.current = rule.where
     local ok, new = pcall(rule.rewrite, args)
     if not ok then return nil, ("rewrite failed: %s (%s)"):format(tostring(new), rule.where) end
     if type(new) ~= "table" then

@@ -35,6 +35,7 @@ struct orch_proc {
     struct orch_buf tail; /* up to twice `keep` bytes of stderr, the last `keep` are shown */
     size_t keep;
     orch_proc_exit_fn *on_exit;
+    void (*on_stderr)(void *ud, struct orch_slice bytes);
     void *ud;
 };
 
@@ -207,6 +208,8 @@ static void stderr_ready(void *ud, int events)
         if (p->tail.n + n > 2 * p->keep)
             orch_buf_consume(&p->tail, p->tail.n - p->keep);
         orch_buf_add(&p->tail, last, n);
+        if (p->on_stderr)
+            p->on_stderr(p->ud, (struct orch_slice){ chunk, (size_t)r });
         return;
     }
     orch_watch_free(p->err_watch);
@@ -339,6 +342,7 @@ struct orch_proc *orch_proc_start(struct orch_loop *l, const struct orch_proc_op
         .in = orch_steal_fd(&in_w),
         .out = orch_steal_fd(&out_r),
         .err = orch_steal_fd(&err_r),
+        .on_stderr = o->on_stderr,
         .keep = o->stderr_keep ? o->stderr_keep : STDERR_KEEP,
         .on_exit = o->on_exit,
         .ud = o->ud,

@@ -26,6 +26,7 @@ struct orch_proc_opts {
     bool null_stdio;         /* stdin and stdout are /dev/null instead of pipes */
     size_t stderr_keep;      /* bytes of stderr kept, default 8 KiB */
     orch_proc_exit_fn *on_exit;
+    void (*on_stderr)(void *ud, struct orch_slice bytes); /* as it comes; optional */
     void *ud;
 };
 

@@ -136,6 +136,14 @@ static void client_fail(struct orch_mcp_client *c, const struct orch_err *err)
         c->o.lost(c->o.ud, &c->why);
 }
 
+static void on_stderr(void *ud, struct orch_slice bytes)
+{
+    struct orch_mcp_client *c = ud;
+    while (bytes.n && bytes.p[bytes.n - 1] == '\n')
+        bytes.n--;
+    orch_log(ORCH_INFO, "%s: %.*s", c->name, (int)bytes.n, bytes.p);
+}
+
 static void on_exit_status(void *ud, int status)
 {
     struct orch_mcp_client *c = ud;
@@ -299,7 +307,7 @@ struct orch_mcp_client *orch_mcp_client_new(struct orch_loop *l, const struct or
     if (!c->o.limits.bytes)
         c->o.limits.bytes = 16 << 20;
     c->proc = orch_proc_start(
-        l, &(struct orch_proc_opts){ .argv = o->argv, .env = o->env, .cwd = o->cwd, .on_exit = on_exit_status, .ud = c }, err);
+        l, &(struct orch_proc_opts){ .argv = o->argv, .env = o->env, .cwd = o->cwd, .on_exit = on_exit_status, .on_stderr = on_stderr, .ud = c }, err);
     if (!c->proc) {
         orch_err_wrap(err, "%s", c->name);
         if (err)

@@ -26,7 +26,7 @@ struct orch_mcp_stdio {
     struct orch_buf buf;
     size_t scanned; /* bytes of buf that hold no newline */
     bool skipping;  /* inside a line over the limit */
-    bool paused, closed, flush_posted;
+    bool paused, held, closed, flush_posted;
 };
 
 static void on_readable(void *ud, int events);
@@ -125,6 +125,8 @@ static void output_appeared(void *ud)
 /* Hands every complete line to the session; keeps the rest. */
 static void take_lines(struct orch_mcp_stdio *t)
 {
+    if (t->held)
+        return;
     char *start = t->buf.p, *end = t->buf.p + t->buf.n, *nl;
     char *from = start + t->scanned;
     while ((nl = memchr(from, '\n', (size_t)(end - from)))) {
@@ -160,6 +162,8 @@ static void on_readable(void *ud, int events)
     if (r > 0) {
         t->buf.n += (size_t)r;
         take_lines(t);
+        if (t->held && t->buf.n > t->o.max_line)
+            set_reading(t, false);
     } else if (r == 0 && t->buf.n && !t->skipping) {
         /* The last line came without its newline. */
         orch_buf_char(&t->buf, '\n');
@@ -196,6 +200,18 @@ struct orch_mcp_stdio *orch_mcp_stdio_new(struct orch_loop *l, struct orch_mcp_s
         t->out.watch = orch_watch_new(l, o->out_fd, 0, on_writable, t);
     orch_mcp_session_on_output(s, output_appeared, t);
     return t;
+}
+
+void orch_mcp_stdio_hold(struct orch_mcp_stdio *t, bool on)
+{
+    t->held = on;
+    if (on)
+        return;
+    take_lines(t); /* also after the end of input */
+    t->o.batch_end(t->o.ud);
+    flush(t);
+    if (t->paused)
+        set_reading(t, true);
 }
 
 void orch_mcp_stdio_drain(struct orch_mcp_stdio *t, int64_t deadline_ms)

@@ -139,7 +139,7 @@ static void *allocate(void *ud, void *p, size_t osize, size_t nsize)
         size_t more = nsize - osize;
         /* Outside an entry it is host code that allocates, of sizes the host bounds: it must not fail. The
          * next entry then finds itself over the limit. */
-        if (s->memory_max && s->depth) {
+        if (s->memory_max && (s->depth || s->guarded)) {
             size_t hard = s->memory_max + s->memory_max / 16;
             if (more > hard || s->memory > hard - more) {
                 s->no_memory = true;
@@ -364,7 +364,9 @@ int orch_state_protect(struct orch_state *s, orch_state_fn *fn, void *ud, struct
     s->protect_fn = fn;
     s->protect_ud = ud;
     lua_rawgeti(s->L, LUA_REGISTRYINDEX, s->ref_protect);
+    s->guarded++;
     int status = lua_pcall(s->L, 0, 0, 0);
+    s->guarded--;
     return status ? orch_state_describe(s, status, NULL, err) : 0;
 }
 
@@ -511,6 +513,8 @@ int orch_state_load(struct orch_state *s, const char *path, struct orch_slice te
 {
     if (text.n > SOURCE_MAX)
         return orch_err_setc(err, ORCH_CLASS_CONFIG, EFBIG, "%s: %zu bytes; a Lua file may have 1 MiB", path, text.n);
+    if (text.n && text.p[0] == LUA_SIGNATURE[0])
+        return orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL, "%s: bytecode is not accepted, only source text", path);
     struct orch_entry e;
     struct orch_err limit;
     struct load a = { path, text, s, 0 };
@@ -685,7 +689,8 @@ const char *orch_state_text(lua_State *L, int idx, size_t *n)
     return lua_tolstring(L, -1, n);
 }
 
-static int bounded_print(lua_State *L)
+/* print goes to the log, in scripts too: standard output belongs to what they serve. */
+static int log_print(lua_State *L)
 {
     enum { LINE = 4096 };
     char line[LINE];
@@ -703,7 +708,8 @@ static int bounded_print(lua_State *L)
         lua_settop(L, n);
         orch_state_charge(L, 10 + len / 16);
     }
-    orch_log(ORCH_INFO, "%s: %.*s", context_name(orch_state_of(L)), (int)used, line);
+    struct orch_state *s = orch_state_of(L);
+    orch_log(ORCH_INFO, "%s%s%.*s", s->bounded ? context_name(s) : "", s->bounded ? ": " : "", (int)used, line);
     return 0;
 }
 
@@ -769,8 +775,6 @@ static void open_bounded(lua_State *L)
     lua_setfield(L, g, "pairs");
     lua_pushcfunction(L, bounded_rawset);
     lua_setfield(L, g, "rawset");
-    lua_pushcfunction(L, bounded_print);
-    lua_setfield(L, g, "print");
 
     lua_getglobal(L, "os");
     lua_createtable(L, 0, 3);
@@ -867,6 +871,8 @@ static int open_state(lua_State *L)
         open_bounded(L);
     else
         open_trusted(L, a->o);
+    lua_pushcfunction(L, log_print);
+    lua_setglobal(L, "print");
     seed_random(L);
 
     if (luaL_loadbufferx(L, a->boot.p, a->boot.n, BOOT_NAME, "t"))

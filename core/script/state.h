@@ -105,6 +105,7 @@ struct orch_state {
     lua_State *task_thread;
     struct orch_meter own;
 
+    int guarded;               /* inside orch_state_protect */
     orch_state_fn *protect_fn;
     void *protect_ud;
     int ref_traceback, ref_protect, ref_slot, ref_env;
