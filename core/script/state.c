@@ -69,9 +69,20 @@ size_t orch_state_memory(const struct orch_state *s)
     return s->memory;
 }
 
+/* LuaJIT collects when memory has doubled, which may be beyond the cap. Half of what is left each time,
+ * so that a state near its cap does not collect all the time. */
+static void set_collect_at(struct orch_state *s)
+{
+    size_t least = s->memory_max / 4 * 3;
+    s->collect_at = s->memory < s->memory_max ? s->memory + (s->memory_max - s->memory) / 2 : s->memory_max;
+    if (s->collect_at < least)
+        s->collect_at = least;
+}
+
 void orch_state_set_limits(struct orch_state *s, size_t memory_bytes, uint64_t steps, int64_t cpu_ms)
 {
     s->memory_max = memory_bytes;
+    set_collect_at(s);
     s->steps_max = steps;
     s->cpu_us_max = cpu_ms * 1000;
 }
@@ -146,7 +157,7 @@ static void *allocate(void *ud, void *p, size_t osize, size_t nsize)
                 look_soon(s);
                 return NULL;
             }
-            if (s->memory + more > s->memory_max)
+            if (s->memory + more > s->collect_at)
                 look_soon(s);
         }
         s->meter->steps += more / 16;
@@ -241,10 +252,11 @@ void orch_state_check(lua_State *L)
         set_over_memory(s, L);
         raise_over(L, s);
     }
-    if (s->memory_max && s->memory > s->memory_max) {
+    if (s->memory_max && s->memory > s->collect_at) {
         m->steps += s->memory / 64;
         lua_gc(L, LUA_GCCOLLECT, 0);
-        if (s->memory > s->memory_max - s->memory_max / 8) {
+        set_collect_at(s);
+        if (s->memory > s->memory_max - s->memory_max / 16) {
             set_over_memory(s, L);
             raise_over(L, s);
         }

@@ -84,7 +84,7 @@ struct orch_state {
     lua_State *L; /* the main thread */
     enum orch_context ctx;
     bool bounded;
-    size_t memory, memory_max;
+    size_t memory, memory_max, collect_at; /* bytes */
     uint64_t steps_max;
     int64_t cpu_us_max;
     void *host;

@@ -449,8 +449,42 @@ static void test_steps(void **state)
     expect_error(s, "local t = {} while true do t = { t } end", "limit: tool memory 1536 KiB used up in test.lua:1");
     /* Garbage is collected before the memory counts as used up. */
     expect_text(s, "local s for i = 1, 2000 do s = ('x'):rep(1e5) .. i end return #s", "100004");
+    expect_text(s, "local t = {} for i = 1, 18 do t[i] = ('x'):rep(5e4) .. i end\n"
+                   "for i = 1, 200 do local s = ('y'):rep(5e4) .. i end return #t", "18");
+    lua_gc(orch_state_lua(s), LUA_GCCOLLECT, 0);
     orch_state_set_limits(s, orch_state_memory(s) + 100, 0, 0);
     expect_error(s, "local t = {} for i = 1, 1e4 do t[i] = {} end", "limit: tool memory ");
+    orch_state_free(s);
+}
+
+static int calls;
+
+static int count_call(lua_State *L)
+{
+    (void)L;
+    calls++;
+    return 0;
+}
+
+/* Not one more instruction: what follows the pcall does not run. */
+static void test_nothing_after_limit(void **state)
+{
+    (void)state;
+    static const char *const codes[] = {
+        "pcall(function() while true do end end) called()",
+        "xpcall(function() while true do end end, called) called()",
+        "pcall(pcall, pcall, function() while true do end end) called()",
+        "coroutine.resume(coroutine.create(function() while true do end end)) called()",
+        "pcall(string.rep, 'x', 1e9) called()",
+        "pcall(string.find, ('a'):rep(1e5), ('a-'):rep(9) .. 'b') called()",
+    };
+    struct orch_state *s = state_with(ORCH_CTX_POLICY, 64 << 20, 0, 20);
+    lua_pushcfunction(orch_state_lua(s), count_call);
+    lua_setglobal(orch_state_lua(s), "called");
+    calls = 0;
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(codes); i++)
+        expect_error(s, codes[i], "limit: policy ");
+    assert_int_equal(calls, 0);
     orch_state_free(s);
 }
 
@@ -1309,6 +1343,7 @@ int main(void)
         cmocka_unit_test(test_hangs),
         cmocka_unit_test(test_depth),
         cmocka_unit_test(test_steps),
+        cmocka_unit_test(test_nothing_after_limit),
         cmocka_unit_test(test_nested_entry),
         cmocka_unit_test(test_same_as_lua),
         cmocka_unit_test(test_own_ways),
