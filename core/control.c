@@ -1,5 +1,5 @@
-/* The control socket: PID.sock in the runtime directory, one JSON line in, one out. How `orch status`
- * and `orch reload` reach the running orch processes of the same user. */
+/* The control socket: PID.sock in the runtime directory, one JSON line in, one out. How `orch status`,
+ * `orch reload` and `orch vm list` reach the running orch processes of the same user. */
 #include "host.h"
 
 #include <dirent.h>
@@ -83,6 +83,27 @@ static void put_status(struct orch *o, struct orch_buf *out)
     orch_json_free(j);
 }
 
+static void put_vm(void *ud, struct orch_vm *vm)
+{
+    struct orch_json *j = orch_json_object();
+    orch_json_set_str(j, "id", orch_vm_id(vm));
+    orch_json_set_str(j, "name", orch_vm_name(vm));
+    orch_json_set_str(j, "image", orch_vm_image(vm));
+    orch_json_set_str(j, "backend", orch_vm_backend(vm));
+    orch_json_set_str(j, "isolation", orch_isolation_name(orch_vm_isolation(vm)));
+    orch_json_set_num(j, "spawn_ms", orch_vm_spawn_ms(vm));
+    orch_json_add_take(ud, j);
+}
+
+static void put_vms(struct orch *o, struct orch_buf *out)
+{
+    struct orch_json *list = orch_json_array();
+    if (o->vms)
+        orch_vms_each(o->vms, put_vm, list);
+    orch_json_print(list, false, out);
+    orch_json_free(list);
+}
+
 static void answer(struct client *k)
 {
     struct orch *o = k->control->o;
@@ -93,6 +114,8 @@ static void answer(struct client *k)
     uint32_t op = orch_json_scan(&d, line, &(struct orch_json_limits){ 0 }, &fault) == 0 ? orch_json_get(&d, 0, "op") : 0;
     if (op && orch_json_string_eq(&d, op, "status")) {
         put_status(o, &out);
+    } else if (op && orch_json_string_eq(&d, op, "vms")) {
+        put_vms(o, &out);
     } else if (op && orch_json_string_eq(&d, op, "reload")) {
         if (orch_is_descendant(k->pid, getpid()))
             orch_buf_str(&out, "{\"ok\":false,\"error\":\"refused: asked by a process that orch started\"}");

@@ -264,6 +264,14 @@ static void vm_event(void *ud, const char *event, struct orch_slice fields)
     audit_event(ud, event, fields);
 }
 
+/* Whoever serves or has microVMs can be asked by other commands of the same user. */
+static void open_control(struct orch *o)
+{
+    struct orch_err err = { 0 };
+    if (!o->control && !(o->control = orch_control_new(o, &err)))
+        orch_log(ORCH_WARN, "%s", err.msg);
+}
+
 static struct orch_vms *env_vms(void *ud, struct orch_err *err)
 {
     struct orch *o = ud;
@@ -283,6 +291,8 @@ static struct orch_vms *env_vms(void *ud, struct orch_err *err)
                                                    .event = vm_event,
                                                    .ud = o },
                           err);
+    if (o->vms)
+        open_control(o);
     return o->vms;
 }
 
@@ -523,9 +533,7 @@ static int env_serve(void *ud, const struct orch_serve_opts *so, struct orch_err
         o->upstream = orch_upstream_start(o, so->as, so->command, upstream_settled, v);
     }
     watch_files(o);
-    struct orch_err control_err = { 0 };
-    if (!o->control && !(o->control = orch_control_new(o, &control_err)))
-        orch_log(ORCH_WARN, "%s", control_err.msg);
+    open_control(o);
     return 0;
 }
 
@@ -769,13 +777,19 @@ static struct orch_state *script_state(struct orch *o, const char *script_dir, s
     cleanup_free char *lua_dir = orch_xasprintf("%s/lua", o->paths.share);
     o->script = orch_state_new(
         &(struct orch_state_opts){ .ctx = ORCH_CTX_SCRIPT, .lua_dir = lua_dir, .script_dir = script_dir, .host = &o->env }, err);
-    if (o->script)
-        orch_luaopen_orch(orch_state_lua(o->script));
+    if (!o->script)
+        return NULL;
+    lua_State *L = orch_state_lua(o->script);
+    orch_luaopen_orch(L);
+    lua_getglobal(L, "package");
+    lua_getfield(L, -1, "preload");
+    lua_pushcfunction(L, orch_luaopen_internal);
+    lua_setfield(L, -2, "orch.internal");
+    lua_settop(L, 0);
     return o->script;
 }
 
-int orch_host_run(struct orch *o, const char *name, struct orch_slice text, int argc, const char *const *argv, bool internal,
-                  struct orch_err *err)
+int orch_host_run(struct orch *o, const char *name, struct orch_slice text, int argc, const char *const *argv, struct orch_err *err)
 {
     cleanup_free char *dir = strchr(name, '/') ? orch_xstrndup(name, (size_t)(strrchr(name, '/') - name)) : orch_xstrdup(".");
     struct orch_state *s = script_state(o, dir, err);
@@ -800,16 +814,13 @@ int orch_host_run(struct orch *o, const char *name, struct orch_slice text, int 
         err->cls = ORCH_CLASS_CONFIG;
         return -1;
     }
-    int n_args = argc;
-    if (internal) {
-        orch_luaopen_internal(L);
-        n_args++;
-    }
-    luaL_checkstack(L, argc + 8, "too many arguments");
-    for (int i = 0; i < argc; i++)
-        lua_pushstring(L, argv[i]);
+    /* A task takes few arguments; a script's may be many. */
+    if (luaL_loadstring(L, "local script, arg = ... return script(unpack(arg))"))
+        return orch_err_set(err, ENOMEM, "%s", lua_tostring(L, -1)), -1;
+    lua_insert(L, -2);
+    lua_getglobal(L, "arg");
     struct running r = { 0 };
-    o->main = orch_task_start(o->loop, s, n_args, 0, script_done, &r);
+    o->main = orch_task_start(o->loop, s, 2, 0, script_done, &r);
     while (!r.done)
         orch_loop_step(o->loop, -1);
     o->main = NULL;
@@ -829,7 +840,7 @@ int orch_run_file(struct orch *o, const char *path, int argc, const char *const 
         orch_err_setc(&err, ORCH_CLASS_CONFIG, -r, "%s: %s", path, strerror(-r));
         r = -1;
     } else {
-        r = orch_host_run(o, path, (struct orch_slice){ text.p, text.n }, argc, argv, false, &err);
+        r = orch_host_run(o, path, (struct orch_slice){ text.p, text.n }, argc, argv, &err);
     }
     if (r < 0)
         fill_error(error, &err);

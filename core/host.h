@@ -181,16 +181,14 @@ struct orch {
 /* What orch_open does before it loads anything. */
 struct orch *orch_host_open(const char *config, const struct orch_options *opts, struct orch_err *err);
 int orch_host_generation(struct orch *o, struct orch_err *err); /* loads the first one */
-/* Runs a trusted script as a task; its exit status, or -1 with err. internal: it gets the private
- * module as its first argument (lua/cli). */
-int orch_host_run(struct orch *o, const char *name, struct orch_slice text, int argc, const char *const *argv, bool internal,
-                  struct orch_err *err);
+/* Runs a trusted script as a task; its exit status, or -1 with err. */
+int orch_host_run(struct orch *o, const char *name, struct orch_slice text, int argc, const char *const *argv, struct orch_err *err);
 
 int orch_host_audit(struct orch *o, struct orch_err *err); /* opens the audit log of the generation in force */
 /* Loads anew and swaps; on failure the old generation stays. 0 or the errors' class as a negative number. */
 int orch_host_reload(struct orch *o, const char *why);
 
-/* The private module of lua/cli: see core/internal.c. */
+/* What the commands in lua/cli need beyond the public API, "orch.internal": see core/internal.c. */
 int orch_luaopen_internal(lua_State *L);
 
 /* The control socket of this process (PID.sock) and requests to those of others. */

@@ -1,11 +1,15 @@
-/* The private module of the commands in lua/cli: what they need of the host beyond the public API. Not
- * reachable from users' scripts. Functions return a value, or nil, message, code. */
+/* The module "orch.internal" of the commands in lua/cli: what they need of the host beyond the public
+ * API. It may change with any version. Functions return a value, or nil, message, code. */
 #include "host.h"
+
+#include "vm/accel.h"
+#include "vm/template.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/statvfs.h>
 
 static struct orch *host_of(lua_State *L)
 {
@@ -38,37 +42,77 @@ static int i_paths(lua_State *L)
     return 1;
 }
 
-/* load(): { generation, tools = { { name, server, listed, file, timeout_ms }… }, notes, policies, audit_dir,
- * workspace } of the configuration as it is on disk; or nil, all errors, "config". */
+/* use_config(file): as --config FILE would. Before anything is loaded. */
+static int i_use_config(lua_State *L)
+{
+    struct orch_paths *p = &host_of(L)->paths;
+    const char *path = luaL_checkstring(L, 1);
+    char *real = realpath(path, NULL);
+    if (!real) {
+        struct orch_err err;
+        orch_err_setc(&err, ORCH_CLASS_CONFIG, errno, "%s: %s", path, strerror(errno));
+        return orch_push_err(L, &err);
+    }
+    free(p->config);
+    p->config = real;
+    p->origin = ORCH_CONFIG_OPTION;
+    lua_pushstring(L, real);
+    return 1;
+}
+
+static int push_errors(lua_State *L, struct orch_buf *errors, enum orch_class cls)
+{
+    while (errors->n && errors->p[errors->n - 1] == '\n')
+        errors->n--;
+    lua_pushnil(L);
+    lua_pushlstring(L, errors->p ? errors->p : "?", errors->p ? errors->n : 1);
+    lua_pushstring(L, orch_class_name(cls));
+    return 3;
+}
+
+static void set_string(lua_State *L, const char *key, const char *value)
+{
+    lua_pushstring(L, value);
+    lua_setfield(L, -2, key);
+}
+
+static void set_count(lua_State *L, struct orch_generation *g, const char *key)
+{
+    lua_State *policy = orch_state_lua(g->policy);
+    lua_rawgeti(policy, LUA_REGISTRYINDEX, g->engine_ref);
+    lua_getfield(policy, -1, key);
+    lua_pushinteger(L, (lua_Integer)lua_objlen(policy, -1));
+    lua_setfield(L, -2, key);
+    lua_pop(policy, 2);
+}
+
+/* load(): { generation, tools = { { name, server, listed, file }… }, rules, tests, notes, policies, audit_dir,
+ * workspace, image } of the configuration as it is on disk; or nil, all errors, class. */
 static int i_load(lua_State *L)
 {
     struct orch *o = host_of(L);
-    struct orch_err err = { 0 };
-    if (orch_host_generation(o, &err) < 0)
-        return orch_push_err(L, &err);
+    cleanup_buf struct orch_buf errors = { 0 };
+    enum orch_class cls = ORCH_CLASS_CONFIG;
+    if (!o->gen && !(o->gen = orch_generation_load(o, ORCH_TRUST_CHECK, NULL, &errors, &cls)))
+        return push_errors(L, &errors, cls);
     struct orch_generation *g = o->gen;
     lua_newtable(L);
-    lua_pushstring(L, g->hash);
-    lua_setfield(L, -2, "generation");
-    lua_pushstring(L, g->notes.p ? g->notes.p : "");
-    lua_setfield(L, -2, "notes");
-    lua_pushstring(L, g->cfg.policies);
-    lua_setfield(L, -2, "policies");
-    lua_pushstring(L, g->cfg.workspace);
-    lua_setfield(L, -2, "workspace");
-    lua_pushstring(L, g->cfg.audit_dir);
-    lua_setfield(L, -2, "audit_dir");
+    set_string(L, "generation", g->hash);
+    set_string(L, "notes", g->notes.p ? g->notes.p : "");
+    set_string(L, "policies", g->cfg.policies);
+    set_string(L, "workspace", g->cfg.workspace);
+    set_string(L, "audit_dir", g->cfg.audit_dir);
+    set_string(L, "image", g->cfg.vm_image);
+    set_count(L, g, "rules");
+    set_count(L, g, "tests");
     lua_newtable(L);
     for (size_t i = 0; i < g->n_tools; i++) {
         lua_newtable(L);
-        lua_pushstring(L, g->tools[i]->name);
-        lua_setfield(L, -2, "name");
-        lua_pushstring(L, g->tools[i]->server);
-        lua_setfield(L, -2, "server");
+        set_string(L, "name", g->tools[i]->name);
+        set_string(L, "server", g->tools[i]->server);
+        set_string(L, "file", g->tools[i]->file);
         lua_pushboolean(L, g->tools[i]->listed);
         lua_setfield(L, -2, "listed");
-        lua_pushstring(L, g->tools[i]->file);
-        lua_setfield(L, -2, "file");
         lua_rawseti(L, -2, (int)i + 1);
     }
     lua_setfield(L, -2, "tools");
@@ -118,9 +162,8 @@ static int i_trust(lua_State *L)
     enum orch_class cls = ORCH_CLASS_CONFIG;
     struct orch_generation *g = orch_generation_load(o, ORCH_TRUST_COLLECT, &list, &errors, &cls);
     if (!g) {
-        orch_err_setc(&err, cls, EINVAL, "%s", errors.p ? errors.p : "?");
         orch_trust_files_free(list.files, list.n);
-        return orch_push_err(L, &err);
+        return push_errors(L, &errors, cls);
     }
     orch_generation_unref(g);
     cleanup_free char *dir = orch_xstrdup(o->paths.config);
@@ -249,18 +292,67 @@ static int i_launch_check(lua_State *L)
     return 1;
 }
 
+/* isolation(): what a start with accel "auto" would use, "none" while that is open; and why. Writes nothing. */
 static int i_isolation(lua_State *L)
 {
     struct orch *o = host_of(L);
-    struct orch_err err = { 0 };
-    struct orch_vms *vms = o->env.vms(o, &err);
-    if (!vms)
-        return orch_push_err(L, &err);
     cleanup_buf struct orch_buf why = { 0 };
-    enum orch_isolation i = orch_vms_known_isolation(vms, &why);
+    struct orch_vmm_host *host = orch_vmm_qemu.host_new(o->loop, o->paths.cache, NULL);
+    struct orch_templates *ts = orch_templates_new(&(struct orch_templates_opts){ .loop = o->loop,
+                                                                                  .backend = &orch_vmm_qemu,
+                                                                                  .host = host,
+                                                                                  .cache_dir = o->paths.cache,
+                                                                                  .runtime_dir = o->paths.runtime,
+                                                                                  .agent_path = o->paths.agent });
+    enum orch_isolation i = orch_templates_known(ts, &why);
+    orch_templates_free(ts);
+    orch_vmm_qemu.host_free(host);
     lua_pushstring(L, orch_isolation_name(i));
     lua_pushstring(L, why.p ? why.p : "");
     return 2;
+}
+
+static int i_kvm_device(lua_State *L)
+{
+    struct orch_err err = { 0 };
+    if (orch_accel_device(&err) < 0)
+        return orch_push_err(L, &err);
+    lua_pushboolean(L, 1);
+    return 1;
+}
+
+/* disk(path): { writable, free_bytes }. */
+static int i_disk(lua_State *L)
+{
+    const char *path = luaL_checkstring(L, 1);
+    struct statvfs fs;
+    lua_newtable(L);
+    lua_pushboolean(L, faccessat(AT_FDCWD, path, W_OK, AT_EACCESS) == 0);
+    lua_setfield(L, -2, "writable");
+    lua_pushnumber(L, statvfs(path, &fs) < 0 ? 0 : (double)fs.f_bavail * (double)fs.f_frsize);
+    lua_setfield(L, -2, "free_bytes");
+    return 1;
+}
+
+/* Whether -v or a log level below warn was given. */
+static int i_verbose(lua_State *L)
+{
+    lua_pushboolean(L, orch_log_on(ORCH_INFO));
+    return 1;
+}
+
+/* utf8(s): what is not UTF-8 becomes U+FFFD, as orch.json.encode needs it. */
+static int i_utf8(lua_State *L)
+{
+    size_t n;
+    const char *s = luaL_checklstring(L, 1, &n);
+    cleanup_buf struct orch_buf quoted = { 0 };
+    if (orch_utf8_valid((struct orch_slice){ s, n })) {
+        lua_settop(L, 1);
+        return 1;
+    }
+    orch_json_quote(&quoted, (struct orch_slice){ s, n });
+    return push_json_text(L, (struct orch_slice){ quoted.p, quoted.n });
 }
 
 /* set_kernel(file, modules): before the first microVM or image build. */
@@ -376,6 +468,7 @@ int orch_luaopen_internal(lua_State *L)
 {
     static const struct luaL_Reg functions[] = {
         { "paths", i_paths },
+        { "use_config", i_use_config },
         { "load", i_load },
         { "config", i_config },
         { "explain", i_explain },
@@ -387,6 +480,10 @@ int orch_luaopen_internal(lua_State *L)
         { "control", i_control },
         { "escape", i_escape },
         { "nearest", i_nearest },
+        { "utf8", i_utf8 },
+        { "kvm_device", i_kvm_device },
+        { "disk", i_disk },
+        { "verbose", i_verbose },
         { "launch_check", i_launch_check },
         { "isolation", i_isolation },
         { "set_kernel", i_set_kernel },
@@ -400,5 +497,7 @@ int orch_luaopen_internal(lua_State *L)
     lua_setfield(L, -2, "features");
     lua_pushliteral(L, ORCH_PREFIX);
     lua_setfield(L, -2, "prefix");
+    lua_pushinteger(L, (lua_Integer)geteuid());
+    lua_setfield(L, -2, "uid");
     return 1;
 }

@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
@@ -35,88 +36,94 @@ static int usage(const char *fmt, ...)
     return ORCH_CLASS_USAGE;
 }
 
-/* A global option at argv[0]: how many arguments it takes up, 0 when it is none, or a negative exit status. */
-static int parse_global(char **argv, struct options *opt)
+/* The global option at argv[*i], which is moved to its last word. 1: taken, 0: it is none, or a negative
+ * exit status. */
+static int take_global(char **argv, int *i, struct options *opt)
 {
-    const char *a = argv[0], *value = argv[1];
-    if (a[0] == '-' && a[1] && strspn(a + 1, "v") == strlen(a + 1)) {
-        opt->verbose += (int)strlen(a + 1);
-        return 1;
+    static const char *const valued[] = { "-c", "--config", "--log-format", "--log-level", NULL };
+    const char *a = argv[*i], *value = NULL, *name = NULL;
+    for (const char *const *v = valued; *v && !name; v++) {
+        size_t n = strlen(*v);
+        if (strncmp(a, *v, n) != 0 || (a[n] && (a[n] != '=' || n == 2)))
+            continue;
+        name = *v;
+        value = a[n] ? a + n + 1 : argv[*i + 1];
+        if (!value)
+            return -usage("%s needs a value", name);
+        *i += !a[n];
     }
-    if (strcmp(a, "-c") != 0 && strcmp(a, "--config") != 0 && strcmp(a, "--log-format") != 0 && strcmp(a, "--log-level") != 0)
-        return 0;
-    if (!value)
-        return -usage("%s needs a value", a);
-    if (strcmp(a, "--log-format") == 0) {
+    if (!name) {
+        if (strcmp(a, "--version") == 0)
+            opt->version = true;
+        else if (a[0] == '-' && a[1] && strspn(a + 1, "v") == strlen(a + 1))
+            opt->verbose += (int)strlen(a + 1);
+        else
+            return 0;
+    } else if (strcmp(name, "--log-format") == 0) {
         if (strcmp(value, "json") != 0 && strcmp(value, "text") != 0)
             return -usage("--log-format must be text or json, got %s", value);
         orch_log_json(strcmp(value, "json") == 0);
-    } else if (strcmp(a, "--log-level") == 0) {
+    } else if (strcmp(name, "--log-level") == 0) {
         opt->level = orch_log_parse_level(value);
         if (opt->level < 0)
             return -usage("--log-level must be debug, info, warn or error, got %s", value);
     } else {
         opt->config = value;
     }
-    return 2;
-}
-
-/* Global options between a command's own words, up to "--" or, for `mcp stdio`, the server's command:
- * taken out of argv. Returns the new argc, or a negative exit status. */
-static int parse_between(int argc, char **argv, struct options *opt)
-{
-    int kept = 1, words = 0;
-    bool proxy = argc > 1 && strcmp(argv[0], "mcp") == 0 && strcmp(argv[1], "stdio") == 0;
-    for (int i = 1; i < argc; i++) {
-        bool value_of_own = proxy && (strcmp(argv[i - 1], "--as") == 0 || strcmp(argv[i - 1], "--sandbox") == 0);
-        bool command = argv[i][0] != '-' && !value_of_own && proxy && ++words > 1;
-        if (strcmp(argv[i], "--") == 0 || command) {
-            while (i < argc)
-                argv[kept++] = argv[i++];
-            break;
-        }
-        int taken = value_of_own ? 0 : parse_global(argv + i, opt);
-        if (taken < 0)
-            return taken;
-        if (!taken)
-            argv[kept++] = argv[i];
-        else
-            i += taken - 1;
-    }
-    argv[kept] = NULL;
-    return kept;
+    return 1;
 }
 
 /* Global options before the command. Returns the index of the first other argument, or a negative exit
  * status. */
-static int parse(int argc, char **argv, struct options *opt)
+static int parse(char **argv, struct options *opt)
 {
     static const char *const known[] = { "--config", "--log-format", "--log-level", "--help", "--version", NULL };
     int i = 1;
-    for (; i < argc && argv[i][0] == '-' && argv[i][1]; i++) {
+    for (; argv[i] && argv[i][0] == '-' && argv[i][1]; i++) {
         const char *a = argv[i];
-        int taken = parse_global(argv + i, opt);
-        if (taken < 0)
-            return taken;
-        if (taken) {
-            i += taken - 1;
-        } else if (strcmp(a, "-e") == 0) {
+        int r = take_global(argv, &i, opt);
+        if (r < 0)
+            return r;
+        if (r > 0)
+            continue;
+        if (strcmp(a, "-e") == 0) {
             opt->code = argv[i + 1];
-            return opt->code ? i + 2 : -usage("%s needs a value", a);
+            return opt->code ? i + 2 : -usage("-e needs a value");
         } else if (strcmp(a, "-h") == 0 || strcmp(a, "--help") == 0) {
             opt->help = true;
-        } else if (strcmp(a, "--version") == 0) {
-            opt->version = true;
         } else {
             const char *near = orch_nearest(a, known);
             return -usage("unknown option %s%s%s%s", a, near ? "; did you mean " : "", near ? near : "", near ? "?" : "");
         }
     }
-    if (i < argc && strcmp(argv[i], "-") == 0) {
+    if (argv[i] && strcmp(argv[i], "-") == 0) {
         opt->from_stdin = true;
         i++;
     }
     return i;
+}
+
+/* Takes the global options out of a command's words, up to CMD: what follows "--" or, with mcp, the word
+ * after its subcommand. A word behind an option of the command's own is left alone: it may be its value. */
+static int parse_rest(char **argv, struct options *opt)
+{
+    int kept = 0, words = 0, limit = argv[0] && strcmp(argv[0], "mcp") == 0 ? 2 : INT_MAX, i = 0;
+    for (; argv[i] && strcmp(argv[i], "--") != 0 && words <= limit; i++) {
+        int r = take_global(argv, &i, opt);
+        if (r < 0)
+            return r;
+        if (r > 0)
+            continue;
+        bool option = argv[i][0] == '-';
+        words += !option;
+        argv[kept++] = argv[i];
+        if (option && argv[i + 1] && argv[i + 1][0] != '-')
+            argv[kept++] = argv[++i];
+    }
+    while (argv[i])
+        argv[kept++] = argv[i++];
+    argv[kept] = NULL;
+    return kept;
 }
 
 static void on_signal(int signo)
@@ -186,7 +193,6 @@ static char *command_file(struct orch *o, const char *name)
 {
     if (strspn(name, "abcdefghijklmnopqrstuvwxyz-") != strlen(name))
         return NULL;
-    /* lua/mcp.lua is a script like any user's: it needs nothing private. */
     char *path = strcmp(name, "mcp") == 0 ? orch_xasprintf("%s/lua/mcp.lua", o->paths.share)
                                           : orch_xasprintf("%s/lua/cli/%s.lua", o->paths.share, name);
     if (access(path, R_OK) == 0)
@@ -200,69 +206,57 @@ static int run(struct orch *o, const struct options *opt, int argc, char **argv,
     cleanup_buf struct orch_buf text = { 0 };
     cleanup_free char *file = NULL;
     const char *const *args = (const char *const *)argv;
-    const char *help[3] = { NULL };
-    bool internal = false;
+    const char *unknown[] = { "--unknown", argv[0] };
     if (opt->code)
-        return orch_host_run(o, "(command line)", orch_slice_str(opt->code), argc, args, false, err);
+        return orch_host_run(o, "(command line)", orch_slice_str(opt->code), argc, args, err);
     if (opt->from_stdin) {
         int r = read_input(&text);
         if (r < 0)
             return orch_err_set(err, -r, "standard input: %s", strerror(-r)), -1;
-        return orch_host_run(o, "(stdin)", (struct orch_slice){ text.p, text.n }, argc, args, false, err);
+        return orch_host_run(o, "(stdin)", (struct orch_slice){ text.p, text.n }, argc, args, err);
     }
-    if (argc && is_script(argv[0])) {
-        file = orch_xstrdup(argv[0]);
+    if (opt->version) {
+        file = command_file(o, "version");
+        argc = 0;
+    } else if (opt->help) {
+        file = command_file(o, "help"); /* the words after -h are the command to explain */
+    } else if (argc && (file = is_script(argv[0]) ? orch_xstrdup(argv[0]) : command_file(o, argv[0]))) {
         args++;
         argc--;
     } else {
-        internal = true;
-        const char *name = opt->version ? "version" : !argc || opt->help ? "help" : argv[0];
-        file = command_file(o, name);
-        if (opt->version || (!argc && !opt->help)) {
-            argc = 0;
-        } else if (opt->help) {
-            /* the words after -h are the command to explain */
-        } else if (!file) {
-            file = command_file(o, "help");
-            help[0] = "--unknown";
-            help[1] = name;
-            args = help;
-            argc = 2;
-        } else {
-            internal = strcmp(name, "mcp") != 0;
-            args++;
-            argc--;
-        }
-        if (!file) {
-            orch_err_setc(err, ORCH_CLASS_CONFIG, ENOENT, "%s/lua/cli: missing; is orch installed whole?", o->paths.share);
-            return -1;
-        }
+        file = command_file(o, "help");
+        args = unknown;
+        argc = argc ? 2 : 1;
+    }
+    if (!file) {
+        orch_err_setc(err, ORCH_CLASS_CONFIG, ENOENT, "%s/lua/cli: missing; is orch installed whole?", o->paths.share);
+        return -1;
     }
     int r = orch_read_file(AT_FDCWD, file, SCRIPT_MAX_BYTES, &text);
     if (r < 0) {
         orch_err_setc(err, ORCH_CLASS_CONFIG, -r, "%s: %s", file, strerror(-r));
         return -1;
     }
-    return orch_host_run(o, file, (struct orch_slice){ text.p, text.n }, argc, args, internal, err);
+    return orch_host_run(o, file, (struct orch_slice){ text.p, text.n }, argc, args, err);
 }
 
 int main(int argc, char **argv)
 {
     struct options opt = { .level = -1 };
     struct orch_err err = { 0 };
-    int first = parse(argc, argv, &opt);
+    /* A standard stream that is closed must not become some other file's number. */
+    for (int fd = 0; fd < 3; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_WRONLY : O_RDONLY) != fd)
+            return ORCH_CLASS_FAILED;
+    int first = parse(argv, &opt);
     if (first < 0)
         return -first;
-    argc -= first;
     argv += first;
-    bool script = opt.code || opt.from_stdin || (argc && is_script(argv[0]));
-    if (!script && argc && (argc = parse_between(argc, argv, &opt)) < 0)
+    argc -= first;
+    if (!opt.code && !opt.from_stdin && argc && !is_script(argv[0]) && (argc = parse_rest(argv, &opt)) < 0)
         return -argc;
-    /* print of a script is a line of the log at level info. */
-    enum orch_level usual = script ? ORCH_INFO : ORCH_WARN;
-    orch_log_level(opt.level >= 0 ? (enum orch_level)opt.level : opt.verbose > 1 ? ORCH_DEBUG : opt.verbose ? ORCH_INFO : usual);
+    orch_log_level(opt.level >= 0 ? (enum orch_level)opt.level : opt.verbose > 1 ? ORCH_DEBUG : opt.verbose ? ORCH_INFO : ORCH_WARN);
     signal(SIGPIPE, SIG_IGN);
-    signal(SIGXFSZ, SIG_IGN); /* a file-size limit is a full disk to us: an error, not the end */
     if (too_deep()) {
         fprintf(stderr, "orch: started by an orch that was started by an orch (ORCH_DEPTH); this looks like a loop, refused\n");
         return ORCH_CLASS_CONFIG;

@@ -1,66 +1,35 @@
 -- The MCP entry script: what `orch mcp …` runs; `orch lua/mcp.lua stdio` is the same.
 local orch = require "orch"
+local cli = require "cli"
 
-local usage = [[
-usage: orch mcp stdio [--as NAME] [--] [CMD ARG…]
-         an MCP server on stdin and stdout: the configured tools; with CMD, a policy-enforcing
-         proxy in front of just that server (its tools are NAME__tool in policy, NAME is "cmd")
-       orch mcp test [--list] [--call NAME --args JSON] [--timeout T] -- CMD ARG…
-         connect to a server, list its tools or call one, print
-]]
-
-local function fail(message, status)
-  io.stderr:write("orch mcp: ", message, "\n")
-  return status
-end
-
-local function stdio(args)
-  local opts, i = { transport = "stdio" }, 1
-  while args[i] do
-    local a = args[i]
-    if a == "--" then
-      i = i + 1
-      break
-    elseif a == "--as" then
-      opts.as = args[i + 1]
-      if not opts.as or not opts.as:find("^[a-z0-9-]+$") or #opts.as > 32 or opts.as == "local" then
-        return fail("--as needs a name of 1 to 32 of a-z0-9- that is not \"local\"", 2)
-      end
-      i = i + 2
-    elseif a == "--sandbox" then
-      if args[i + 1] ~= "host" then return fail("--sandbox " .. tostring(args[i + 1]) .. " is not available yet; only host is", 2) end
-      i = i + 2
-    elseif a == "--help" or a == "-h" then
-      io.stdout:write(usage)
-      return 0
-    elseif a:sub(1, 1) == "-" then
-      return fail("unknown option " .. a .. "\n" .. usage, 2)
-    else
-      break
-    end
+local function stdio(opts, _, cmd, name)
+  local as = opts.as
+  if as and (not as:find("^[a-z0-9-]+$") or #as > 32 or as == "local") then
+    return cli.usage(name, "--as needs a name of 1 to 32 of a-z0-9- that is not \"local\", got " .. as)
+  elseif opts.sandbox and opts.sandbox ~= "host" then
+    return cli.fail(name, "--sandbox " .. opts.sandbox .. " is not available yet; only host is", 2)
   end
-  if args[i] then
-    opts.command = { unpack(args, i) }
-  end
-  local status, why, code = orch.mcp.serve(opts)
-  if not status then
-    local exits = { usage = 2, isolation = 5, config = 6, upstream = 7, limit = 8 }
-    return fail(why, exits[code] or 1)
-  end
+  local status, why, code = orch.mcp.serve { transport = "stdio", as = as, command = cmd and cmd[1] and cmd or nil }
+  if not status then return cli.fail(name, why, code) end
   if why then orch.log.info("mcp stdio: ended: " .. why) end
   return status
 end
 
-local args = { ... }
-local what = table.remove(args, 1)
-if what == "stdio" then
-  return stdio(args)
-elseif what == "test" then
-  return require "cli.test-mcp"(args)
-elseif what == "http" then
-  return fail("http is not available yet; use: orch mcp stdio", 2)
-elseif what == "--help" or what == "-h" then
-  io.stdout:write(usage)
-  return 0
-end
-return fail((what and ("unknown subcommand " .. what) or "a subcommand is missing") .. "\n" .. usage, 2)
+return cli.main("mcp", {
+  usage = "stdio|test …",
+  about = "Model Context Protocol: what an agent connects to, and a client to try servers with.",
+  commands = {
+    { "stdio", spec = {
+      summary = "MCP server on stdin and stdout, or a proxy in front of CMD",
+      usage = "[--as NAME] [--] [CMD ARG…]",
+      about = "An MCP server on standard input and output with the configured tools. With CMD: that server behind the policy,\n"
+        .. "its tools under their own names on the wire and as NAME__tool in policies. Logs go to stderr.",
+      options = { { "--as", "NAME", "name of CMD's server in policies (default: cmd)" },
+        { "--sandbox", "host", "where CMD runs; vm is not available yet" } },
+      examples = { "orch mcp stdio", "orch mcp stdio -- npx -y @modelcontextprotocol/server-filesystem ." },
+      status = "0 input ended, 6 configuration invalid or not trusted, 7 CMD's server failed, 2 usage",
+      command = "word", words = { 0, 0 }, run = stdio } },
+    { "test", spec = { summary = "connect to a server, list its tools or call one", delegate = "test-mcp" } },
+    { "http", later = "use: orch mcp stdio" },
+  },
+}, ...)

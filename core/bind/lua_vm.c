@@ -5,6 +5,9 @@
 #include "../vm/vm.h"
 
 #include <errno.h>
+#include <limits.h>
+#include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -12,8 +15,10 @@
 enum {
     ARGV_MAX = 4096,
     MAX_OUTPUT_BYTES = 1 << 20,
+    OUTPUT_MOST_BYTES = 64 << 20,
     FILE_MAX_BYTES = 16 << 20,
     STDIN_CHUNK = 64 * 1024,
+    PENDING_MAX_BYTES = 128 * 1024, /* of inherited output, before the guest has to wait */
 };
 
 #define VM_META "orch.vm"
@@ -44,8 +49,17 @@ struct operation {
     struct orch_buf out, err_out, in;
     size_t in_sent;
     int on_stdout, on_stderr; /* registry references */
-    bool inherit;             /* the process's own stdin, stdout, stderr */
+    bool inherit_in, inherit_out; /* the process's own stdin; stdout and stderr */
+    bool stdin_file;              /* stdin cannot be watched (a file, /dev/null): it is read when there is room */
     struct orch_watch *stdin_watch;
+    struct outlet {
+        struct operation *op;
+        struct orch_watch *watch; /* while its reader is behind */
+        struct orch_buf pending;
+        int fd;
+        bool closed;              /* nobody reads it any more */
+    } outlets[2];
+    bool ended; /* the command has, its output is still being written */
     struct orch_exec_result result;
     struct orch_err err;
     int (*push)(lua_State *L, struct operation *op);
@@ -83,6 +97,10 @@ static void operation_free(struct operation *op)
     if (op->file)
         orch_fileop_drop(op->file);
     orch_watch_free(op->stdin_watch);
+    for (struct outlet *out = op->outlets; out < op->outlets + 2; out++) {
+        orch_watch_free(out->watch);
+        orch_buf_free(&out->pending);
+    }
     luaL_unref(op->h->main, LUA_REGISTRYINDEX, op->on_stdout);
     luaL_unref(op->h->main, LUA_REGISTRYINDEX, op->on_stderr);
     orch_buf_free(&op->out);
@@ -135,6 +153,8 @@ static void handle_close(struct orch_vm_handle *h, const char *why)
             orch_fileop_drop(op->file);
         op->exec = NULL;
         op->file = NULL;
+        orch_watch_free(op->stdin_watch);
+        op->stdin_watch = NULL;
         if (!pending)
             continue;
         orch_err_setc(&op->err, ORCH_CLASS_CLOSED, ESHUTDOWN, "the microVM was closed: %s", why);
@@ -400,24 +420,110 @@ static void call_output_fn(struct operation *op, int ref, struct orch_slice byte
         orch_log(ORCH_ERROR, "exec: output callback: %s", err.msg);
 }
 
+/* ---- the process's own streams. A reader that is behind must not stop the loop, and the descriptors are
+ * shared with other processes, so they are not made non-blocking: a pipe that poll calls writable takes
+ * PIPE_BUF bytes at once. */
+
+static void outlet_flush(struct outlet *out);
+
+static void outlet_writable(void *ud, int events)
+{
+    (void)events;
+    outlet_flush(ud);
+}
+
+static void outlet_flush(struct outlet *out)
+{
+    struct operation *op = out->op;
+    while (out->pending.n) {
+        struct pollfd p = { .fd = out->fd, .events = POLLOUT };
+        if (poll(&p, 1, 0) == 0)
+            break;
+        ssize_t w = write(out->fd, out->pending.p, out->pending.n < PIPE_BUF ? out->pending.n : PIPE_BUF);
+        if (w < 0 && errno == EINTR)
+            continue;
+        if (w < 0 && errno == EAGAIN)
+            break;
+        if (w < 0) { /* as for a program of this machine: its reader is gone */
+            out->closed = true;
+            out->pending.n = 0;
+            if (op->exec)
+                orch_exec_signal(op->exec, SIGPIPE);
+            break;
+        }
+        orch_buf_consume(&out->pending, (size_t)w);
+    }
+    if (out->pending.n && !out->watch)
+        out->watch = orch_watch_new(orch_env_of(op->h->main)->loop, out->fd, ORCH_WRITE, outlet_writable, out);
+    if (!out->pending.n) {
+        orch_watch_free(out->watch);
+        out->watch = NULL;
+    }
+    bool behind = false;
+    for (struct outlet *any = op->outlets; any < op->outlets + 2; any++)
+        behind = behind || any->pending.n > PENDING_MAX_BYTES;
+    if (op->exec)
+        orch_channel_pause(orch_vm_channel(op->h->vm), behind);
+    else if (op->ended && !op->outlets[0].pending.n && !op->outlets[1].pending.n)
+        operation_ready(op);
+}
+
 static void exec_output(void *ud, int stream, struct orch_slice bytes)
 {
     struct operation *op = ud;
+    struct outlet *out = &op->outlets[stream - 1];
     int ref = stream == 1 ? op->on_stdout : op->on_stderr;
-    if (op->inherit)
-        (void)orch_write_all(stream, bytes.p, bytes.n);
-    else if (ref != LUA_NOREF)
+    if (op->inherit_out && !out->closed) {
+        orch_buf_slice(&out->pending, bytes);
+        if (!out->watch)
+            outlet_flush(out);
+    } else if (op->inherit_out) {
+        return;
+    } else if (ref != LUA_NOREF) {
         call_output_fn(op, ref, bytes);
-    else
+    } else {
         orch_buf_slice(stream == 1 ? &op->out : &op->err_out, bytes);
+    }
+}
+
+/* Moves one chunk of the process's stdin; false when the window is full or the input has ended. */
+static bool feed_stdin(struct operation *op)
+{
+    char chunk[STDIN_CHUNK];
+    if (op->in_sent == op->in.n) {
+        ssize_t r = read(STDIN_FILENO, chunk, sizeof chunk);
+        if (r < 0 && (errno == EINTR || errno == EAGAIN))
+            return false;
+        if (r <= 0) {
+            orch_watch_free(op->stdin_watch);
+            op->stdin_watch = NULL;
+            op->stdin_file = false;
+            orch_exec_close_stdin(op->exec);
+            return false;
+        }
+        op->in.n = op->in_sent = 0;
+        orch_buf_add(&op->in, chunk, (size_t)r);
+    }
+    op->in_sent += orch_exec_write(op->exec, op->in.p + op->in_sent, op->in.n - op->in_sent);
+    return op->in_sent == op->in.n;
+}
+
+static void stdin_readable(void *ud, int events)
+{
+    (void)events;
+    struct operation *op = ud;
+    if (!feed_stdin(op) && op->in_sent < op->in.n)
+        orch_watch_set(op->stdin_watch, 0); /* drained turns it on again */
 }
 
 static void exec_feed(void *ud)
 {
     struct operation *op = ud;
-    if (op->inherit) {
+    if (op->inherit_in) {
         if (op->stdin_watch)
             orch_watch_set(op->stdin_watch, ORCH_READ);
+        while (op->stdin_file && feed_stdin(op))
+            ;
         return;
     }
     while (op->in_sent < op->in.n) {
@@ -430,58 +536,28 @@ static void exec_feed(void *ud)
     orch_buf_free(&op->in);
 }
 
-static void stdin_readable(void *ud, int events)
-{
-    (void)events;
-    struct operation *op = ud;
-    char chunk[STDIN_CHUNK];
-    if (op->in_sent == op->in.n) {
-        ssize_t r = read(STDIN_FILENO, chunk, sizeof chunk);
-        if (r < 0 && (errno == EINTR || errno == EAGAIN))
-            return;
-        if (r <= 0) {
-            orch_watch_free(op->stdin_watch);
-            op->stdin_watch = NULL;
-            orch_exec_close_stdin(op->exec);
-            return;
-        }
-        op->in.n = op->in_sent = 0;
-        orch_buf_add(&op->in, chunk, (size_t)r);
-    }
-    op->in_sent += orch_exec_write(op->exec, op->in.p + op->in_sent, op->in.n - op->in_sent);
-    if (op->in_sent < op->in.n)
-        orch_watch_set(op->stdin_watch, 0); /* drained turns it on again */
-}
-
 static void exec_done(void *ud, const struct orch_exec_result *r, const struct orch_err *err)
 {
     struct operation *op = ud;
     op->exec = NULL;
+    op->ended = true;
     orch_watch_free(op->stdin_watch);
     op->stdin_watch = NULL;
     if (err)
         op->err = *err;
     else
         op->result = *r;
-    operation_ready(op);
+    if (!op->outlets[0].pending.n && !op->outlets[1].pending.n)
+        operation_ready(op);
 }
 
-/* stdin of the process itself; files and /dev/null cannot be watched and are read at once. */
 static void inherit_stdin(struct operation *op, struct orch_loop *loop)
 {
     struct stat st;
-    bool plain = fstat(STDIN_FILENO, &st) < 0 || S_ISREG(st.st_mode) || (S_ISCHR(st.st_mode) && !isatty(STDIN_FILENO));
-    if (!plain) {
+    op->stdin_file = fstat(STDIN_FILENO, &st) < 0 || S_ISREG(st.st_mode) || (S_ISCHR(st.st_mode) && !isatty(STDIN_FILENO));
+    if (!op->stdin_file)
         op->stdin_watch = orch_watch_new(loop, STDIN_FILENO, ORCH_READ, stdin_readable, op);
-        return;
-    }
-    op->inherit = false; /* feed as given bytes; the output goes where inherit says all the same */
-    char chunk[STDIN_CHUNK];
-    ssize_t r;
-    while (op->in.n < FILE_MAX_BYTES && (r = read(STDIN_FILENO, chunk, sizeof chunk)) > 0)
-        orch_buf_add(&op->in, chunk, (size_t)r);
     exec_feed(op);
-    op->inherit = true;
 }
 
 static int l_exec(lua_State *L)
@@ -503,7 +579,9 @@ static int l_exec(lua_State *L)
         .drained = exec_feed,
         .done = exec_done,
     };
-    bool inherit = trusted && orch_opt_bool(&o, "inherit", false);
+    /* Of the command line: the process's own streams; or its stdin alone. */
+    bool inherit_all = trusted && orch_opt_bool(&o, "inherit", false);
+    bool inherit = trusted && (orch_opt_bool(&o, "inherit_stdin", false) || inherit_all);
     if (orch_opt_push(&o, "env", LUA_TTABLE)) {
         /* { NAME = "value" } as a list of "NAME=value", kept on the stack. */
         lua_newtable(L);
@@ -527,6 +605,10 @@ static int l_exec(lua_State *L)
     bool err_fn = orch_opt_push(&o, "on_stderr", LUA_TFUNCTION);
     int err_idx = lua_gettop(L);
     orch_opts_done(&o);
+    if (x.max_output < 1 || (x.max_output > OUTPUT_MOST_BYTES && !(out_fn && err_fn)))
+        return luaL_error(L, "vm:exec: max_output must be from 1 byte to 64M; more needs on_stdout and on_stderr");
+    if (inherit_all)
+        x.max_output = 0;
     x.argv = orch_check_strings(L, 2, "vm:exec: argv", ARGV_MAX);
     if (!x.argv[0])
         return luaL_error(L, "vm:exec: argv is empty");
@@ -547,7 +629,12 @@ static int l_exec(lua_State *L)
     }
     if (input)
         orch_buf_add(&op->in, input, n_input);
-    op->inherit = inherit;
+    op->inherit_in = inherit;
+    op->inherit_out = inherit_all;
+    for (int i = 0; i < 2; i++) {
+        op->outlets[i].op = op;
+        op->outlets[i].fd = i + 1;
+    }
     x.stdin_open = input || inherit;
     x.ud = op;
     struct orch_err err = { 0 };

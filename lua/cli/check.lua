@@ -1,0 +1,28 @@
+local cli = require "cli"
+
+return cli.main("check", {
+  usage = "FILE…",
+  about = "Compiles Lua files without running them and prints syntax errors with file:line. Policies and tools as a whole:\n"
+    .. "orch policy check.",
+  examples = { "orch check policies/*.lua lua/tools/*.lua" },
+  status = "0 good, 6 a file has an error or cannot be read, 2 usage",
+  words = { 1, 10000 },
+  run = function(_, words)
+    local status = 0
+    for _, file in ipairs(words) do
+      local f, why = io.open(file, "rb")
+      local text = f and f:read("*a")
+      if f then f:close() end
+      if text then
+        text = text:gsub("^#[^\n]*", "")
+        f, why = loadstring(text, "@" .. file)
+      end
+      if not f or not text then
+        status = 6
+        cli.err(why or file .. ": cannot be read")
+      end
+    end
+    if status == 0 then cli.out(("%d file%s: ok\n"):format(#words, #words == 1 and "" or "s")) end
+    return status
+  end,
+}, ...)

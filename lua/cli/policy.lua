@@ -1,0 +1,119 @@
+local orch = require "orch"
+local internal = require "orch.internal"
+local cli = require "cli"
+
+local null = orch.json.null
+local function given(v) return v ~= nil and v ~= null and v or nil end
+
+-- The configuration to judge: that of the folder or file named, or the one in force.
+local function load(words, name)
+  if words[1] then
+    local file, why = cli.find_config(words[1])
+    if file then file, why = internal.use_config(file) end
+    if not file then return nil, cli.fail(name, why, 6) end
+  end
+  local g, why, code = internal.load()
+  if not g then
+    -- Failing tests of an otherwise good policy are a failed test, not a broken file.
+    local tests_only = true
+    for line in why:gmatch("[^\n]+") do tests_only = tests_only and line:find("tests%[%d+%]") ~= nil end
+    return nil, cli.fail(name, why, tests_only and 1 or code)
+  end
+  if g.notes ~= "" then cli.err((g.notes:gsub("\n$", ""))) end
+  return g
+end
+
+local function plural(n, word) return ("%d %s%s"):format(n, word, n == 1 and "" or "s") end
+
+local function check(_, words, _, name)
+  local g, status = load(words, name)
+  if not g then return status end
+  cli.out(("%s, %s, %s: ok\n"):format(plural(g.rules, "rule"), plural(g.tests, "test"), plural(#g.tools, "tool")))
+  return 0
+end
+
+local function test(_, words, _, name)
+  local g, status = load(words, name)
+  if not g then return status end
+  cli.out(g.tests == 0 and "no tests; write some into policies/tools.lua: tests = { … }\n" or plural(g.tests, "test") .. " passed\n")
+  return 0
+end
+
+local function explain(opts, words, _, name)
+  local g, status = load({}, name)
+  if not g then return status end
+  local x, why, code = internal.explain(words[1], words[2])
+  if not x then return cli.fail(name, why, code) end
+  if opts.json then
+    cli.json(x)
+    return 0
+  end
+  cli.out(x.decision, given(x.reason) and ": " .. cli.line(x.reason) or "", "\n")
+  local rows = {}
+  for _, r in ipairs(x.rules) do
+    local what = given(r.error) and "when failed: " .. r.error or not r.matched and "does not apply (when)" or r.has_when and "applies (when)" or "applies"
+    rows[#rows + 1] = { r.where, r.action, what, given(r.reason) or "" }
+  end
+  cli.columns(rows, "  ")
+  if not x.known then
+    cli.out("  (no tool ", cli.line(words[1]), " is configured; only its name was judged)\n")
+  elseif not x.listed then
+    cli.out("  (not in tools/list)\n")
+  end
+  return 0
+end
+
+local function show(opts, _, _, name)
+  local g, status = load({}, name)
+  if not g then return status end
+  local rules, why, code = internal.rules()
+  if not rules then return cli.fail(name, why, code) end
+  if opts.json then
+    cli.json { rules = rules, tools = orch.json.array(g.tools), generation = g.generation }
+    return 0
+  end
+  local rows = { { "RULE", "TOOL", "ACTION", "WHEN", "EFFECTS", "REASON" } }
+  for _, r in ipairs(rules) do
+    local effects = {}
+    for _, key in ipairs { "network", "rate", "mark" } do
+      if given(r[key]) then effects[#effects + 1] = key .. " " .. tostring(r[key]) end
+    end
+    if r.rewrite then effects[#effects + 1] = "rewrite" end
+    if r.redact > 0 then effects[#effects + 1] = ("redact %d"):format(r.redact) end
+    rows[#rows + 1] = { r.where, r.tool, r.action, r.when and "yes" or "-", effects[1] and table.concat(effects, ", ") or "-", given(r.reason) or "" }
+  end
+  cli.columns(rows)
+  cli.out("\n")
+  rows = { { "TOOL", "SERVER", "LISTED", "FILE" } }
+  for _, t in ipairs(g.tools) do rows[#rows + 1] = { t.name, t.server, t.listed and "yes" or "no", t.file or "" } end
+  cli.columns(rows)
+  return 0
+end
+
+local STATUS = "0 good, 1 a policy test failed, 6 policy or configuration invalid or not trusted, 2 usage"
+
+return cli.main("policy", {
+  usage = "check|test|explain|show …",
+  about = "Looks at policies: policies/tools.lua says which tool calls are allowed, network.lua names network policies.\n"
+    .. "Every matching rule counts: deny beats ask beats allow; what no rule matches is denied.",
+  commands = {
+    { "check", spec = { summary = "read everything and name all errors", usage = "[FILE|DIR]",
+      about = "Reads configuration, policies and tools, runs the policy's tests, prints every error with file:line.\n"
+        .. "DIR: a folder with orchestrator.lua; FILE: that file or one of its policies.",
+      examples = { "orch policy check", "orch policy check examples/policy" }, status = STATUS, words = { 0, 1 }, run = check } },
+    { "test", spec = { summary = "run the tests in policies/tools.lua", usage = "[FILE|DIR]",
+      about = "Runs the unit tests of policies/tools.lua, as each load does.", examples = { "orch policy test" },
+      status = STATUS, words = { 0, 1 }, run = test } },
+    { "explain", spec = { summary = "which rules decide a call, with file:line", usage = "TOOL [ARGS-JSON] [--json]",
+      about = "Says how a call of TOOL with these arguments would be decided and which rules match. Nothing is run.",
+      options = { { "--json", nil, "print JSON" } },
+      examples = { [[orch policy explain run_command '{"command":"id"}']] },
+      status = "0 whatever the decision, 6 policy invalid, 2 usage", words = { 1, 2 }, run = explain } },
+    { "show", spec = { summary = "all rules, and which tools clients see", usage = "[--json]",
+      about = "Prints the rules in force and, for each tool, whether tools/list shows it.",
+      options = { { "--json", nil, "print JSON" } }, status = STATUS, words = { 0, 0 }, run = show } },
+    { "diff", later = "compare the files with your version control" },
+    { "grants", later = "nothing is remembered yet" },
+    { "revoke", later = "nothing is remembered yet" },
+  },
+}, ...)

@@ -1,0 +1,122 @@
+local orch = require "orch"
+local internal = require "orch.internal"
+local cli = require "cli"
+
+local function options(...)
+  local list = { unpack(cli.VM_OPTIONS) }
+  for _, o in ipairs { ... } do list[#list + 1] = o end
+  return list
+end
+
+local NAMES = { [1] = "failed", [2] = "usage", [3] = "denied", [5] = "isolation not available", [6] = "configuration", [8] = "limit" }
+
+local function run(opts, words, cmd, name)
+  if words[1] then return cli.usage(name, "unexpected argument " .. words[1] .. "; CMD comes after --") end
+  if not cmd or not cmd[1] then return cli.usage(name, "CMD is missing: orch vm run [options] -- CMD ARG…") end
+  -- CMD never ran: 125, and which of orch's own statuses it would have been.
+  local function failed(message, code)
+    local status = cli.status(code)
+    if code == "usage" then return cli.usage(name, message) end
+    if opts.json then cli.json { error = message, code = code, exit = 125, status_of_orch = status } end
+    return cli.fail(name, ("%s\n(status %d: %s; CMD was not run)"):format(message, status, NAMES[status] or "failed"), 125)
+  end
+  local vm, why, code = cli.spawn(opts)
+  if not vm then return failed(why, code) end
+  local x = { user = opts.user, timeout = opts.timeout, inherit_stdin = true }
+  if not opts.json then x.inherit = true end
+  local ok, r
+  ok, r, why, code = pcall(vm.exec, vm, cmd, x)
+  if not ok then
+    vm:close()
+    return cli.usage(name, (tostring(r):gsub("\n.*", "")))
+  elseif not r then
+    vm:close()
+    if code == "cancelled" then return 130 end
+    return cli.fail(name, why, 125)
+  end
+  local exit = r.timed_out and 124 or r.signal and 128 + r.signal or r.status
+  if opts.json then
+    cli.json { id = vm.id, backend = vm.backend, isolation = vm.isolation, image = vm.image, spawn_ms = vm.spawn_ms, ms = r.ms,
+      status = r.status, signal = r.signal, timed_out = r.timed_out, truncated = r.truncated, stdout = r.stdout, stderr = r.stderr,
+      exit = exit }
+  elseif r.failed then
+    io.stderr:write(cli.escape(r.stderr))
+  elseif r.timed_out then
+    cli.err("orch vm run: ended: the time-out of " .. opts.timeout .. " is over")
+  end
+  vm:close()
+  return exit
+end
+
+local function hold(opts, _, _, name)
+  local vm, why, code = cli.spawn(opts)
+  if not vm then return cli.fail(name, why, code) end
+  if opts.json then
+    cli.json { id = vm.id, backend = vm.backend, isolation = vm.isolation, image = vm.image, spawn_ms = vm.spawn_ms }
+  else
+    cli.out(vm.id, "\n")
+    io.stderr:write(("%s, %s, %s, %.1f ms; Ctrl-C ends it\n"):format(vm.image, vm.backend, vm.isolation, vm.spawn_ms))
+  end
+  io.stdout:flush()
+  local gone
+  repeat
+    orch.sleep(0.5)
+    gone, why, code = vm:network()
+  until not gone
+  return cli.fail(name, why, code)
+end
+
+local function list(opts, _, _, name)
+  local answers = internal.control('{"op":"vms"}', opts.pid)
+  local rows, all = { { "ID", "PID", "IMAGE", "BACKEND", "ISOLATION", "SPAWN", "NAME" } }, {}
+  for _, a in ipairs(answers) do
+    if a.error then cli.err(("orch %s: pid %d: %s"):format(name, a.pid, a.error)) end
+    for _, vm in ipairs(a.answer or {}) do
+      vm.pid = a.pid
+      all[#all + 1] = vm
+      rows[#rows + 1] = { vm.id, a.pid, vm.image, vm.backend, vm.isolation, ("%.1f ms"):format(vm.spawn_ms), vm.name or "" }
+    end
+  end
+  if opts.json then
+    cli.json(orch.json.array(all))
+  elseif all[1] then
+    cli.columns(rows)
+  else
+    cli.out(answers[1] and "no microVM is running\n"
+      or opts.pid and ("no orch process %d of yours is running\n"):format(opts.pid) or "no orch process of yours is running\n")
+  end
+  return 0
+end
+
+local JSON = { "--json", nil, "print one JSON object" }
+local LATER = "vm list works; end a microVM by ending its orch process"
+
+return cli.main("vm", {
+  usage = "run|spawn|list …",
+  about = "Runs commands in microVMs. Each is a machine of its own: nothing of the host is visible in it.",
+  commands = {
+    { "run", spec = {
+      summary = "one microVM, one command, destroyed after",
+      usage = "[options] -- CMD ARG…",
+      about = "Spawns a microVM, runs CMD in it and destroys it. Standard input, output, error and the exit status are CMD's.",
+      options = options({ "--user", "USER", "user that CMD runs as in the guest (default: 1000)" },
+        { "--timeout", "TIME", 'CMD is ended after this ("250ms", "30s", "5m")', kind = "duration" },
+        { "--json", nil, "print one JSON object with the output (at most 1 MiB a stream), status and isolation instead" }),
+      examples = { "orch vm run -- uname -a", "tar c . | orch vm run -- sh -c 'cd /tmp && tar x && ls -l'",
+        "orch vm run --timeout 10s --memory 512M -- sh -c 'exit 3'" },
+      status = "CMD's; 124 time-out, 126 not executable, 127 not found, 128+N signal N, 125 CMD never ran; 2 usage",
+      command = "--", run = run } },
+    { "spawn", spec = {
+      summary = "spawn one microVM and hold it until interrupted",
+      usage = "[options]", about = "Spawns a microVM, prints its id and holds it until Ctrl-C or SIGTERM.",
+      options = options({ "--name", "TEXT", "a label for vm list" }, JSON), examples = { "orch vm spawn --name demo" },
+      status = "130 interrupted, 143 terminated, 5 isolation not available, 2 usage", words = { 0, 0 }, run = hold } },
+    { "list", spec = {
+      summary = "the microVMs of this user's running orch processes",
+      usage = "[--pid N] [--json]", about = "Lists the microVMs of every running orch process of this user.",
+      options = { { "--pid", "N", "only of this process", kind = "count" }, { "--json", nil, "print a JSON array" } },
+      words = { 0, 0 }, run = list } },
+    { "exec", later = LATER }, { "logs", later = LATER }, { "stats", later = LATER }, { "kill", later = LATER },
+    { "pool", later = "every microVM is cloned when it is needed" },
+  },
+}, ...)
