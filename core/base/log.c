@@ -156,3 +156,8 @@ void orch_log_fields(enum orch_level level, struct orch_slice msg, struct orch_s
     if (orch_log_on(level))
         emit(level, msg, fields);
 }
+
+void orch_log_print(struct orch_slice msg)
+{
+    emit(ORCH_INFO, msg, (struct orch_slice){ 0 });
+}

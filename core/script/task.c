@@ -664,7 +664,8 @@ static int task_sleep(lua_State *L)
     int64_t ms;
     if (lua_type(L, 1) == LUA_TSTRING) {
         ms = orch_parse_duration_ms(lua_tostring(L, 1));
-        luaL_argcheck(L, ms >= 0, 1, "not a duration: seconds, or text like \"250ms\" \"30s\" \"5m\"");
+        if (ms < 0)
+            return luaL_error(L, "orch.sleep: not a duration: \"%s\"; seconds, or text like \"250ms\" \"30s\" \"5m\"", lua_tostring(L, 1));
     } else {
         lua_Number seconds = luaL_checknumber(L, 1);
         luaL_argcheck(L, seconds >= 0 && seconds <= 1e9, 1, "seconds out of range");

@@ -7,6 +7,11 @@ local function run_file(file)
   local exit = {}
   local env = setmetatable({ arg = { [0] = file } }, { __index = _G })
   env._G = env
+  env.print = function(...) -- TAP goes to stdout
+    local out = { n = select("#", ...), ... }
+    for i = 1, out.n do out[i] = tostring(out[i]) end
+    io.stdout:write(table.concat(out, "\t"), "\n")
+  end
   env.os = setmetatable({ exit = function(status)
     exit.status = status == nil and 0 or type(status) == "boolean" and (status and 0 or 1) or status
     error(exit, 0)
