@@ -256,7 +256,7 @@ static void watch_files(struct orch *o)
 static void vm_progress(void *ud, const char *line)
 {
     (void)ud;
-    orch_log(ORCH_WARN, "%s", line);
+    orch_log_print(orch_slice_str(line));
 }
 
 static void vm_event(void *ud, const char *event, struct orch_slice fields)

@@ -257,6 +257,7 @@ int main(int argc, char **argv)
         return -argc;
     orch_log_level(opt.level >= 0 ? (enum orch_level)opt.level : opt.verbose > 1 ? ORCH_DEBUG : opt.verbose ? ORCH_INFO : ORCH_WARN);
     signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN); /* a file that may not grow is an error like any other */
     if (too_deep()) {
         fprintf(stderr, "orch: started by an orch that was started by an orch (ORCH_DEPTH); this looks like a loop, refused\n");
         return ORCH_CLASS_CONFIG;

@@ -21,7 +21,7 @@ int orch_log_parse_level(const char *name); /* -1 unknown */
 void orch_log(enum orch_level level, const char *fmt, ...) ORCH_PRINTF(2, 3);
 /* `fields`: a JSON object's bytes or empty; written as they are in JSON mode, after the text else. */
 void orch_log_fields(enum orch_level level, struct orch_slice msg, struct orch_slice fields);
-/* What a trusted script prints: info, but shown whatever the level. */
+/* Info that is shown whatever the level: what a trusted script prints, progress of long work. */
 void orch_log_print(struct orch_slice msg);
 
 /* Appends s so that a terminal shows it and obeys nothing in it. Newline becomes \n unless keep_nl. */

@@ -92,7 +92,8 @@ static void emit(struct orch_vm *vm, const char *event, struct orch_buf *fields,
     orch_buf_printf(fields, ",\"ms\":%.1f", ms);
     if (vm->m->o.event)
         vm->m->o.event(vm->m->o.ud, event, (struct orch_slice){ fields->p, fields->n });
-    orch_log_fields(ORCH_INFO, orch_slice_str(event), (struct orch_slice){ fields->p, fields->n });
+    cleanup_free char *object = orch_xasprintf("{%s}", fields->p);
+    orch_log_fields(ORCH_INFO, orch_slice_str(event), orch_slice_str(object));
 }
 
 static void emit_spawn(struct orch_vm *vm)
@@ -633,9 +634,4 @@ void orch_vms_each(struct orch_vms *m, void (*fn)(void *ud, struct orch_vm *vm),
         if (vm->state != ENDED)
             fn(ud, vm);
     }
-}
-
-enum orch_isolation orch_vms_known_isolation(struct orch_vms *m, struct orch_buf *why)
-{
-    return orch_templates_known(m->templates, why);
 }

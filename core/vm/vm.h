@@ -79,8 +79,4 @@ bool orch_vm_no_aslr(const struct orch_vm *vm);
 /* Each microVM of this process. */
 void orch_vms_each(struct orch_vms *m, void (*fn)(void *ud, struct orch_vm *vm), void *ud);
 
-/* What a start with accel "auto" would use, from the device and the verdict remembered in the cache
- * directory; NONE when QEMU is missing or KVM was not tried yet. For doctor. `why` gets the reason. */
-enum orch_isolation orch_vms_known_isolation(struct orch_vms *m, struct orch_buf *why);
-
 #endif

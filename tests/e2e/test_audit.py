@@ -113,7 +113,7 @@ def change(old, new):
 
 
 TAMPER = [
-    ("an argument changed", change(b'"message":"one"', b'"message":"two"')),
+    ("an argument changed", change(b'"one"', b'"two"')),
     ("a decision changed", change(b'"decision":"deny"', b'"decision":"allow"')),
     ("a line removed", lambda lines: lines[:2] + lines[3:]),
     ("the first line removed", lambda lines: lines[1:]),

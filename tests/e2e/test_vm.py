@@ -80,7 +80,7 @@ def timeout(env):
 @case("vm run: a network policy is refused by name before anything runs")
 def network(env):
     r = vm(env, "true", options=("--network", "packages"))
-    expect(r.status in (2, 5, 6) and "packages" in r.err and re.search("not available yet|unknown|no network policy", r.err), r)
+    expect(r.status == 125 and r.out == "" and "status 5" in r.err and "packages" in r.err and re.search("not available yet|unknown|no network policy", r.err), r)
 
 
 @case("vm run: memory and processors as asked")
