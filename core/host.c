@@ -162,8 +162,10 @@ int orch_host_generation(struct orch *o, struct orch_err *err)
             errors.p[--errors.n] = 0;
         return orch_err_setc(err, cls, EINVAL, "%s", errors.p);
     }
+    /* Nobody wrote the built-in configuration: what there is to say of it is no warning. */
+    enum orch_level level = o->paths.origin == ORCH_CONFIG_BUILTIN ? ORCH_INFO : ORCH_WARN;
     for (char *line = o->gen->notes.p, *end; line && (end = strchr(line, '\n')); line = end + 1)
-        orch_log(ORCH_WARN, "%.*s", (int)(end - line), line);
+        orch_log(level, "%.*s", (int)(end - line), line);
     return 0;
 }
 

@@ -47,7 +47,7 @@ local function configuration()
     add("configuration", "error", why, why:find("orch trust", 1, true) and "read the files, then: orch trust" or "orch config check")
     return nil
   end
-  add("configuration", g.notes == "" and "ok" or "warn",
+  add("configuration", (g.notes == "" or paths.origin == "built-in") and "ok" or "warn",
     ("%s (%s), %d tools%s"):format(paths.config, paths.origin, #g.tools, g.notes ~= "" and "\n" .. g.notes or ""))
   return g
 end
