@@ -53,28 +53,6 @@ static int l_error(lua_State *L)
     return log_at(L, ORCH_ERROR);
 }
 
-/* print of trusted scripts: stdout may be carrying a protocol. */
-static int l_print(lua_State *L)
-{
-    cleanup_buf struct orch_buf line = { 0 };
-    int n = lua_gettop(L);
-    for (int i = 1; i <= n; i++) {
-        size_t len;
-        if (i > 1)
-            orch_buf_char(&line, '\t');
-        lua_getglobal(L, "tostring");
-        lua_pushvalue(L, i);
-        lua_call(L, 1, 1);
-        const char *text = lua_tolstring(L, -1, &len);
-        if (!text)
-            return luaL_error(L, "'tostring' must return a string to 'print'");
-        orch_buf_add(&line, text, len);
-        lua_pop(L, 1);
-    }
-    orch_log_print((struct orch_slice){ line.p ? line.p : "", line.n });
-    return 0;
-}
-
 static int l_exit(lua_State *L)
 {
     struct orch_env *env = orch_env_of(L);
@@ -331,8 +309,6 @@ int orch_luaopen_sys(lua_State *L, int t)
         lua_pushcfunction(L, l_exit);
         lua_setfield(L, -2, "exit");
         lua_pop(L, 1);
-        lua_pushcfunction(L, l_print);
-        lua_setglobal(L, "print");
     }
     lua_newtable(L);
     orch_api_set(L, "orch.log.",

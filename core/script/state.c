@@ -721,7 +721,10 @@ static int log_print(lua_State *L)
         orch_state_charge(L, 10 + len / 16);
     }
     struct orch_state *s = orch_state_of(L);
-    orch_log(ORCH_INFO, "%s%s%.*s", s->bounded ? context_name(s) : "", s->bounded ? ": " : "", (int)used, line);
+    if (s->bounded)
+        orch_log(ORCH_INFO, "%s: %.*s", context_name(s), (int)used, line);
+    else
+        orch_log_print((struct orch_slice){ line, used });
     return 0;
 }
 
