@@ -19,9 +19,11 @@ int orch_accel_device(struct orch_err *err)
 {
     struct stat st;
     if (stat(DEVICE, &st) < 0)
-        return orch_err_setc(err, ORCH_CLASS_ISOLATION, errno,
-                             DEVICE ": %s; switch virtualization on in the firmware and load the module kvm_intel or kvm_amd",
-                             strerror(errno));
+        return orch_err_setc(
+            err, ORCH_CLASS_ISOLATION, errno,
+            DEVICE
+            ": %s; switch virtualization on in the firmware and load the module kvm_intel or kvm_amd",
+            strerror(errno));
     bool usable;
     if (geteuid() == 0) {
         /* A root orch runs VMMs under a uid of their own that gets the device's group, unless it is root's. */
@@ -32,12 +34,13 @@ int orch_accel_device(struct orch_err *err)
     }
     if (usable)
         return 0;
-    return orch_err_setc(err, ORCH_CLASS_ISOLATION, EACCES,
-                         DEVICE ": permission denied (mode %04o, uid %u, gid %u); %s", (unsigned)st.st_mode & 07777,
-                         (unsigned)st.st_uid, (unsigned)st.st_gid,
-                         st.st_gid == 0       ? "give it to group kvm: chgrp kvm " DEVICE "; chmod 660 " DEVICE
-                         : geteuid() == 0 ? "let its group use it: chmod 660 " DEVICE
-                                              : "add yourself to group kvm: usermod -aG kvm USER, then log in again");
+    return orch_err_setc(
+        err, ORCH_CLASS_ISOLATION, EACCES,
+        DEVICE ": permission denied (mode %04o, uid %u, gid %u); %s", (unsigned)st.st_mode & 07777,
+        (unsigned)st.st_uid, (unsigned)st.st_gid,
+        st.st_gid == 0   ? "give it to group kvm: chgrp kvm " DEVICE "; chmod 660 " DEVICE
+        : geteuid() == 0 ? "let its group use it: chmod 660 " DEVICE
+                         : "add yourself to group kvm: usermod -aG kvm USER, then log in again");
 }
 
 static void add_cpu_model(struct orch_buf *out)
@@ -50,7 +53,8 @@ static void add_cpu_model(struct orch_buf *out)
     ssize_t n = read(fd, text.p, 8192);
     close(fd);
     text.p[n > 0 ? n : 0] = 0;
-    static const char *const fields[] = { "\nvendor_id", "\ncpu family", "\nmodel\t", "\nmodel name", "\nstepping", "\nflags" };
+    static const char *const fields[] = { "\nvendor_id",  "\ncpu family", "\nmodel\t",
+                                          "\nmodel name", "\nstepping",   "\nflags" };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(fields); i++) {
         const char *at = strstr(text.p, fields[i]);
         if (at)
@@ -92,13 +96,16 @@ static uint32_t first_entry(const struct orch_json_doc *doc, uint32_t *count)
     return list + 1;
 }
 
-static bool is_for(const struct orch_json_doc *doc, uint32_t entry, const char *host_key, const char *image)
+static bool is_for(const struct orch_json_doc *doc, uint32_t entry, const char *host_key,
+                   const char *image)
 {
     uint32_t h = orch_json_get(doc, entry, "host"), i = orch_json_get(doc, entry, "image");
-    return h && i && orch_json_string_eq(doc, h, host_key) && (!image || orch_json_string_eq(doc, i, image));
+    return h && i && orch_json_string_eq(doc, h, host_key) &&
+           (!image || orch_json_string_eq(doc, i, image));
 }
 
-enum orch_accel_verdict orch_accel_recall(const char *cache_dir, const char *host_key, const char *image, struct orch_buf *why)
+enum orch_accel_verdict orch_accel_recall(const char *cache_dir, const char *host_key,
+                                          const char *image, struct orch_buf *why)
 {
     cleanup_buf struct orch_buf text = { 0 };
     cleanup_json struct orch_json_doc doc = { 0 };
@@ -117,16 +124,17 @@ enum orch_accel_verdict orch_accel_recall(const char *cache_dir, const char *hos
     return ORCH_ACCEL_UNTRIED;
 }
 
-void orch_accel_remember(const char *cache_dir, const char *host_key, const char *image, enum orch_accel_verdict v,
-                         const char *why)
+void orch_accel_remember(const char *cache_dir, const char *host_key, const char *image,
+                         enum orch_accel_verdict v, const char *why)
 {
     cleanup_buf struct orch_buf text = { 0 };
     cleanup_buf struct orch_buf out = { 0 };
     cleanup_json struct orch_json_doc doc = { 0 };
     cleanup_free char *path = orch_xasprintf("%s/accel.json", cache_dir);
     uint32_t count, kept = 1;
-    orch_buf_printf(&out, "{\"verdicts\":[\n{\"host\":\"%s\",\"image\":\"%s\",\"works\":%s,\"why\":", host_key, image,
-                    v == ORCH_ACCEL_WORKS ? "true" : "false");
+    orch_buf_printf(
+        &out, "{\"verdicts\":[\n{\"host\":\"%s\",\"image\":\"%s\",\"works\":%s,\"why\":", host_key,
+        image, v == ORCH_ACCEL_WORKS ? "true" : "false");
     orch_json_quote(&out, orch_slice_str(why ? why : ""));
     orch_buf_char(&out, '}');
     load(cache_dir, &text, &doc);
@@ -141,5 +149,6 @@ void orch_accel_remember(const char *cache_dir, const char *host_key, const char
     orch_buf_str(&out, "\n]}\n");
     int r = orch_write_file(AT_FDCWD, path, out.p, out.n, 0600);
     if (r < 0)
-        orch_log(ORCH_WARN, "%s: cannot be written, KVM is tried again by the next process: %s", path, strerror(-r));
+        orch_log(ORCH_WARN, "%s: cannot be written, KVM is tried again by the next process: %s",
+                 path, strerror(-r));
 }

@@ -15,9 +15,10 @@ void orch_accel_host_key(struct orch_slice vmm_identity, char out[65]);
 enum orch_accel_verdict { ORCH_ACCEL_UNTRIED, ORCH_ACCEL_WORKS, ORCH_ACCEL_FAILS };
 
 /* image NULL: the newest verdict for the host, whatever the image. why gets the reason of FAILS. */
-enum orch_accel_verdict orch_accel_recall(const char *cache_dir, const char *host_key, const char *image, struct orch_buf *why);
+enum orch_accel_verdict orch_accel_recall(const char *cache_dir, const char *host_key,
+                                          const char *image, struct orch_buf *why);
 /* Failing to write is logged; the next process then tries again. */
-void orch_accel_remember(const char *cache_dir, const char *host_key, const char *image, enum orch_accel_verdict v,
-                         const char *why);
+void orch_accel_remember(const char *cache_dir, const char *host_key, const char *image,
+                         enum orch_accel_verdict v, const char *why);
 
 #endif

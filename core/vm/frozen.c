@@ -87,7 +87,8 @@ static int copy_pages(int from, int to, uint64_t *at, uint64_t end, struct sum *
             }
             size_t first = i - run;
             while (run) {
-                ssize_t w = pwrite(to, buf + first * (PAGE / 8), run * PAGE, (off_t)(start + first * PAGE));
+                ssize_t w =
+                    pwrite(to, buf + first * (PAGE / 8), run * PAGE, (off_t)(start + first * PAGE));
                 if (w < 0 && errno == EINTR)
                     continue;
                 if (w <= 0 || w % PAGE)
@@ -121,8 +122,8 @@ int orch_frozen_new(struct orch_frozen *f, uint64_t memory_bytes, struct orch_er
         return 0;
     int e = errno;
     orch_frozen_fini(f);
-    return orch_err_set(err, e, "memory for a template (memfd of %llu MiB): %s", (unsigned long long)(memory_bytes >> 20),
-                        strerror(e));
+    return orch_err_set(err, e, "memory for a template (memfd of %llu MiB): %s",
+                        (unsigned long long)(memory_bytes >> 20), strerror(e));
 }
 
 int orch_frozen_seal(struct orch_frozen *f, struct orch_err *err)
@@ -164,8 +165,8 @@ static bool meta_string(const struct orch_json_doc *d, const char *key, char *ou
     return true;
 }
 
-static const char *read_meta(int dir_fd, struct orch_frozen_load *l, struct orch_frozen *out, char state_hash[65],
-                             int64_t *state_bytes)
+static const char *read_meta(int dir_fd, struct orch_frozen_load *l, struct orch_frozen *out,
+                             char state_hash[65], int64_t *state_bytes)
 {
     cleanup_buf struct orch_buf text = { 0 };
     cleanup_json struct orch_json_doc doc = { 0 };
@@ -178,11 +179,14 @@ static const char *read_meta(int dir_fd, struct orch_frozen_load *l, struct orch
         return "meta.json is malformed";
     if (!orch_json_int(&doc, orch_json_get(&doc, 0, "format"), &format) || format != FORMAT)
         return "its format is another version's";
-    if (!orch_json_int(&doc, orch_json_get(&doc, 0, "memory_bytes"), &memory) || (uint64_t)memory != l->bytes ||
+    if (!orch_json_int(&doc, orch_json_get(&doc, 0, "memory_bytes"), &memory) ||
+        (uint64_t)memory != l->bytes ||
         !orch_json_int(&doc, orch_json_get(&doc, 0, "pages"), &pages) || pages < 0 ||
-        !orch_json_int(&doc, orch_json_get(&doc, 0, "tsc_khz"), &khz) || khz < 0 || khz > UINT32_MAX ||
+        !orch_json_int(&doc, orch_json_get(&doc, 0, "tsc_khz"), &khz) || khz < 0 ||
+        khz > UINT32_MAX ||
         !orch_json_int(&doc, orch_json_get(&doc, 0, "state_bytes"), state_bytes) ||
-        !meta_string(&doc, "mem_sum", l->want_sum, sizeof l->want_sum) || !meta_string(&doc, "state_sha256", state_hash, 65))
+        !meta_string(&doc, "mem_sum", l->want_sum, sizeof l->want_sum) ||
+        !meta_string(&doc, "state_sha256", state_hash, 65))
         return "meta.json lacks something";
     l->pages = (uint64_t)pages;
     out->tsc_khz = (uint32_t)khz;
@@ -214,8 +218,8 @@ static const char *open_copy(int dir_fd, struct orch_frozen_load *l, struct orch
     return NULL;
 }
 
-struct orch_frozen_load *orch_frozen_open(const char *dir, const char *key, uint64_t memory_bytes, struct orch_frozen *out,
-                                          struct orch_err *err)
+struct orch_frozen_load *orch_frozen_open(const char *dir, const char *key, uint64_t memory_bytes,
+                                          struct orch_frozen *out, struct orch_err *err)
 {
     cleanup_free char *path = orch_xasprintf("%s/%s", dir, key);
     cleanup_close int dir_fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -302,7 +306,8 @@ static int create(int dir_fd, const char *name)
 
 /* Everything that the child does: system calls only, for in an embedder other threads may have held
  * locks when it was forked. Returns 0 or an errno. */
-static int save(int dir_fd, const char *temp, const char *key, const struct orch_frozen *f, const char *meta_head)
+static int save(int dir_fd, const char *temp, const char *key, const struct orch_frozen *f,
+                const char *meta_head)
 {
     static char meta[META_MAX];
     struct sum sum = { 0 };
@@ -328,8 +333,8 @@ static int save(int dir_fd, const char *temp, const char *key, const struct orch
             return -e;
         off += n;
     }
-    int n = snprintf(meta, sizeof meta, "%s\"pages\":%llu,\"mem_sum\":\"%016llx\"}\n", meta_head, (unsigned long long)sum.pages,
-                     (unsigned long long)sum_value(&sum));
+    int n = snprintf(meta, sizeof meta, "%s\"pages\":%llu,\"mem_sum\":\"%016llx\"}\n", meta_head,
+                     (unsigned long long)sum.pages, (unsigned long long)sum_value(&sum));
     if ((e = orch_write_all(about, meta, (size_t)n)) < 0)
         return -e;
     if (fsync(mem) < 0 || fsync(state) < 0 || fsync(about) < 0 || fsync(fd) < 0)
@@ -339,7 +344,8 @@ static int save(int dir_fd, const char *temp, const char *key, const struct orch
     return 0;
 }
 
-static int hash_state(const struct orch_frozen *f, char hex[65], long long *bytes, struct orch_err *err)
+static int hash_state(const struct orch_frozen *f, char hex[65], long long *bytes,
+                      struct orch_err *err)
 {
     cleanup_buf struct orch_buf state = { 0 };
     struct stat st;
@@ -371,8 +377,8 @@ static void close_others(const int *keep, size_t n)
     close_range(from, ~0U, 0);
 }
 
-pid_t orch_frozen_save(const char *dir, const char *key, const struct orch_frozen *f, struct orch_slice about, int lock_fd,
-                       int *pidfd, struct orch_err *err)
+pid_t orch_frozen_save(const char *dir, const char *key, const struct orch_frozen *f,
+                       struct orch_slice about, int lock_fd, int *pidfd, struct orch_err *err)
 {
     char temp[80], hash[65];
     long long state_bytes = 0;
@@ -381,8 +387,11 @@ pid_t orch_frozen_save(const char *dir, const char *key, const struct orch_froze
     orch_frozen_remove(dir, key);
     if (hash_state(f, hash, &state_bytes, err) < 0)
         return -1;
-    orch_buf_printf(&meta, "{\"format\":%d,%.*s,\"memory_bytes\":%llu,\"tsc_khz\":%u,\"state_bytes\":%lld,\"state_sha256\":\"%s\",",
-                    FORMAT, (int)about.n, about.p, (unsigned long long)f->memory_bytes, f->tsc_khz, state_bytes, hash);
+    orch_buf_printf(
+        &meta,
+        "{\"format\":%d,%.*s,\"memory_bytes\":%llu,\"tsc_khz\":%u,\"state_bytes\":%lld,\"state_sha256\":\"%s\",",
+        FORMAT, (int)about.n, about.p, (unsigned long long)f->memory_bytes, f->tsc_khz, state_bytes,
+        hash);
     cleanup_close int dir_fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (dir_fd < 0) {
         orch_err_set(err, errno, "%s: %s", dir, strerror(errno));

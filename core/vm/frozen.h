@@ -23,15 +23,15 @@ int orch_frozen_seal(struct orch_frozen *f, struct orch_err *err);
  * state sealed and the memory empty; step fills some MiB of it and returns 1, or 0 once all is there, its
  * checksum is right and it is sealed. open: -ENOENT when there is no copy; else negative: damaged. */
 struct orch_frozen_load;
-struct orch_frozen_load *orch_frozen_open(const char *dir, const char *key, uint64_t memory_bytes, struct orch_frozen *out,
-                                          struct orch_err *err);
+struct orch_frozen_load *orch_frozen_open(const char *dir, const char *key, uint64_t memory_bytes,
+                                          struct orch_frozen *out, struct orch_err *err);
 int orch_frozen_step(struct orch_frozen_load *l, struct orch_err *err);
 void orch_frozen_close(struct orch_frozen_load *l);
 
 /* Writes the copy from a child process, since syncing may take long; about: JSON members for people;
  * lock_fd stays open in it, so locked until it ends. Its exit status is 0 or an errno; pidfd tells the end. */
-pid_t orch_frozen_save(const char *dir, const char *key, const struct orch_frozen *f, struct orch_slice about, int lock_fd,
-                       int *pidfd, struct orch_err *err);
+pid_t orch_frozen_save(const char *dir, const char *key, const struct orch_frozen *f,
+                       struct orch_slice about, int lock_fd, int *pidfd, struct orch_err *err);
 /* Removes the copy, and what an interrupted save left. */
 void orch_frozen_remove(const char *dir, const char *key);
 /* Keeps the `keep` copies that were used last. */

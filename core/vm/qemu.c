@@ -30,14 +30,19 @@
 #define FD(slot) (ORCH_VMM_FD_BASE + ORCH_LAUNCH_FD_##slot)
 
 /* Debian's second binary, KVM only, needs a fifth of the libraries and starts 11 ms sooner. */
-static const char *const kvm_programs[] = { "/usr/bin/qemu-system-x86_64-microvm", "/usr/bin/qemu-system-x86_64",
+static const char *const kvm_programs[] = { "/usr/bin/qemu-system-x86_64-microvm",
+                                            "/usr/bin/qemu-system-x86_64",
                                             "/usr/local/bin/qemu-system-x86_64", NULL };
-static const char *const tcg_programs[] = { "/usr/bin/qemu-system-x86_64", "/usr/local/bin/qemu-system-x86_64", NULL };
+static const char *const tcg_programs[] = { "/usr/bin/qemu-system-x86_64",
+                                            "/usr/local/bin/qemu-system-x86_64", NULL };
 /* QEMU loads its translator as a module where the distribution builds it so, from a fixed place. */
 static const char *const tcg_modules[] = { "/usr/lib/x86_64-linux-gnu/qemu/accel-tcg-x86_64.so",
-                                           "/usr/lib64/qemu/accel-tcg-x86_64.so", "/usr/lib/qemu/accel-tcg-x86_64.so", NULL };
-static const char *const firmwares[] = { "/usr/share/qemu/qboot.rom", "/usr/share/qemu/bios-microvm.bin",
-                                         "/usr/local/share/qemu/bios-microvm.bin", "/usr/share/qboot/bios-microvm.bin", NULL };
+                                           "/usr/lib64/qemu/accel-tcg-x86_64.so",
+                                           "/usr/lib/qemu/accel-tcg-x86_64.so", NULL };
+static const char *const firmwares[] = { "/usr/share/qemu/qboot.rom",
+                                         "/usr/share/qemu/bios-microvm.bin",
+                                         "/usr/local/share/qemu/bios-microvm.bin",
+                                         "/usr/share/qboot/bios-microvm.bin", NULL };
 
 struct waiter {
     struct waiter *next;
@@ -75,7 +80,7 @@ struct orch_vmm {
     struct orch_json_doc doc;
     size_t total;
     bool clone, greeted, freezing, completed;
-    char said[512]; /* QMP's last error */
+    char said[512];         /* QMP's last error */
     struct orch_err broken; /* protocol error, delivered from the next turn */
 };
 
@@ -98,16 +103,18 @@ static int find_program(struct program *p, struct stat *st, struct orch_err *err
         cleanup_buf struct orch_buf tried = { 0 };
         for (size_t i = 0; places[i]; i++)
             orch_buf_printf(&tried, "%s%s", i ? ", " : "", places[i]);
-        return orch_err_setc(err, ORCH_CLASS_ISOLATION, ENOENT,
-                             "QEMU not found (looked for %s); install it: apt-get install qemu-system-x86", tried.p);
+        return orch_err_setc(
+            err, ORCH_CLASS_ISOLATION, ENOENT,
+            "QEMU not found (looked for %s); install it: apt-get install qemu-system-x86", tried.p);
     }
     struct stat fw;
     const char *firmware = first_existing(firmwares, &fw);
     if (!firmware)
-        return orch_err_setc(err, ORCH_CLASS_ISOLATION, ENOENT,
-                             "QEMU's microvm firmware not found (looked for %s and others); install it: apt-get install "
-                             "qemu-system-data",
-                             firmwares[0]);
+        return orch_err_setc(
+            err, ORCH_CLASS_ISOLATION, ENOENT,
+            "QEMU's microvm firmware not found (looked for %s and others); install it: apt-get install "
+            "qemu-system-data",
+            firmwares[0]);
     free(p->path);
     free(p->firmware);
     p->path = orch_xstrdup(path);
@@ -117,8 +124,8 @@ static int find_program(struct program *p, struct stat *st, struct orch_err *err
 
 static void add_file_identity(struct orch_buf *out, const char *path, const struct stat *st)
 {
-    orch_buf_printf(out, "%s %lld %lld.%09ld\n", path, (long long)st->st_size, (long long)st->st_mtim.tv_sec,
-                    st->st_mtim.tv_nsec);
+    orch_buf_printf(out, "%s %lld %lld.%09ld\n", path, (long long)st->st_size,
+                    (long long)st->st_mtim.tv_sec, st->st_mtim.tv_nsec);
 }
 
 /* What the list of libraries depends on. */
@@ -134,8 +141,8 @@ static void list_identity(struct program *p, const struct stat *st, struct orch_
 static bool trusted_file(const char *path)
 {
     struct stat st;
-    return path[0] == '/' && stat(path, &st) == 0 && S_ISREG(st.st_mode) && !(st.st_mode & (S_IWGRP | S_IWOTH)) &&
-           (st.st_uid == 0 || st.st_uid == geteuid());
+    return path[0] == '/' && stat(path, &st) == 0 && S_ISREG(st.st_mode) &&
+           !(st.st_mode & (S_IWGRP | S_IWOTH)) && (st.st_uid == 0 || st.st_uid == geteuid());
 }
 
 static void clear_libs(struct program *p)
@@ -168,7 +175,8 @@ static bool read_cached_list(struct program *p, struct orch_slice identity)
     cleanup_buf struct orch_buf text = { 0 };
     if (!trusted_file(path) || orch_read_file(AT_FDCWD, path, LIST_MAX, &text) < 0)
         return false;
-    if (text.n <= identity.n + 1 || memcmp(text.p, identity.p, identity.n) != 0 || text.p[identity.n] != '\n')
+    if (text.n <= identity.n + 1 || memcmp(text.p, identity.p, identity.n) != 0 ||
+        text.p[identity.n] != '\n')
         return false;
     clear_libs(p);
     for (const char *s = text.p + identity.n + 1, *end; *s; s = end + 1) {
@@ -194,7 +202,8 @@ static void write_cached_list(struct program *p)
         orch_buf_printf(&text, "%s\n", p->libs[i]);
     int e = orch_write_file(AT_FDCWD, path, text.p, text.n, 0600);
     if (e < 0)
-        orch_log(ORCH_INFO, "%s: cannot be written, QEMU's libraries are listed anew each time: %s", path, strerror(-e));
+        orch_log(ORCH_INFO, "%s: cannot be written, QEMU's libraries are listed anew each time: %s",
+                 path, strerror(-e));
 }
 
 /* Lines of ld.so --list: "\tNAME => PATH (0x…)", "\tPATH (0x…)"; the vdso has no path. */
@@ -208,14 +217,18 @@ static int parse_list(struct program *p, struct orch_err *err)
             slash = arrow + 4;
         size_t len = slash && slash < s + n ? strcspn(slash, " \n") : 0;
         if (len && !add_lib(p, slash, len))
-            return orch_err_setc(err, ORCH_CLASS_ISOLATION, EPERM,
-                                 "QEMU's library %.*s is missing or can be changed by others than root; reinstall it", (int)len,
-                                 slash);
+            return orch_err_setc(
+                err, ORCH_CLASS_ISOLATION, EPERM,
+                "QEMU's library %.*s is missing or can be changed by others than root; reinstall it",
+                (int)len, slash);
         s += n + (s[n] == '\n');
     }
     if (!p->n_libs)
-        return orch_err_setc(err, ORCH_CLASS_ISOLATION, ENOEXEC, "%s --list %s: lists no library", LD_SO, p->path);
-    return add_lib(p, LD_SO, strlen(LD_SO)) ? 0 : orch_err_setc(err, ORCH_CLASS_ISOLATION, EPERM, "%s cannot be used", LD_SO);
+        return orch_err_setc(err, ORCH_CLASS_ISOLATION, ENOEXEC, "%s --list %s: lists no library",
+                             LD_SO, p->path);
+    return add_lib(p, LD_SO, strlen(LD_SO))
+               ? 0
+               : orch_err_setc(err, ORCH_CLASS_ISOLATION, EPERM, "%s cannot be used", LD_SO);
 }
 
 /* ---- prepare */
@@ -262,7 +275,8 @@ static void listed_all(void *ud, int status)
         char how[64];
         orch_proc_describe(status, how, sizeof how);
         struct orch_slice said = orch_proc_stderr(p->lister);
-        orch_err_setc(&p->err, ORCH_CLASS_ISOLATION, ENOEXEC, "%s --list %s: %s: %.*s", LD_SO, p->path, how, (int)said.n, said.p);
+        orch_err_setc(&p->err, ORCH_CLASS_ISOLATION, ENOEXEC, "%s --list %s: %s: %.*s", LD_SO,
+                      p->path, how, (int)said.n, said.p);
     } else if (parse_list(p, &p->err) == 0) {
         p->ready = true;
         write_cached_list(p);
@@ -280,7 +294,8 @@ static int start_lister(struct program *p)
     if (!p->lister)
         return orch_err_wrap(&p->err, "listing QEMU's libraries");
     orch_proc_close_stdin(p->lister);
-    p->watch = orch_watch_new(p->host->loop, orch_proc_stdout(p->lister), ORCH_READ, listed_some, p);
+    p->watch =
+        orch_watch_new(p->host->loop, orch_proc_stdout(p->lister), ORCH_READ, listed_some, p);
     return 0;
 }
 
@@ -321,7 +336,8 @@ static void qemu_unprepare(struct orch_vmm_host *h, void *ud)
         }
 }
 
-static struct orch_vmm_host *qemu_host_new(struct orch_loop *l, const char *cache_dir, const char *program)
+static struct orch_vmm_host *qemu_host_new(struct orch_loop *l, const char *cache_dir,
+                                           const char *program)
 {
     struct orch_vmm_host *h = orch_xcalloc(1, sizeof *h);
     h->loop = l;
@@ -387,8 +403,10 @@ static ORCH_PRINTF(2, 3) void arg(struct args *a, const char *fmt, ...)
 static void add_kernel(struct args *a, const struct orch_vmm_spec *s)
 {
     cleanup_buf struct orch_buf line = { 0 };
-    orch_buf_str(&line, "console=ttyS0 quiet loglevel=1 reboot=t panic=-1 cryptomgr.notests i8042.nokbd i8042.noaux "
-                        "random.trust_cpu=on");
+    orch_buf_str(
+        &line,
+        "console=ttyS0 quiet loglevel=1 reboot=t panic=-1 cryptomgr.notests i8042.nokbd i8042.noaux "
+        "random.trust_cpu=on");
     if (!s->kvm)
         orch_buf_printf(&line, " tsc_early_khz=%u tsc=reliable", s->tsc_khz);
     arg(a, "-kernel");
@@ -409,7 +427,8 @@ static void build_args(struct args *a, const char *program, const struct orch_vm
     arg(a, "-accel");
     arg(a, s->kvm ? "kvm" : "tcg,tb-size=64"); /* more would not fit the address space limit */
     arg(a, "-M");
-    arg(a, "microvm,acpi=%s,pit=%s,pic=%s,rtc=on,isa-serial=on,x-option-roms=off,memory-backend=mem",
+    arg(a,
+        "microvm,acpi=%s,pit=%s,pic=%s,rtc=on,isa-serial=on,x-option-roms=off,memory-backend=mem",
         s->image->acpi ? "on" : "off", timer, timer);
     arg(a, "-cpu");
     arg(a, s->kvm ? "host" : "max");
@@ -423,7 +442,8 @@ static void build_args(struct args *a, const char *program, const struct orch_vm
     arg(a, "-display");
     arg(a, "none");
     arg(a, "-object");
-    arg(a, "memory-backend-file,id=mem,size=%uM,mem-path=" ORCH_VMM_FD_DIR "/%d,share=%s", mib, FD(MEM), s->clone ? "off" : "on");
+    arg(a, "memory-backend-file,id=mem,size=%uM,mem-path=" ORCH_VMM_FD_DIR "/%d,share=%s", mib,
+        FD(MEM), s->clone ? "off" : "on");
     arg(a, "-chardev");
     arg(a, "stdio,id=console,signal=off");
     arg(a, "-serial");
@@ -456,8 +476,8 @@ static void build_args(struct args *a, const char *program, const struct orch_vm
     }
 }
 
-static int qemu_identity(struct orch_vmm_host *h, bool kvm, const struct orch_vmm_spec *spec, struct orch_buf *out,
-                         struct orch_err *err)
+static int qemu_identity(struct orch_vmm_host *h, bool kvm, const struct orch_vmm_spec *spec,
+                         struct orch_buf *out, struct orch_err *err)
 {
     struct program *p = &h->programs[kvm];
     struct stat st;
@@ -553,7 +573,8 @@ static void migration_event(struct orch_vmm *v)
         else if (v->clone)
             v->cb.phase(v->cb.ud, "state");
     } else if (orch_json_string_eq(&v->doc, status, "failed")) {
-        break_off(v, "%s failed: %s", v->freezing ? "freezing" : "loading the state", *v->said ? v->said : "no reason given");
+        break_off(v, "%s failed: %s", v->freezing ? "freezing" : "loading the state",
+                  *v->said ? v->said : "no reason given");
     }
 }
 
@@ -664,18 +685,21 @@ static int socket_pair(int fds[2], struct orch_err *err)
 static void qemu_go(struct orch_vmm *v)
 {
     char text[96];
-    snprintf(text, sizeof text, "{\"execute\":\"migrate-incoming\",\"arguments\":{\"uri\":\"fd:%d\"}}\n", FD(STATE));
+    snprintf(text, sizeof text,
+             "{\"execute\":\"migrate-incoming\",\"arguments\":{\"uri\":\"fd:%d\"}}\n", FD(STATE));
     qmp_send(v, text, -1);
 }
 
 static int open_file(const char *path, int *fd, struct orch_err *err)
 {
     *fd = open(path, O_RDONLY | O_CLOEXEC);
-    return *fd >= 0 ? 0 : orch_err_set(err, errno, "%s: %s; build the image again (orch image build)", path, strerror(errno));
+    return *fd >= 0 ? 0
+                    : orch_err_set(err, errno, "%s: %s; build the image again (orch image build)",
+                                   path, strerror(errno));
 }
 
-static int start_cell(struct orch_vmm *v, struct program *p, struct orch_launcher *la, const struct orch_vmm_spec *s, int agent,
-                      int qmp, struct orch_err *err)
+static int start_cell(struct orch_vmm *v, struct program *p, struct orch_launcher *la,
+                      const struct orch_vmm_spec *s, int agent, int qmp, struct orch_err *err)
 {
     struct args a = { 0 };
     struct stat st;
@@ -688,7 +712,8 @@ static int start_cell(struct orch_vmm *v, struct program *p, struct orch_launche
         binds[n++] = (struct orch_cell_bind){ module, module };
     /* By descriptor: root's VMM has a uid that cannot reach into root's cache. */
     cleanup_close int kernel = -1, initrd = -1;
-    if (!s->clone && (open_file(s->image->kernel, &kernel, err) < 0 || open_file(s->image->initrd, &initrd, err) < 0))
+    if (!s->clone && (open_file(s->image->kernel, &kernel, err) < 0 ||
+                      open_file(s->image->initrd, &initrd, err) < 0))
         return -1;
     for (size_t i = 0; i < p->n_libs; i++)
         binds[n++] = (struct orch_cell_bind){ p->libs[i], p->libs[i] };
@@ -717,8 +742,9 @@ static int start_cell(struct orch_vmm *v, struct program *p, struct orch_launche
     return v->cell ? 0 : -1;
 }
 
-static struct orch_vmm *qemu_start(struct orch_vmm_host *h, struct orch_launcher *la, const struct orch_vmm_spec *s,
-                                   const struct orch_vmm_cb *cb, int *agent_fd, struct orch_err *err)
+static struct orch_vmm *qemu_start(struct orch_vmm_host *h, struct orch_launcher *la,
+                                   const struct orch_vmm_spec *s, const struct orch_vmm_cb *cb,
+                                   int *agent_fd, struct orch_err *err)
 {
     int agent[2] = { -1, -1 }, qmp[2] = { -1, -1 };
     if (socket_pair(agent, err) < 0)
@@ -737,11 +763,12 @@ static struct orch_vmm *qemu_start(struct orch_vmm_host *h, struct orch_launcher
         return NULL;
     }
     v->watch = orch_watch_new(h->loop, v->qmp_fd, ORCH_READ, qmp_readable, v);
-    qmp_send(v,
-             "{\"execute\":\"qmp_capabilities\"}\n"
-             "{\"execute\":\"migrate-set-capabilities\",\"arguments\":{\"capabilities\":["
-             "{\"capability\":\"x-ignore-shared\",\"state\":true},{\"capability\":\"events\",\"state\":true}]}}\n",
-             -1);
+    qmp_send(
+        v,
+        "{\"execute\":\"qmp_capabilities\"}\n"
+        "{\"execute\":\"migrate-set-capabilities\",\"arguments\":{\"capabilities\":["
+        "{\"capability\":\"x-ignore-shared\",\"state\":true},{\"capability\":\"events\",\"state\":true}]}}\n",
+        -1);
     if (s->clone && !s->hold)
         qemu_go(v);
     *agent_fd = orch_steal_fd(&agent_host);

@@ -26,8 +26,8 @@ struct orch_rundir {
 static bool is_folder_name(const char *name)
 {
     const char *dash = strrchr(name, '-');
-    return dash && (!strncmp(name, "vm-", 3) || !strncmp(name, "template-", 9)) && strlen(dash + 1) == 8 &&
-           strspn(dash + 1, "0123456789abcdef") == 8;
+    return dash && (!strncmp(name, "vm-", 3) || !strncmp(name, "template-", 9)) &&
+           strlen(dash + 1) == 8 && strspn(dash + 1, "0123456789abcdef") == 8;
 }
 
 /* A folder holds nothing but the log. */
@@ -41,15 +41,18 @@ int orch_rundir_open(const char *runtime_dir, struct orch_err *err)
 {
     int r = orch_mkdir_p(runtime_dir, 0700);
     if (r < 0)
-        return orch_err_set(err, -r, "runtime directory %s: cannot be made: %s", runtime_dir, strerror(-r));
+        return orch_err_set(err, -r, "runtime directory %s: cannot be made: %s", runtime_dir,
+                            strerror(-r));
     cleanup_close int base = open(runtime_dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     DIR *d = base < 0 ? NULL : fdopendir(dup(base));
     if (!d)
-        return orch_err_set(err, errno, "runtime directory %s: cannot be read: %s", runtime_dir, strerror(errno));
+        return orch_err_set(err, errno, "runtime directory %s: cannot be read: %s", runtime_dir,
+                            strerror(errno));
     for (struct dirent *e; (e = readdir(d));) {
         if (!is_folder_name(e->d_name))
             continue;
-        cleanup_close int fd = openat(base, e->d_name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+        cleanup_close int fd =
+            openat(base, e->d_name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
         if (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) == 0)
             remove_folder(base, fd, e->d_name);
     }
@@ -81,7 +84,8 @@ static void file_add(struct orch_rundir *r, const char *p, size_t n)
     if (e == 0 && full)
         e = orch_write_all(r->file_fd, mark, sizeof mark - 1);
     if (e < 0)
-        orch_log(ORCH_WARN, "%s/%s: cannot be written, the rest of the log is lost: %s", r->path, LOG_NAME, strerror(-e));
+        orch_log(ORCH_WARN, "%s/%s: cannot be written, the rest of the log is lost: %s", r->path,
+                 LOG_NAME, strerror(-e));
     if (e < 0 || full) {
         close(r->file_fd);
         r->file_fd = -1;
@@ -125,8 +129,8 @@ static int make_folder(struct orch_rundir *r, int base_fd, const char *prefix)
         }
         r->lock_fd = openat(base_fd, r->id, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
         struct stat st;
-        if (r->lock_fd >= 0 && flock(r->lock_fd, LOCK_EX | LOCK_NB) == 0 && fstat(r->lock_fd, &st) == 0 &&
-            st.st_nlink > 0)
+        if (r->lock_fd >= 0 && flock(r->lock_fd, LOCK_EX | LOCK_NB) == 0 &&
+            fstat(r->lock_fd, &st) == 0 && st.st_nlink > 0)
             return 0;
         if (r->lock_fd < 0 && errno != ENOENT)
             return -errno;
@@ -136,20 +140,27 @@ static int make_folder(struct orch_rundir *r, int base_fd, const char *prefix)
     return -EBUSY;
 }
 
-struct orch_rundir *orch_rundir_new(struct orch_loop *l, const char *runtime_dir, const char *prefix, struct orch_err *err)
+struct orch_rundir *orch_rundir_new(struct orch_loop *l, const char *runtime_dir,
+                                    const char *prefix, struct orch_err *err)
 {
     struct orch_rundir *r = orch_xmalloc(sizeof *r);
-    *r = (struct orch_rundir){ .base = orch_xstrdup(runtime_dir), .lock_fd = -1, .read_fd = -1, .write_fd = -1, .file_fd = -1 };
+    *r = (struct orch_rundir){ .base = orch_xstrdup(runtime_dir),
+                               .lock_fd = -1,
+                               .read_fd = -1,
+                               .write_fd = -1,
+                               .file_fd = -1 };
     cleanup_close int base = open(runtime_dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     int e = base < 0 ? -errno : make_folder(r, base, prefix);
     if (e < 0) {
-        orch_err_set(err, -e, "runtime directory %s: no folder for a microVM can be made: %s", runtime_dir, strerror(-e));
+        orch_err_set(err, -e, "runtime directory %s: no folder for a microVM can be made: %s",
+                     runtime_dir, strerror(-e));
         orch_rundir_free(r);
         return NULL;
     }
     r->path = orch_xasprintf("%s/%s", runtime_dir, r->id);
     int fds[2];
-    r->file_fd = openat(r->lock_fd, LOG_NAME, O_WRONLY | O_CREAT | O_EXCL | O_APPEND | O_CLOEXEC, 0600);
+    r->file_fd =
+        openat(r->lock_fd, LOG_NAME, O_WRONLY | O_CREAT | O_EXCL | O_APPEND | O_CLOEXEC, 0600);
     if (r->file_fd < 0 || pipe2(fds, O_CLOEXEC) < 0) {
         orch_err_set(err, errno, "%s/%s: cannot be made: %s", r->path, LOG_NAME, strerror(errno));
         orch_rundir_free(r);
@@ -210,7 +221,8 @@ size_t orch_dir_oldest(int dir_fd, mode_t type, char name[256])
     size_t n = 0;
     for (struct dirent *e; d && (e = readdir(d));) {
         struct stat st;
-        if (e->d_name[0] == '.' || fstatat(dir_fd, e->d_name, &st, AT_SYMLINK_NOFOLLOW) < 0 || (st.st_mode & S_IFMT) != type)
+        if (e->d_name[0] == '.' || fstatat(dir_fd, e->d_name, &st, AT_SYMLINK_NOFOLLOW) < 0 ||
+            (st.st_mode & S_IFMT) != type)
             continue;
         if (n++ == 0 || st.st_mtim.tv_sec < when.tv_sec ||
             (st.st_mtim.tv_sec == when.tv_sec && st.st_mtim.tv_nsec < when.tv_nsec)) {
@@ -233,7 +245,8 @@ static bool keep_log(struct orch_rundir *r)
     if (kept < 0 || renameat(r->lock_fd, LOG_NAME, kept, name) < 0)
         return false;
     char oldest[256];
-    while (orch_dir_oldest(kept, S_IFREG, oldest) > ORCH_RUNDIR_KEPT && unlinkat(kept, oldest, 0) == 0)
+    while (orch_dir_oldest(kept, S_IFREG, oldest) > ORCH_RUNDIR_KEPT &&
+           unlinkat(kept, oldest, 0) == 0)
         ;
     free(r->path);
     r->path = orch_xasprintf("%s/%s", dir, name);

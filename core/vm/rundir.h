@@ -17,7 +17,8 @@ struct orch_rundir;
 int orch_rundir_open(const char *runtime_dir, struct orch_err *err);
 
 /* A new folder PREFIX-XXXXXXXX. */
-struct orch_rundir *orch_rundir_new(struct orch_loop *l, const char *runtime_dir, const char *prefix, struct orch_err *err);
+struct orch_rundir *orch_rundir_new(struct orch_loop *l, const char *runtime_dir,
+                                    const char *prefix, struct orch_err *err);
 /* Removes the folder; a kept log stays. NULL is fine. */
 void orch_rundir_free(struct orch_rundir *r);
 
@@ -25,7 +26,8 @@ const char *orch_rundir_id(const struct orch_rundir *r);
 /* The pipe's end for the VMM, until it was handed over. */
 int orch_rundir_log_fd(const struct orch_rundir *r);
 void orch_rundir_log_handed_over(struct orch_rundir *r);
-struct orch_slice orch_rundir_tail(const struct orch_rundir *r); /* borrowed, valid until the next turn of the loop */
+struct orch_slice orch_rundir_tail(
+    const struct orch_rundir *r); /* borrowed, valid until the next turn of the loop */
 
 /* For a failed start: reads what is still in the pipe, moves the log to runtime_dir/failed/ID.log and
  * appends the last 20 lines, escaped for terminals, and the log's path to the message. */

@@ -72,7 +72,8 @@ struct source {
     bool preparing;
     char key[33], host_key[65], no_kvm[512];
     uint64_t used; /* when it was wanted last, in wants */
-    bool ready, kept, have_trial; /* kept: it came from, or cannot go to, the disk; trial: KVM's verdict is open */
+    bool ready, kept,
+        have_trial; /* kept: it came from, or cannot go to, the disk; trial: KVM's verdict is open */
     struct orch_frozen frozen;
     struct orch_frozen_load *load;
     int lock_fd;
@@ -118,7 +119,8 @@ static struct tsc_sample tsc_now(void)
         uint64_t b = __rdtsc();
         if (b - a < width) {
             width = b - a;
-            best = (struct tsc_sample){ a + (b - a) / 2, (int64_t)t.tv_sec * 1000000000 + t.tv_nsec };
+            best =
+                (struct tsc_sample){ a + (b - a) / 2, (int64_t)t.tv_sec * 1000000000 + t.tv_nsec };
         }
     }
     return best;
@@ -134,7 +136,8 @@ static uint32_t tsc_khz(struct orch_templates *ts, int64_t min_us)
         nanosleep(&t, NULL);
         now = tsc_now();
     }
-    return (uint32_t)((double)(now.tsc - ts->start.tsc) * 1e6 / (double)(now.ns - ts->start.ns) + 0.5);
+    return (uint32_t)((double)(now.tsc - ts->start.tsc) * 1e6 / (double)(now.ns - ts->start.ns) +
+                      0.5);
 }
 
 /* ---- waits */
@@ -306,7 +309,8 @@ static void step_image(void *ud)
     struct source *s = ud;
     struct orch_templates *ts = s->ts;
     struct orch_err err;
-    struct orch_image_opts o = { ts->image_dir, ts->agent_path, ts->kernel, ts->modules, ts->o.progress, ts->o.progress_ud };
+    struct orch_image_opts o = { ts->image_dir, ts->agent_path, ts->kernel,
+                                 ts->modules,   ts->o.progress, ts->o.progress_ud };
     int r = orch_image_find(s->image_name, &o, &s->t.image, &err);
     if (r == 0) {
         step_accel(s);
@@ -348,7 +352,8 @@ static int make_keys(struct source *s, struct orch_err *err)
     struct orch_vmm_spec spec = boot_spec(s);
     if (s->t.kvm && host_key(s->ts, s->host_key, err) < 0)
         return -1;
-    orch_buf_printf(&all, "orch %s\nimage %s\n%s\n", ORCH_VERSION, s->t.image.id, s->t.kvm ? s->host_key : "tcg");
+    orch_buf_printf(&all, "orch %s\nimage %s\n%s\n", ORCH_VERSION, s->t.image.id,
+                    s->t.kvm ? s->host_key : "tcg");
     if (s->ts->o.backend->identity(s->ts->o.host, s->t.kvm, &spec, &all, err) < 0)
         return -1;
     orch_sha256_hex(all.p, all.n, hex);
@@ -374,23 +379,26 @@ static void step_open(struct source *s)
     }
     if (s->t.kvm) {
         cleanup_buf struct orch_buf why = { 0 };
-        enum orch_accel_verdict v = orch_accel_recall(s->ts->cache_dir, s->host_key, s->t.image.id, &why);
+        enum orch_accel_verdict v =
+            orch_accel_recall(s->ts->cache_dir, s->host_key, s->t.image.id, &why);
         s->have_trial = v != ORCH_ACCEL_WORKS;
         if (v == ORCH_ACCEL_FAILS && s->want == ORCH_ACCEL_AUTO) {
             without_kvm(s, why.p ? why.p : "it failed before");
             return;
         }
         if (v == ORCH_ACCEL_FAILS) {
-            orch_err_setc(&err, ORCH_CLASS_ISOLATION, ENOTSUP,
-                          "acceleration kvm: it was tried here and does not work: %s (remembered in %s/accel.json; remove that "
-                          "file to try again)",
-                          why.p ? why.p : "", s->ts->cache_dir);
+            orch_err_setc(
+                &err, ORCH_CLASS_ISOLATION, ENOTSUP,
+                "acceleration kvm: it was tried here and does not work: %s (remembered in %s/accel.json; remove that "
+                "file to try again)",
+                why.p ? why.p : "", s->ts->cache_dir);
             source_failed(s, &err);
             return;
         }
     }
     if (s->t.vcpus > 1 && !s->t.kvm) {
-        orch_err_setc(&err, ORCH_CLASS_ISOLATION, ENOTSUP, "%d vCPUs need KVM, which does not work here: %s", s->t.vcpus,
+        orch_err_setc(&err, ORCH_CLASS_ISOLATION, ENOTSUP,
+                      "%d vCPUs need KVM, which does not work here: %s", s->t.vcpus,
                       *s->no_kvm ? s->no_kvm : "emulation was asked for");
         source_failed(s, &err);
         return;
@@ -468,7 +476,8 @@ static void step_lock(void *ud)
     int64_t now = orch_loop_now_ms(s->ts->o.loop);
     if (r == -EAGAIN && !s->lock_until) {
         s->lock_until = now + LOCK_MS;
-        progress(s, "waiting for another orch that makes the template of image %s", s->t.image.name);
+        progress(s, "waiting for another orch that makes the template of image %s",
+                 s->t.image.name);
     }
     if (r == -EAGAIN && now < s->lock_until) {
         s->timer = orch_timer_new(s->ts->o.loop, step_lock, s);
@@ -477,7 +486,8 @@ static void step_lock(void *ud)
     }
     if (r < 0) {
         s->kept = true;
-        orch_log(ORCH_WARN, "%s: the template is not kept, each process boots its own: %s", s->ts->dir, strerror(-r));
+        orch_log(ORCH_WARN, "%s: the template is not kept, each process boots its own: %s",
+                 s->ts->dir, strerror(-r));
     } else if (try_open(s)) {
         return; /* it was finished between our look and our lock */
     }
@@ -496,8 +506,10 @@ static void step_load(void *ud)
     if (r == 0) {
         uint32_t khz = tsc_khz(s->ts, TSC_CHECK_US), was = s->frozen.tsc_khz;
         if (khz > was + was / 1000 || khz < was - was / 1000)
-            r = orch_err_set(&err, ESTALE, "a template was made on a processor of another frequency (TSC %u kHz, here %u)", was,
-                             khz);
+            r = orch_err_set(
+                &err, ESTALE,
+                "a template was made on a processor of another frequency (TSC %u kHz, here %u)",
+                was, khz);
     }
     orch_frozen_close(s->load);
     s->load = NULL;
@@ -531,7 +543,8 @@ static void saved(void *ud, int events)
     if (waitid(P_PIDFD, (id_t)v->pidfd, &si, WEXITED | WNOHANG) == 0 && si.si_pid == 0)
         return;
     if (si.si_code != CLD_EXITED || si.si_status != 0)
-        orch_log(ORCH_WARN, "%s: the template is not kept, each process boots its own: %s", v->ts->dir,
+        orch_log(ORCH_WARN, "%s: the template is not kept, each process boots its own: %s",
+                 v->ts->dir,
                  si.si_code == CLD_EXITED ? strerror(si.si_status) : "its writer was killed");
     else
         orch_frozen_prune(v->ts->dir, KEEP);
@@ -546,12 +559,13 @@ static void start_saving(struct source *s)
     int pidfd;
     orch_buf_str(&about, "\"image\":");
     orch_json_quote(&about, orch_slice_str(s->t.image.name));
-    orch_buf_printf(&about, ",\"image_id\":\"%s\",\"accel\":\"%s\",\"vcpus\":%d,\"orch\":\"%s\"", s->t.image.id,
-                    s->t.kvm ? "kvm" : "tcg", s->t.vcpus, ORCH_VERSION);
-    pid_t pid = orch_frozen_save(s->ts->dir, s->key, &s->frozen, (struct orch_slice){ about.p, about.n }, s->lock_fd, &pidfd,
-                                 &err);
+    orch_buf_printf(&about, ",\"image_id\":\"%s\",\"accel\":\"%s\",\"vcpus\":%d,\"orch\":\"%s\"",
+                    s->t.image.id, s->t.kvm ? "kvm" : "tcg", s->t.vcpus, ORCH_VERSION);
+    pid_t pid = orch_frozen_save(s->ts->dir, s->key, &s->frozen,
+                                 (struct orch_slice){ about.p, about.n }, s->lock_fd, &pidfd, &err);
     if (pid < 0) {
-        orch_log(ORCH_WARN, "%s: the template is not kept, each process boots its own: %s", s->ts->dir, err.msg);
+        orch_log(ORCH_WARN, "%s: the template is not kept, each process boots its own: %s",
+                 s->ts->dir, err.msg);
         return;
     }
     struct saver *v = orch_xmalloc(sizeof *v);
@@ -567,9 +581,11 @@ static void start_saving(struct source *s)
 static void boot_failed(struct source *s, const struct orch_err *why)
 {
     struct orch_err err = *why;
-    orch_err_wrap(&err, "template of image %s (%s, %llu MiB): %s", s->t.image.name, s->t.kvm ? "KVM" : "emulated",
-                  (unsigned long long)(s->t.memory_bytes >> 20), s->phase);
-    if (s->rundir && err.cls != ORCH_CLASS_ISOLATION) /* ISOLATION: nothing ran, so it wrote nothing */
+    orch_err_wrap(&err, "template of image %s (%s, %llu MiB): %s", s->t.image.name,
+                  s->t.kvm ? "KVM" : "emulated", (unsigned long long)(s->t.memory_bytes >> 20),
+                  s->phase);
+    if (s->rundir &&
+        err.cls != ORCH_CLASS_ISOLATION) /* ISOLATION: nothing ran, so it wrote nothing */
         orch_rundir_explain(s->rundir, &err);
     end_boot(s);
     unlock(s);
@@ -577,7 +593,8 @@ static void boot_failed(struct source *s, const struct orch_err *why)
     bool trial = s->t.kvm && s->have_trial && err.cls != ORCH_CLASS_ISOLATION;
     if (trial) {
         const char *log = strstr(err.msg, "\nlog: "); /* will not be there for long */
-        cleanup_free char *reason = orch_xstrndup(err.msg, log ? (size_t)(log - err.msg) : strlen(err.msg));
+        cleanup_free char *reason =
+            orch_xstrndup(err.msg, log ? (size_t)(log - err.msg) : strlen(err.msg));
         orch_accel_remember(s->ts->cache_dir, s->host_key, s->t.image.id, ORCH_ACCEL_FAILS, reason);
     }
     if (trial && s->want == ORCH_ACCEL_AUTO) {
@@ -600,7 +617,8 @@ static void boot_timeout(void *ud)
         err = s->stream_err;
     } else {
         orch_err_setc(&err, ORCH_CLASS_TIMEOUT, ETIMEDOUT, "%s within %.1f s",
-                      strcmp(s->phase, "booting") == 0 ? "the guest agent did not answer" : "not done",
+                      strcmp(s->phase, "booting") == 0 ? "the guest agent did not answer"
+                                                       : "not done",
                       (double)(orch_loop_now_ms(s->ts->o.loop) - s->boot_start) / 1000);
     }
     boot_failed(s, &err);
@@ -654,7 +672,8 @@ static void warmed(void *ud, const struct orch_exec_result *r, const struct orch
     if (r && r->fail == 0 && r->status == 0) {
         freeze(s);
     } else if (r) {
-        orch_err_set(&why, r->sys_errno, "`true` in the guest: %s", r->fail ? strerror(r->sys_errno) : "failed");
+        orch_err_set(&why, r->sys_errno, "`true` in the guest: %s",
+                     r->fail ? strerror(r->sys_errno) : "failed");
         boot_failed(s, &why);
     } /* else the stream ended, and agent_failed follows */
 }
@@ -713,7 +732,8 @@ static int start_boot(struct source *s, struct orch_err *err)
 static void boot(struct source *s)
 {
     struct orch_err err;
-    progress(s, "booting image %s %s to make its template (once)", s->t.image.name, s->t.kvm ? "with KVM" : "emulated");
+    progress(s, "booting image %s %s to make its template (once)", s->t.image.name,
+             s->t.kvm ? "with KVM" : "emulated");
     if (!s->ts->tsc_khz)
         s->ts->tsc_khz = tsc_khz(s->ts, TSC_MEASURE_US);
     s->phase = "starting the VMM";
@@ -724,7 +744,9 @@ static void boot(struct source *s)
     }
     s->phase = "booting";
     s->timer = orch_timer_new(s->ts->o.loop, boot_timeout, s);
-    orch_timer_set(s->timer, s->ts->o.boot_ms ? s->ts->o.boot_ms : s->t.kvm ? BOOT_KVM_MS : BOOT_TCG_MS);
+    orch_timer_set(s->timer, s->ts->o.boot_ms ? s->ts->o.boot_ms
+                             : s->t.kvm       ? BOOT_KVM_MS
+                                              : BOOT_TCG_MS);
 }
 
 /* ---- the manager */
@@ -808,8 +830,9 @@ static void tell_late(void *ud)
     }
 }
 
-struct orch_template_wait *orch_template_want(struct orch_templates *ts, const struct orch_template_want *want, orch_template_fn *fn,
-                                              void *ud)
+struct orch_template_wait *orch_template_want(struct orch_templates *ts,
+                                              const struct orch_template_want *want,
+                                              orch_template_fn *fn, void *ud)
 {
     struct source *s = find_source(ts, want);
     if (!s)
@@ -862,11 +885,12 @@ enum orch_isolation orch_templates_known(struct orch_templates *ts, struct orch_
         orch_buf_str(why, "KVM worked when it was tried");
         return ORCH_ISOLATION_HARDWARE;
     case ORCH_ACCEL_FAILS:
-        orch_buf_printf(why, "KVM failed when it was tried: %s (remembered in %s/accel.json; remove that file to try again)",
-                        reason.p ? reason.p : "", ts->cache_dir);
+        orch_buf_printf(
+            why,
+            "KVM failed when it was tried: %s (remembered in %s/accel.json; remove that file to try again)",
+            reason.p ? reason.p : "", ts->cache_dir);
         return ORCH_ISOLATION_EMULATED;
-    case ORCH_ACCEL_UNTRIED:
-        break;
+    case ORCH_ACCEL_UNTRIED: break;
     }
     orch_buf_str(why, "KVM was not tried yet; the first microVM tries it");
     return ORCH_ISOLATION_NONE;

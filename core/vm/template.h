@@ -1,6 +1,7 @@
-/* Templates: a booted guest, frozen, as two sealed memfds that any number of clones start from. Made once
- * per image × size × acceleration, held in memory (the four used last), kept in CACHE/templates/KEY/ (mem, sparse; state; meta.json), loaded by
- * later processes. Finds or builds the image and decides the acceleration on the way. */
+/* Templates: a booted guest, frozen, as two sealed memfds that any number of clones start from. Made
+ * once per image × size × acceleration, held in memory (the four used last), kept on disk in
+ * CACHE/templates/KEY/ (mem, sparse; state; meta.json), loaded by later processes. Finds or builds the
+ * image and decides the acceleration on the way. */
 #ifndef ORCH_VM_TEMPLATE_H
 #define ORCH_VM_TEMPLATE_H
 
@@ -51,8 +52,9 @@ struct orch_template_want {
  *   (t, NULL) with loaded true, or (NULL, err): the last call.
  * t is valid during the call; a VMM holds descriptors of its own. */
 typedef void orch_template_fn(void *ud, const struct orch_template *t, const struct orch_err *err);
-struct orch_template_wait *orch_template_want(struct orch_templates *ts, const struct orch_template_want *w, orch_template_fn *fn,
-                                              void *ud);
+struct orch_template_wait *orch_template_want(struct orch_templates *ts,
+                                              const struct orch_template_want *w,
+                                              orch_template_fn *fn, void *ud);
 void orch_template_cancel(struct orch_template_wait *w); /* the template is made all the same */
 
 /* For doctor: what a start with AUTO would use, from the device and the remembered verdict; why says why. */

@@ -334,8 +334,8 @@ static void life_over(void *ud)
 {
     struct orch_vm *vm = ud;
     struct orch_err err;
-    orch_err_setc(&err, ORCH_CLASS_TIMEOUT, ETIMEDOUT, "microVM %s: its time of %.1f s is over", vm->id,
-                  (double)vm->o.timeout_ms / 1000);
+    orch_err_setc(&err, ORCH_CLASS_TIMEOUT, ETIMEDOUT, "microVM %s: its time of %.1f s is over",
+                  vm->id, (double)vm->o.timeout_ms / 1000);
     fail_or_end(vm, "timeout", &err);
 }
 
@@ -441,34 +441,44 @@ static int parse_accel(const char *s, enum orch_accel *out, struct orch_err *err
             return 0;
         }
     const char *near = orch_nearest(s, names);
-    return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL, "accel: \"%s\" is not known; auto, kvm or tcg%s%s%s", s,
+    return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL,
+                         "accel: \"%s\" is not known; auto, kvm or tcg%s%s%s", s,
                          near ? " (did you mean " : "", near ? near : "", near ? "?)" : "");
 }
 
-static int check_opts(struct orch_vms *m, const struct orch_vm_opts *o, struct orch_template_want *w, struct orch_err *err)
+static int check_opts(struct orch_vms *m, const struct orch_vm_opts *o,
+                      struct orch_template_want *w, struct orch_err *err)
 {
     if (o->backend && strcmp(o->backend, "auto") != 0 && strcmp(o->backend, m->backend->name) != 0)
-        return orch_err_setc(err, ORCH_CLASS_ISOLATION, ENOTSUP, "backend: \"%s\" is not available; qemu is", o->backend);
-    if (o->network && strcmp(o->network, "none") != 0)
         return orch_err_setc(err, ORCH_CLASS_ISOLATION, ENOTSUP,
-                             "network: \"%s\": microVMs with a network are not available yet; \"none\" is", o->network);
+                             "backend: \"%s\" is not available; qemu is", o->backend);
+    if (o->network && strcmp(o->network, "none") != 0)
+        return orch_err_setc(
+            err, ORCH_CLASS_ISOLATION, ENOTSUP,
+            "network: \"%s\": microVMs with a network are not available yet; \"none\" is",
+            o->network);
     *w = (struct orch_template_want){ o->image ? o->image : "base", ORCH_ACCEL_AUTO,
-                                      o->memory_bytes ? o->memory_bytes : MEMORY_DEFAULT, o->vcpus ? o->vcpus : 1 };
+                                      o->memory_bytes ? o->memory_bytes : MEMORY_DEFAULT,
+                                      o->vcpus ? o->vcpus : 1 };
     if (parse_accel(o->accel, &w->accel, err) < 0)
         return -EINVAL;
     if (w->memory_bytes < MEMORY_MIN || w->memory_bytes > MEMORY_MAX || w->memory_bytes % (1 << 20))
-        return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL, "memory: %llu bytes; 64M to 4G in whole MiB are possible",
+        return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL,
+                             "memory: %llu bytes; 64M to 4G in whole MiB are possible",
                              (unsigned long long)w->memory_bytes);
     if (w->vcpus < 1 || w->vcpus > 8)
-        return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL, "vcpus: %d; 1 to 8 are possible", w->vcpus);
+        return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL, "vcpus: %d; 1 to 8 are possible",
+                             w->vcpus);
     if (o->timeout_ms < 0)
         return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL, "timeout: negative");
     if (m->n >= m->o.max)
-        return orch_err_setc(err, ORCH_CLASS_LIMIT, EAGAIN, "%d microVMs run already, the limit (vm.max) is %d", m->n, m->o.max);
+        return orch_err_setc(err, ORCH_CLASS_LIMIT, EAGAIN,
+                             "%d microVMs run already, the limit (vm.max) is %d", m->n, m->o.max);
     return 0;
 }
 
-struct orch_vm *orch_vm_spawn(struct orch_vms *m, const struct orch_vm_opts *o, struct orch_err *err)
+struct orch_vm *orch_vm_spawn(struct orch_vms *m, const struct orch_vm_opts *o,
+                              struct orch_err *err)
 {
     struct orch_template_want want;
     struct orch_err why;
@@ -578,7 +588,8 @@ bool orch_vm_no_aslr(const struct orch_vm *vm)
 
 /* ---- the manager */
 
-struct orch_vms *orch_vms_new(struct orch_loop *l, const struct orch_vms_opts *o, struct orch_err *err)
+struct orch_vms *orch_vms_new(struct orch_loop *l, const struct orch_vms_opts *o,
+                              struct orch_err *err)
 {
     int r = orch_mkdir_p(o->cache_dir, 0700);
     if (r < 0) {

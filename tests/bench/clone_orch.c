@@ -51,7 +51,9 @@ static void ready(void *ud, struct orch_vm *vm, const struct orch_err *err)
     int n = 0;
     for (const struct orch_vm_phase *p = orch_vm_phases(vm); p->name; p++)
         x->phases[n++] = *p;
-    struct orch_exec_opts o = { .argv = argv, .no_aslr = orch_vm_no_aslr(vm), .done = executed, .ud = x };
+    struct orch_exec_opts o = {
+        .argv = argv, .no_aslr = orch_vm_no_aslr(vm), .done = executed, .ud = x
+    };
     struct orch_err why;
     if (!orch_exec_start(orch_vm_channel(vm), &o, &why)) {
         fprintf(stderr, "%s\n", why.msg);
@@ -74,7 +76,8 @@ static void print(const char *name, double *v, int n)
 int main(int argc, char **argv)
 {
     if (argc < 5) {
-        fprintf(stderr, "usage: clone_orch LAUNCHER AGENT CACHE_DIR RUNTIME_DIR [ROUNDS [AT_ONCE]]\n");
+        fprintf(stderr,
+                "usage: clone_orch LAUNCHER AGENT CACHE_DIR RUNTIME_DIR [ROUNDS [AT_ONCE]]\n");
         return 2;
     }
     int rounds = argc > 5 ? atoi(argv[5]) : 20, at_once = argc > 6 ? atoi(argv[6]) : 1;
@@ -83,8 +86,12 @@ int main(int argc, char **argv)
     struct orch_err err;
     orch_log_level(getenv("VERBOSE") ? ORCH_DEBUG : ORCH_WARN);
     loop = orch_loop_new(&err);
-    struct orch_vms_opts o = { .launcher_path = argv[1], .agent_path = argv[2], .cache_dir = argv[3], .runtime_dir = argv[4],
-                               .max = MAX_AT_ONCE, .progress = show };
+    struct orch_vms_opts o = { .launcher_path = argv[1],
+                               .agent_path = argv[2],
+                               .cache_dir = argv[3],
+                               .runtime_dir = argv[4],
+                               .max = MAX_AT_ONCE,
+                               .progress = show };
     if (getenv("BOOT_MS"))
         o.boot_ms = o.clone_ms = atoi(getenv("BOOT_MS"));
     struct orch_vms *m = orch_vms_new(loop, &o, &err);

@@ -47,14 +47,16 @@ static int load(const char *dir, const char *name)
     static char buf[1 << 20];
     char path[4096];
     snprintf(path, sizeof path, "%s/%s", dir, name);
-    int from = open(path, O_RDONLY | O_CLOEXEC), to = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    int from = open(path, O_RDONLY | O_CLOEXEC),
+        to = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
     struct stat st;
     if (from < 0 || to < 0 || fstat(from, &st) < 0 || ftruncate(to, st.st_size) < 0)
         die(path);
     for (off_t at = 0; (at = lseek(from, at, SEEK_DATA)) >= 0;) {
         off_t end = lseek(from, at, SEEK_HOLE);
         while (at < end) {
-            ssize_t n = pread(from, buf, end - at < (off_t)sizeof buf ? (size_t)(end - at) : sizeof buf, at);
+            ssize_t n = pread(from, buf,
+                              end - at < (off_t)sizeof buf ? (size_t)(end - at) : sizeof buf, at);
             if (n <= 0 || pwrite(to, buf, (size_t)n, at) != n)
                 die(path);
             at += n;
@@ -104,13 +106,15 @@ static size_t frame(char *out, uint32_t id, int type, const void *body, uint32_t
 
 static size_t requests(char *out, bool no_aslr)
 {
-    struct orch_wire_restore r = { .realtime_ns = (int64_t)time(NULL) * 1000000000, .epoch = { 1 } };
+    struct orch_wire_restore r = { .realtime_ns = (int64_t)time(NULL) * 1000000000,
+                                   .epoch = { 1 } };
     struct {
         struct orch_wire_exec x;
         char strings[11];
-    } e = { { .flags = no_aslr ? ORCH_WIRE_EXEC_NO_ASLR : 0, .n_argv = 1 }, "\0"
-                                                                           "1000\0"
-                                                                           "true" };
+    } e = { { .flags = no_aslr ? ORCH_WIRE_EXEC_NO_ASLR : 0, .n_argv = 1 },
+            "\0"
+            "1000\0"
+            "true" };
     memset(r.entropy, 0x5a, sizeof r.entropy);
     size_t n = frame(out, 0, ORCH_WIRE_RESTORE, &r, sizeof r);
     return n + frame(out + n, 1, ORCH_WIRE_EXEC, &e, sizeof e.x + sizeof e.strings);
@@ -158,25 +162,60 @@ static void serve(int agent, int qmp, int round, double start)
 
 static void clone_once(int round, unsigned mib, bool no_aslr)
 {
-    static const char commands[] = "{\"execute\":\"qmp_capabilities\"}\n"
-                                   "{\"execute\":\"migrate-set-capabilities\",\"arguments\":{\"capabilities\":["
-                                   "{\"capability\":\"x-ignore-shared\",\"state\":true},{\"capability\":\"events\",\"state\":true}]}}\n"
-                                   "{\"execute\":\"migrate-incoming\",\"arguments\":{\"uri\":\"fd:14\"}}\n";
+    static const char commands[] =
+        "{\"execute\":\"qmp_capabilities\"}\n"
+        "{\"execute\":\"migrate-set-capabilities\",\"arguments\":{\"capabilities\":["
+        "{\"capability\":\"x-ignore-shared\",\"state\":true},{\"capability\":\"events\",\"state\":true}]}}\n"
+        "{\"execute\":\"migrate-incoming\",\"arguments\":{\"uri\":\"fd:14\"}}\n";
     char size[32], object[128], path[64], out[1024];
     int agent[2], qmp[2];
     snprintf(size, sizeof size, "%uM", mib);
-    snprintf(object, sizeof object, "memory-backend-file,id=mem,size=%s,mem-path=/proc/self/fd/%d,share=off", size, MEM);
-    char *argv[] = { (char *)QEMU, (char *)"-accel", (char *)"tcg,tb-size=64", (char *)"-M",
-                     (char *)"microvm,acpi=on,pit=on,pic=on,rtc=on,isa-serial=on,x-option-roms=off,memory-backend=mem",
-                     (char *)"-cpu", (char *)"max", (char *)"-smp", (char *)"1", (char *)"-m", size, (char *)"-nodefaults",
-                     (char *)"-no-user-config", (char *)"-no-reboot", (char *)"-display", (char *)"none", (char *)"-object", object,
-                     (char *)"-chardev", (char *)"stdio,id=console,signal=off", (char *)"-serial", (char *)"chardev:console",
-                     (char *)"-chardev", (char *)"socket,id=agent,fd=11", (char *)"-device", (char *)"virtio-serial-device",
-                     (char *)"-device", (char *)"virtserialport,chardev=agent,name=orch.0", (char *)"-object",
-                     (char *)"rng-builtin,id=rng", (char *)"-device", (char *)"virtio-rng-device,rng=rng", (char *)"-chardev",
-                     (char *)"socket,id=qmp,fd=12", (char *)"-mon", (char *)"chardev=qmp,mode=control", (char *)"-sandbox",
-                     (char *)"on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny", (char *)"-incoming",
-                     (char *)"defer", NULL };
+    snprintf(object, sizeof object,
+             "memory-backend-file,id=mem,size=%s,mem-path=/proc/self/fd/%d,share=off", size, MEM);
+    char *argv[] = {
+        (char *)QEMU,
+        (char *)"-accel",
+        (char *)"tcg,tb-size=64",
+        (char *)"-M",
+        (char
+             *)"microvm,acpi=on,pit=on,pic=on,rtc=on,isa-serial=on,x-option-roms=off,memory-backend=mem",
+        (char *)"-cpu",
+        (char *)"max",
+        (char *)"-smp",
+        (char *)"1",
+        (char *)"-m",
+        size,
+        (char *)"-nodefaults",
+        (char *)"-no-user-config",
+        (char *)"-no-reboot",
+        (char *)"-display",
+        (char *)"none",
+        (char *)"-object",
+        object,
+        (char *)"-chardev",
+        (char *)"stdio,id=console,signal=off",
+        (char *)"-serial",
+        (char *)"chardev:console",
+        (char *)"-chardev",
+        (char *)"socket,id=agent,fd=11",
+        (char *)"-device",
+        (char *)"virtio-serial-device",
+        (char *)"-device",
+        (char *)"virtserialport,chardev=agent,name=orch.0",
+        (char *)"-object",
+        (char *)"rng-builtin,id=rng",
+        (char *)"-device",
+        (char *)"virtio-rng-device,rng=rng",
+        (char *)"-chardev",
+        (char *)"socket,id=qmp,fd=12",
+        (char *)"-mon",
+        (char *)"chardev=qmp,mode=control",
+        (char *)"-sandbox",
+        (char *)"on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        (char *)"-incoming",
+        (char *)"defer",
+        NULL
+    };
     snprintf(path, sizeof path, "/proc/self/fd/%d", state);
     int own_state = open(path, O_RDONLY | O_CLOEXEC);
     if (own_state < 0 || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, agent) < 0 ||
@@ -230,7 +269,8 @@ int main(int argc, char **argv)
     }
     for (int i = 0; i < PHASES; i++) {
         qsort(times[i], (size_t)rounds, sizeof times[i][0], by_value);
-        printf("%-10s median %7.1f  p90 %7.1f ms\n", names[i], times[i][rounds / 2], times[i][rounds * 9 / 10]);
+        printf("%-10s median %7.1f  p90 %7.1f ms\n", names[i], times[i][rounds / 2],
+               times[i][rounds * 9 / 10]);
     }
     return 0;
 }

@@ -169,13 +169,13 @@ static void spawn(struct bed *b, struct guest *g, const struct orch_vm_opts *o)
     assert_false(g->ready || g->failed); /* never from inside spawn */
 }
 
-#define WAIT_FOR(cond, ms)                                              \
-    do {                                                                \
-        int64_t until_ = orch_now_us() / 1000 + (ms);                   \
-        while (!(cond) && orch_now_us() / 1000 < until_)                \
-            orch_loop_step(loop, 100);                                  \
-        if (!(cond))                                                    \
-            fail_msg("%s: not within %d ms", #cond, (int)(ms));         \
+#define WAIT_FOR(cond, ms)                                                                         \
+    do {                                                                                           \
+        int64_t until_ = orch_now_us() / 1000 + (ms);                                              \
+        while (!(cond) && orch_now_us() / 1000 < until_)                                           \
+            orch_loop_step(loop, 100);                                                             \
+        if (!(cond))                                                                               \
+            fail_msg("%s: not within %d ms", #cond, (int)(ms));                                    \
     } while (0)
 
 static void start_with(struct bed *b, struct guest *g, const struct orch_vm_opts *o)
@@ -221,8 +221,13 @@ static void on_done(void *ud, const struct orch_exec_result *r, const struct orc
 static void run_start(struct guest *g, struct command *c, const char *script, const char *user)
 {
     const char *argv[] = { "/bin/sh", "-c", script, NULL };
-    struct orch_exec_opts o = { .argv = argv, .user = user, .no_aslr = orch_vm_no_aslr(g->vm), .max_output = 1 << 20,
-                                .output = on_output, .done = on_done, .ud = c };
+    struct orch_exec_opts o = { .argv = argv,
+                                .user = user,
+                                .no_aslr = orch_vm_no_aslr(g->vm),
+                                .max_output = 1 << 20,
+                                .output = on_output,
+                                .done = on_done,
+                                .ud = c };
     struct orch_err err;
     memset(c, 0, sizeof *c);
     if (!orch_exec_start(orch_vm_channel(g->vm), &o, &err))
@@ -300,7 +305,9 @@ static pid_t child_start(void (*fn)(void))
     if (!freopen("/dev/null", "w", stdout))
         _exit(99);
     loop = orch_loop_new(NULL);
-    const struct CMUnitTest one[] = { { "child", (CMUnitTestFunction)(void (*)(void))fn, NULL, NULL, NULL } };
+    cmocka_set_test_filter(NULL);
+    const struct CMUnitTest one[] = { { "child", (CMUnitTestFunction)(void (*)(void))fn, NULL, NULL,
+                                        NULL } };
     int r = cmocka_run_group_tests_name("child", one, NULL, NULL);
     orch_loop_free(loop);
     fflush(NULL);
@@ -381,8 +388,10 @@ static void test_spawn_exec_free(void **state)
     assert_int_equal(stat(path, &st), 0);
     assert_int_equal(st.st_mode & 07777, 0600);
     char want_event[128];
-    snprintf(want_event, sizeof want_event, "vm_spawn \"vm\":\"%s\",\"image\":\"base\",\"backend\":\"qemu\",\"isolation\":\"emulated\",\"ms\":",
-             orch_vm_id(g.vm));
+    snprintf(
+        want_event, sizeof want_event,
+        "vm_spawn \"vm\":\"%s\",\"image\":\"base\",\"backend\":\"qemu\",\"isolation\":\"emulated\",\"ms\":",
+        orch_vm_id(g.vm));
     assert_contains(b.events.p, want_event);
     orch_vm_free(g.vm);
     assert_contains(b.events.p, "\"reason\":\"closed\",\"status\":null,\"ms\":");
@@ -402,8 +411,10 @@ static void test_clones_differ(void **state)
     bed_open(&b, &o);
     for (int i = 0; i < 2; i++) {
         start(&b, &g[i]);
-        snprintf(first[i], sizeof first[i], "%s",
-                 run(&g[i], "cat /proc/sys/kernel/random/boot_id; head -c 16 /dev/urandom | hexdump -v -e '/1 \"%02x\"'; echo"));
+        snprintf(
+            first[i], sizeof first[i], "%s",
+            run(&g[i],
+                "cat /proc/sys/kernel/random/boot_id; head -c 16 /dev/urandom | hexdump -v -e '/1 \"%02x\"'; echo"));
         struct timespec before, after;
         clock_gettime(CLOCK_REALTIME, &before);
         double guest_s = atof(run(&g[i], "date +%s"));
@@ -415,7 +426,7 @@ static void test_clones_differ(void **state)
     assert_string_not_equal(nl[0], nl[1]); /* urandom */
     *nl[0] = *nl[1] = 0;
     assert_string_not_equal(first[0], first[1]); /* boot_id */
-    bed_close(&b); /* ends both */
+    bed_close(&b);                               /* ends both */
 }
 
 static void test_timer_in_guest(void **state)
@@ -623,7 +634,8 @@ static void test_log_is_capped(void **state)
     assert_true(st.st_size > ORCH_RUNDIR_LOG_MAX && st.st_size < ORCH_RUNDIR_LOG_MAX + 100);
     cleanup_buf struct orch_buf text = { 0 };
     assert_int_equal(orch_read_file(AT_FDCWD, path, 2 << 20, &text), 0);
-    assert_contains(text.p + ORCH_RUNDIR_LOG_MAX, "[orch: 1 MiB of log is kept; what followed was dropped]");
+    assert_contains(text.p + ORCH_RUNDIR_LOG_MAX,
+                    "[orch: 1 MiB of log is kept; what followed was dropped]");
     bed_close(&b);
 }
 
@@ -781,22 +793,32 @@ static void test_frozen_files(void **state)
     (void)state;
     struct orch_err err;
     struct orch_frozen f, back;
-    char *dir = own_path("frozen");
+    char dir[128];
+    snprintf(dir, sizeof dir, "%s", own_path("frozen"));
     mkdir(dir, 0700);
     assert_int_equal(orch_frozen_new(&f, 64 << 20, &err), 0);
-    char page[4096];
-    for (int i = 0; i < 300; i++) {
+    static char page[4096], many[32 << 20];
+    for (int i = 0; i < 150; i++) {
         memset(page, i, sizeof page);
         assert_int_equal(pwrite(f.mem_fd, page, sizeof page, (off_t)i * 53 * 4096), sizeof page);
     }
+    memset(many, 'm', sizeof many);
+    assert_int_equal(pwrite(f.mem_fd, many, sizeof many, 32 << 20), sizeof many);
     assert_int_equal(write(f.state_fd, "state", 5), 5);
     f.tsc_khz = 12345;
     assert_int_equal(orch_frozen_seal(&f, &err), 0);
     assert_int_equal(pwrite(f.mem_fd, page, 1, 0), -1);
     assert_int_equal(errno, EPERM);
-    int pidfd = -1, status;
+    int pidfd = -1, status, ends[2];
+    char nothing;
+    assert_int_equal(pipe2(ends, O_CLOEXEC), 0);
     pid_t pid = orch_frozen_save(dir, "key", &f, ORCH_SLICE("\"image\":\"x\""), -1, &pidfd, &err);
     assert_true(pid > 0);
+    /* The child that writes holds none of our other descriptors while it writes. */
+    close(ends[1]);
+    assert_int_equal(read(ends[0], &nothing, 1), 0);
+    close(ends[0]);
+    assert_int_equal(access(own_path("frozen/key"), F_OK), -1);
     assert_int_equal(waitpid(pid, &status, 0), pid);
     assert_int_equal(status, 0);
     close(pidfd);
@@ -812,7 +834,7 @@ static void test_frozen_files(void **state)
     assert_int_equal(r, 0);
     assert_true(steps >= 1);
     assert_int_equal(back.tsc_khz, 12345);
-    for (int i = 0; i < 300; i++) {
+    for (int i = 0; i < 150; i++) {
         char want[4096];
         memset(want, i, sizeof want);
         assert_int_equal(pread(back.mem_fd, page, sizeof page, (off_t)i * 53 * 4096), sizeof page);
@@ -827,7 +849,8 @@ static void test_frozen_files(void **state)
 
 /* ---- failing starts */
 
-static void expect_failure(const struct orch_vms_opts *o, struct bed *b, const char *const *parts, enum orch_class cls)
+static void expect_failure(const struct orch_vms_opts *o, struct bed *b, const char *const *parts,
+                           enum orch_class cls)
 {
     struct guest g = { 0 };
     bed_open(b, o);
@@ -853,14 +876,18 @@ static void test_missing_programs(void **state)
     bed_init(&b);
     struct orch_vms_opts o = bed_opts(&b);
     o.qemu = "/nonexistent/qemu";
-    expect_failure(&o, &b, (const char *const[]){ "QEMU not found (looked for /nonexistent/qemu)", "apt-get install qemu-system-x86", NULL },
+    expect_failure(&o, &b,
+                   (const char *const[]){ "QEMU not found (looked for /nonexistent/qemu)",
+                                          "apt-get install qemu-system-x86", NULL },
                    ORCH_CLASS_ISOLATION);
     char *dir = own_path("missing-cache");
     bed_init(&b);
     own_cache(&b, dir);
     o = bed_opts(&b);
     o.launcher_path = "/nonexistent/launcher";
-    expect_failure(&o, &b, (const char *const[]){ "/nonexistent/launcher", "No such file or directory", NULL }, ORCH_CLASS_ISOLATION);
+    expect_failure(
+        &o, &b, (const char *const[]){ "/nonexistent/launcher", "No such file or directory", NULL },
+        ORCH_CLASS_ISOLATION);
 }
 
 /* The kernel's ELF out of the built image, for images of other inits. */
@@ -882,7 +909,9 @@ static void test_bad_kernels(void **state)
     snprintf(b.cache_dir, sizeof b.cache_dir, "%s", dir);
     struct orch_vms_opts o = bed_opts(&b);
     o.kernel = "/nonexistent/vmlinuz";
-    expect_failure(&o, &b, (const char *const[]){ "/nonexistent/vmlinuz", "No such file or directory", NULL }, ORCH_CLASS_FAILED);
+    expect_failure(
+        &o, &b, (const char *const[]){ "/nonexistent/vmlinuz", "No such file or directory", NULL },
+        ORCH_CLASS_FAILED);
     bed_init(&b);
     snprintf(b.cache_dir, sizeof b.cache_dir, "%s", dir);
     o.kernel = garbage;
@@ -897,11 +926,15 @@ static void test_bad_kernels(void **state)
 static void write_elf(const char *path, const void *code, size_t n)
 {
     static const unsigned char head[120] = {
-        0x7f, 'E', 'L', 'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 62, 0, 1, 0, 0, 0, /* executable, x86-64 */
-        0x78, 0, 0x40, 0, 0, 0, 0, 0, 64, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,    /* entry 0x400078, headers at 64 */
-        0, 0, 0, 0, 64, 0, 56, 0, 1, 0, 64, 0, 0, 0, 0, 0, /* one program header */
-        1, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x40, 0, 0, 0, 0, 0, 0, 0, 0x40, 0, 0, 0, 0, 0, /* load r-x */
-        0xff, 0, 0, 0, 0, 0, 0, 0, 0xff, 0, 0, 0, 0, 0, 0, 0, 0, 0x10, 0, 0, 0, 0, 0, 0,
+        0x7f, 'E',  'L',  'F', 2,  1, 1,  0, 0,    0, 0,    0, 0, 0, 0, 0,
+        2,    0,    62,   0,   1,  0, 0,  0, /* executable, x86-64 */
+        0x78, 0,    0x40, 0,   0,  0, 0,  0, 64,   0, 0,    0, 0, 0, 0, 0,
+        0,    0,    0,    0,   0,  0, 0,  0, /* entry 0x400078, headers at 64 */
+        0,    0,    0,    0,   64, 0, 56, 0, 1,    0, 64,   0, 0, 0, 0, 0, /* one program header */
+        1,    0,    0,    0,   5,  0, 0,  0, 0,    0, 0,    0, 0, 0, 0, 0,
+        0,    0,    0x40, 0,   0,  0, 0,  0, 0,    0, 0x40, 0, 0, 0, 0, 0, /* load r-x */
+        0xff, 0,    0,    0,   0,  0, 0,  0, 0xff, 0, 0,    0, 0, 0, 0, 0,
+        0,    0x10, 0,    0,   0,  0, 0,  0,
     };
     char file[255] = { 0 };
     memcpy(file, head, sizeof head);
@@ -917,24 +950,32 @@ static void test_bad_inits(void **state)
     snprintf(silent, sizeof silent, "%s/silent", work);
     snprintf(dying, sizeof dying, "%s/dying", work);
     snprintf(dir, sizeof dir, "%s/init-cache", work);
-    write_elf(silent, "\xb8\x22\0\0\0\x0f\x05\xeb\xf7", 9);          /* for (;;) pause(); */
-    write_elf(dying, "\xb8\x3c\0\0\0\xbf\x03\0\0\0\x0f\x05", 12);    /* exit(3) */
+    write_elf(silent, "\xb8\x22\0\0\0\x0f\x05\xeb\xf7", 9);       /* for (;;) pause(); */
+    write_elf(dying, "\xb8\x3c\0\0\0\xbf\x03\0\0\0\x0f\x05", 12); /* exit(3) */
     bed_init(&b);
     snprintf(b.cache_dir, sizeof b.cache_dir, "%s", dir);
     struct orch_vms_opts o = bed_opts(&b);
     o.kernel = base_kernel();
     o.agent_path = silent;
     o.boot_ms = 5000;
-    expect_failure(&o, &b, (const char *const[]){ "template of image base (emulated, 256 MiB): booting: the guest agent did not answer within 5.", "\nlog: ", NULL },
-                   ORCH_CLASS_TIMEOUT);
+    expect_failure(
+        &o, &b,
+        (const char *const[]){
+            "template of image base (emulated, 256 MiB): booting: the guest agent did not answer within 5.",
+            "\nlog: ", NULL },
+        ORCH_CLASS_TIMEOUT);
     bed_init(&b);
     snprintf(b.cache_dir, sizeof b.cache_dir, "%s", dir);
     o.agent_path = dying;
     o.boot_ms = 0;
-    expect_failure(&o, &b,
-                   (const char *const[]){ "booting: QEMU ended (exit status 0): the guest stopped (a kernel panic or its init ended)",
-                                          "last output:", "Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000300", "\nlog: ", NULL },
-                   ORCH_CLASS_FAILED);
+    expect_failure(
+        &o, &b,
+        (const char *const[]){
+            "booting: QEMU ended (exit status 0): the guest stopped (a kernel panic or its init ended)",
+            "last output:",
+            "Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000300",
+            "\nlog: ", NULL },
+        ORCH_CLASS_FAILED);
 }
 
 static void test_little_memory(void **state)
@@ -948,7 +989,9 @@ static void test_little_memory(void **state)
     struct orch_vm_opts vo = guest_opts(&g);
     vo.memory_bytes = 64 << 20;
     start_failing(&b, &g, &vo);
-    assert_contains(g.err.msg, "template of image base (emulated, 64 MiB): booting: QEMU ended (exit status 0): the guest stopped");
+    assert_contains(
+        g.err.msg,
+        "template of image base (emulated, 64 MiB): booting: QEMU ended (exit status 0): the guest stopped");
     assert_contains(g.err.msg, "Kernel panic - not syncing: System is deadlocked on memory");
     bed_close(&b);
 }
@@ -967,7 +1010,8 @@ static void test_slow_clone(void **state)
     start_failing(&b, &g, &vo);
     assert_int_equal(g.err.cls, ORCH_CLASS_TIMEOUT);
     char part[128];
-    snprintf(part, sizeof part, "microVM %s (image base, emulated): start failed ", orch_vm_id(g.vm));
+    snprintf(part, sizeof part, "microVM %s (image base, emulated): start failed ",
+             orch_vm_id(g.vm));
     assert_contains(g.err.msg, part);
     assert_contains(g.err.msg, ": no answer within 0.0 s");
     assert_contains(g.err.msg, "\nlog: ");
@@ -1022,8 +1066,12 @@ static void test_mistakes(void **state)
         enum orch_class cls;
         const char *part;
     } cases[] = {
-        { { .backend = "firecracker" }, ORCH_CLASS_ISOLATION, "backend: \"firecracker\" is not available" },
-        { { .network = "packages" }, ORCH_CLASS_ISOLATION, "network: \"packages\": microVMs with a network are not available yet" },
+        { { .backend = "firecracker" },
+          ORCH_CLASS_ISOLATION,
+          "backend: \"firecracker\" is not available" },
+        { { .network = "packages" },
+          ORCH_CLASS_ISOLATION,
+          "network: \"packages\": microVMs with a network are not available yet" },
         { { .accel = "kmv" }, ORCH_CLASS_USAGE, "did you mean kvm?" },
         { { .memory_bytes = 32 << 20 }, ORCH_CLASS_USAGE, "memory: 33554432 bytes; 64M to 4G" },
         { { .memory_bytes = (256 << 20) + 1 }, ORCH_CLASS_USAGE, "whole MiB" },
@@ -1068,7 +1116,9 @@ static void cache_read_only(void)
     bed_open(&b, &o);
     start(&b, &g);
     assert_string_equal(run(&g, "echo fine"), "fine\n");
-    assert_contains(b.log.p, "ro-cache/templates: the template is not kept, each process boots its own: Read-only file system");
+    assert_contains(
+        b.log.p,
+        "ro-cache/templates: the template is not kept, each process boots its own: Read-only file system");
     bed_close(&b);
 }
 
@@ -1085,7 +1135,9 @@ static void cache_full(void)
     bed_open(&b, &o);
     start(&b, &g);
     WAIT_FOR(b.log.p && strstr(b.log.p, "not kept"), 20000);
-    assert_contains(b.log.p, "full-cache/templates: the template is not kept, each process boots its own: No space left on device");
+    assert_contains(
+        b.log.p,
+        "full-cache/templates: the template is not kept, each process boots its own: No space left on device");
     assert_string_equal(run(&g, "echo fine"), "fine\n");
     snprintf(path, sizeof path, "%s/templates", dir);
     assert_int_equal(entries(path, ""), 1); /* the lock alone */
@@ -1114,7 +1166,8 @@ static void own_dev(mode_t kvm_mode)
     static const struct {
         const char *name;
         int major, minor;
-    } nodes[] = { { "null", 1, 3 }, { "zero", 1, 5 }, { "random", 1, 8 }, { "urandom", 1, 9 }, { "tty", 5, 0 }, { "kvm", 1, 3 } };
+    } nodes[] = { { "null", 1, 3 },    { "zero", 1, 5 }, { "random", 1, 8 },
+                  { "urandom", 1, 9 }, { "tty", 5, 0 },  { "kvm", 1, 3 } };
     char path[64];
     assert_int_equal(mount("tmpfs", "/dev", "tmpfs", 0, "mode=755"), 0);
     for (size_t i = 0; i < ORCH_ARRAY_LEN(nodes); i++) {
@@ -1179,7 +1232,9 @@ static void kvm_forbidden(void)
     vo.accel = "kvm";
     start_failing(&b, &g, &vo);
     assert_int_equal(g.err.cls, ORCH_CLASS_ISOLATION);
-    assert_contains(g.err.msg, "acceleration kvm: /dev/kvm: permission denied (mode 0600, uid 0, gid 0); give it to group kvm");
+    assert_contains(
+        g.err.msg,
+        "acceleration kvm: /dev/kvm: permission denied (mode 0600, uid 0, gid 0); give it to group kvm");
     cleanup_buf struct orch_buf why = { 0 };
     assert_int_equal(orch_vms_known_isolation(b.m, &why), ORCH_ISOLATION_EMULATED);
     assert_contains(why.p, "permission denied");
@@ -1320,7 +1375,8 @@ static void test_as_user(void **state)
     (void)state;
     char images[4200], to[256];
     snprintf(images, sizeof images, "%s/images", cache);
-    const char *const from[] = { images, agent, launcher }, *const names[] = { "images", "agent", "launcher" };
+    const char *const from[] = { images, agent, launcher }, *const names[] = { "images", "agent",
+                                                                               "launcher" };
     mkdir(own_path("user"), 0755);
     for (size_t i = 0; i < ORCH_ARRAY_LEN(from); i++) {
         snprintf(to, sizeof to, "%s/%s", own_path("user"), names[i]);
@@ -1338,24 +1394,34 @@ static void test_lying_vmm(void **state)
     static const struct {
         const char *code, *part;
     } cases[] = {
-        { "for (;;) write(12, \"xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx\", 32);", "QEMU's control channel: a line of more than 64 KiB" },
-        { "write(12, \"{\\\"QMP\\\":1}\\r\\n{]\\n\", 15); for (;;) poll(0, 0, 1000);", "QEMU's control channel: byte 1:" },
-        { "for (;;) write(12, \"{\\\"event\\\":\\\"X\\\"}\\n\", 14);", "QEMU's control channel: it sent more than 1024 KiB" },
-        { "write(12, \"{\\\"error\\\":{\\\"desc\\\":\\\"no \\\\u001b[2J\\\"}}\\n\", 37); for (;;) poll(0, 0, 1000);", "QEMU's control channel: no \\x1b[2J" },
-        { "write(12, \"{\\\"event\\\":\\\"MIGRATION\\\",\\\"data\\\":{\\\"status\\\":\\\"failed\\\"}}\\n\", 51); for (;;) poll(0, 0, 1000);", "failed: no reason given" },
-        { "write(11, \"AAAAAAAAAAAAAAAAAAAAAAAA\", 24); for (;;) poll(0, 0, 1000);", "protocol error: the guest agent sent" },
+        { "for (;;) write(12, \"xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx\", 32);",
+          "QEMU's control channel: a line of more than 64 KiB" },
+        { "write(12, \"{\\\"QMP\\\":1}\\r\\n{]\\n\", 15); for (;;) poll(0, 0, 1000);",
+          "QEMU's control channel: byte 1:" },
+        { "for (;;) write(12, \"{\\\"event\\\":\\\"X\\\"}\\n\", 14);",
+          "QEMU's control channel: it sent more than 1024 KiB" },
+        { "write(12, \"{\\\"error\\\":{\\\"desc\\\":\\\"no \\\\u001b[2J\\\"}}\\n\", 37); for (;;) poll(0, 0, 1000);",
+          "QEMU's control channel: no \\x1b[2J" },
+        { "write(12, \"{\\\"event\\\":\\\"MIGRATION\\\",\\\"data\\\":{\\\"status\\\":\\\"failed\\\"}}\\n\", 51); for (;;) poll(0, 0, 1000);",
+          "failed: no reason given" },
+        { "write(11, \"AAAAAAAAAAAAAAAAAAAAAAAA\", 24); for (;;) poll(0, 0, 1000);",
+          "protocol error: the guest agent sent" },
         { "close(11); for (;;) poll(0, 0, 1000);", "the microVM closed its channel" },
         { "for (int i = 0; i < 1000000; i++) write(2, \"0123456789\", 10); write(2, \"\\nbye\\n\", 5); return 7;",
           "QEMU ended (exit status 7)\nlast output:\n" },
-        { "*(volatile int *)0 = 1;", "QEMU ended (killed by signal 11 (Segmentation fault)) (it wrote nothing)\nlog: " },
+        { "*(volatile int *)0 = 1;",
+          "QEMU ended (killed by signal 11 (Segmentation fault)) (it wrote nothing)\nlog: " },
     };
     char source[256], program[256], command[1024];
     snprintf(source, sizeof source, "%s/lying.c", work);
     snprintf(program, sizeof program, "%s/lying", work);
     for (size_t i = 0; i < ORCH_ARRAY_LEN(cases); i++) {
         cleanup_buf struct orch_buf text = { 0 };
-        orch_buf_printf(&text, "#include <poll.h>\n#include <unistd.h>\n#include <signal.h>\n#pragma GCC diagnostic ignored \"-Wunused-result\"\n"
-                               "int main(void) { %s }\n", cases[i].code);
+        orch_buf_printf(
+            &text,
+            "#include <poll.h>\n#include <unistd.h>\n#include <signal.h>\n#pragma GCC diagnostic ignored \"-Wunused-result\"\n"
+            "int main(void) { %s }\n",
+            cases[i].code);
         write_text(source, text.p, text.n, 0644);
         snprintf(command, sizeof command, "cc -w -O1 -o '%s' '%s'", program, source);
         assert_int_equal(system(command), 0);
@@ -1365,8 +1431,11 @@ static void test_lying_vmm(void **state)
         own_cache(&b, dir);
         struct orch_vms_opts o = bed_opts(&b);
         o.qemu = program;
-        expect_failure(&o, &b, (const char *const[]){ cases[i].part, "template of image base (emulated, 256 MiB): booting:", NULL },
-                       strstr(cases[i].part, "closed") ? ORCH_CLASS_CLOSED : ORCH_CLASS_FAILED);
+        expect_failure(
+            &o, &b,
+            (const char *const[]){ cases[i].part,
+                                   "template of image base (emulated, 256 MiB): booting:", NULL },
+            strstr(cases[i].part, "closed") ? ORCH_CLASS_CLOSED : ORCH_CLASS_FAILED);
     }
 }
 
@@ -1427,7 +1496,10 @@ static int setup(void **state)
     else
         snprintf(dir, sizeof dir, "%s/../test-cache/orch", build_dir);
     /* Others than root reach it too: a VMM's user, an ordinary one. */
-    return !mkdtemp(work) || chmod(work, 0755) < 0 || orch_mkdir_p(dir, 0700) < 0 || !realpath(dir, cache) ? -1 : 0;
+    return !mkdtemp(work) || chmod(work, 0755) < 0 || orch_mkdir_p(dir, 0700) < 0 ||
+                   !realpath(dir, cache)
+               ? -1
+               : 0;
 }
 
 static int teardown(void **state)
@@ -1442,36 +1514,21 @@ static int teardown(void **state)
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_folders),
-        cmocka_unit_test(test_frozen_files),
-        cmocka_unit_test(test_verdicts),
-        cmocka_unit_test(test_spawn_exec_free),
-        cmocka_unit_test(test_clones_differ),
-        cmocka_unit_test(test_timer_in_guest),
-        cmocka_unit_test(test_many_at_once),
-        cmocka_unit_test(test_nothing_is_left),
-        cmocka_unit_test(test_crash_is_lost),
-        cmocka_unit_test(test_guest_powers_off),
-        cmocka_unit_test(test_launcher_dies),
-        cmocka_unit_test(test_timeout),
-        cmocka_unit_test(test_log_is_capped),
-        cmocka_unit_test(test_template_is_kept_and_checked),
-        cmocka_unit_test(test_one_builder),
-        cmocka_unit_test(test_missing_programs),
-        cmocka_unit_test(test_bad_kernels),
-        cmocka_unit_test(test_bad_inits),
-        cmocka_unit_test(test_little_memory),
-        cmocka_unit_test(test_slow_clone),
-        cmocka_unit_test(test_library_list),
-        cmocka_unit_test(test_mistakes),
-        cmocka_unit_test(test_cache_read_only),
-        cmocka_unit_test(test_cache_full),
-        cmocka_unit_test(test_runtime_full),
-        cmocka_unit_test(test_kvm_forbidden),
-        cmocka_unit_test(test_kvm_pretends),
-        cmocka_unit_test(test_killed_orch),
-        cmocka_unit_test(test_as_user),
-        cmocka_unit_test(test_lying_vmm),
+        cmocka_unit_test(test_folders),         cmocka_unit_test(test_frozen_files),
+        cmocka_unit_test(test_verdicts),        cmocka_unit_test(test_spawn_exec_free),
+        cmocka_unit_test(test_clones_differ),   cmocka_unit_test(test_timer_in_guest),
+        cmocka_unit_test(test_many_at_once),    cmocka_unit_test(test_nothing_is_left),
+        cmocka_unit_test(test_crash_is_lost),   cmocka_unit_test(test_guest_powers_off),
+        cmocka_unit_test(test_launcher_dies),   cmocka_unit_test(test_timeout),
+        cmocka_unit_test(test_log_is_capped),   cmocka_unit_test(test_template_is_kept_and_checked),
+        cmocka_unit_test(test_one_builder),     cmocka_unit_test(test_missing_programs),
+        cmocka_unit_test(test_bad_kernels),     cmocka_unit_test(test_bad_inits),
+        cmocka_unit_test(test_little_memory),   cmocka_unit_test(test_slow_clone),
+        cmocka_unit_test(test_library_list),    cmocka_unit_test(test_mistakes),
+        cmocka_unit_test(test_cache_read_only), cmocka_unit_test(test_cache_full),
+        cmocka_unit_test(test_runtime_full),    cmocka_unit_test(test_kvm_forbidden),
+        cmocka_unit_test(test_kvm_pretends),    cmocka_unit_test(test_killed_orch),
+        cmocka_unit_test(test_as_user),         cmocka_unit_test(test_lying_vmm),
     };
     if (argc > 1)
         cmocka_set_test_filter(argv[1]);
