@@ -142,7 +142,8 @@ static void readable(void *ud, int events)
     }
 }
 
-struct orch_reload *orch_reload_new(struct orch_loop *l, int64_t quiet_ms, orch_loop_fn *fn, void *ud, struct orch_err *err)
+struct orch_reload *orch_reload_new(struct orch_loop *l, int64_t quiet_ms, orch_loop_fn *fn, void *ud,
+                                    struct orch_err *err)
 {
     int fd = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
     if (fd < 0) {

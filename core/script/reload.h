@@ -9,7 +9,8 @@
 struct orch_reload;
 
 /* quiet_ms: after the last event; a stream of events is cut off after 4 × quiet_ms. */
-struct orch_reload *orch_reload_new(struct orch_loop *l, int64_t quiet_ms, orch_loop_fn *fn, void *ud, struct orch_err *err);
+struct orch_reload *orch_reload_new(struct orch_loop *l, int64_t quiet_ms, orch_loop_fn *fn, void *ud,
+                                    struct orch_err *err);
 /* Adds a directory (its entries are watched; a file is watched through its directory). Its parent is
  * watched for its name too, so that replacing the directory, or the symbolic link to it, is seen; one
  * that does not exist yet is watched through its nearest existing parent. */

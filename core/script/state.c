@@ -25,10 +25,10 @@ enum {
     ERROR_TEXT_MAX = 1024,
 };
 
-/* Everything else of luaopen_base is left out, see SECURITY.md. */
+/* What else luaopen_base opens (load, getfenv, newproxy, collectgarbage, …) would get around a limit. */
 static const char *const bounded_globals[] = {
-    "_VERSION", "assert", "coroutine", "error", "getmetatable", "ipairs", "next", "pcall", "rawequal", "rawget",
-    "select", "setmetatable", "tonumber", "tostring", "type", "unpack", "math", "bit",
+    "_VERSION", "assert", "bit", "coroutine", "error", "getmetatable", "ipairs", "math", "next",
+    "pcall", "rawequal", "rawget", "select", "setmetatable", "tonumber", "tostring", "type", "unpack",
 };
 static const char *const frozen_libraries[] = { "bit", "coroutine", "math", "os", "string", "table" };
 
@@ -524,7 +524,8 @@ static void load_chunk(lua_State *L, void *ud)
 int orch_state_load(struct orch_state *s, const char *path, struct orch_slice text, struct orch_err *err)
 {
     if (text.n > SOURCE_MAX)
-        return orch_err_setc(err, ORCH_CLASS_CONFIG, EFBIG, "%s: %zu bytes; a Lua file may have 1 MiB", path, text.n);
+        return orch_err_setc(err, ORCH_CLASS_CONFIG, EFBIG, "%s: %zu bytes; a Lua file may have 1 MiB", path,
+                             text.n);
     if (text.n && text.p[0] == LUA_SIGNATURE[0])
         return orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL, "%s: bytecode is not accepted, only source text", path);
     struct orch_entry e;
@@ -929,7 +930,8 @@ struct orch_state *orch_state_new(const struct orch_state_opts *o, struct orch_e
     cleanup_buf struct orch_buf boot = { 0 };
     int r = orch_read_file(AT_FDCWD, path, BOOT_MAX, &boot);
     if (r < 0) {
-        orch_err_setc(err, ORCH_CLASS_CONFIG, -r, "%s: %s; orch's Lua files are not installed there", path, strerror(-r));
+        orch_err_setc(err, ORCH_CLASS_CONFIG, -r, "%s: %s; orch's Lua files are not installed there", path,
+                      strerror(-r));
         return NULL;
     }
     struct orch_state *s = orch_xcalloc(1, sizeof *s);
@@ -949,12 +951,14 @@ struct orch_state *orch_state_new(const struct orch_state_opts *o, struct orch_e
     lua_atpanic(s->L, die);
     lua_gc(s->L, LUA_GCSTOP, 0); /* nothing to collect while opening */
     struct open a = { s, o, { boot.p, boot.n } };
+    s->guarded++; /* the cap counts */
     int status = lua_cpcall(s->L, open_state, &a);
+    s->guarded--;
     if (status) {
         const char *text = lua_tostring(s->L, -1);
         if (s->no_memory)
-            orch_err_setc(err, ORCH_CLASS_LIMIT, ENOMEM, "limit: %s memory %zu bytes is too little to start", context_name(s),
-                          o->memory_bytes);
+            orch_err_setc(err, ORCH_CLASS_LIMIT, ENOMEM, "limit: %s memory %zu bytes is too little to start",
+                          context_name(s), o->memory_bytes);
         else
             orch_err_set(err, 0, "Lua: %s", text ? text : "cannot open the libraries");
         orch_state_free(s);

@@ -570,8 +570,8 @@ static int string_gsub(lua_State *L)
     const char *s = luaL_checklstring(L, 1, &n);
     const char *p = luaL_checklstring(L, 2, &np);
     int kind = lua_type(L, 3);
-    luaL_argcheck(L, kind == LUA_TNUMBER || kind == LUA_TSTRING || kind == LUA_TFUNCTION || kind == LUA_TTABLE, 3,
-                  "string/function/table expected");
+    luaL_argcheck(L, kind == LUA_TNUMBER || kind == LUA_TSTRING || kind == LUA_TFUNCTION || kind == LUA_TTABLE,
+                  3, "string/function/table expected");
     lua_Number most = luaL_optnumber(L, 4, (lua_Number)n + 1);
     ORCH_NEST(L);
     struct match m;
@@ -932,7 +932,8 @@ static int table_concat(lua_State *L)
     for (; i <= last; i++) {
         lua_rawgeti(L, 1, i);
         if (!lua_isstring(L, -1))
-            return luaL_error(L, "invalid value (%s) at index %d in table for 'concat'", luaL_typename(L, -1), i);
+            return luaL_error(L, "invalid value (%s) at index %d in table for 'concat'",
+                              luaL_typename(L, -1), i);
         size_t len;
         const char *text = lua_tolstring(L, -1, &len);
         orch_state_charge(L, 2 + (len + n_sep) / 16);
@@ -1074,14 +1075,28 @@ static int table_sort(lua_State *L)
 /* -------------------------------------------------------------------------------------------------- */
 
 static const luaL_Reg string_functions[] = {
-    { "byte", string_byte },   { "char", string_char },       { "find", string_find },   { "format", string_format },
-    { "gmatch", string_gmatch }, { "gsub", string_gsub },     { "len", string_len },     { "lower", string_lower },
-    { "match", string_match }, { "rep", string_rep },         { "reverse", string_reverse }, { "sub", string_sub },
-    { "upper", string_upper }, { NULL, NULL },
+    { "byte", string_byte },
+    { "char", string_char },
+    { "find", string_find },
+    { "format", string_format },
+    { "gmatch", string_gmatch },
+    { "gsub", string_gsub },
+    { "len", string_len },
+    { "lower", string_lower },
+    { "match", string_match },
+    { "rep", string_rep },
+    { "reverse", string_reverse },
+    { "sub", string_sub },
+    { "upper", string_upper },
+    { NULL, NULL },
 };
 
 static const luaL_Reg table_functions[] = {
-    { "concat", table_concat }, { "insert", table_insert }, { "remove", table_remove }, { "sort", table_sort }, { NULL, NULL },
+    { "concat", table_concat },
+    { "insert", table_insert },
+    { "remove", table_remove },
+    { "sort", table_sort },
+    { NULL, NULL },
 };
 
 void orch_strlib_push(lua_State *L)

@@ -287,7 +287,8 @@ static bool run(struct orch_task *t)
     if (waits) {
         lua_pop(t->T, 1);
     } else if (status == LUA_YIELD) {
-        orch_err_set(&err, 0, "coroutine.yield outside a coroutine: to wait, call orch.sleep or another function that waits");
+        orch_err_set(&err, 0, "coroutine.yield outside a coroutine: to wait, call orch.sleep or another "
+                              "function that waits");
     } else if (failed) {
         lua_xmove(t->T, s->L, 1);
         orch_state_describe(s, status, t->T, &err);
@@ -421,10 +422,13 @@ struct orch_loop *orch_task_loop(const struct orch_task *t)
 int orch_task_wait(lua_State *L, orch_loop_fn *cancel_fn, void *ud, struct orch_wait *w)
 {
     struct orch_task *t = orch_task_current(L);
-    const char *refused = !t                    ? "may not wait here: not inside a task"
-                          : !lua_isyieldable(L) ? "may not wait here: inside a callback of a C function (sort, gsub, …)"
-                          : t->cancelled        ? t->why
-                                                : NULL;
+    const char *refused = NULL;
+    if (!t)
+        refused = "may not wait here: not inside a task";
+    else if (!lua_isyieldable(L))
+        refused = "may not wait here: inside a callback of a C function (sort, gsub, …)";
+    else if (t->cancelled)
+        refused = t->why;
     if (refused) {
         if (cancel_fn)
             cancel_fn(ud);
