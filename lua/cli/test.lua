@@ -1,23 +1,33 @@
 local cli = require "cli"
 
--- Each file gets globals of its own and `arg`; what ends one (os.exit, an error) does not end the others.
+-- TAP goes to stdout, not to the log.
+function print(...)
+  local out = { n = select("#", ...), ... }
+  for i = 1, out.n do out[i] = tostring(out[i]) end
+  io.stdout:write(table.concat(out, "\t"), "\n")
+end
+
+local path = package.path
+
+-- Each file gets globals and modules of its own, `arg`, and modules beside it; what ends one (os.exit, an
+-- error) does not end the others.
 local function run_file(file)
   local chunk, why = loadfile(file)
   if not chunk then return 6, why end
-  local exit = {}
+  local exit, loaded = {}, {}
+  for name in pairs(package.loaded) do loaded[name] = true end
+  package.path = (file:match("^(.*)/") or ".") .. "/?.lua;" .. path
   local env = setmetatable({ arg = { [0] = file } }, { __index = _G })
   env._G = env
-  env.print = function(...) -- TAP goes to stdout
-    local out = { n = select("#", ...), ... }
-    for i = 1, out.n do out[i] = tostring(out[i]) end
-    io.stdout:write(table.concat(out, "\t"), "\n")
-  end
   env.os = setmetatable({ exit = function(status)
     exit.status = status == nil and 0 or type(status) == "boolean" and (status and 0 or 1) or status
     error(exit, 0)
   end }, { __index = os })
   setfenv(chunk, env)
   local ok, result = xpcall(chunk, function(e) return exit.status and exit or debug.traceback(tostring(e), 2) end)
+  for name in pairs(package.loaded) do
+    if not loaded[name] then package.loaded[name] = nil end
+  end
   if exit.status then return exit.status end
   if not ok then return 1, result end
   return type(result) == "number" and result or 0

@@ -1,0 +1,454 @@
+---@meta orch
+-- The Lua API of orch, for editors that read LuaCATS annotations: add the folder lua/meta to the library of
+-- your language server. This file is documentation; nothing loads it.
+--
+-- Contexts, named with each function: P policies and orchestrator.lua, T tools, S trusted scripts
+-- (`orch SCRIPT.lua`, `orch -e`). Called elsewhere, a function raises "… is for trusted scripts only".
+-- What a later version brings is there by name and raises "… is not available yet".
+--
+-- Errors: a caller's mistake (type, range, unknown option key) raises; a failure of the world returns
+-- nil, message, code. A call that waits suspends only its own task.
+
+---A number of seconds, or a text: "250ms", "30s", "5m", "1h".
+---@alias orch.duration number|string
+
+---A number of bytes, or a text: "64K", "256M", "2G" (powers of 1024).
+---@alias orch.size integer|string
+
+---What kind of failure it was: the third value of a failed call.
+---@alias orch.code
+---| "failed"    # the world: a file, a program, an error in Lua
+---| "usage"     # a caller's mistake found only at run time
+---| "denied"    # by policy
+---| "isolation" # QEMU, namespaces, KVM: nothing was run
+---| "config"    # configuration, policy or script
+---| "upstream"  # an MCP server
+---| "limit"     # a budget or limit was hit
+---| "timeout"   # the deadline passed
+---| "cancelled" # the task was cancelled
+---| "closed"    # the microVM or client was closed or went away
+
+---@class orch
+---@field version string "0.1.0" (P T S)
+orch = {}
+
+---Monotonic time in seconds, with microseconds; only differences mean something. P T S
+---@return number
+function orch.now() end
+
+---Suspends the task. T S
+---@param time orch.duration
+---@return nil, string?, orch.code? # in a cancelled task of a script: nil, message, "cancelled"
+function orch.sleep(time) end
+
+---An environment variable; nil when it is not set. S (orchestrator.lua has a function env of its own)
+---@param name string
+---@return string?
+function orch.env(name) end
+
+---Not available yet.
+function orch.on(event, fn) end
+
+-- ---- JSON. P T S
+
+---@class orch.json
+---@field null userdata null, where a place must be kept: in arrays; in objects a null is nil
+orch.json = {}
+
+---A table with keys 1 to n is an array, another an object; {} is an object unless orch.json.array made it.
+---Raises on what JSON cannot hold: functions, NaN, text that is not UTF-8, mixed keys, cycles.
+---@param value any
+---@return string
+function orch.json.encode(value) end
+
+---Strict: no duplicate keys, no trailing text, valid UTF-8. An integer beyond 2^53 is opaque: only tostring
+---and == work on it, and it is encoded as it came.
+---@param text string
+---@return any value # or nil, message with the byte
+---@return string? message
+function orch.json.decode(text) end
+
+---Marks a table as an array, so that an empty one is encoded as []. Returns it.
+---@generic T: table
+---@param t T
+---@return T
+function orch.json.array(t) end
+
+-- ---- Log: lines on stderr, shown from level warn on unless -v or --log-level says otherwise. P T S
+-- print goes to the log too; in scripts it is always shown.
+
+---@class orch.log
+orch.log = {}
+---@param message string
+---@param fields? table encoded as JSON beside the message
+function orch.log.debug(message, fields) end
+---@param message string
+---@param fields? table
+function orch.log.info(message, fields) end
+---@param message string
+---@param fields? table
+function orch.log.warn(message, fields) end
+---@param message string
+---@param fields? table
+function orch.log.error(message, fields) end
+
+-- ---- Tasks. T S
+
+---@class orch.task
+orch.task = {}
+
+---@class orch.Task
+local Task = {}
+
+---Starts fn in the next turn of the loop. At most 1024 tasks at once. In tools a task belongs to the call
+---that spawned it: it shares its budget and ends with it.
+---@param fn fun(...): ...
+---@param ... any at most 16 arguments
+---@return orch.Task? task # or nil, message, "limit"
+---@return string? message
+---@return orch.code? code
+function orch.task.spawn(fn, ...) end
+
+---Waits for the task; what fn returned, or nil, message, code when it failed or was cancelled.
+---@return any ...
+function Task:join() end
+
+---Asks it to end; its wait returns nil, message, "cancelled". False when it has ended already.
+---@return boolean
+function Task:cancel() end
+
+-- ---- microVMs
+
+---@class orch.vm
+orch.vm = {}
+
+---@class orch.vm.SpawnOptions
+---@field image? string default: vm.image of the configuration
+---@field memory? orch.size 64M to 4G in whole MiB, default vm.memory; in tools at most that
+---@field vcpus? integer 1 to 8, default vm.vcpus; 1 where microVMs are emulated; in tools at most the default
+---@field timeout? orch.duration life of the microVM; default: none in scripts, vm.timeout in tools
+---@field network? string "none"; other policies are not available yet (scripts only)
+---@field backend? "auto"|"qemu" (scripts only)
+---@field name? string a label for `orch vm list` (scripts only)
+
+---A microVM. Scripts: it lives until close() or the end of orch. Tools (ctx:vm): until the end of the call.
+---@class orch.Vm
+---@field id string "vm-6b769702"
+---@field backend string "qemu"
+---@field isolation "hardware"|"emulated" KVM, or QEMU's TCG
+---@field image string
+---@field spawn_ms number milliseconds from the wish to ready
+local Vm = {}
+
+---Spawns a microVM: a clone of the image's template, which the first start on a machine makes. S
+---@param options? orch.vm.SpawnOptions
+---@return orch.Vm? vm # or nil, message, "isolation"|"limit"|"config"|…
+---@return string? message
+---@return orch.code? code
+function orch.vm.spawn(options) end
+
+---The microVMs of this process. S
+---@return { id: string, image: string, backend: string, isolation: string }[]
+function orch.vm.list() end
+
+---Not available yet.
+function orch.vm.pool(options) end
+
+---@class orch.vm.ExecOptions
+---@field stdin? string bytes for standard input; default: /dev/null
+---@field env? table<string, string> added to the guest's environment
+---@field cwd? string default: the user's home
+---@field user? string name or number, default "1000"
+---@field timeout? orch.duration the whole process tree is ended after it; in tools at most what is left of the call
+---@field max_output? orch.size a stream, default 1M, at most 64M unless on_stdout and on_stderr take it; the rest is dropped
+---@field on_stdout? fun(bytes: string) called as output comes, instead of collecting it; must not wait
+---@field on_stderr? fun(bytes: string)
+---@field pty? boolean run it on a terminal
+---@field inherit? boolean scripts: standard input, output and error of this process, without a limit
+---@field inherit_stdin? boolean scripts: standard input of this process
+
+---@class orch.vm.ExecResult
+---@field status integer? exit status, 127 not found, 126 not executable; nil when a signal ended it
+---@field signal integer? the signal
+---@field failed string? why it could not be started: "not found", "not executable", …
+---@field stdout string bytes
+---@field stderr string bytes
+---@field truncated boolean output was dropped
+---@field timed_out boolean
+---@field ms number
+
+---Runs a program in the guest and waits for its end, whatever it is. T S
+---@param argv string[] program and arguments; no shell unless you name one
+---@param options? orch.vm.ExecOptions
+---@return orch.vm.ExecResult? result # nil, message, code only when the microVM failed
+---@return string? message
+---@return orch.code? code
+function Vm:exec(argv, options) end
+
+---Writes a file in the guest, owned by uid 1000. T S
+---@param path string absolute
+---@param bytes string
+---@param options? { mode?: integer } default 420 (0644)
+---@return true? ok # or nil, message, code
+---@return string? message
+---@return orch.code? code
+function Vm:write_file(path, bytes, options) end
+
+---Reads a file of the guest, at most 16 MiB of it. T S
+---@param path string
+---@param options? { offset?: integer, length?: integer } in bytes
+---@return string? bytes # or nil, message, code
+---@return string? message
+---@return orch.code? code
+function Vm:read_file(path, options) end
+
+---@param path string
+---@return { name: string, type: "file"|"directory"|"link"|"other", mode: integer, size: integer, mtime: integer }[]? entries # or nil, message, code
+---@return string? message
+---@return orch.code? code
+function Vm:list_dir(path) end
+
+---The last lines that VMM and guest console wrote. T S
+---@return string? text # or nil, message, code
+function Vm:logs() end
+
+---What the guest can reach: "no interface". T S
+---@return string? # or nil, message, code
+function Vm:network() end
+
+---Phases of the start with milliseconds since it was asked for. S
+---@return { name: string, ms: number }[]?
+function Vm:phases() end
+
+---Ends it at once. What is under way in it returns nil, message, "closed". T S
+function Vm:close() end
+
+-- Not available yet: copy_in, copy_out, changes, pause, resume, snapshot, fork, stats, set_network.
+
+---@class orch.image
+orch.image = {}
+---Not available yet; use `orch image build`.
+function orch.image.build(options) end
+---Not available yet; use `orch image list`.
+function orch.image.list() end
+
+-- ---- MCP. S
+
+---@class orch.mcp
+orch.mcp = {}
+
+---@class orch.mcp.ServeOptions
+---@field transport? "stdio" the only one yet
+---@field command? string[] a server to put behind the policy, its tools unprefixed on the wire
+---@field as? string its name in policies, default "cmd"
+
+---Serves the configured tools on standard input and output until the input ends. Every call is judged and
+---audited.
+---@param options? orch.mcp.ServeOptions
+---@return integer? status # and why it ended; or nil, message, code
+---@return string? why
+---@return orch.code? code
+function orch.mcp.serve(options) end
+
+---@class orch.mcp.ConnectOptions
+---@field command string[] program and arguments of a server over stdio; it runs on the host
+---@field env? string[] "NAME=value" each; default: the environment of this process
+---@field cwd? string
+---@field timeout? orch.duration until the handshake is done, default 10 s
+---@field sandbox? "host" the only one yet
+
+---@class orch.mcp.Client
+---@field server_info { name: string, version: string }?
+---@field capabilities table?
+---@field protocol_version string?
+local Client = {}
+
+---Starts a server and connects to it.
+---@param options orch.mcp.ConnectOptions
+---@return orch.mcp.Client? client # or nil, message, "upstream"
+---@return string? message
+---@return orch.code? code
+function orch.mcp.connect(options) end
+
+---@return table[]? tools # as the server wrote them; or nil, message, code
+---@return string? message
+---@return orch.code? code
+function Client:list_tools() end
+
+---@param name string
+---@param arguments? table
+---@param options? { timeout?: orch.duration } default 60 s
+---@return table? result # the MCP result: content, structuredContent, isError; or nil, message, code
+---@return string? message
+---@return orch.code? code
+function Client:call_tool(name, arguments, options) end
+
+---@return table? # or nil, message, code
+function Client:ping() end
+
+---Ends the server.
+function Client:close() end
+
+-- Not available yet: list_resources, read_resource, list_prompts, get_prompt.
+
+-- ---- The host. S
+
+---@class orch.process
+orch.process = {}
+
+---Runs a program of the host and waits for it. At most 16 MiB of stdout and 1 MiB of stderr are kept.
+---@param argv string[]
+---@param options? { stdin?: string, env?: string[], cwd?: string, timeout?: orch.duration } env: "NAME=value" each
+---@return { status: integer?, signal: integer?, stdout: string, stderr: string, timed_out: boolean }? result # or nil, message, code
+---@return string? message
+---@return orch.code? code
+function orch.process.run(argv, options) end
+
+---@class orch.fs
+orch.fs = {}
+
+---A whole file, at most 64 MiB.
+---@param path string
+---@return string? bytes # or nil, message, code
+---@return string? message
+---@return orch.code? code
+function orch.fs.read(path) end
+
+---Writes a file whole or not at all (by rename).
+---@param path string
+---@param bytes string
+---@param options? { mode?: integer } default 420 (0644)
+---@return true? ok # or nil, message, code
+---@return string? message
+---@return orch.code? code
+function orch.fs.write(path, bytes, options) end
+
+---Names in a directory, without "." and "..", in no order.
+---@param path string
+---@return string[]? names # or nil, message, code
+---@return string? message
+---@return orch.code? code
+function orch.fs.list(path) end
+
+---@param path string
+---@return { type: "file"|"directory"|"other", size: integer, mode: integer, mtime: number }? stat # or nil, message, code
+---@return string? message
+---@return orch.code? code
+function orch.fs.stat(path) end
+
+---Makes a directory and those above it that are missing.
+---@param path string
+---@return true? ok # or nil, message, code
+---@return string? message
+---@return orch.code? code
+function orch.fs.mkdir(path) end
+
+---@class orch.http
+orch.http = {}
+---Not available yet.
+function orch.http.request(options) end
+
+---@class orch.firewall
+orch.firewall = {}
+---Not available yet.
+function orch.firewall.check(policy) end
+---Not available yet.
+function orch.firewall.explain(policy, packet) end
+
+-- ---- A tool file (lua/tools/NAME.lua) returns one of these. T
+
+---@class orch.Tool
+---@field name string 1 to 64 of A-Za-z0-9_.-, without "__"
+---@field title? string
+---@field description string
+---@field input table JSON Schema 2020-12 of the arguments; type must be "object"; an unknown keyword is a load error
+---@field output? table JSON Schema of the structured result
+---@field annotations? { title?: string, readOnlyHint?: boolean, destructiveHint?: boolean, idempotentHint?: boolean, openWorldHint?: boolean }
+---@field timeout? orch.duration default "60s"
+---@field run fun(args: table, ctx: orch.Ctx): orch.ToolResult?, string?, orch.code? runs in a task of its own; nil, message, code: failed
+
+---@class orch.ToolResult
+---@field text? string bytes that are not UTF-8 become U+FFFD
+---@field structured? table checked against output
+---@field is_error? boolean
+
+---One call, as its tool sees it. After the call every use of it raises.
+---@class orch.Ctx
+---@field session { id: string }
+---@field workspace string? the only host directory that tools may see
+local Ctx = {}
+
+---A microVM for this call, with the network the deciding rules say; closed after the call.
+---@param options? orch.vm.SpawnOptions
+---@return orch.Vm? vm # or nil, message, code
+---@return string? message
+---@return orch.code? code
+function Ctx:vm(options) end
+
+---Tells the client how far the call is, when it asked for that.
+---@param done number
+---@param total? number
+---@param message? string
+function Ctx:progress(done, total, message) end
+
+---A log message to the client.
+---@param level "debug"|"info"|"notice"|"warning"|"error"|"critical"|"alert"|"emergency"
+---@param message string
+function Ctx:log(level, message) end
+
+---@return boolean
+function Ctx:cancelled() end
+
+---A file beneath the workspace, at most 16 MiB; no symlink leads out.
+---@param path string
+---@return string? bytes # or nil, message, code
+---@return string? message
+---@return orch.code? code
+function Ctx:read_file(path) end
+
+---@param path? string default: the workspace itself
+---@return { name: string, type: "file"|"directory"|"link"|"other", size: integer }[]? entries # or nil, message, code
+---@return string? message
+---@return orch.code? code
+function Ctx:list_dir(path) end
+
+-- Not available yet: http, elicit, sample, roots, call.
+
+-- ---- policies/tools.lua returns one of these. P
+
+---@class orch.ToolPolicy
+---@field rules orch.Rule[] every matching rule counts: deny beats ask beats allow; no match, error, time-out: deny
+---@field tests? orch.PolicyTest[] run before each load; a failure keeps the old policy in force
+
+---@class orch.Rule
+---@field tool string pattern: * is any run, all else literal; without "__" it matches local tools only, "*" alone all
+---@field action "allow"|"ask"|"deny"
+---@field when? fun(call: orch.Call): any the rule counts when it is truthy; its error denies
+---@field reason? string shown to the client
+---@field network? "none" of the call's microVMs
+---@field rewrite? fun(args: table): table changes the arguments; the result is checked and judged again
+---@field redact? string[] PCRE2 patterns, replaced in results and audit log
+---@field rate? string "30/min": 1 to 1000000 per s, min, h or day, for each caller
+---@field mark? string set on the session when the call is allowed
+---@field id? string what the rate is counted by across reloads
+
+---@class orch.PolicyTest
+---@field call { tool: string, args?: table, session?: { marks?: table }, caller?: string, server?: string, untrusted?: table }
+---@field expect "allow"|"ask"|"deny"
+
+---@class orch.Call
+---@field tool string the qualified name: NAME, or UPSTREAM__NAME
+---@field server string "local" or the upstream's name
+---@field args table
+---@field session { id: string, marks: table<string, true> }
+---@field caller string who started the session: uid and program
+---@field untrusted { client: table, tool: table } what the other side says of itself
+local Call = {}
+
+---True when the argument is a path that climbs out of the workspace: absolute, "~", or too many "..".
+---A missing argument is none.
+---@param key string
+---@return boolean
+function Call:path_outside(key) end
+
+return orch
