@@ -266,7 +266,6 @@ def audit(env):
     s = env.project().session()
     s.initialize()
     result = s.call("echo", {"message": "first \u202e\u001b[31m"})
-    env.write("orchestrator.lua", "return { audit = { dir = \"audit\" } }\n")
     r = env.orch("audit", "tail", "-n", "1", config=True)
     expect(r.status == 0 and r.out.count("\n") == 1 and "outcome" in r.out, r)
     r = env.orch("audit", "tail", config=True)
