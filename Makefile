@@ -194,7 +194,7 @@ JOBS := -j$(shell nproc)
 tests-c: $(TEST_BIN)
 
 asan: ## build and run the C tests with address and undefined behaviour sanitizers
-	@+$(MAKE) --no-print-directory $(JOBS) VARIANT=asan tests-c
+	@+$(MAKE) --no-print-directory $(JOBS) VARIANT=asan all tests-c
 	@tests/run c
 
 test: deps ## everything: packages, release and sanitizer builds, all tests

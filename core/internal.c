@@ -3,7 +3,6 @@
 #include "host.h"
 
 #include "vm/accel.h"
-#include "vm/template.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -297,16 +296,11 @@ static int i_isolation(lua_State *L)
 {
     struct orch *o = host_of(L);
     cleanup_buf struct orch_buf why = { 0 };
-    struct orch_vmm_host *host = orch_vmm_qemu.host_new(o->loop, o->paths.cache, NULL);
-    struct orch_templates *ts = orch_templates_new(&(struct orch_templates_opts){ .loop = o->loop,
-                                                                                  .backend = &orch_vmm_qemu,
-                                                                                  .host = host,
-                                                                                  .cache_dir = o->paths.cache,
-                                                                                  .runtime_dir = o->paths.runtime,
-                                                                                  .agent_path = o->paths.agent });
-    enum orch_isolation i = orch_templates_known(ts, &why);
-    orch_templates_free(ts);
-    orch_vmm_qemu.host_free(host);
+    enum orch_isolation i = orch_known_isolation(o->loop,
+                                                 &(struct orch_vms_opts){ .cache_dir = o->paths.cache,
+                                                                          .runtime_dir = o->paths.runtime,
+                                                                          .agent_path = o->paths.agent },
+                                                 &why);
     lua_pushstring(L, orch_isolation_name(i));
     lua_pushstring(L, why.p ? why.p : "");
     return 2;

@@ -646,3 +646,18 @@ void orch_vms_each(struct orch_vms *m, void (*fn)(void *ud, struct orch_vm *vm),
             fn(ud, vm);
     }
 }
+
+enum orch_isolation orch_known_isolation(struct orch_loop *l, const struct orch_vms_opts *o, struct orch_buf *why)
+{
+    struct orch_vmm_host *host = orch_vmm_qemu.host_new(l, o->cache_dir, o->qemu);
+    struct orch_templates *ts = orch_templates_new(&(struct orch_templates_opts){ .loop = l,
+                                                                                  .backend = &orch_vmm_qemu,
+                                                                                  .host = host,
+                                                                                  .cache_dir = o->cache_dir,
+                                                                                  .runtime_dir = o->runtime_dir,
+                                                                                  .agent_path = o->agent_path });
+    enum orch_isolation i = orch_templates_known(ts, why);
+    orch_templates_free(ts);
+    orch_vmm_qemu.host_free(host);
+    return i;
+}

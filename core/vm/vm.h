@@ -79,4 +79,8 @@ bool orch_vm_no_aslr(const struct orch_vm *vm);
 /* Each microVM of this process. */
 void orch_vms_each(struct orch_vms *m, void (*fn)(void *ud, struct orch_vm *vm), void *ud);
 
+/* What a start with accel "auto" would use, from the device and the verdict remembered in the cache
+ * directory; NONE when QEMU is missing or KVM was not tried yet. Writes nothing. `why` gets the reason. */
+enum orch_isolation orch_known_isolation(struct orch_loop *l, const struct orch_vms_opts *o, struct orch_buf *why);
+
 #endif

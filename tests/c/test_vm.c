@@ -1189,7 +1189,7 @@ static void kvm_pretends(void)
     struct orch_vms_opts o = bed_opts(&b);
     bed_open(&b, &o);
     cleanup_buf struct orch_buf why = { 0 };
-    assert_int_equal(orch_vms_known_isolation(b.m, &why), ORCH_ISOLATION_NONE);
+    assert_int_equal(orch_known_isolation(loop, &o, &why), ORCH_ISOLATION_NONE);
     assert_contains(why.p, "not tried yet");
     struct orch_vm_opts vo = guest_opts(&g);
     vo.accel = NULL;
@@ -1198,7 +1198,7 @@ static void kvm_pretends(void)
     assert_contains(b.progress.p, "booting image base with KVM");
     assert_contains(b.progress.p, "KVM does not work here, going on emulated");
     orch_buf_consume(&why, why.n);
-    assert_int_equal(orch_vms_known_isolation(b.m, &why), ORCH_ISOLATION_EMULATED);
+    assert_int_equal(orch_known_isolation(loop, &o, &why), ORCH_ISOLATION_EMULATED);
     assert_contains(why.p, "QEMU ended (exit status 1)");
     bed_close(&b);
 
@@ -1236,7 +1236,7 @@ static void kvm_forbidden(void)
         g.err.msg,
         "acceleration kvm: /dev/kvm: permission denied (mode 0600, uid 0, gid 0); give it to group kvm");
     cleanup_buf struct orch_buf why = { 0 };
-    assert_int_equal(orch_vms_known_isolation(b.m, &why), ORCH_ISOLATION_EMULATED);
+    assert_int_equal(orch_known_isolation(loop, &o, &why), ORCH_ISOLATION_EMULATED);
     assert_contains(why.p, "permission denied");
     assert_int_equal(unlink("/dev/kvm"), 0);
     memset(&g, 0, sizeof g);
