@@ -751,16 +751,19 @@ static void test_no_memory(void **state)
     }
     /* A cap that is reached at every point of opening. */
     bool opened = false;
+    int refused = 0;
     for (size_t cap = 1; !opened && cap < 200000; cap += 211) {
         struct orch_err err;
         struct orch_state_opts o = { .ctx = ORCH_CTX_TOOL, .memory_bytes = cap, .lua_dir = "lua" };
         struct orch_state *s = orch_state_new(&o, &err);
         opened = s;
+        refused += !s;
         if (!s)
             assert_int_equal(err.cls, ORCH_CLASS_LIMIT);
         orch_state_free(s);
     }
     assert_true(opened);
+    assert_true(refused > 50);
 }
 
 /* The collector at its most aggressive: what is not anchored goes at once. */
