@@ -88,9 +88,12 @@ IN_CHILD static int child_main(void *arg)
     if (syscall(SYS_close_range, (unsigned)c->n_fds, ~0U, 0) < 0)
         return child_fail(c, "close_range (Linux 5.9 or later is needed)");
 
-    struct sigaction dfl = { .sa_handler = SIG_DFL };
+    /* By the system call: libc's sigaction refuses its own two signals, which make(1) leaves ignored. */
+    static const struct {
+        unsigned long handler, flags, restorer, mask;
+    } dfl;
     for (int i = 1; i < NSIG; i++)
-        sigaction(i, &dfl, NULL);
+        syscall(SYS_rt_sigaction, i, &dfl, NULL, sizeof dfl.mask);
     sigset_t none;
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
