@@ -34,6 +34,7 @@ struct orch_cell {
     struct orch_launcher *la; /* NULL: freed before the cell */
     struct orch_cell *next, **link;
     struct orch_cell_opts o; /* the callbacks; borrowed pointers in it are not kept */
+    void (*on_net)(void *ud, int nft_fd, int route_fd, bool settings); /* until the answer */
     int ctl;                 /* -1: over */
     struct orch_watch *watch;
     bool fail_posted;
@@ -99,6 +100,11 @@ static const struct {
     { "execve", EACCES, "the VMM's user may not execute the file: it needs mode o+rx, on no noexec filesystem" },
     { "execve", ENOEXEC, "the file is not a program of this machine" },
     { "seccomp", EINVAL, "the kernel was built without seccomp filters (CONFIG_SECCOMP_FILTER); use one with them" },
+    { "pasta program", 0, "the uplink is the program pasta, which is not in /usr/bin; install the package passt" },
+    { "pasta", 0, "it needs a default route on the host (ip -4 route) and /dev/net/tun for everyone (chmod 666 /dev/net/tun)" },
+    { "/dev/net/tun", EACCES, "the device is for everyone to use on an ordinary system: chmod 666 /dev/net/tun" },
+    { "/dev/net/tun", 0, "load its module (modprobe tun); in a container, pass the device in (--device /dev/net/tun)" },
+    { "netfilter socket", 0, "the kernel needs nfnetlink and nf_tables (modprobe nf_tables)" },
     { "filter", 0, "libseccomp could not build the VMM's filter; reinstall it (package libseccomp2)" },
     { "", 0, "see `orch doctor`; " CONTAINER },
 };
@@ -109,6 +115,17 @@ static bool wants_capabilities(const char *step, int code)
     static const char *const steps[] = { "setgroups file", "uid_map", "gid_map", "clone of the VMM", "private mounts",
                                          "tmpfs", "bind of /proc/self/fd" };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(steps) && (code == EPERM || code == EACCES); i++)
+        if (!strcmp(step, steps[i]))
+            return true;
+    return false;
+}
+
+/* The steps of making a network, which a microVM without one does not take. */
+static bool of_network(const char *step)
+{
+    static const char *const steps[] = { "pasta program", "pasta", "/dev/net/tun", "tap", "netfilter socket",
+                                         "route socket", "unshare of the network" };
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(steps); i++)
         if (!strcmp(step, steps[i]))
             return true;
     return false;
@@ -137,8 +154,9 @@ static int explain(const char *launcher, const struct orch_launch_msg *m, struct
         snprintf(fix, sizeof fix, "a limit of namespaces is reached; raise the one that is too low (sysctl -w):%s",
                  limits);
     }
-    return orch_err_setc(err, ORCH_CLASS_ISOLATION, code, "no confined VMM: %s%s%s: %s; %s", step, *file ? " " : "", file,
-                         strerror(code), fix);
+    return orch_err_setc(err, ORCH_CLASS_ISOLATION, code, "%s: %s%s%s: %s; %s",
+                         of_network(step) ? "no network" : "no confined VMM", step, *file ? " " : "", file, strerror(code),
+                         fix);
 }
 
 static int refuse(struct orch_err *err, int code, const char *path, const char *what)
@@ -347,6 +365,12 @@ static void cell_event(void *ud, int events)
     size_t n_fds;
     (void)events;
     int r = orch_launch_recv(c->ctl, m, fds, &n_fds);
+    if (r == 1 && m->op == ORCH_LAUNCH_NET && n_fds == 2 && c->on_net) {
+        void (*on_net)(void *, int, int, bool) = c->on_net;
+        c->on_net = NULL;
+        on_net(c->o.ud, fds[0], fds[1], !m->status);
+        return;
+    }
     for (size_t i = 0; i < n_fds; i++)
         close(fds[i]);
     if (r == -EAGAIN)
@@ -409,22 +433,44 @@ static int fill_vmm(struct orch_launch_msg *m, const struct orch_cell_opts *o, i
     return r;
 }
 
-/* Both messages are sent at once; returns orch's end of ctl, or a negative errno. */
+static int send_vmm(int ctl, struct orch_launch_msg *m, const struct orch_cell_opts *o)
+{
+    int fds[ORCH_LAUNCH_FDS];
+    size_t n_fds;
+    int r = fill_vmm(m, o, fds, &n_fds);
+    return r ? r : orch_launch_send(ctl, m, fds, n_fds);
+}
+
+/* NEW, and at once what comes first on ctl: VMM, or without argv NET. Returns orch's end of ctl, or a
+ * negative errno. */
 static int send_cell(int sock, struct orch_launch_msg *m, const struct orch_cell_opts *o)
 {
-    int sv[2], fds[ORCH_LAUNCH_FDS];
-    size_t n_fds;
+    int sv[2];
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, sv))
         return -errno;
     fill_new(m, o->flags);
     int r = orch_launch_send(sock, m, &sv[1], 1);
     close(sv[1]);
-    r = r ? r : fill_vmm(m, o, fds, &n_fds);
-    r = r ? r : orch_launch_send(sv[0], m, fds, n_fds);
+    if (!r && !o->argv) {
+        *m = (struct orch_launch_msg){ .op = ORCH_LAUNCH_NET, .flags = o->flags };
+        r = orch_launch_send(sv[0], m, NULL, 0);
+    } else if (!r) {
+        r = send_vmm(sv[0], m, o);
+    }
     if (!r)
         return sv[0];
     close(sv[0]);
     return r;
+}
+
+static int cannot_send(const struct orch_launcher *la, int r, struct orch_err *err)
+{
+    if (r != -E2BIG && r != -EINVAL)
+        return refuse(err, -r, la->path, strerror(-r));
+    return orch_err_setc(err, ORCH_CLASS_ISOLATION, -r,
+                         "VMM: %s: at most %d files by absolute path, %d arguments, %d bytes of both",
+                         r == -E2BIG ? "too many files or arguments" : "a path is not absolute", ORCH_LAUNCH_BINDS,
+                         ORCH_LAUNCH_ARGV, ORCH_LAUNCH_BLOB);
 }
 
 struct orch_cell *orch_cell_new(struct orch_launcher *la, const struct orch_cell_opts *o, struct orch_err *err)
@@ -438,15 +484,8 @@ struct orch_cell *orch_cell_new(struct orch_launcher *la, const struct orch_cell
             return NULL;
         ctl = send_cell(la->h.sock, &la->msg, o);
     }
-    if (ctl == -E2BIG || ctl == -EINVAL) {
-        orch_err_setc(err, ORCH_CLASS_ISOLATION, -ctl,
-                      "VMM: %s: at most %d files by absolute path, %d arguments, %d bytes of both",
-                      ctl == -E2BIG ? "too many files or arguments" : "a path is not absolute", ORCH_LAUNCH_BINDS,
-                      ORCH_LAUNCH_ARGV, ORCH_LAUNCH_BLOB);
-        return NULL;
-    }
     if (ctl < 0) {
-        refuse(err, -ctl, la->path, strerror(-ctl));
+        cannot_send(la, ctl, err);
         return NULL;
     }
     struct orch_cell *c = orch_xcalloc(1, sizeof *c);
@@ -460,6 +499,26 @@ struct orch_cell *orch_cell_new(struct orch_launcher *la, const struct orch_cell
     la->cells = c;
     c->watch = orch_watch_new(la->loop, ctl, ORCH_READ, cell_event, c);
     return c;
+}
+
+struct orch_cell *orch_cell_new_net(struct orch_launcher *la, const struct orch_cell_net_opts *o, struct orch_err *err)
+{
+    struct orch_cell_opts begin = { .flags = o->flags, .on_error = o->on_error, .ud = o->ud };
+    struct orch_cell *c = orch_cell_new(la, &begin, err);
+    if (c)
+        c->on_net = o->on_net;
+    return c;
+}
+
+int orch_cell_start(struct orch_cell *c, const struct orch_cell_opts *o, struct orch_err *err)
+{
+    if (!c->la || c->ctl < 0)
+        return orch_err_setc(err, ORCH_CLASS_ISOLATION, EPIPE, "launcher: it ended, and the microVM's network with it");
+    int r = send_vmm(c->ctl, &c->la->msg, o);
+    if (r)
+        return cannot_send(c->la, r, err);
+    c->o = *o;
+    return 0;
 }
 
 void orch_cell_free(struct orch_cell *c)

@@ -2,6 +2,7 @@
  * EPERM; a call of another ABI (32-bit, x32) ends the process. */
 #include "launcher.h"
 
+#include <linux/if_tun.h>
 #include <linux/kvm.h>
 #include <linux/sched.h>
 #include <seccomp.h>
@@ -34,6 +35,12 @@ static const int prctls[] = {
     PR_SET_NAME, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, PR_CAPBSET_READ, PR_SET_TIMERSLACK, PR_SET_VMA,
 };
 
+/* What QEMU asks of its own descriptors. Not TUNSETIFF, nor what changes a tap for the host: its
+ * persistence, carrier, debugging, address. */
+static const uint32_t ioctls[] = {
+    FIONBIO, TUNGETIFF, TUNGETFEATURES, TUNSETOFFLOAD, TUNGETVNETHDRSZ, TUNSETVNETHDRSZ, TUNSETSNDBUF,
+};
+
 static struct sock_filter insns[2][MAX_INSNS];
 static struct sock_fprog programs[2];
 
@@ -61,8 +68,8 @@ static int add_rules(scmp_filter_ctx f, bool kvm)
     if (!r) /* limits are read, not lowered: RLIMIT_CORE 0 would dump into a pipe handler again */
         r = add(f, SCMP_ACT_ALLOW, "prlimit64", 1, SCMP_A2_64(SCMP_CMP_EQ, 0));
     /* An ioctl's number is 32 bits of the register; the rest is not looked at by the kernel either. */
-    if (!r)
-        r = add(f, SCMP_ACT_ALLOW, "ioctl", 1, SCMP_A1_64(SCMP_CMP_MASKED_EQ, UINT32_MAX, FIONBIO));
+    for (size_t i = 0; !r && i < sizeof ioctls / sizeof *ioctls; i++)
+        r = add(f, SCMP_ACT_ALLOW, "ioctl", 1, SCMP_A1_64(SCMP_CMP_MASKED_EQ, UINT32_MAX, ioctls[i]));
     if (!r && kvm)
         r = add(f, SCMP_ACT_ALLOW, "ioctl", 1, SCMP_A1_64(SCMP_CMP_MASKED_EQ, 0xff00, KVMIO << 8));
     return r;

@@ -1,5 +1,5 @@
-/* A microVM's init: pid 1 of its pid namespace and owner of its namespaces. It starts one VMM, reports
- * its end, and ends when orch closes ctl; the kernel then kills whatever is left in the namespace. */
+/* A microVM's init: pid 1 of its pid namespace and owner of its namespaces. It makes a network if asked
+ * to, starts one VMM, reports its end, and ends when orch closes ctl; the kernel then kills whatever is left in the namespace. */
 #include "launcher.h"
 
 #include <fcntl.h>
@@ -12,6 +12,7 @@
 #include <sys/wait.h>
 
 static struct orch_launch_msg msg;
+static struct orch_net net = { .tap = -1, .said_fd = -1 };
 
 static void write_self(const char *step, const char *path, const char *text)
 {
@@ -42,7 +43,7 @@ static pid_t start(const int *fds, size_t n_fds, int *report)
         orch_launch_fail("message");
     size_t n = 2 * (size_t)msg.n_binds + msg.n_argv;
     errno = EINVAL;
-    if (!split(strings, n) || msg.fd_mask >> ORCH_LAUNCH_FDS || (size_t)__builtin_popcount(msg.fd_mask) != n_fds)
+    if (!split(strings, n) || msg.fd_mask >> ORCH_LAUNCH_FD_TAP || (size_t)__builtin_popcount(msg.fd_mask) != n_fds)
         orch_launch_fail("message");
     strings[n] = NULL;
     if (pipe2(p, O_CLOEXEC))
@@ -57,6 +58,7 @@ static pid_t start(const int *fds, size_t n_fds, int *report)
     };
     for (int slot = 0, i = 0; slot < ORCH_LAUNCH_FDS; slot++)
         c.fds[slot] = msg.fd_mask >> slot & 1 ? fds[i++] : -1;
+    c.fds[ORCH_LAUNCH_FD_TAP] = net.tap;
     pid_t pid = orch_launch_clone(CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWUTS | SIGCHLD);
     if (!pid)
         orch_confine_exec(&c);
@@ -93,17 +95,30 @@ _Noreturn void orch_init_run(uid_t uid, gid_t gid)
         orch_launch_fail("signalfd");
 
     pid_t vmm = 0;
-    for (struct pollfd pf[3] = { { ORCH_LAUNCH_SOCK, POLLIN, 0 }, { -1, POLLIN, 0 }, { sfd, POLLIN, 0 } };;) {
-        if (poll(pf, 3, -1) < 0)
+    for (struct pollfd pf[4] = { { ORCH_LAUNCH_SOCK, POLLIN, 0 }, { -1, POLLIN, 0 }, { sfd, POLLIN, 0 },
+                                 { -1, POLLIN, 0 } };;) {
+        pf[3].fd = net.said_fd;
+        if (poll(pf, 4, -1) < 0)
             continue;
+        if (pf[3].revents)
+            orch_net_read(&net);
         if (pf[0].revents) {
             int fds[ORCH_LAUNCH_FDS];
             size_t n_fds;
-            if (orch_launch_recv(ORCH_LAUNCH_SOCK, &msg, fds, &n_fds) != 1 || msg.op != ORCH_LAUNCH_VMM || vmm)
+            if (orch_launch_recv(ORCH_LAUNCH_SOCK, &msg, fds, &n_fds) != 1 || vmm)
+                _exit(0);
+            if (msg.op == ORCH_LAUNCH_NET && net.tap < 0 && !n_fds) {
+                orch_net_make(&net, msg.flags);
+                continue;
+            }
+            if (msg.op != ORCH_LAUNCH_VMM)
                 _exit(0);
             vmm = start(fds, n_fds, &pf[1].fd);
             for (size_t i = 0; i < n_fds; i++)
                 close(fds[i]);
+            if (net.tap >= 0) /* the device lives as long as the VMM */
+                close(net.tap);
+            net.tap = -1;
             continue;
         }
         /* Before the VMM's end, so that orch hears of its start or of the failed step first. */
@@ -127,6 +142,8 @@ _Noreturn void orch_init_run(uid_t uid, gid_t gid)
                 if (p == vmm) {
                     tell(ORCH_LAUNCH_EXIT, status);
                     _exit(0);
+                } else if (p == net.pasta) {
+                    orch_net_lost(&net, status);
                 }
         }
     }

@@ -43,6 +43,21 @@ struct orch_cell_opts {
 
 /* Sends NEW and VMM at once; nothing is waited for, but a launcher's start when the last one ended. */
 struct orch_cell *orch_cell_new(struct orch_launcher *la, const struct orch_cell_opts *o, struct orch_err *err);
+
+struct orch_cell_net_opts {
+    uint32_t flags; /* ORCH_NET_UPLINK; ORCH_VMM_KVM when the VMM will have it */
+    /* Once: the namespace is there, its tap down, its tables empty. The sockets are the callee's;
+     * settings: its sysctls are set. on_error as in orch_cell_opts, until orch_cell_start. */
+    void (*on_net)(void *ud, int nft_fd, int route_fd, bool settings);
+    void (*on_error)(void *ud, const struct orch_err *err);
+    void *ud;
+};
+/* A cell with a network namespace and without a VMM yet. core/net is its user: no VMM is added before
+ * the namespace's tables are verified. */
+struct orch_cell *orch_cell_new_net(struct orch_launcher *la, const struct orch_cell_net_opts *o, struct orch_err *err);
+/* Adds the VMM, with the tap as ORCH_LAUNCH_FD_TAP; from now on the callbacks are o's. */
+int orch_cell_start(struct orch_cell *c, const struct orch_cell_opts *o, struct orch_err *err);
+
 /* Ends VMM and namespaces; no callback follows. Returns at once; the kernel is done within 0.1 s. */
 void orch_cell_free(struct orch_cell *c);
 

@@ -23,6 +23,21 @@ _Noreturn void orch_launch_fail(const char *step);
 /* init.c: pid 1 of a microVM's namespaces; uid and gid as the launcher's user namespace sees them. */
 _Noreturn void orch_init_run(uid_t uid, gid_t gid);
 
+/* net.c: the microVM's network namespace, in init. */
+struct orch_net {
+    int tap;     /* -1: no network */
+    pid_t pasta; /* 0: no uplink */
+    int said_fd; /* pasta's stderr; -1 */
+    char said[512]; /* the last of it */
+    size_t n_said;
+};
+/* Answers NET, or reports the failed step and ends. */
+void orch_net_make(struct orch_net *n, uint32_t flags);
+/* Drains pasta's stderr. */
+void orch_net_read(struct orch_net *n);
+/* pasta ended: reports it and ends. */
+_Noreturn void orch_net_lost(struct orch_net *n, int status);
+
 /* confine.c: the VMM up to execve. Errors go as a message into `report`, which execve closes. */
 struct orch_confine {
     uint32_t flags;

@@ -20,7 +20,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define ORCH_LAUNCH_VERSION 1
+#define ORCH_LAUNCH_VERSION 2
 #define ORCH_LAUNCH_CELLS 64 /* at once, a launcher */
 #define ORCH_LAUNCH_BLOB (48 * 1024)
 #define ORCH_LAUNCH_BINDS 512
@@ -36,6 +36,9 @@ enum orch_launch_op {
     ORCH_LAUNCH_ERROR,   /* ctl, → orch: `step` failed with `sys_errno`; blob: the file it was about, or
                             nothing; the cell is over. On main in place of HELLO: the launcher is */
     ORCH_LAUNCH_HELLO,   /* main, launcher → orch: ready; `status` is ORCH_LAUNCH_VERSION */
+    ORCH_LAUNCH_NET,     /* ctl, orch → init, once and before VMM: makes the microVM's network namespace with
+                            ORCH_NET_TAP, down, which VMM then passes on. The answer, init → orch: fds NETLINK_NETFILTER
+                            and NETLINK_ROUTE sockets bound inside it; `status` 1: /proc/sys could not be written */
 };
 
 /* Descriptor slots of VMM; fd_mask says which are present, in this order. In the VMM they are
@@ -48,18 +51,26 @@ enum orch_launch_fd {
     ORCH_LAUNCH_FD_STATE,
     ORCH_LAUNCH_FD_DISK,
     ORCH_LAUNCH_FD_EXTRA,
+    ORCH_LAUNCH_FD_TAP, /* init's own, never orch's */
 };
 #define ORCH_VMM_FD_BASE 10
 #define ORCH_VMM_FD_DIR "/fd" /* the VMM's own /proc/self/fd, bound there */
 
 #define ORCH_VMM_KVM 1      /* bind /dev/kvm and allow KVM's ioctls */
 #define ORCH_VMM_FREEZING 2 /* RLIMIT_FSIZE 16 MiB instead of 0: the VMM writes its state */
+#define ORCH_NET_UPLINK 4   /* NET: with pasta, which makes ORCH_NET_UPLINK_IF and a default route; its end is the cell's */
+
+#define ORCH_NET_TAP "tap0"
+#define ORCH_NET_UPLINK_IF "up0"
+#define ORCH_NET_UPLINK_ADDR "10.255.1.2"
+#define ORCH_NET_UPLINK_BITS "24"
+#define ORCH_NET_UPLINK_GATEWAY "10.255.1.1"
 
 struct orch_launch_msg {
     uint32_t op;
     uint32_t flags;
     uint32_t uid, gid;  /* NEW: run as (only when the launcher is root), else ignored */
-    uint32_t fd_mask;   /* VMM: 1 << enum orch_launch_fd */
+    uint32_t fd_mask;   /* VMM: 1 << enum orch_launch_fd, but TAP */
     uint32_t n_argv, n_binds;
     int32_t status;
     int32_t sys_errno;
