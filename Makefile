@@ -107,6 +107,12 @@ $(B)/tests/probe: tests/e2e/probe.c Makefile
 	@mkdir -p $(@D)
 	$(Q)$(CC) -std=gnu11 $(WARN) -O1 -g -D_GNU_SOURCE -static -o $@ $<
 $(B)/tests/test_launch: $(B)/launcher $(B)/tests/probe
+# The same for a guest that is the test's own.
+$(B)/tests/wire: tests/e2e/wire.c Makefile
+	$(call say,CC,$@)
+	@mkdir -p $(@D)
+	$(Q)$(CC) -std=gnu11 $(WARN) -O1 -g -D_GNU_SOURCE -static -o $@ $<
+$(B)/tests/test_netns: $(B)/launcher $(B)/tests/wire
 
 build/fuzz/fuzz_%: tests/fuzz/fuzz_%.c Makefile
 	$(call say,FUZZ,$@)
@@ -123,6 +129,8 @@ libcjson1            run    composes JSON documents
 libpcre2-8-0         run    schema patterns, redaction
 libsqlite3-0         run    trust, grants, sessions; loaded when first used
 libseccomp2          run    system call filter of the launcher
+libnftnl11           run    the microVMs' packet filter; loaded when first used
+passt                run    pasta, the microVMs' way to the network
 qemu-system-x86      run    the virtual machine monitor
 busybox-static       run    shell and tools inside the base guest image
 lz4                  run    unpacks the guest kernel
@@ -135,8 +143,11 @@ libcjson-dev         build  headers
 libpcre2-dev         build  headers
 libssl-dev           build  libcrypto.a: SHA-256, linked statically
 libseccomp-dev       build  headers
+libnftnl-dev         build  headers
 python3              demo   examples/client.py and the end-to-end tests
 libcmocka-dev        test   C unit tests
+iproute2             test   networks for the tests of the firewall
+nftables             test   reads the firewall back by another program
 clang                fuzz   libFuzzer
 endef
 export PACKAGES
