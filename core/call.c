@@ -743,7 +743,9 @@ static int audit_outcome(struct orch_toolcall *c, struct orch_err *err)
         orch_buf_str(b, ",\"cancelled\":true");
     int64_t us = orch_now_us() - c->begun_us;
     orch_buf_str(b, ",\"ms\":");
-    orch_json_put_number(b, (double)us / 1000);
+    orch_json_put_number(b, (double)(us / 1000)); /* whole numbers are cheap to print, fractions are not */
+    int part = (int)(us % 1000);
+    orch_buf_add(b, (char[]){ '.', (char)('0' + part / 100), (char)('0' + part / 10 % 10), (char)('0' + part % 10) }, 4);
     orch_buf_str(b, c->is_error || c->rpc_code ? ",\"result\":{\"is_error\":true,\"bytes\":" : ",\"result\":{\"is_error\":false,\"bytes\":");
     orch_json_put_number(b, (double)c->text.n);
     orch_buf_str(b, ",\"sha256\":\"");

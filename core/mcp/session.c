@@ -172,8 +172,9 @@ static struct orch_mcp_request *request_new(struct orch_mcp_session *s, struct o
 
 static struct orch_mcp_request *request_find(struct orch_mcp_session *s, struct orch_slice id)
 {
+    /* Ids mostly differ in their last byte; no id is empty. */
     for (struct orch_mcp_request *rq = s->first; rq; rq = rq->next)
-        if (rq->id_n == id.n && memcmp(rq->id, id.p, id.n) == 0)
+        if (rq->id_n == id.n && rq->id[id.n - 1] == id.p[id.n - 1] && memcmp(rq->id, id.p, id.n) == 0)
             return rq;
     return NULL;
 }
