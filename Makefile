@@ -101,6 +101,11 @@ $(B)/tests/%: tests/c/%.c $(B)/liborch.a Makefile
 	@mkdir -p $(@D)
 	$(Q)$(CC) $(ALL_CFLAGS) -MMD -MP -MF $@.d -Icore -o $@ $< $(LDFLAGS_ALL) $(B)/liborch.a $(LIBS) -lcmocka
 
+$(B)/tests/bench/%: tests/bench/%.c $(B)/liborch.a Makefile
+	$(call say,LD,$@)
+	@mkdir -p $(@D)
+	$(Q)$(CC) $(ALL_CFLAGS) -MMD -MP -MF $@.d -Icore -o $@ $< $(LDFLAGS_ALL) $(B)/liborch.a $(LIBS)
+
 # The escape probe runs in the VMM's place, in a root that holds nothing else.
 $(B)/tests/probe: tests/e2e/probe.c Makefile
 	$(call say,CC,$@)
@@ -201,7 +206,7 @@ uninstall: ## remove what install put there
 
 # ---- test
 JOBS := -j$(shell nproc)
-.PHONY: tests-c asan test check-layers fuzz demo
+.PHONY: tests-c asan test check-layers fuzz demo bench
 tests-c: $(TEST_BIN)
 
 asan: ## build and run the C tests with address and undefined behaviour sanitizers
@@ -223,6 +228,11 @@ fuzz: deps ## run each fuzz target for FUZZ_SECONDS
 	@for f in $(FUZZ_BIN); do n=$${f##*/fuzz_}; mkdir -p build/fuzz/corpus/$$n; echo "  FUZZ $$n"; \
 	    $$f -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 -verbosity=0 -artifact_prefix=build/fuzz/$$n- \
 	        build/fuzz/corpus/$$n $$(ls -d tests/fuzz/corpus/$$n 2>/dev/null) 2>build/fuzz/$$n.log || { cat build/fuzz/$$n.log; exit 1; }; done
+
+bench: DEPS_FOR = run build demo
+bench: deps ## measure: MCP over stdio, clones, 1,000 calls; prints machine, method, figures and targets (4 minutes)
+	@+$(MAKE) --no-print-directory $(JOBS) all $(patsubst tests/bench/%.c,$(B)/tests/bench/%,$(wildcard tests/bench/*.c))
+	@tests/bench/run $(B)
 
 demo: DEPS_FOR = run build demo
 demo: deps ## packages, build, then a real MCP session with a microVM, message by message

@@ -67,7 +67,7 @@ static int load(const char *dir, const char *name)
     return to;
 }
 
-static pid_t spawn(char **argv, const int *from, const int *to, int n)
+static pid_t spawn(const char *const *argv, const int *from, const int *to, int n)
 {
     posix_spawn_file_actions_t fa;
     pid_t pid;
@@ -77,7 +77,7 @@ static pid_t spawn(char **argv, const int *from, const int *to, int n)
     posix_spawn_file_actions_addopen(&fa, 1, "/dev/null", O_WRONLY, 0);
     for (int i = 0; i < n; i++)
         posix_spawn_file_actions_adddup2(&fa, from[i], to[i]);
-    int e = posix_spawn(&pid, argv[0], &fa, NULL, argv, env);
+    int e = posix_spawn(&pid, argv[0], &fa, NULL, (char **)(uintptr_t)argv, env);
     posix_spawn_file_actions_destroy(&fa);
     if (e) {
         errno = e;
@@ -88,7 +88,7 @@ static pid_t spawn(char **argv, const int *from, const int *to, int n)
 
 static void version(int round)
 {
-    char *argv[] = { (char *)QEMU, (char *)"-version", NULL };
+    const char *argv[] = { QEMU, "-version", NULL };
     double t = now_ms();
     pid_t pid = spawn(argv, NULL, NULL, 0);
     if (waitpid(pid, NULL, 0) != pid)
@@ -172,48 +172,47 @@ static void clone_once(int round, unsigned mib, bool no_aslr)
     snprintf(size, sizeof size, "%uM", mib);
     snprintf(object, sizeof object,
              "memory-backend-file,id=mem,size=%s,mem-path=/proc/self/fd/%d,share=off", size, MEM);
-    char *argv[] = {
-        (char *)QEMU,
-        (char *)"-accel",
-        (char *)"tcg,tb-size=64",
-        (char *)"-M",
-        (char
-             *)"microvm,acpi=on,pit=on,pic=on,rtc=on,isa-serial=on,x-option-roms=off,memory-backend=mem",
-        (char *)"-cpu",
-        (char *)"max",
-        (char *)"-smp",
-        (char *)"1",
-        (char *)"-m",
+    const char *argv[] = {
+        QEMU,
+        "-accel",
+        "tcg,tb-size=64",
+        "-M",
+        "microvm,acpi=on,pit=on,pic=on,rtc=on,isa-serial=on,x-option-roms=off,memory-backend=mem",
+        "-cpu",
+        "max",
+        "-smp",
+        "1",
+        "-m",
         size,
-        (char *)"-nodefaults",
-        (char *)"-no-user-config",
-        (char *)"-no-reboot",
-        (char *)"-display",
-        (char *)"none",
-        (char *)"-object",
+        "-nodefaults",
+        "-no-user-config",
+        "-no-reboot",
+        "-display",
+        "none",
+        "-object",
         object,
-        (char *)"-chardev",
-        (char *)"stdio,id=console,signal=off",
-        (char *)"-serial",
-        (char *)"chardev:console",
-        (char *)"-chardev",
-        (char *)"socket,id=agent,fd=11",
-        (char *)"-device",
-        (char *)"virtio-serial-device",
-        (char *)"-device",
-        (char *)"virtserialport,chardev=agent,name=orch.0",
-        (char *)"-object",
-        (char *)"rng-builtin,id=rng",
-        (char *)"-device",
-        (char *)"virtio-rng-device,rng=rng",
-        (char *)"-chardev",
-        (char *)"socket,id=qmp,fd=12",
-        (char *)"-mon",
-        (char *)"chardev=qmp,mode=control",
-        (char *)"-sandbox",
-        (char *)"on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-        (char *)"-incoming",
-        (char *)"defer",
+        "-chardev",
+        "stdio,id=console,signal=off",
+        "-serial",
+        "chardev:console",
+        "-chardev",
+        "socket,id=agent,fd=11",
+        "-device",
+        "virtio-serial-device",
+        "-device",
+        "virtserialport,chardev=agent,name=orch.0",
+        "-object",
+        "rng-builtin,id=rng",
+        "-device",
+        "virtio-rng-device,rng=rng",
+        "-chardev",
+        "socket,id=qmp,fd=12",
+        "-mon",
+        "chardev=qmp,mode=control",
+        "-sandbox",
+        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        "-incoming",
+        "defer",
         NULL
     };
     snprintf(path, sizeof path, "/proc/self/fd/%d", state);

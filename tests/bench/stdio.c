@@ -433,11 +433,11 @@ static long audit_lines(const char *dir, const char *needle)
     return n;
 }
 
-static bool check_audit(const char *state, const char *orch, long calls)
+static bool check_audit(const char *state, const char *orch, const char *config, long calls)
 {
     char dir[4096], command[4096];
     snprintf(dir, sizeof dir, "%s/orch/audit", state);
-    snprintf(command, sizeof command, "'%s' audit verify >/dev/null", orch);
+    snprintf(command, sizeof command, "'%s' -c '%s' audit verify >/dev/null", orch, config);
     long decisions = audit_lines(dir, "\"event\":\"decision\""), outcomes = audit_lines(dir, "\"event\":\"outcome\"");
     bool whole = decisions == calls && outcomes == calls, verified = system(command) == 0;
     printf("audit: %ld calls, %ld decisions, %ld outcomes: %s; audit verify: %s\n", calls, decisions, outcomes,
@@ -503,7 +503,7 @@ int main(int argc, char **argv)
     ok &= verdict("2026-07-28's _meta, p50 of the same server: more", middle(&rows[ORCH], MODERN), 1, " us");
     printf("%-58s %6.2f\n", "proxy, p50: orch / relay", best(&rows[PROXY], P50) / best(&rows[RELAY], P50));
     printf("%-58s %6.2f\n", "proxy, 64 in flight: relay / orch", best(&rows[RELAY], FLOW) / best(&rows[PROXY], FLOW));
-    ok &= check_audit(state, argv[1], calls);
+    ok &= check_audit(state, argv[1], argv[2], calls);
     if (ok) {
         char command[64];
         snprintf(command, sizeof command, "rm -r %s", state);
