@@ -15,7 +15,7 @@ enum {
     SOURCE_MAX_BYTES = 1 << 20,
     FILES_MAX = 1000,
     LOAD_TIME_MS = 500, /* for the files' own top level; judging has its own budget */
-    STEPS_PER_MS = 200000,
+    STEPS_PER_MS = 1000000, /* the time is the limit; steps bound what the clock is too coarse for */
 };
 
 struct loading {
