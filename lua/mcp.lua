@@ -1,21 +1,23 @@
 -- The MCP entry script: what `orch mcp …` runs; `orch lua/mcp.lua stdio` is the same.
 local orch = require "orch"
-local cli = require "cli"
 
 local function stdio(opts, _, cmd, name)
   local as = opts.as
   if as and (not as:find("^[a-z0-9-]+$") or #as > 32 or as == "local") then
-    return cli.usage(name, "--as needs a name of 1 to 32 of a-z0-9- that is not \"local\", got " .. as)
+    return require "cli".usage(name, "--as needs a name of 1 to 32 of a-z0-9- that is not \"local\", got " .. as)
   elseif opts.sandbox and opts.sandbox ~= "host" then
-    return cli.fail(name, "--sandbox " .. opts.sandbox .. " is not available yet; only host is", 2)
+    return require "cli".fail(name, "--sandbox " .. opts.sandbox .. " is not available yet; only host is", 2)
   end
   local status, why, code = orch.mcp.serve { transport = "stdio", as = as, command = cmd and cmd[1] and cmd or nil }
-  if not status then return cli.fail(name, why, code) end
+  if not status then return require "cli".fail(name, why, code) end
   if why then orch.log.info("mcp stdio: ended: " .. why) end
   return status
 end
 
-return cli.main("mcp", {
+-- How agents start it. Reading options takes cli.lua, and compiling that a twentieth of the start.
+if select("#", ...) == 1 and ... == "stdio" then return stdio({}, nil, nil, "mcp stdio") end
+
+return require "cli".main("mcp", {
   usage = "stdio|test …",
   about = "Model Context Protocol: what an agent connects to, and a client to try servers with.",
   commands = {
