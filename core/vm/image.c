@@ -335,35 +335,39 @@ void orch_image_build_cancel(struct orch_image_build *b)
 
 /* ---- modules ---- */
 
+/* By name, where '-' and '_' are the same. */
+static struct module *module_find(struct orch_image_build *b, const char *name, size_t n)
+{
+    for (size_t i = 0; i < b->n_modules; i++) {
+        const char *have = b->modules[i].name;
+        size_t k = 0;
+        while (k < n && have[k] && (name[k] == '-' ? '_' : name[k]) == have[k])
+            k++;
+        if (k == n && !have[k])
+            return &b->modules[i];
+    }
+    return NULL;
+}
+
 static struct module *module_add(struct orch_image_build *b, const char *name, size_t n, bool required)
 {
-    struct module *m = NULL;
-    for (size_t i = 0; i < b->n_modules && !m; i++)
-        if (strncmp(b->modules[i].name, name, n) == 0 && !b->modules[i].name[n])
-            m = &b->modules[i];
+    struct module *m = module_find(b, name, n);
     if (!m && n < sizeof m->name && b->n_modules < MAX_MODULES) {
         m = &b->modules[b->n_modules++];
-        snprintf(m->name, sizeof m->name, "%.*s", (int)n, name);
+        for (size_t i = 0; i < n; i++)
+            m->name[i] = name[i] == '-' ? '_' : name[i];
     }
     if (m)
         m->required |= required;
     return m;
 }
 
-/* The wanted module whose file this is, while it has not been found; '-' and '_' are the same. */
+/* The wanted module whose file this is, while it has not been found. */
 static struct module *module_of_path(struct orch_image_build *b, const char *path)
 {
     const char *slash = strrchr(path, '/'), *base = slash ? slash + 1 : path, *end = strstr(base, ".ko");
-    char name[56];
-    if (!end || (size_t)(end - base) >= sizeof name || (end[3] && end[3] != '.'))
-        return NULL;
-    snprintf(name, sizeof name, "%.*s", (int)(end - base), base);
-    for (char *p = name; *p; p++)
-        *p = *p == '-' ? '_' : *p;
-    for (size_t i = 0; i < b->n_modules; i++)
-        if (!b->modules[i].data.n && strcmp(b->modules[i].name, name) == 0)
-            return &b->modules[i];
-    return NULL;
+    struct module *m = end && (!end[3] || end[3] == '.') ? module_find(b, base, (size_t)(end - base)) : NULL;
+    return m && !m->data.n ? m : NULL;
 }
 
 /* The value of one line of a module's information, NULL when it has none. */
@@ -510,7 +514,7 @@ static void module_place(struct orch_image_build *b, struct module *m, struct en
     m->placed = true;
     for (const char *d = modinfo(m, "depends"); d && *d;) {
         size_t n = strcspn(d, ",");
-        module_place(b, module_add(b, d, n, true), l, list);
+        module_place(b, module_find(b, d, n), l, list);
         d += n + (d[n] == ',');
     }
     char path[100];
@@ -694,15 +698,15 @@ static void on_exit_status(void *ud, int status)
 static bool child(struct orch_image_build *b, const char *const *argv, bool tar, void (*step)(struct orch_image_build *),
                   struct orch_err *err)
 {
-    static const char *const names[] = { "http_proxy", "https_proxy", "no_proxy", "APT_CONFIG" };
-    const char *env[ORCH_ARRAY_LEN(names) + 3] = { "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C" };
+    static const char *const names[] = { "PATH", "http_proxy", "https_proxy", "no_proxy", "APT_CONFIG" };
+    const char *env[ORCH_ARRAY_LEN(names) + 2] = { "LC_ALL=C" };
     char *more[ORCH_ARRAY_LEN(names)];
     size_t n = 0;
     for (size_t i = 0; i < ORCH_ARRAY_LEN(names); i++) {
         if (!getenv(names[i]))
             continue;
         more[n] = orch_xasprintf("%s=%s", names[i], getenv(names[i]));
-        env[2 + n] = more[n];
+        env[1 + n] = more[n];
         n++;
     }
     b->in_tar = tar;
