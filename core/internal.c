@@ -425,7 +425,7 @@ static void build_cancel(void *ud)
 static void build_progress(void *ud, const char *line)
 {
     (void)ud;
-    dprintf(STDERR_FILENO, "%s\n", line);
+    orch_log_print(orch_slice_str(line));
 }
 
 static struct orch_image_opts image_opts(struct orch *o, char *dir)

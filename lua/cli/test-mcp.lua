@@ -1,12 +1,16 @@
 local orch = require "orch"
 local cli = require "cli"
 
+-- The server may have written anything.
+local function object(v) return type(v) == "table" and v or {} end
+local function word(v) return v == nil and "?" or tostring(v) end
+
 local function show_schema(input)
   local out, required = {}, {}
-  for _, name in ipairs(type(input.required) == "table" and input.required or {}) do required[name] = true end
-  for name, p in pairs(type(input.properties) == "table" and input.properties or {}) do
-    local kind = type(p) == "table" and type(p.type) == "string" and ": " .. p.type or ""
-    out[#out + 1] = name .. (required[name] and "" or "?") .. kind
+  for _, name in ipairs(object(input.required)) do required[name] = true end
+  for name, p in pairs(object(input.properties)) do
+    local kind = object(p).type
+    out[#out + 1] = tostring(name) .. (required[name] and "" or "?") .. (type(kind) == "string" and ": " .. kind or "")
   end
   table.sort(out)
   return table.concat(out, ", ")
@@ -14,14 +18,15 @@ end
 
 local function list(client, opts)
   local tools, why, code = client:list_tools()
-  if not tools then return nil, why, code end
+  if type(tools) ~= "table" then return nil, why or "its answer to tools/list has no list of tools", code end
   if opts.json then
     cli.json(tools)
     return true
   end
   cli.out(("%d tools\n"):format(#tools))
   for _, t in ipairs(tools) do
-    cli.out("  ", cli.line(t.name), "(", cli.line(show_schema(type(t.inputSchema) == "table" and t.inputSchema or {})), ")\n")
+    t = object(t)
+    cli.out("  ", cli.line(word(t.name)), "(", cli.line(show_schema(object(t.inputSchema))), ")\n")
     if type(t.description) == "string" then cli.out("      ", cli.line(t.description), "\n") end
   end
   return true
@@ -29,8 +34,8 @@ end
 
 local function show_result(result, opts)
   if opts.json then return cli.json(result) end
-  for _, item in ipairs(type(result.content) == "table" and result.content or {}) do
-    if item.type == "text" and type(item.text) == "string" then
+  for _, item in ipairs(object(result.content)) do
+    if object(item).type == "text" and type(item.text) == "string" then
       cli.out(cli.escape(item.text), item.text:sub(-1) == "\n" and "" or "\n")
     else
       cli.out(cli.line(orch.json.encode(item)), "\n")
@@ -53,20 +58,20 @@ local function run(opts, words, cmd, name)
   local client, why = orch.mcp.connect { command = cmd, timeout = opts.timeout }
   if not client then return cli.fail(name, why, 7) end
   if not opts.json then
-    local info = client.server_info or {}
-    cli.err(("%s %s, protocol %s"):format(tostring(info.name), tostring(info.version), tostring(client.protocol_version)))
+    local info = object(client.server_info)
+    cli.err(("%s %s, protocol %s"):format(word(info.name), word(info.version), word(client.protocol_version)))
   end
   local status, ok = 0, true
   if opts.list or not opts.call then ok, why = list(client, opts) end
   if ok and opts.call then
     ok, why = client:call_tool(opts.call, args, { timeout = opts.timeout })
-    if ok then
+    if type(ok) == "table" then
       show_result(ok, opts)
       status = ok.isError and 1 or 0
     end
   end
   client:close()
-  if not ok then return cli.fail(name, why, 7) end
+  if type(ok) ~= "table" and ok ~= true then return cli.fail(name, why or "its result is no object", 7) end
   return status
 end
 

@@ -1,6 +1,6 @@
 # The commands in depth: streams of vm run, what works beside a broken configuration, what is refused, what is escaped.
 # as: user
-import json, re, signal, stat
+import array, fcntl, json, re, signal, termios
 
 from orch_e2e import *
 
@@ -52,6 +52,12 @@ def stuck_reader(env):
     vm(env, "--", "true")
     s = env.session(argv=[ORCH, "vm", "run", "--", "yes"])
     expect(s.recv_raw(START_S) == b"y")  # more comes, nobody reads it
+
+    def waiting():
+        n = array.array("i", [0])
+        fcntl.ioctl(s.child.stdout, termios.FIONREAD, n)
+        return n[0]
+    until(lambda: waiting() >= fcntl.fcntl(s.child.stdout, fcntl.F_GETPIPE_SZ), 10, "a full pipe")
     os.kill(s.pid, signal.SIGTERM)
     expect(s.wait(2) == 143, s.child.returncode)
     expect(not leftovers(1), "something is left")
@@ -358,6 +364,25 @@ def mcp_test(env):
     expect(r.status == 7 and "words" in r.err and "9" in r.err, r)
     for args in (["--args", "{}"], ["--call", "x", "--args", "[1]"], ["--url", "http://127.0.0.1:1"], ["extra"]):
         expect(env.orch("mcp", "test", *args, *server).status == 2, args)
+
+
+HOSTILE = """import json, sys
+answers = json.loads(sys.argv[1])
+for line in sys.stdin:
+    m = json.loads(line)
+    if "id" in m:
+        print(json.dumps({"jsonrpc": "2.0", "id": m["id"], "result": answers[m["method"]]}), flush=True)
+"""
+
+
+@case("mcp test: a server that answers with the wrong things is shown or refused, never an error in Lua")
+def hostile(env):
+    server = env.write("server.py", HOSTILE)
+    for info, tools, result, status in (("x", {"tools": [1, {"name": 3, "inputSchema": {"properties": {"a": 1}, "required": [{}]}}]}, {"content": [1, {"type": "text", "text": 4}]}, 0),
+                                        (5, {}, {}, 7), (None, {"tools": 7}, {}, 7), ({"name": "\x1b[31m"}, {"tools": []}, {"content": {"a": 1}}, 0), ({}, {"tools": []}, "text", 7)):
+        answers = {"initialize": {"protocolVersion": LEGACY, "capabilities": {}, "serverInfo": info}, "tools/list": tools, "tools/call": result}
+        r = env.orch("mcp", "test", "--list", "--call", "x", "--", PY, server, json.dumps(answers))
+        expect(r.status == status and "traceback" not in r.err and "\x1b" not in r.out + r.err, answers, r)
 
 
 # ---- examples
