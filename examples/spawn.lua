@@ -10,7 +10,8 @@ local function work(n)
   if not vm then return nil, why, code end
   vm:write_file("/tmp/input", ("line\n"):rep(n))
   local r
-  r, why, code = vm:exec({ "sh", "-c", "cat /proc/sys/kernel/random/boot_id; wc -l < /tmp/input; id -u" }, { timeout = "10s" })
+  r, why, code =
+    vm:exec({ "sh", "-c", "cat /proc/sys/kernel/random/boot_id; wc -l < /tmp/input; id -u" }, { timeout = "10s" })
   local report = r and { id = vm.id, isolation = vm.isolation, spawn_ms = vm.spawn_ms, result = r }
   vm:close()
   return report, why, code
@@ -26,7 +27,8 @@ for n = 1, count do
     return 1
   end
   local boot_id, lines, uid = report.result.stdout:match("^(%S+)%s+(%d+)%s+(%d+)")
-  io.write(("%s  %s  spawned in %.0f ms, command %d ms: boot %s, %s lines, uid %s\n"):format(report.id, report.isolation,
+  io.write(("%s  %s  spawned in %.0f ms, command %d ms: boot %s, %s lines, uid %s\n"):format(
+    report.id, report.isolation,
     report.spawn_ms, report.result.ms, boot_id, lines, uid))
 end
 io.write(("%d microVMs in %.2f s\n"):format(count, orch.now() - started))

@@ -96,9 +96,19 @@ local function option_text(o)
   return (o.short and o.short .. ", " or "") .. o[1] .. (o[2] and " " .. o[2] or "")
 end
 
+local function paragraph(text)
+  local out, column = {}, 0
+  for word in text:gmatch("%S+") do
+    local gap = column == 0 and "" or column + #word > 98 and "\n" or " "
+    column = gap == "\n" and #word or column + #gap + #word
+    out[#out + 1] = gap .. word
+  end
+  return table.concat(out)
+end
+
 -- name: "vm run". spec: see cli.main.
 function cli.help(name, spec)
-  cli.out("usage: orch ", name, spec.usage and " " .. spec.usage or "", "\n\n", spec.about, "\n")
+  cli.out("usage: orch ", name, spec.usage and " " .. spec.usage or "", "\n\n", paragraph(spec.about), "\n")
   if spec.commands then
     cli.out("\ncommands:\n")
     local rows = {}
@@ -174,7 +184,9 @@ local function parse(name, spec, words)
         end
         if value == nil then return nil, usage(name, o[1] .. " needs a value: " .. o[1] .. " " .. o[2]) end
         local kind = KINDS[o.kind]
-        if kind and not kind[1](value) then return nil, usage(name, o[1] .. " must be " .. kind[2] .. ", got " .. value) end
+        if kind and not kind[1](value) then
+          return nil, usage(name, o[1] .. " must be " .. kind[2] .. ", got " .. value)
+        end
       elseif eq then
         return nil, usage(name, o[1] .. " takes no value")
       end
@@ -194,7 +206,8 @@ local function parse(name, spec, words)
 end
 
 -- Runs a command with its words; returns the exit status. spec:
---   summary, about, usage, examples, status: texts      options: { { "--name", "VALUE" or nil, text, short =, kind = }… }
+--   summary, about, usage, examples, status: texts
+--   options: { { "--name", "VALUE" or nil, text, short =, kind = }… }
 --   words: { least, most } of plain words               command: "--" or "word": where CMD begins, none: no CMD
 --   run = function(opts, words, cmd, name) -> status    delegate: the command whose file does it
 --   commands: { { name, spec = } or { name, later = text }… } instead of all these
@@ -220,7 +233,8 @@ function cli.main(name, spec, ...)
       return cli.main(name .. " " .. first, c.spec, unpack(words))
     end
   end
-  return usage(name, (first:sub(1, 1) == "-" and "unknown option " or "unknown command ") .. first .. near(first, names))
+  return usage(name, (first:sub(1, 1) == "-" and "unknown option " or "unknown command ") .. first
+    .. near(first, names))
 end
 
 -- Runs lua/cli/NAME.lua as the program does.
@@ -247,6 +261,19 @@ function cli.find_config(path)
     if cli.exists(candidate .. "/orchestrator.lua") then return candidate .. "/orchestrator.lua" end
   end
   return nil, path .. ": no orchestrator.lua there or in the folder above; write one with: orch init " .. path
+end
+
+-- ---- running orch processes
+
+function cli.none_running(pid)
+  cli.out(pid and ("no orch process %d of yours is running\n"):format(pid) or "no orch process of yours is running\n")
+end
+
+-- What a person must do: the exit status of the refusal where an agent could be doing it, or nil.
+function cli.refuse_below(name)
+  local pid = internal.below_orch()
+  return pid and cli.fail(name, ("refused: this is a descendant of an orch process (pid %d); "
+    .. "run it in your own shell"):format(pid), 3)
 end
 
 -- ---- microVMs
@@ -279,7 +306,8 @@ function cli.spawn(opts)
   local ok, why, code = cli.use_kernel(opts)
   if not ok then return nil, why, code end
   local vm
-  ok, vm, why, code = pcall(orch.vm.spawn, { image = opts.image, memory = opts.memory, vcpus = opts.vcpus, name = opts.name })
+  ok, vm, why, code = pcall(orch.vm.spawn,
+    { image = opts.image, memory = opts.memory, vcpus = opts.vcpus, name = opts.name })
   if not ok then return nil, (tostring(vm):gsub("^[^\n]-orch%.vm%.spawn: ", ""):gsub("\n.*", "")), "usage" end
   return vm, why, code
 end

@@ -24,8 +24,9 @@ return require "cli".main("mcp", {
     { "stdio", spec = {
       summary = "MCP server on stdin and stdout, or a proxy in front of CMD",
       usage = "[--as NAME] [--] [CMD ARG…]",
-      about = "An MCP server on standard input and output with the configured tools. With CMD: that server behind the policy,\n"
-        .. "its tools under their own names on the wire and as NAME__tool in policies. Logs go to stderr.",
+      about = "An MCP server on standard input and output with the configured tools. With CMD: that server "
+        .. "behind the policy, its tools under their own names on the wire and as NAME__tool in policies. "
+        .. "Logs go to stderr.",
       options = { { "--as", "NAME", "name of CMD's server in policies (default: cmd)" },
         { "--sandbox", "host", "where CMD runs; vm is not available yet" } },
       examples = { "orch mcp stdio", "orch mcp stdio -- npx -y @modelcontextprotocol/server-filesystem ." },

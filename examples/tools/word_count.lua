@@ -12,13 +12,17 @@ return {
   description = "Counts the words of a file of the workspace, or of each file directly in a folder of it",
   input = {
     type = "object",
-    properties = { path = { type = "string", description = "Relative to the workspace", minLength = 1, maxLength = 4096 } },
+    properties = {
+      path = { type = "string", description = "Relative to the workspace", minLength = 1, maxLength = 4096 },
+    },
     required = { "path" },
     additionalProperties = false,
   },
   output = {
     type = "object",
-    properties = { total = { type = "integer" }, files = { type = "object", additionalProperties = { type = "integer" } } },
+    properties = {
+      total = { type = "integer" }, files = { type = "object", additionalProperties = { type = "integer" } },
+    },
     required = { "total", "files" },
   },
   annotations = { readOnlyHint = true },

@@ -26,7 +26,9 @@ local function verify(opts, words, _, name)
     list, status = files(opts, name)
     if not list then return status end
   end
-  if opts.head and not opts.head:find("^%x+$") then return cli.usage(name, "--head must be a hash in hexadecimal digits") end
+  if opts.head and not opts.head:find("^%x+$") then
+    return cli.usage(name, "--head must be a hash in hexadecimal digits")
+  end
   local bad, head_at = 0, nil
   for _, file in ipairs(list) do
     local r, why = internal.audit_verify(file)
@@ -69,7 +71,8 @@ local function lines_of(text)
   return out
 end
 
-local KNOWN = { ts = true, event = true, call = true, seq = true, prev = true, hash = true, session = true, generation = true, args_digest = true,
+local KNOWN = { ts = true, event = true, call = true, seq = true, prev = true,
+  hash = true, session = true, generation = true, args_digest = true,
   tool = true, decision = true, caller = true }
 
 local function text_of(v)
@@ -176,17 +179,21 @@ return cli.main("audit", {
   about = "The audit log: every decision and its outcome, one JSON object a line, hash-chained.",
   commands = {
     { "verify", spec = { summary = "check the hash chain", usage = "[FILE…] [--head HASH] [--dir DIR]",
-      about = "Checks that no line of the log was changed, removed or added. With --head: that the line with this hash, which\n"
-        .. "you kept elsewhere, is there; only that proves anything against who may write as this user.",
+      about = "Checks that no line of the log was changed, removed or added. With --head: that the line with "
+        .. "this hash, which you kept elsewhere, is there; only that proves anything against who may write "
+        .. "as this user.",
       options = { { "--head", "HASH", "a hash that verify printed before" }, DIR },
       examples = { "orch audit verify", "orch audit verify --head 5d41…" },
       status = "0 good, 1 broken or nothing there, 2 usage", words = { 0, 10000 }, run = verify } },
-    { "tail", spec = { summary = "the last lines", usage = "[-n N] [-f] [--json] [--dir DIR]", about = "Prints the last lines of the log.",
-      options = { { "--lines", "N", "how many (default 20)", short = "-n", kind = "count" }, { "--follow", nil, "go on as lines are added", short = "-f" },
+    { "tail", spec = { summary = "the last lines", usage = "[-n N] [-f] [--json] [--dir DIR]",
+      about = "Prints the last lines of the log.",
+      options = { { "--lines", "N", "how many (default 20)", short = "-n", kind = "count" },
+        { "--follow", nil, "go on as lines are added", short = "-f" },
         { "--json", nil, "the lines as they are" }, DIR },
       examples = { "orch audit tail -n 50", "orch audit tail -f" }, words = { 0, 0 }, run = tail } },
     { "show", spec = { summary = "all that was logged of one call", usage = "CALL [--json] [--dir DIR]",
       about = "Prints the decision and the outcome of one call; CALL is orch/call of its answer.",
-      options = { { "--json", nil, "the lines as they are" }, DIR }, examples = { "orch audit show c1b2c3d4-1" }, words = { 1, 1 }, run = show } },
+      options = { { "--json", nil, "the lines as they are" }, DIR },
+      examples = { "orch audit show c1b2c3d4-1" }, words = { 1, 1 }, run = show } },
   },
 }, ...)

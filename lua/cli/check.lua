@@ -2,8 +2,8 @@ local cli = require "cli"
 
 return cli.main("check", {
   usage = "FILE…",
-  about = "Compiles Lua files without running them and prints syntax errors with file:line. Policies and tools as a whole:\n"
-    .. "orch policy check.",
+  about = "Compiles Lua files without running them and prints syntax errors with file:line. Policies and "
+    .. "tools as a whole: orch policy check.",
   examples = { "orch check policies/*.lua lua/tools/*.lua" },
   status = "0 good, 6 a file has an error or cannot be read, 2 usage",
   words = { 1, 10000 },

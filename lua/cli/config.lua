@@ -31,13 +31,16 @@ end
 
 return cli.main("config", {
   usage = "show|check …",
-  about = "The configuration in force: --config, $ORCH_CONFIG, ./orchestrator.lua, the user's, /etc/orch, else the built-in one.",
+  about = "The configuration in force: --config, $ORCH_CONFIG, ./orchestrator.lua, the user's, /etc/orch, "
+    .. "else the built-in one.",
   commands = {
     { "show", spec = { summary = "every value, and where it comes from", usage = "[--origin] [--json]",
       about = "Prints every value of the configuration. Secrets are not shown.",
       options = { { "--origin", nil, "where each value comes from" }, { "--json", nil, "print JSON" } },
-      examples = { "orch config show --origin" }, status = "0 done, 6 invalid or not trusted, 2 usage", words = { 0, 0 }, run = show } },
-    { "check", spec = { summary = "read it, and policies and tools too", usage = "", about = "Reads configuration, policies and tools; prints every error.",
+      examples = { "orch config show --origin" }, status = "0 done, 6 invalid or not trusted, 2 usage",
+      words = { 0, 0 }, run = show } },
+    { "check", spec = { summary = "read it, and policies and tools too", usage = "",
+      about = "Reads configuration, policies and tools; prints every error.",
       status = "0 good, 6 invalid or not trusted, 2 usage", words = { 0, 0 }, run = check } },
   },
 }, ...)

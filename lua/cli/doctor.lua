@@ -34,7 +34,9 @@ end
 local function program()
   local features = internal.features ~= "" and internal.features or "none"
   add("version", "ok", ("orch %s, features: %s, %s"):format(orch.version, features, jit.version))
-  if jit.arch ~= "x64" then add("processor", "error", "this is " .. jit.arch .. "; microVMs need x86-64", "use an x86-64 machine") end
+  if jit.arch ~= "x64" then
+    add("processor", "error", "this is " .. jit.arch .. "; microVMs need x86-64", "use an x86-64 machine")
+  end
   for name, path in pairs { launcher = paths.launcher, ["guest agent"] = paths.agent } do
     if not first_file { path } then add(name, "error", path .. " is missing", "install orch whole: make install") end
   end
@@ -44,7 +46,8 @@ end
 local function configuration()
   local g, why = internal.load()
   if not g then
-    add("configuration", "error", why, why:find("orch trust", 1, true) and "read the files, then: orch trust" or "orch config check")
+    add("configuration", "error", why,
+      why:find("orch trust", 1, true) and "read the files, then: orch trust" or "orch config check")
     return nil
   end
   add("configuration", (g.notes == "" or paths.origin == "built-in") and "ok" or "warn",
@@ -56,7 +59,8 @@ local function confinement()
   local ok, why = internal.launch_check()
   local restricted = not root and read_line("/proc/sys/kernel/apparmor_restrict_unprivileged_userns") == "1"
   if restricted and not ok then
-    add("AppArmor", "error", "kernel.apparmor_restrict_unprivileged_userns is 1: this Ubuntu does not let ordinary users make user namespaces",
+    add("AppArmor", "error",
+      "kernel.apparmor_restrict_unprivileged_userns is 1: this Ubuntu does not let ordinary users make user namespaces",
       "sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0   (to keep it: a line in /etc/sysctl.d/)")
   elseif restricted then
     add("AppArmor", "ok", "limits user namespaces, but the launcher has what it needs")
@@ -76,10 +80,12 @@ local function machine()
     if line then
       add("QEMU", "ok", qemu .. ": " .. line)
     else
-      add("QEMU", "error", qemu .. " does not start: " .. (why or r.stderr), "sudo apt-get install --reinstall qemu-system-x86")
+      add("QEMU", "error", qemu .. " does not start: " .. (why or r.stderr),
+        "sudo apt-get install --reinstall qemu-system-x86")
     end
   else
-    add("QEMU", "error", "not found in /usr/bin or /usr/local/bin", "sudo apt-get install --no-install-recommends qemu-system-x86")
+    add("QEMU", "error", "not found in /usr/bin or /usr/local/bin",
+      "sudo apt-get install --no-install-recommends qemu-system-x86")
   end
   local device, why = internal.kvm_device()
   if device then
@@ -89,7 +95,8 @@ local function machine()
     add("/dev/kvm", "warn", (reason or why) .. "; microVMs are emulated, which is slower and isolates less", fix)
   else
     add("/dev/kvm", "warn", "not there; microVMs are emulated, which is slower and isolates less",
-      "switch virtualisation on in the firmware (in a virtual machine: nested virtualisation), then: sudo modprobe kvm_intel || sudo modprobe kvm_amd")
+      "switch virtualisation on in the firmware (in a virtual machine: nested virtualisation), then: "
+        .. "sudo modprobe kvm_intel || sudo modprobe kvm_amd")
   end
   local isolation
   isolation, why = internal.isolation()
@@ -118,18 +125,23 @@ local function images(g)
   if not start then
     add("busybox", needed, "/bin/busybox is missing; image build needs it", "sudo apt-get install busybox-static")
   elseif start:find("/ld-", 1, true) then
-    add("busybox", needed, "/bin/busybox is linked dynamically; the guest needs the static one", "sudo apt-get install busybox-static")
+    add("busybox", needed, "/bin/busybox is linked dynamically; the guest needs the static one",
+      "sudo apt-get install busybox-static")
   else
     add("busybox", "ok", "/bin/busybox is static")
   end
   if not internal.features:find("apt-kernel", 1, true) then
-    add("apt-get", needed, "this orch is built without the feature apt-kernel", "orch image build base --kernel FILE --modules DIR")
+    add("apt-get", needed, "this orch is built without the feature apt-kernel",
+      "orch image build base --kernel FILE --modules DIR")
   elseif not in_path("apt-get") then
-    add("apt-get", needed, "not found; image build takes Debian's kernel with it", "orch image build base --kernel FILE --modules DIR")
+    add("apt-get", needed, "not found; image build takes Debian's kernel with it",
+      "orch image build base --kernel FILE --modules DIR")
   else
     add("apt-get", "ok", "takes the guest's kernel; installs nothing")
   end
-  if not in_path("lz4") then add("lz4", needed, "not found; image build unpacks Debian's kernel with it", "sudo apt-get install lz4") end
+  if not in_path("lz4") then
+    add("lz4", needed, "not found; image build unpacks Debian's kernel with it", "sudo apt-get install lz4")
+  end
 end
 
 local function octal(mode) return ("%04o"):format(mode) end
@@ -155,7 +167,8 @@ local function directory(name, path)
   if internal.disk(parent).writable then
     add(name, "ok", path .. " is made when it is needed")
   else
-    add(name, "error", path .. " cannot be made: " .. parent .. " cannot be written", "sudo chown " .. internal.uid .. " " .. parent)
+    add(name, "error", path .. " cannot be made: " .. parent .. " cannot be written",
+      "sudo chown " .. internal.uid .. " " .. parent)
   end
 end
 
@@ -175,7 +188,8 @@ local function audit(g)
   local r
   r, why = internal.audit_verify(list[#list])
   if not r then return add("audit log", "error", why, "orch audit verify") end
-  add("audit log", r.ok and "ok" or "error", r.ok and ("%s: %d lines, chain good"):format(list[#list], r.lines) or r.problem,
+  add("audit log", r.ok and "ok" or "error",
+    r.ok and ("%s: %d lines, chain good"):format(list[#list], r.lines) or r.problem,
     not r.ok and "orch audit verify; somebody or something changed it: keep a copy" or nil)
 end
 
@@ -196,7 +210,8 @@ return cli.main("doctor", {
     directory("runtime", paths.runtime)
     disk()
     audit(g)
-    add("your agent", "ok", "orch judges only the calls that go through it: a client's own shell tool runs beside it, unjudged",
+    add("your agent", "ok",
+      "orch judges only the calls that go through it: a client's own shell tool runs beside it, unjudged",
       'switch it off there, e.g. Claude Code: "permissions": { "deny": ["Bash"] } in .claude/settings.json')
     local errors = 0
     for _, c in ipairs(checks) do
@@ -207,7 +222,8 @@ return cli.main("doctor", {
       return errors > 0 and 1 or 0
     end
     for _, c in ipairs(checks) do
-      cli.out(("%-5s  %-13s  "):format(c.state, c.name), (cli.escape(c.why):gsub("%s+$", ""):gsub("\n", "\n" .. (" "):rep(22))), "\n")
+      cli.out(("%-5s  %-13s  "):format(c.state, c.name),
+        (cli.escape(c.why):gsub("%s+$", ""):gsub("\n", "\n" .. (" "):rep(22))), "\n")
       if c.fix then cli.out((" "):rep(22), "fix: ", cli.line(c.fix), "\n") end
     end
     if errors > 0 then cli.out(("\n%d error%s\n"):format(errors, errors == 1 and "" or "s")) end

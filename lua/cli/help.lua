@@ -34,12 +34,13 @@ Only ./orchestrator.lua needs `orch trust`. Relative paths are relative to the f
     audit = { dir = nil, sync = "none" },   -- none | interval | each
   }
 
-env "NAME" and env("NAME", default) read the environment and give a secret. `orch config show --origin` prints what is in
-force, `orch config check` what is wrong, `orch init` writes one to start from.
+env "NAME" and env("NAME", default) read the environment and give a secret. `orch config show --origin` prints what
+is in force, `orch config check` what is wrong, `orch init` writes one to start from.
 ]]
 
 local function overview(out)
-  out:write("usage: orch [options] COMMAND …      orch [options] SCRIPT.lua [ARG…]      orch -e CODE      orch - <SCRIPT\n\ncommands:\n")
+  out:write("usage: orch [options] COMMAND …    orch [options] SCRIPT.lua [ARG…]    orch -e CODE    orch - <SCRIPT\n",
+    "\ncommands:\n")
   for _, c in ipairs(cli.COMMANDS) do
     if not c.later then out:write(("  %-9s  %s\n"):format(c[1], c[2])) end
   end

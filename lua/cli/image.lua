@@ -21,7 +21,8 @@ local function build(opts, words, _, name)
   local image
   image, why, code = internal.image_build(words[1])
   if not image then return cli.fail(name, why, code) end
-  cli.out(("%s  %s  kernel %s  %s\n"):format(image.name, image.id:sub(1, 12), cli.line(image.kernel_release), size(image.bytes)))
+  cli.out(("%s  %s  kernel %s  %s\n"):format(
+    image.name, image.id:sub(1, 12), cli.line(image.kernel_release), size(image.bytes)))
   return 0
 end
 
@@ -30,7 +31,8 @@ local function list(opts)
   for _, name in ipairs(names()) do
     local image, why = internal.image_find(name)
     all[#all + 1] = image or { name = name, problem = why }
-    rows[#rows + 1] = image and { name, image.id:sub(1, 12), image.kernel_release, size(image.bytes) } or { name, "-", why, "" }
+    rows[#rows + 1] = image and { name, image.id:sub(1, 12), image.kernel_release, size(image.bytes) }
+      or { name, "-", why, "" }
   end
   if opts.json then
     cli.json(orch.json.array(all))
@@ -56,13 +58,16 @@ local function inspect(opts, words, _, name)
   local image, why, code = internal.image_find(words[1])
   if not image then return cli.fail(name, why, code) end
   local rows = {}
-  for _, key in ipairs { "name", "id", "kernel_release", "kernel", "initrd" } do rows[#rows + 1] = { key, image[key] } end
+  for _, key in ipairs { "name", "id", "kernel_release", "kernel", "initrd" } do
+    rows[#rows + 1] = { key, image[key] }
+  end
   rows[#rows + 1] = { "size", size(image.bytes) }
   image.templates = orch.json.array {}
   for i, t in ipairs(templates_of(image.id)) do
     local m = t.meta
     image.templates[i] = { path = t.path, accel = m.accel, vcpus = m.vcpus, memory_bytes = m.memory_bytes }
-    rows[#rows + 1] = { "template", ("%s: %s, %s, %s processor(s)"):format(t.path, tostring(m.accel), size(tonumber(m.memory_bytes) or 0), tostring(m.vcpus)) }
+    rows[#rows + 1] = { "template", ("%s: %s, %s, %s processor(s)"):format(t.path, tostring(m.accel),
+      size(tonumber(m.memory_bytes) or 0), tostring(m.vcpus)) }
   end
   if opts.json then cli.json(image) else cli.columns(rows) end
   return 0
@@ -76,7 +81,8 @@ end
 local function rm(_, words, _, name)
   local dir, image = images_dir(), words[1]
   if not image:find("^[a-z][a-z0-9-]*$") or not cli.exists(dir .. "/" .. image .. "/manifest") then
-    return cli.fail(name, "no image named " .. image .. " is built; there are: " .. (table.concat(names(), ", "):gsub("^$", "none")), 1)
+    return cli.fail(name, "no image named " .. image .. " is built; there are: "
+      .. (table.concat(names(), ", "):gsub("^$", "none")), 1)
   end
   local manifest = orch.fs.read(dir .. "/" .. image .. "/manifest") or ""
   local id = ("\n" .. manifest):match("\nid (%x+)\n")
@@ -103,18 +109,24 @@ return cli.main("image", {
   about = "Guest images: what a microVM boots from. They are kept in the cache directory, never on the system.",
   commands = {
     { "build", spec = {
-      summary = "build an image (base: Debian's cloud kernel and busybox)", usage = "NAME [--kernel FILE [--modules DIR]]",
-      about = "Builds a guest image, or finds that it is built already. base: Debian's cloud kernel, taken with apt-get\n"
-        .. "download and never installed, and static busybox. Progress is on stderr; nothing needs root.",
+      summary = "build an image (base: Debian's cloud kernel and busybox)",
+      usage = "NAME [--kernel FILE [--modules DIR]]",
+      about = "Builds a guest image, or finds that it is built already. base: Debian's cloud kernel, taken "
+        .. "with apt-get download and never installed, and static busybox. Progress is on stderr; nothing "
+        .. "needs root.",
       options = { { "--kernel", "FILE", "another kernel (bzImage or vmlinux) than Debian's" },
         { "--modules", "DIR", "its /lib/modules/VERSION, when virtio is not built in" } },
-      examples = { "orch image build base", "orch image build base --kernel /boot/vmlinuz-6.1.0-18-cloud-amd64 --modules /lib/modules/6.1.0-18-cloud-amd64" },
+      examples = { "orch image build base",
+        "orch image build base --kernel ./bzImage --modules ./lib/modules/6.1.0" },
       words = { 1, 1 }, run = build } },
-    { "list", spec = { summary = "the images that are built", usage = "[--json]", about = "Lists the images that are built.", options = { JSON },
+    { "list", spec = { summary = "the images that are built", usage = "[--json]",
+      about = "Lists the images that are built.", options = { JSON },
       words = { 0, 0 }, run = list } },
-    { "inspect", spec = { summary = "an image's files and templates", usage = "NAME [--json]", about = "Shows what an image is made of, and its templates.",
+    { "inspect", spec = { summary = "an image's files and templates", usage = "NAME [--json]",
+      about = "Shows what an image is made of, and its templates.",
       options = { JSON }, examples = { "orch image inspect base" }, words = { 1, 1 }, run = inspect } },
-    { "rm", spec = { summary = "remove an image and its templates", usage = "NAME", about = "Removes an image and the templates made from it from the cache.",
+    { "rm", spec = { summary = "remove an image and its templates", usage = "NAME",
+      about = "Removes an image and the templates made from it from the cache.",
       examples = { "orch image rm base" }, words = { 1, 1 }, run = rm } },
   },
 }, ...)

@@ -53,8 +53,8 @@ return {
 
 return cli.main("init", {
   usage = "[DIR]",
-  about = "Writes orchestrator.lua, policies/tools.lua, policies/network.lua and lua/tools/hello.lua into DIR (default: the\n"
-    .. "working directory). A file that exists is left as it is.",
+  about = "Writes orchestrator.lua, policies/tools.lua, policies/network.lua and lua/tools/hello.lua into DIR "
+    .. "(default: the working directory). A file that exists is left as it is.",
   examples = { "orch init && orch trust" },
   words = { 0, 1 },
   run = function(_, words, _, name)
@@ -72,7 +72,8 @@ return cli.main("init", {
       end
     end
     cli.out("\nNext: read them, then accept them with\n  orch trust", words[1] and " " .. cli.line(dir) or "",
-      "\nand connect an agent to `orch mcp stdio`, started in that folder. What is missing on this machine: orch doctor\n")
+      "\nand connect an agent to `orch mcp stdio`, started in that folder.\n",
+      "What is missing on this machine: orch doctor\n")
     return 0
   end,
 }, ...)

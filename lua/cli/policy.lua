@@ -35,7 +35,8 @@ end
 local function test(_, words, _, name)
   local g, status = load(words, name)
   if not g then return status end
-  cli.out(g.tests == 0 and "no tests; write some into policies/tools.lua: tests = { … }\n" or plural(g.tests, "test") .. " passed\n")
+  cli.out(g.tests == 0 and "no tests; write some into policies/tools.lua: tests = { … }\n"
+    or plural(g.tests, "test") .. " passed\n")
   return 0
 end
 
@@ -51,7 +52,8 @@ local function explain(opts, words, _, name)
   cli.out(x.decision, given(x.reason) and ": " .. cli.line(x.reason) or "", "\n")
   local rows = {}
   for _, r in ipairs(x.rules) do
-    local what = given(r.error) and "when failed: " .. r.error or not r.matched and "does not apply (when)" or r.has_when and "applies (when)" or "applies"
+    local what = given(r.error) and "when failed: " .. r.error
+      or not r.matched and "does not apply (when)" or r.has_when and "applies (when)" or "applies"
     rows[#rows + 1] = { r.where, r.action, what, given(r.reason) or "" }
   end
   cli.columns(rows, "  ")
@@ -80,7 +82,8 @@ local function show(opts, _, _, name)
     end
     if r.rewrite then effects[#effects + 1] = "rewrite" end
     if r.redact > 0 then effects[#effects + 1] = ("redact %d"):format(r.redact) end
-    rows[#rows + 1] = { r.where, r.tool, r.action, r.when and "yes" or "-", effects[1] and table.concat(effects, ", ") or "-", given(r.reason) or "" }
+    rows[#rows + 1] = { r.where, r.tool, r.action, r.when and "yes" or "-",
+      effects[1] and table.concat(effects, ", ") or "-", given(r.reason) or "" }
   end
   cli.columns(rows)
   cli.out("\n")
@@ -94,13 +97,14 @@ local STATUS = "0 good, 1 a policy test failed, 6 policy or configuration invali
 
 return cli.main("policy", {
   usage = "check|test|explain|show …",
-  about = "Looks at policies: policies/tools.lua says which tool calls are allowed, network.lua names network policies.\n"
-    .. "Every matching rule counts: deny beats ask beats allow; what no rule matches is denied.",
+  about = "Looks at policies: policies/tools.lua says which tool calls are allowed, network.lua names network "
+    .. "policies. Every matching rule counts: deny beats ask beats allow; what no rule matches is denied.",
   commands = {
     { "check", spec = { summary = "read everything and name all errors", usage = "[FILE|DIR]",
-      about = "Reads configuration, policies and tools, runs the policy's tests, prints every error with file:line.\n"
-        .. "DIR: a folder with orchestrator.lua; FILE: that file or one of its policies.",
-      examples = { "orch policy check", "orch policy check examples/policy" }, status = STATUS, words = { 0, 1 }, run = check } },
+      about = "Reads configuration, policies and tools, runs the policy's tests, prints every error with "
+        .. "file:line. DIR: a folder with orchestrator.lua; FILE: that file or one of its policies.",
+      examples = { "orch policy check", "orch policy check examples/policy" },
+      status = STATUS, words = { 0, 1 }, run = check } },
     { "test", spec = { summary = "run the tests in policies/tools.lua", usage = "[FILE|DIR]",
       about = "Runs the unit tests of policies/tools.lua, as each load does.", examples = { "orch policy test" },
       status = STATUS, words = { 0, 1 }, run = test } },

@@ -3,14 +3,16 @@ local cli = require "cli"
 
 return cli.main("reload", {
   usage = "[--pid N]",
-  about = "Makes every running orch process of this user read its configuration, policies and tools again. Files that change\n"
-    .. "are noticed without it. Where something is wrong, what was in force before stays.",
+  about = "Makes every running orch process of this user read its configuration, policies and tools again. "
+    .. "Files that change are noticed without it. Where something is wrong, what was in force before "
+    .. "stays.",
   options = { { "--pid", "N", "only this process", kind = "count" } },
-  status = "0 done or none running, 3 refused below a process that orch started, 6 something is wrong in the files, 2 usage",
+  status = "0 done or none running, 3 refused below a process that orch started, "
+    .. "6 something is wrong in the files, 2 usage",
   words = { 0, 0 },
   run = function(opts, _, _, name)
-    local pid = internal.below_orch()
-    if pid then return cli.fail(name, "refused: this is a descendant of an orch process (pid " .. pid .. "); run it in your own shell", 3) end
+    local refused = cli.refuse_below(name)
+    if refused then return refused end
     local answers, status = internal.control('{"op":"reload"}', opts.pid), 0
     for _, a in ipairs(answers) do
       if a.answer and a.answer.ok then
@@ -21,7 +23,7 @@ return cli.main("reload", {
       end
     end
     if not answers[1] then
-      cli.out(opts.pid and ("no orch process %d of yours is running\n"):format(opts.pid) or "no orch process of yours is running\n")
+      cli.none_running(opts.pid)
     end
     return status
   end,

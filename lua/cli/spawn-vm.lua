@@ -6,8 +6,9 @@ options[#options + 1] = { "--json", nil, "print one JSON object" }
 
 return cli.main("spawn-vm", {
   usage = "[-v] [options]",
-  about = "Spawns a microVM, prints its id, backend, isolation and milliseconds, and destroys it. With -v: the phases of\n"
-    .. "the start, in milliseconds since it was asked for. The first start on a machine builds image and template.",
+  about = "Spawns a microVM, prints its id, backend, isolation and milliseconds, and destroys it. With -v: "
+    .. "the phases of the start, in milliseconds since it was asked for. The first start on a machine "
+    .. "builds image and template.",
   options = options,
   examples = { "orch spawn-vm", "orch spawn-vm -v --memory 512M" },
   status = "0 done, 5 isolation not available, 6 configuration, 2 usage",
@@ -17,7 +18,8 @@ return cli.main("spawn-vm", {
     if not vm then return cli.fail(name, why, code) end
     local phases = vm:phases()
     if opts.json then
-      cli.json { id = vm.id, backend = vm.backend, isolation = vm.isolation, image = vm.image, spawn_ms = vm.spawn_ms, phases = phases }
+      cli.json { id = vm.id, backend = vm.backend, isolation = vm.isolation,
+        image = vm.image, spawn_ms = vm.spawn_ms, phases = phases }
     else
       cli.out(("%s  %s  %s  %.1f ms\n"):format(vm.id, vm.backend, vm.isolation, vm.spawn_ms))
       if internal.verbose() then

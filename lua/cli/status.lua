@@ -10,7 +10,8 @@ end
 
 return cli.main("status", {
   usage = "[--pid N] [--json]",
-  about = "Shows the running orch processes of this user: configuration, generation, sessions, calls, errors of the last reload.",
+  about = "Shows the running orch processes of this user: configuration, generation, sessions, calls, errors "
+    .. "of the last reload.",
   options = { { "--pid", "N", "only this process", kind = "count" }, { "--json", nil, "print a JSON array" } },
   status = "0 done (also when none runs), 2 usage",
   words = { 0, 0 },
@@ -30,19 +31,21 @@ return cli.main("status", {
       end
       row("error", a.error)
       row("configuration", s.config)
-      row("generation", s.generation and s.generation ~= orch.json.null and ("%s, %d reloads"):format(s.generation:sub(1, 12), s.reloads))
+      row("generation", s.generation and s.generation ~= orch.json.null
+        and ("%s, %d reloads"):format(s.generation:sub(1, 12), s.reloads))
       row("running for", s.uptime_s and duration(s.uptime_s))
       row("tools", s.tools)
       row("sessions", s.sessions and ("%d, %d calls in flight"):format(s.sessions, s.calls_in_flight))
       row("upstream", s.upstream)
-      row("audit log", s.audit and s.audit ~= orch.json.null and s.audit .. (s.audit_broken and " (BROKEN: calls are denied)" or ""))
+      row("audit log", s.audit and s.audit ~= orch.json.null
+        and s.audit .. (s.audit_broken and " (BROKEN: calls are denied)" or ""))
       row("last reload", s.reload_error)
       row("notes", s.notes)
       if i > 1 then cli.out("\n") end
       cli.columns(rows)
     end
     if not answers[1] then
-      cli.out(opts.pid and ("no orch process %d of yours is running\n"):format(opts.pid) or "no orch process of yours is running\n")
+      cli.none_running(opts.pid)
     end
     return 0
   end,

@@ -41,19 +41,27 @@ local function show_result(result, opts)
       cli.out(cli.line(orch.json.encode(item)), "\n")
     end
   end
-  if type(result.structuredContent) == "table" then cli.out("structured: ", cli.line(orch.json.encode(result.structuredContent)), "\n") end
+  if type(result.structuredContent) == "table" then
+    cli.out("structured: ", cli.line(orch.json.encode(result.structuredContent)), "\n")
+  end
 end
 
 local function run(opts, words, cmd, name)
   if opts.url then return cli.fail(name, "--url is not available yet; give a command after --", 2) end
-  if words[1] then return cli.usage(name, "unexpected argument " .. words[1] .. "; the server's command comes after --") end
-  if not cmd or not cmd[1] then return cli.usage(name, "CMD is missing: orch " .. name .. " [options] -- CMD ARG…") end
+  if words[1] then
+    return cli.usage(name, "unexpected argument " .. words[1] .. "; the server's command comes after --")
+  end
+  if not cmd or not cmd[1] then
+    return cli.usage(name, "CMD is missing: orch " .. name .. " [options] -- CMD ARG…")
+  end
   local args = orch.json.decode("{}")
   if opts.args then
     local why
     if not opts.call then return cli.usage(name, "--args needs --call NAME") end
     args, why = orch.json.decode(opts.args)
-    if type(args) ~= "table" or opts.args:find("^%s*%[") then return cli.usage(name, "--args must be a JSON object: " .. (why or opts.args)) end
+    if type(args) ~= "table" or opts.args:find("^%s*%[") then
+      return cli.usage(name, "--args must be a JSON object: " .. (why or opts.args))
+    end
   end
   local client, why = orch.mcp.connect { command = cmd, timeout = opts.timeout }
   if not client then return cli.fail(name, why, 7) end
@@ -77,13 +85,14 @@ end
 
 return cli.main("mcp test", {
   usage = "[--list] [--call NAME [--args JSON]] [--timeout TIME] [--json] -- CMD ARG…",
-  about = "An MCP client: starts the server CMD, connects over its stdin and stdout, lists its tools or calls one, prints what\n"
-    .. "it said with control characters escaped. test-mcp is the same command.",
+  about = "An MCP client: starts the server CMD, connects over its stdin and stdout, lists its tools or calls "
+    .. "one, prints what it said with control characters escaped. test-mcp is the same command.",
   options = { { "--list", nil, "list the tools (also without --call)" }, { "--call", "NAME", "call this tool" },
     { "--args", "JSON", "with these arguments, a JSON object" },
     { "--timeout", "TIME", 'how long to wait for the server and for the call ("30s")', kind = "duration" },
     { "--url", "URL", "not available yet" }, { "--json", nil, "print what the server answered as JSON" } },
-  examples = { "orch mcp test -- orch mcp stdio", [[orch mcp test --call run_command --args '{"command":"id"}' -- orch mcp stdio]] },
+  examples = { "orch mcp test -- orch mcp stdio",
+    [[orch mcp test --call run_command --args '{"command":"id"}' -- orch mcp stdio]] },
   status = "0 done, 1 the tool said isError, 7 the server failed, 2 usage",
   command = "--", run = run,
 }, ...)

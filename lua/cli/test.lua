@@ -35,8 +35,9 @@ end
 
 return cli.main("test", {
   usage = "FILE…",
-  about = "Runs Lua test files inside the host, as trusted scripts with the whole API. They print TAP (or what they like);\n"
-    .. "a test file fails by an error, or by a status other than 0 from return or os.exit.",
+  about = "Runs Lua test files inside the host, as trusted scripts with the whole API. They print TAP (or "
+    .. "what they like); a test file fails by an error, or by a status other than 0 from return or "
+    .. "os.exit.",
   examples = { "orch test tests/lua/test_schema.lua" },
   status = "0 all passed, 1 one failed, 6 one cannot be compiled, 2 usage",
   words = { 1, 10000 },

@@ -3,16 +3,17 @@ local cli = require "cli"
 
 return cli.main("trust", {
   usage = "[--edits] [DIR]",
-  about = "Accepts the configuration in DIR (default: the working directory), its policies and its tools as they are now: their\n"
-    .. "SHA-256 is recorded, and what is new or changed later is not loaded until you say so again. Only a configuration that\n"
-    .. "orch finds in the working directory needs it; look at the files before you trust them.",
+  about = "Accepts the configuration in DIR (default: the working directory), its policies and its tools as "
+    .. "they are now: their SHA-256 is recorded, and what is new or changed later is not loaded until you "
+    .. "say so again. Only a configuration that orch finds in the working directory needs it; look at the "
+    .. "files before you trust them.",
   options = { { "--edits", nil, "accept later edits and new files too" } },
   examples = { "orch trust", "orch trust --edits ~/project" },
   status = "0 done, 3 refused below a process that orch started, 6 invalid, 2 usage",
   words = { 0, 1 },
   run = function(opts, words, _, name)
-    local pid = internal.below_orch()
-    if pid then return cli.fail(name, "refused: this is a descendant of an orch process (pid " .. pid .. "); run it in your own shell", 3) end
+    local refused = cli.refuse_below(name)
+    if refused then return refused end
     local paths = internal.paths()
     local file, why = paths.config, nil
     if words[1] then

@@ -11,12 +11,14 @@ return cli.main("version", {
     local paths, features = internal.paths(), {}
     for name in internal.features:gmatch("%S+") do features[#features + 1] = name end
     if opts.json then
-      cli.json { version = orch.version, features = orch.json.array(features), lua = jit.version, prefix = internal.prefix, share = paths.share,
+      cli.json { version = orch.version, features = orch.json.array(features), lua = jit.version,
+        prefix = internal.prefix, share = paths.share,
         launcher = paths.launcher, agent = paths.agent }
       return 0
     end
     cli.out("orch ", orch.version, "\n")
-    cli.columns({ { "features", features[1] and table.concat(features, " ") or "none" }, { "lua", jit.version }, { "files", paths.share },
+    cli.columns({ { "features", features[1] and table.concat(features, " ") or "none" }, { "lua", jit.version },
+      { "files", paths.share },
       { "launcher", paths.launcher }, { "agent", paths.agent } })
     return 0
   end,

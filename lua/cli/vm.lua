@@ -8,7 +8,8 @@ local function options(...)
   return list
 end
 
-local NAMES = { [1] = "failed", [2] = "usage", [3] = "denied", [5] = "isolation not available", [6] = "configuration", [8] = "limit" }
+local NAMES = { [1] = "failed", [2] = "usage", [3] = "denied",
+  [5] = "isolation not available", [6] = "configuration", [8] = "limit" }
 
 local function run(opts, words, cmd, name)
   if words[1] then return cli.usage(name, "unexpected argument " .. words[1] .. "; CMD comes after --") end
@@ -18,7 +19,8 @@ local function run(opts, words, cmd, name)
     local status = cli.status(code)
     if code == "usage" then return cli.usage(name, message) end
     if opts.json then cli.json { error = message, code = code, exit = 125, status_of_orch = status } end
-    return cli.fail(name, ("%s\n(status %d: %s; CMD was not run)"):format(message, status, NAMES[status] or "failed"), 125)
+    return cli.fail(name, ("%s\n(status %d: %s; CMD was not run)"):format(
+      message, status, NAMES[status] or "failed"), 125)
   end
   local vm, why, code = cli.spawn(opts)
   if not vm then return failed(why, code) end
@@ -36,9 +38,9 @@ local function run(opts, words, cmd, name)
   end
   local exit = r.timed_out and 124 or r.signal and 128 + r.signal or r.status
   if opts.json then
-    cli.json { id = vm.id, backend = vm.backend, isolation = vm.isolation, image = vm.image, spawn_ms = vm.spawn_ms, ms = r.ms,
-      status = r.status, signal = r.signal, timed_out = r.timed_out, truncated = r.truncated, stdout = r.stdout, stderr = r.stderr,
-      exit = exit }
+    cli.json { id = vm.id, backend = vm.backend, isolation = vm.isolation, image = vm.image, spawn_ms = vm.spawn_ms,
+      ms = r.ms, status = r.status, signal = r.signal, timed_out = r.timed_out, truncated = r.truncated,
+      stdout = r.stdout, stderr = r.stderr, exit = exit }
   elseif r.failed then
     io.stderr:write(cli.escape(r.stderr))
   elseif r.timed_out then
@@ -74,16 +76,18 @@ local function list(opts, _, _, name)
     for _, vm in ipairs(a.answer or {}) do
       vm.pid = a.pid
       all[#all + 1] = vm
-      rows[#rows + 1] = { vm.id, a.pid, vm.image, vm.backend, vm.isolation, ("%.1f ms"):format(vm.spawn_ms), vm.name or "" }
+      rows[#rows + 1] = { vm.id, a.pid, vm.image, vm.backend, vm.isolation,
+        ("%.1f ms"):format(vm.spawn_ms), vm.name or "" }
     end
   end
   if opts.json then
     cli.json(orch.json.array(all))
   elseif all[1] then
     cli.columns(rows)
+  elseif answers[1] then
+    cli.out("no microVM is running\n")
   else
-    cli.out(answers[1] and "no microVM is running\n"
-      or opts.pid and ("no orch process %d of yours is running\n"):format(opts.pid) or "no orch process of yours is running\n")
+    cli.none_running(opts.pid)
   end
   return 0
 end
@@ -98,10 +102,12 @@ return cli.main("vm", {
     { "run", spec = {
       summary = "one microVM, one command, destroyed after",
       usage = "[options] -- CMD ARG…",
-      about = "Spawns a microVM, runs CMD in it and destroys it. Standard input, output, error and the exit status are CMD's.",
+      about = "Spawns a microVM, runs CMD in it and destroys it. Standard input, output, error and the exit "
+        .. "status are CMD's.",
       options = options({ "--user", "USER", "user that CMD runs as in the guest (default: 1000)" },
         { "--timeout", "TIME", 'CMD is ended after this ("250ms", "30s", "5m")', kind = "duration" },
-        { "--json", nil, "print one JSON object with the output (at most 1 MiB a stream), status and isolation instead" }),
+        { "--json", nil,
+          "print one JSON object with the output (at most 1 MiB a stream), status and isolation instead" }),
       examples = { "orch vm run -- uname -a", "tar c . | orch vm run -- sh -c 'cd /tmp && tar x && ls -l'",
         "orch vm run --timeout 10s --memory 512M -- sh -c 'exit 3'" },
       status = "CMD's; 124 time-out, 126 not executable, 127 not found, 128+N signal N, 125 CMD never ran; 2 usage",
