@@ -133,6 +133,7 @@ libevent-core-2.1-7  run    the event loop
 libcjson1            run    composes JSON documents
 libpcre2-8-0         run    schema patterns, redaction
 libsqlite3-0         run    trust, grants, sessions; loaded when first used
+libcurl4             run    HTTP client; loaded when first used
 libseccomp2          run    system call filter of the launcher
 libnftnl11           run    the microVMs' packet filter; loaded when first used
 passt                run    pasta, the microVMs' way to the network
@@ -146,6 +147,7 @@ libluajit-5.1-dev    build  headers
 libevent-dev         build  headers
 libcjson-dev         build  headers
 libpcre2-dev         build  headers
+libcurl4-openssl-dev build  headers
 libssl-dev           build  libcrypto.a: SHA-256, linked statically
 libseccomp-dev       build  headers
 libnftnl-dev         build  headers
