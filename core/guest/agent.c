@@ -372,7 +372,7 @@ static void descendants_signal(pid_t top, int signo)
 
 static void tree_signal(const struct op *op, int signo)
 {
-    if (op->pid <= 0)
+    if (op->pid <= 0 || (op->reaped && !op->group)) /* the number may be another's by now */
         return;
     if (!op->group) {
         descendants_signal(op->pid, signo);
@@ -384,7 +384,7 @@ static void tree_signal(const struct op *op, int signo)
         return;
     if (signo == SIGKILL) {
         op->group->killed = true;
-        if (write(fd, "1", 1) != 1)
+        if (write(fd, "1", 1) != 1 && !op->reaped)
             kill(op->pid, SIGKILL);
     } else {
         FILE *f = fdopen(fd, "re");
@@ -635,7 +635,7 @@ static bool make_stdio(struct op *op, struct plan *p)
 static void exec_failed(struct op *op, enum orch_wire_fail why)
 {
     op->fail[0] = why;
-    op->fail[1] = (uint32_t)errno;
+    op->fail[1] = errno ? (uint32_t)errno : EIO;
     op->reaped = true;
 }
 
@@ -645,8 +645,8 @@ static void exec_start(struct op *op, struct plan *p)
     op->in_open = p->x.flags & ORCH_WIRE_EXEC_STDIN;
     op->max_output = p->x.max_output;
     p->in = p->out = p->err = p->fail = -1;
-    errno = ENOENT;
     if (!user_find(p->user, &p->u)) {
+        errno = ENOENT;
         exec_failed(op, ORCH_WIRE_FAIL_USER);
         return;
     }
@@ -658,6 +658,7 @@ static void exec_start(struct op *op, struct plan *p)
     env_default(p->env, &p->x.n_env, user);
     env_default(p->env, &p->x.n_env, "LANG=C.UTF-8");
 
+    errno = EAGAIN;
     bool ok = n_execs <= MAX_EXECS && make_stdio(op, p) && (cgroup_fd < 0 || (op->group = group_take()));
     if (ok) {
         struct clone_args a = { .exit_signal = SIGCHLD };

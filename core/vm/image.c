@@ -28,6 +28,7 @@ enum {
     TEXT_MAX = 256 * 1024, /* a child's output that is read as text */
     MAX_MODULES = 64,
     LOCK_RETRY_MS = 100,
+    LIMIT_MS = 20 * 60 * 1000, /* for everything, a slow download included */
 };
 
 /* ---- kernels ---- */
@@ -226,7 +227,7 @@ struct orch_image_build {
     orch_image_done_fn *done;
     void *ud;
     void (*step)(struct orch_image_build *); /* posted, or after the child */
-    struct orch_timer *timer;
+    struct orch_timer *timer, *limit;
     int lock;
     bool waited;
     char *tmp; /* the folder being made */
@@ -295,6 +296,7 @@ static void build_free(struct orch_image_build *b)
     orch_loop_unpost(b->loop, on_step, b);
     child_end(b);
     orch_timer_free(b->timer);
+    orch_timer_free(b->limit);
     if (b->tmp)
         remove_folder(b->tmp);
     if (b->lock >= 0)
@@ -1156,6 +1158,15 @@ static void on_timer(void *ud)
     step_lock(ud);
 }
 
+static void on_limit(void *ud)
+{
+    struct orch_image_build *b = ud;
+    struct orch_err err;
+    orch_err_setc(&err, ORCH_CLASS_TIMEOUT, ETIMEDOUT, "not built within %d minutes%s", LIMIT_MS / 60000,
+                  b->tmp ? "" : ": another orch holds the lock; end it, or look what it waits for");
+    failed(b, &err);
+}
+
 static const char *dup_or_null(const char *s)
 {
     return s ? orch_xstrdup(s) : NULL;
@@ -1176,6 +1187,8 @@ struct orch_image_build *orch_image_build_start(struct orch_loop *l, const char 
     b->ud = ud;
     b->lock = -1;
     b->timer = orch_timer_new(l, on_timer, b);
+    b->limit = orch_timer_new(l, on_limit, b);
+    orch_timer_set(b->limit, LIMIT_MS);
     next(b, step_first);
     return b;
 }
