@@ -1,6 +1,7 @@
-/* A microVM's network namespace: settings, two netlink sockets for orch, the tap, and pasta as uplink,
- * which lives in the host's network namespace but otherwise in the microVM's, so that it dies with it.
- * The tap stays down and the namespace without rules until orch has made and verified them. */
+/* A microVM's network namespace: settings, two netlink sockets for orch, the tap, and pasta as
+ * uplink, which lives in the host's network namespace but otherwise in the microVM's, so that it
+ * dies with it. The tap stays down and the namespace without rules until orch has made and
+ * verified them. */
 #include "launcher.h"
 
 #include <fcntl.h>
@@ -16,12 +17,14 @@
 #include <sys/wait.h>
 
 static const char *const programs[] = { "/usr/bin/pasta", "/usr/local/bin/pasta" };
-/* Where pasta finds the namespace: a file of its own, since it may read no /proc/PID by then and newer
- * ones close what they inherit. A tmpfs over /sys, a directory that every host has and pasta does not use. */
+/* Where pasta finds the namespace: a file of its own, since it may read no /proc/PID by then and
+ * newer ones close what they inherit. A tmpfs over /sys, a directory that every host has and
+ * pasta does not use. */
 #define DIR "/sys"
 #define PATH DIR "/net"
 
-/* ip_forward first: it sets some of the others. What devices get when they are made is "default". */
+/* ip_forward first: it sets some of the others. What devices get when they are made is
+ * "default". */
 static const char *const settings[][2] = {
     { "ipv4/ip_forward", "1" },
     { "ipv4/conf/all/rp_filter", "1" },
@@ -38,7 +41,8 @@ static const char *const settings[][2] = {
     { "ipv6/conf/default/disable_ipv6", "1" },
 };
 
-/* Where /proc/sys is read-only (containers), orch sets them by device; IPv6 is dropped by the tables too. */
+/* Where /proc/sys is read-only (containers), orch sets them by device; IPv6 is dropped by the
+ * tables too. */
 static bool set_all(void)
 {
     bool all = true;
@@ -85,11 +89,13 @@ static _Noreturn void give_up(const char *step)
 static _Noreturn void run_pasta(const char *program, const char *init, int go, int said)
 {
     static const char *const argv[] = {
-        "pasta", "-f", "-q", "-e", "--config-net", "-4", "-I", ORCH_NET_UPLINK_IF, "-a", ORCH_NET_UPLINK_ADDR, "-n",
-        ORCH_NET_UPLINK_BITS, "-g", ORCH_NET_UPLINK_GATEWAY,
-        /* Its defaults lead the gateway's address and all ports that listen on the host's loopback there. */
+        "pasta", "-f", "-q", "-e", "--config-net", "-4", "-I", ORCH_NET_UPLINK_IF,
+        "-a", ORCH_NET_UPLINK_ADDR, "-n", ORCH_NET_UPLINK_BITS, "-g", ORCH_NET_UPLINK_GATEWAY,
+        /* Its defaults lead the gateway's address, and all ports that listen on the host's
+         * loopback, there. */
         "--no-map-gw", "-t", "none", "-u", "none", "-T", "none", "-U", "none",
-        "--no-dhcp", "--no-dhcpv6", "--no-ndp", "--no-ra", "--no-netns-quit", "--netns-only", "--netns", PATH, NULL,
+        "--no-dhcp", "--no-dhcpv6", "--no-ndp", "--no-ra",
+        "--no-netns-quit", "--netns-only", "--netns", PATH, NULL,
     };
     char path[64], c, *const env[] = { NULL }, *args[sizeof argv / sizeof *argv];
     sigset_t none;
@@ -99,14 +105,16 @@ static _Noreturn void run_pasta(const char *program, const char *init, int go, i
         _exit(127);
     snprintf(path, sizeof path, "/proc/%s/ns/net", init);
     if (unshare(CLONE_NEWNS) || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) ||
-        mount("orch", DIR, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "size=4k,nr_inodes=4,mode=755"))
+        mount("orch", DIR, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC,
+              "size=4k,nr_inodes=4,mode=755"))
         give_up("mounts");
     int fd = open(PATH, O_CREAT | O_WRONLY | O_CLOEXEC, 0400);
     if (fd < 0 || mount(path, PATH, NULL, MS_BIND, NULL))
         give_up("bind of the network namespace");
     close_range(STDERR_FILENO + 1, ~0U, 0);
     sigemptyset(&none);
-    sigprocmask(SIG_SETMASK, &none, NULL); /* all dispositions are the default ones: pasta needs SIGPIPE's */
+    /* All dispositions are the default ones: pasta needs SIGPIPE's. */
+    sigprocmask(SIG_SETMASK, &none, NULL);
     memcpy(args, argv, sizeof argv);
     execve(program, args, env);
     give_up(program);
@@ -158,11 +166,6 @@ void orch_net_make(struct orch_net *n, uint32_t flags)
     int fds[2] = { open_netlink("netfilter socket", NETLINK_NETFILTER, 0),
                    open_netlink("route socket", NETLINK_ROUTE, RTMGRP_LINK | RTMGRP_IPV4_ROUTE) };
     n->tap = make_tap();
-    if (go >= 0) {
-        if (write(go, "", 1) != 1)
-            orch_launch_fail("pipe");
-        close(go);
-    }
     m = (struct orch_launch_msg){ .op = ORCH_LAUNCH_NET, .status = !all };
     int r = orch_launch_send(ORCH_LAUNCH_SOCK, &m, fds, 2);
     errno = -r;
@@ -170,6 +173,12 @@ void orch_net_make(struct orch_net *n, uint32_t flags)
         orch_launch_fail("answer");
     close(fds[0]);
     close(fds[1]);
+    /* After the answer, so that pasta's start takes no time from what orch does next. */
+    if (go >= 0) {
+        if (write(go, "", 1) != 1)
+            orch_launch_fail("pipe");
+        close(go);
+    }
 }
 
 void orch_net_read(struct orch_net *n)

@@ -20,21 +20,22 @@
 static int refuse(struct orch_err *err, const char *what, const struct orch_nl_fault *f)
 {
     char text[256];
-    const char *fix = f->code == EPERM
-                          ? "orch needs CAP_NET_ADMIN over the microVM's namespace: run it as an ordinary user, or give "
-                            "root that capability"
-                          : "see `orch doctor`";
+    const char *fix = "see `orch doctor`";
+    if (f->code == EPERM)
+        fix = "orch needs CAP_NET_ADMIN over the microVM's namespace: run it as an ordinary user, "
+              "or give root that capability";
     if (f->code == ENOENT && strstr(what, "bandwidth"))
         fix = "the kernel needs the tbf queue (modprobe sch_tbf)";
-    return orch_err_setc(err, ORCH_CLASS_ISOLATION, f->code, "network: %s: %s; %s", what, orch_nl_fault_text(f, text), fix);
+    return orch_err_setc(err, ORCH_CLASS_ISOLATION, f->code, "network: %s: %s; %s", what,
+                         orch_nl_fault_text(f, text), fix);
 }
 
 void orch_link_note(void *ud, const struct nlmsghdr *h)
 {
     struct orch_link_events *ev = ud;
     const struct rtmsg *r = NLMSG_DATA(h);
-    if (h->nlmsg_type != RTM_NEWROUTE || h->nlmsg_len < NLMSG_LENGTH(sizeof *r) || r->rtm_family != AF_INET ||
-        r->rtm_dst_len || r->rtm_table != RT_TABLE_MAIN)
+    if (h->nlmsg_type != RTM_NEWROUTE || h->nlmsg_len < NLMSG_LENGTH(sizeof *r) ||
+        r->rtm_family != AF_INET || r->rtm_dst_len || r->rtm_table != RT_TABLE_MAIN)
         return;
     const int *index = orch_nl_get(h, sizeof *r, RTA_OIF, sizeof *index);
     if (index)
@@ -49,7 +50,8 @@ struct find {
 static void take_index(void *ud, const struct nlmsghdr *h)
 {
     struct find *f = ud;
-    if (h->nlmsg_type == RTM_NEWLINK && h->nlmsg_seq && h->nlmsg_len >= NLMSG_LENGTH(sizeof(struct ifinfomsg)))
+    if (h->nlmsg_type == RTM_NEWLINK && h->nlmsg_seq &&
+        h->nlmsg_len >= NLMSG_LENGTH(sizeof(struct ifinfomsg)))
         f->index = ((const struct ifinfomsg *)NLMSG_DATA(h))->ifi_index;
     else
         orch_link_note(f->ev, h);
@@ -63,15 +65,19 @@ static int find_tap(int fd, struct find *find, struct orch_err *err)
     size_t m = orch_nl_begin(&b, RTM_GETLINK, NLM_F_ACK, 1, &head, sizeof head);
     orch_nl_put(&b, IFLA_IFNAME, ORCH_NET_TAP, sizeof ORCH_NET_TAP);
     orch_nl_end(&b, m);
-    return orch_nl_talk(fd, b.p, b.n, 1, take_index, find, &f) ? refuse(err, "finding tap0", &f) : 0;
+    int e = orch_nl_talk(fd, b.p, b.n, 1, take_index, find, &f);
+    return e ? refuse(err, "finding tap0", &f) : 0;
 }
 
 /* ---- requests: several are sent at once, each acked; the sequence number says which */
 
 enum step { STEP_SETTINGS = 1, STEP_ADDRESS, STEP_UP, STEP_GUEST, STEP_BANDWIDTH };
 static const char *const steps[] = {
-    [STEP_SETTINGS] = "settings of the device", [STEP_ADDRESS] = "address of tap0", [STEP_UP] = "tap0 up",
-    [STEP_GUEST] = "neighbour of tap0", [STEP_BANDWIDTH] = "limiting the bandwidth",
+    [STEP_SETTINGS] = "settings of the device",
+    [STEP_ADDRESS] = "address of tap0",
+    [STEP_UP] = "tap0 up",
+    [STEP_GUEST] = "neighbour of tap0",
+    [STEP_BANDWIDTH] = "limiting the bandwidth",
 };
 
 static void put_settings(struct orch_buf *b, int index, const char *mac, bool settings)
@@ -80,8 +86,9 @@ static void put_settings(struct orch_buf *b, int index, const char *mac, bool se
         int id;
         uint32_t value;
     } conf[] = {
-        { IPV4_DEVCONF_FORWARDING, 1 },      { IPV4_DEVCONF_RP_FILTER, 1 },           { IPV4_DEVCONF_ACCEPT_REDIRECTS, 0 },
-        { IPV4_DEVCONF_SEND_REDIRECTS, 0 },  { IPV4_DEVCONF_ACCEPT_SOURCE_ROUTE, 0 }, { IPV4_DEVCONF_BC_FORWARDING, 0 },
+        { IPV4_DEVCONF_FORWARDING, 1 },          { IPV4_DEVCONF_RP_FILTER, 1 },
+        { IPV4_DEVCONF_ACCEPT_REDIRECTS, 0 },    { IPV4_DEVCONF_SEND_REDIRECTS, 0 },
+        { IPV4_DEVCONF_ACCEPT_SOURCE_ROUTE, 0 }, { IPV4_DEVCONF_BC_FORWARDING, 0 },
         { IPV4_DEVCONF_PROXY_ARP, 0 },
     };
     struct ifinfomsg head = { .ifi_family = AF_UNSPEC, .ifi_index = index };
@@ -89,7 +96,8 @@ static void put_settings(struct orch_buf *b, int index, const char *mac, bool se
     if (mac)
         orch_nl_put(b, IFLA_ADDRESS, mac, 6);
     if (settings) {
-        size_t spec = orch_nl_nest(b, IFLA_AF_SPEC), inet = orch_nl_nest(b, AF_INET), all = orch_nl_nest(b, IFLA_INET_CONF);
+        size_t spec = orch_nl_nest(b, IFLA_AF_SPEC), inet = orch_nl_nest(b, AF_INET),
+               all = orch_nl_nest(b, IFLA_INET_CONF);
         for (size_t i = 0; i < ORCH_ARRAY_LEN(conf); i++)
             orch_nl_put_u32(b, conf[i].id, conf[i].value);
         orch_nl_nest_end(b, all);
@@ -101,8 +109,11 @@ static void put_settings(struct orch_buf *b, int index, const char *mac, bool se
 
 static void put_address(struct orch_buf *b, int index)
 {
-    struct ifaddrmsg head = { .ifa_family = AF_INET, .ifa_prefixlen = ORCH_NET_BITS, .ifa_index = (unsigned)index };
-    size_t m = orch_nl_begin(b, RTM_NEWADDR, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, STEP_ADDRESS, &head, sizeof head);
+    struct ifaddrmsg head = { .ifa_family = AF_INET,
+                              .ifa_prefixlen = ORCH_NET_BITS,
+                              .ifa_index = (unsigned)index };
+    size_t m = orch_nl_begin(b, RTM_NEWADDR, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, STEP_ADDRESS,
+                             &head, sizeof head);
     orch_nl_put_u32(b, IFA_LOCAL, htonl(ORCH_NET_GATEWAY));
     orch_nl_put_u32(b, IFA_ADDRESS, htonl(ORCH_NET_GATEWAY));
     orch_nl_end(b, m);
@@ -110,7 +121,9 @@ static void put_address(struct orch_buf *b, int index)
 
 static void put_up(struct orch_buf *b, int index)
 {
-    struct ifinfomsg head = { .ifi_family = AF_UNSPEC, .ifi_index = index, .ifi_flags = IFF_UP, .ifi_change = IFF_UP };
+    struct ifinfomsg head = {
+        .ifi_family = AF_UNSPEC, .ifi_index = index, .ifi_flags = IFF_UP, .ifi_change = IFF_UP
+    };
     orch_nl_end(b, orch_nl_begin(b, RTM_SETLINK, NLM_F_ACK, STEP_UP, &head, sizeof head));
 }
 
@@ -118,7 +131,8 @@ static void put_up(struct orch_buf *b, int index)
 static void put_guest(struct orch_buf *b, int index)
 {
     struct ndmsg head = { .ndm_family = AF_INET, .ndm_ifindex = index, .ndm_state = NUD_PERMANENT };
-    size_t m = orch_nl_begin(b, RTM_NEWNEIGH, NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE, STEP_GUEST, &head, sizeof head);
+    size_t m = orch_nl_begin(b, RTM_NEWNEIGH, NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE, STEP_GUEST,
+                             &head, sizeof head);
     orch_nl_put_u32(b, NDA_DST, htonl(ORCH_NET_GUEST));
     orch_nl_put(b, NDA_LLADDR, ORCH_NET_GUEST_MAC, 6);
     orch_nl_end(b, m);
@@ -131,11 +145,16 @@ static void put_bandwidth(struct orch_buf *b, int index, uint64_t bits)
     burst = burst < BURST_BYTES ? BURST_BYTES : burst > INT32_MAX ? INT32_MAX : burst;
     queue = queue < BURST_BYTES ? BURST_BYTES : queue > INT32_MAX ? INT32_MAX : queue;
     struct tc_tbf_qopt q = {
-        .rate = { .linklayer = TC_LINKLAYER_ETHERNET, .rate = rate < UINT32_MAX ? (uint32_t)rate : UINT32_MAX },
+        .rate = { .linklayer = TC_LINKLAYER_ETHERNET,
+                  .rate = rate < UINT32_MAX ? (uint32_t)rate : UINT32_MAX },
         .limit = (uint32_t)queue,
     };
-    struct tcmsg head = { .tcm_family = AF_UNSPEC, .tcm_ifindex = index, .tcm_handle = 1 << 16, .tcm_parent = TC_H_ROOT };
-    size_t m = orch_nl_begin(b, RTM_NEWQDISC, NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE, STEP_BANDWIDTH, &head, sizeof head);
+    struct tcmsg head = { .tcm_family = AF_UNSPEC,
+                          .tcm_ifindex = index,
+                          .tcm_handle = 1 << 16,
+                          .tcm_parent = TC_H_ROOT };
+    size_t m = orch_nl_begin(b, RTM_NEWQDISC, NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE,
+                             STEP_BANDWIDTH, &head, sizeof head);
     orch_nl_put(b, TCA_KIND, "tbf", 4);
     size_t options = orch_nl_nest(b, TCA_OPTIONS);
     orch_nl_put(b, TCA_TBF_PARMS, &q, sizeof q);
@@ -146,7 +165,8 @@ static void put_bandwidth(struct orch_buf *b, int index, uint64_t bits)
     orch_nl_end(b, m);
 }
 
-static int send_all(int fd, const struct orch_buf *b, uint32_t last, struct orch_link_events *ev, struct orch_err *err)
+static int send_all(int fd, const struct orch_buf *b, uint32_t last, struct orch_link_events *ev,
+                    struct orch_err *err)
 {
     struct orch_nl_fault f;
     if (!orch_nl_talk(fd, b->p, b->n, last, orch_link_note, ev, &f))
@@ -154,7 +174,8 @@ static int send_all(int fd, const struct orch_buf *b, uint32_t last, struct orch
     return refuse(err, f.seq && f.seq < ORCH_ARRAY_LEN(steps) ? steps[f.seq] : "rtnetlink", &f);
 }
 
-int orch_link_tap(int fd, uint64_t bandwidth_bits, bool settings, struct orch_link_events *ev, struct orch_err *err)
+int orch_link_tap(int fd, uint64_t bandwidth_bits, bool settings, struct orch_link_events *ev,
+                  struct orch_err *err)
 {
     cleanup_buf struct orch_buf b = { 0 };
     struct find find = { 0, ev };
@@ -170,8 +191,8 @@ int orch_link_tap(int fd, uint64_t bandwidth_bits, bool settings, struct orch_li
     return send_all(fd, &b, STEP_GUEST, ev, err);
 }
 
-int orch_link_uplink(int fd, int index, uint64_t bandwidth_bits, bool settings, struct orch_link_events *ev,
-                     struct orch_err *err)
+int orch_link_uplink(int fd, int index, uint64_t bandwidth_bits, bool settings,
+                     struct orch_link_events *ev, struct orch_err *err)
 {
     cleanup_buf struct orch_buf b = { 0 };
     if (settings)
@@ -198,7 +219,8 @@ static void add_address(struct addresses *a, uint32_t be, unsigned bits)
         a->v[a->n++] = c;
 }
 
-/* Addresses of devices, which may be down, and what the local table delivers, which may be networks. */
+/* Addresses of devices, which may be down, and what the local table delivers, which may be
+ * networks. */
 static void take_address(void *ud, const struct nlmsghdr *h)
 {
     const uint32_t *addr;
@@ -207,10 +229,12 @@ static void take_address(void *ud, const struct nlmsghdr *h)
         addr = addr ? addr : orch_nl_get(h, sizeof(struct ifaddrmsg), IFA_ADDRESS, sizeof *addr);
         if (addr && ((const struct ifaddrmsg *)NLMSG_DATA(h))->ifa_family == AF_INET)
             add_address(ud, *addr, 32);
-    } else if (h->nlmsg_type == RTM_NEWROUTE && h->nlmsg_len >= NLMSG_LENGTH(sizeof(struct rtmsg))) {
+    } else if (h->nlmsg_type == RTM_NEWROUTE &&
+               h->nlmsg_len >= NLMSG_LENGTH(sizeof(struct rtmsg))) {
         const struct rtmsg *r = NLMSG_DATA(h);
         addr = orch_nl_get(h, sizeof *r, RTA_DST, sizeof *addr);
-        if (addr && r->rtm_family == AF_INET && r->rtm_type == RTN_LOCAL && r->rtm_dst_len && r->rtm_dst_len <= 32)
+        if (addr && r->rtm_family == AF_INET && r->rtm_type == RTN_LOCAL && r->rtm_dst_len &&
+            r->rtm_dst_len <= 32)
             add_address(ud, *addr, r->rtm_dst_len);
     }
 }
@@ -219,7 +243,9 @@ static int dump_addresses(int fd, struct addresses *a, struct orch_err *err)
 {
     struct orch_nl_fault f;
     struct ifaddrmsg addr = { .ifa_family = AF_INET };
-    struct rtmsg route = { .rtm_family = AF_INET, .rtm_table = RT_TABLE_LOCAL, .rtm_type = RTN_LOCAL };
+    struct rtmsg route = { .rtm_family = AF_INET,
+                           .rtm_table = RT_TABLE_LOCAL,
+                           .rtm_type = RTN_LOCAL };
     cleanup_buf struct orch_buf b = { 0 };
     orch_nl_end(&b, orch_nl_begin(&b, RTM_GETADDR, NLM_F_DUMP, 1, &addr, sizeof addr));
     if (orch_nl_talk(fd, b.p, b.n, 1, take_address, a, &f))
@@ -230,7 +256,8 @@ static int dump_addresses(int fd, struct addresses *a, struct orch_err *err)
     if (orch_nl_talk(fd, b.p, b.n, 2, take_address, a, &f) && f.code != ENOENT)
         return refuse(err, "reading the host's local routes", &f);
     if (a->n > HOST_MAX)
-        return orch_err_setc(err, ORCH_CLASS_ISOLATION, E2BIG, "network: the host has more than %d addresses", HOST_MAX);
+        return orch_err_setc(err, ORCH_CLASS_ISOLATION, E2BIG,
+                             "network: the host has more than %d addresses", HOST_MAX);
     return 0;
 }
 
@@ -238,12 +265,14 @@ int orch_link_host(struct orch_cidr **out, size_t *n, struct orch_err *err)
 {
     cleanup_close int fd = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE);
     if (fd < 0)
-        return orch_err_setc(err, ORCH_CLASS_ISOLATION, errno, "network: route socket: %s", strerror(errno));
+        return orch_err_setc(err, ORCH_CLASS_ISOLATION, errno, "network: route socket: %s",
+                             strerror(errno));
     orch_nl_setup(fd);
     cleanup_free struct orch_cidr *v = orch_xcalloc(HOST_MAX + 1, sizeof *v);
     struct addresses a = { v, 0 };
     int e = -EINTR;
-    for (int tries = 0; e == -EINTR && tries < 5; tries++) { /* the addresses changed under the dump */
+    /* Again when the addresses changed under the dump. */
+    for (int tries = 0; e == -EINTR && tries < 5; tries++) {
         a.n = 0;
         e = dump_addresses(fd, &a, err);
     }

@@ -1,27 +1,29 @@
-/* Devices and addresses by rtnetlink: the microVM's, over the socket opened inside its namespace, and
- * the host's, which are only read. Errors are of class ISOLATION. */
+/* Devices and addresses by rtnetlink: the microVM's, over the socket opened inside its
+ * namespace, and the host's, which are only read. Errors are of class ISOLATION. */
 #ifndef ORCH_NET_LINK_H
 #define ORCH_NET_LINK_H
 
 #include "netlink.h"
 #include "ruleset.h"
 
-/* What the kernel announced on the socket; messages that come while it is used for something else are
- * noted here too. */
+/* What the kernel announced on the socket; messages that come while it is used for something
+ * else are noted here too. */
 struct orch_link_events {
     int uplink; /* index of the device of the default route; 0: none yet */
 };
 void orch_link_note(void *ud, const struct nlmsghdr *h); /* ud: struct orch_link_events */
 
-/* tap0: the host side's hardware address, IP address, the guest as a permanent neighbour, up; limited to
- * bandwidth_bits a second towards the guest (0: no limit). settings: sysctls by device, where /proc/sys
- * could not be written. */
-int orch_link_tap(int fd, uint64_t bandwidth_bits, bool settings, struct orch_link_events *ev, struct orch_err *err);
+/* tap0: the host side's hardware address, IP address, the guest as a permanent neighbour, up;
+ * limited to bandwidth_bits a second towards the guest (0: no limit). settings: sysctls by
+ * device, where /proc/sys could not be written. */
+int orch_link_tap(int fd, uint64_t bandwidth_bits, bool settings, struct orch_link_events *ev,
+                  struct orch_err *err);
 /* The uplink device: limited towards the world. */
-int orch_link_uplink(int fd, int index, uint64_t bandwidth_bits, bool settings, struct orch_link_events *ev,
-                     struct orch_err *err);
+int orch_link_uplink(int fd, int index, uint64_t bandwidth_bits, bool settings,
+                     struct orch_link_events *ev, struct orch_err *err);
 
-/* Every IPv4 address that this network namespace takes for itself, each once. *out is the caller's to free. */
+/* Every IPv4 address that this network namespace takes for itself, each once. *out is the
+ * caller's to free. */
 int orch_link_host(struct orch_cidr **out, size_t *n, struct orch_err *err);
 
 #endif

@@ -40,7 +40,9 @@ static const void *find(const char *p, size_t n, int type, size_t least, size_t 
 const void *orch_nl_get(const struct nlmsghdr *h, size_t head, int type, size_t least)
 {
     size_t from = NLMSG_HDRLEN + NLMSG_ALIGN(head);
-    return h->nlmsg_len < from ? NULL : find((const char *)h + from, h->nlmsg_len - from, type, least, NULL);
+    return h->nlmsg_len < from
+               ? NULL
+               : find((const char *)h + from, h->nlmsg_len - from, type, least, NULL);
 }
 
 static void read_fault(const struct nlmsghdr *h, const struct nlmsgerr *e, struct orch_nl_fault *f)
@@ -61,13 +63,16 @@ static void read_fault(const struct nlmsghdr *h, const struct nlmsgerr *e, struc
         memcpy(&f->offset, offset, 4);
 }
 
-/* The kernel's messages alone: in the namespace others may send to this socket too. 0: nothing there. */
+/* The kernel's messages alone: in the namespace others may send to this socket too. 0: nothing
+ * there. */
 static ssize_t receive(int fd, char *buf)
 {
     for (;;) {
         struct sockaddr_nl from = { .nl_pid = 1 };
         struct iovec iov = { buf, RECV_BYTES };
-        struct msghdr m = { .msg_name = &from, .msg_namelen = sizeof from, .msg_iov = &iov, .msg_iovlen = 1 };
+        struct msghdr m = {
+            .msg_name = &from, .msg_namelen = sizeof from, .msg_iov = &iov, .msg_iovlen = 1
+        };
         ssize_t n = recvmsg(fd, &m, MSG_DONTWAIT);
         if (n < 0 && errno == EINTR)
             continue;
@@ -79,7 +84,8 @@ static ssize_t receive(int fd, char *buf)
     }
 }
 
-int orch_nl_talk(int fd, const void *p, size_t n, uint32_t last, orch_nl_fn *fn, void *ud, struct orch_nl_fault *f)
+int orch_nl_talk(int fd, const void *p, size_t n, uint32_t last, orch_nl_fn *fn, void *ud,
+                 struct orch_nl_fault *f)
 {
     const struct sockaddr_nl kernel = { .nl_family = AF_NETLINK };
     cleanup_free char *buf = orch_xmalloc(RECV_BYTES);
@@ -94,9 +100,11 @@ int orch_nl_talk(int fd, const void *p, size_t n, uint32_t last, orch_nl_fn *fn,
         return -f->code;
     }
     while ((got = receive(fd, buf)) > 0)
-        for (const struct nlmsghdr *h = (const void *)buf; NLMSG_OK(h, got); h = NLMSG_NEXT(h, got)) {
+        for (const struct nlmsghdr *h = (const void *)buf; NLMSG_OK(h, got);
+             h = NLMSG_NEXT(h, got)) {
             torn |= h->nlmsg_flags & NLM_F_DUMP_INTR && h->nlmsg_seq == last;
-            if (h->nlmsg_type == NLMSG_ERROR && h->nlmsg_len >= NLMSG_LENGTH(sizeof(struct nlmsgerr))) {
+            if (h->nlmsg_type == NLMSG_ERROR &&
+                h->nlmsg_len >= NLMSG_LENGTH(sizeof(struct nlmsgerr))) {
                 const struct nlmsgerr *e = NLMSG_DATA(h);
                 if (e->error && !f->code)
                     read_fault(h, e, f);
@@ -133,7 +141,8 @@ const char *orch_nl_fault_text(const struct orch_nl_fault *f, char out[256])
     char at[48] = "";
     if (f->offset)
         snprintf(at, sizeof at, "%sattribute at byte %u", *f->text ? ", " : "", f->offset);
-    snprintf(out, 256, "%s%s%s%s%s", strerror(f->code), *f->text || *at ? " (" : "", f->text, at, *f->text || *at ? ")" : "");
+    snprintf(out, 256, "%s%s%s%s%s", strerror(f->code), *f->text || *at ? " (" : "", f->text, at,
+             *f->text || *at ? ")" : "");
     return out;
 }
 
@@ -145,10 +154,13 @@ static void pad(struct orch_buf *b)
         orch_buf_char(b, 0);
 }
 
-size_t orch_nl_begin(struct orch_buf *b, int type, int flags, uint32_t seq, const void *head, size_t n)
+size_t orch_nl_begin(struct orch_buf *b, int type, int flags, uint32_t seq, const void *head,
+                     size_t n)
 {
     size_t at = b->n;
-    struct nlmsghdr h = { .nlmsg_type = (uint16_t)type, .nlmsg_flags = (uint16_t)(NLM_F_REQUEST | flags), .nlmsg_seq = seq };
+    struct nlmsghdr h = { .nlmsg_type = (uint16_t)type,
+                          .nlmsg_flags = (uint16_t)(NLM_F_REQUEST | flags),
+                          .nlmsg_seq = seq };
     orch_buf_add(b, &h, sizeof h);
     orch_buf_add(b, head, n);
     pad(b);

@@ -42,10 +42,11 @@ static void late(void *ud)
 {
     struct orch_netns *n = ud;
     struct orch_err err;
-    orch_err_setc(&err, ORCH_CLASS_ISOLATION, ETIMEDOUT,
-                  n->ready ? "network: pasta made no default route within %d s; is the host's own network up?"
-                           : "network: the launcher made no namespace within %d s; is the host overloaded?",
-                  WAIT_MS / 1000);
+    orch_err_setc(
+        &err, ORCH_CLASS_ISOLATION, ETIMEDOUT,
+        n->ready ? "network: pasta made no default route within %d s; is the host's own network up?"
+                 : "network: the launcher made no namespace within %d s; is the host overloaded?",
+        WAIT_MS / 1000);
     fail(n, &err);
 }
 
@@ -56,7 +57,8 @@ static void check_uplink(void *ud)
     if (!n->ev.uplink)
         return;
     stop_waiting(n);
-    if (orch_link_uplink(n->route_fd, n->ev.uplink, n->o.rules->bandwidth_bits, n->settings, &n->ev, &err))
+    if (orch_link_uplink(n->route_fd, n->ev.uplink, n->o.rules->bandwidth_bits, n->settings, &n->ev,
+                         &err))
         fail(n, &err);
     else
         n->o.uplink_up(n->o.ud);
@@ -88,7 +90,8 @@ static void on_net(void *ud, int nft_fd, int route_fd, bool settings)
     if (n->o.uplink) {
         orch_timer_set(n->deadline, WAIT_MS);
         n->watch = orch_watch_new(n->loop, route_fd, ORCH_READ, route_event, n);
-        orch_loop_post(n->loop, check_uplink, n); /* its route may have been announced during the above */
+        /* Its route may have been announced during the above. */
+        orch_loop_post(n->loop, check_uplink, n);
     } else {
         orch_timer_cancel(n->deadline);
     }
@@ -100,8 +103,8 @@ static void on_cell_error(void *ud, const struct orch_err *err)
     fail(ud, err);
 }
 
-struct orch_netns *orch_netns_new(struct orch_loop *l, struct orch_launcher *la, const struct orch_netns_opts *o,
-                                  struct orch_err *err)
+struct orch_netns *orch_netns_new(struct orch_loop *l, struct orch_launcher *la,
+                                  const struct orch_netns_opts *o, struct orch_err *err)
 {
     struct orch_netns *n = orch_xcalloc(1, sizeof *n);
     n->loop = l;
@@ -123,10 +126,12 @@ struct orch_netns *orch_netns_new(struct orch_loop *l, struct orch_launcher *la,
     return n;
 }
 
-struct orch_cell *orch_netns_start(struct orch_netns *n, const struct orch_cell_opts *o, struct orch_err *err)
+struct orch_cell *orch_netns_start(struct orch_netns *n, const struct orch_cell_opts *o,
+                                   struct orch_err *err)
 {
     if (!n->ready || !n->cell) {
-        orch_err_setc(err, ORCH_CLASS_ISOLATION, EPROTO, "network: no verified packet filter; the VMM is not started");
+        orch_err_setc(err, ORCH_CLASS_ISOLATION, EPROTO,
+                      "network: no verified packet filter; the VMM is not started");
         return NULL;
     }
     if (orch_cell_start(n->cell, o, err))

@@ -23,24 +23,26 @@
 #define F_PERSIST 4 /* NFT_TABLE_F_PERSIST, Linux 6.9 */
 #define OWNED_FLAGS ((uint32_t)NFT_TABLE_F_OWNER | F_PERSIST)
 #define TYPE_IPV4 7 /* how the nft program calls the sets' key */
-/* libnftnl writes without a bound; no message is longer than one nested list of 64 KiB and its frame. */
+/* libnftnl writes without a bound; no message is longer than one nested list of 64 KiB and its
+ * frame. */
 #define MESSAGE_BYTES (128 * 1024)
 
 /* What is used of libnftnl. */
 #define FUNCTIONS(X) \
-    X(batch_begin) X(batch_end) X(nlmsg_build_hdr) \
-    X(table_alloc) X(table_free) X(table_set_str) X(table_set_u32) X(table_get_str) X(table_get_u32) \
-    X(table_nlmsg_build_payload) X(table_nlmsg_parse) \
-    X(chain_alloc) X(chain_free) X(chain_set_str) X(chain_set_u32) X(chain_set_s32) X(chain_is_set) X(chain_get_str) \
+    X(batch_begin) X(batch_end) X(nlmsg_build_hdr) X(table_alloc) X(table_free) \
+    X(table_set_str) X(table_set_u32) X(table_get_str) X(table_get_u32) \
+    X(table_nlmsg_build_payload) X(table_nlmsg_parse) X(chain_alloc) X(chain_free) \
+    X(chain_set_str) X(chain_set_u32) X(chain_set_s32) X(chain_is_set) X(chain_get_str) \
     X(chain_get_u32) X(chain_get_s32) X(chain_nlmsg_build_payload) X(chain_nlmsg_parse) \
-    X(set_alloc) X(set_free) X(set_set_str) X(set_set_u32) X(set_is_set) X(set_get_str) X(set_get_u32) \
-    X(set_nlmsg_build_payload) X(set_nlmsg_parse) X(set_elem_alloc) X(set_elem_set) X(set_elem_set_u32) X(set_elem_add) \
-    X(set_elem_is_set) X(set_elem_get) X(set_elem_get_u32) X(set_elem_foreach) X(set_elems_iter_create) \
-    X(set_elems_iter_destroy) X(set_elems_nlmsg_build_payload) X(set_elems_nlmsg_build_payload_iter) \
-    X(set_elems_nlmsg_parse) \
-    X(rule_alloc) X(rule_free) X(rule_set_str) X(rule_set_u32) X(rule_set_data) X(rule_get_str) X(rule_get_data) \
-    X(rule_get_u32) X(rule_add_expr) X(rule_nlmsg_build_payload) X(rule_nlmsg_parse) \
-    X(expr_alloc) X(expr_set) X(expr_set_u32) X(expr_set_str) X(expr_is_set) X(expr_get) X(expr_get_u64) X(expr_get_str) \
+    X(set_alloc) X(set_free) X(set_set_str) X(set_set_u32) X(set_is_set) X(set_get_str) \
+    X(set_get_u32) X(set_nlmsg_build_payload) X(set_nlmsg_parse) X(set_elem_alloc) \
+    X(set_elem_set) X(set_elem_set_u32) X(set_elem_add) X(set_elem_is_set) X(set_elem_get) \
+    X(set_elem_get_u32) X(set_elem_foreach) X(set_elems_iter_create) X(set_elems_iter_destroy) \
+    X(set_elems_nlmsg_build_payload) X(set_elems_nlmsg_build_payload_iter) \
+    X(set_elems_nlmsg_parse) X(rule_alloc) X(rule_free) X(rule_set_str) X(rule_set_u32) \
+    X(rule_set_data) X(rule_get_str) X(rule_get_data) X(rule_get_u32) X(rule_add_expr) \
+    X(rule_nlmsg_build_payload) X(rule_nlmsg_parse) X(expr_alloc) X(expr_set) X(expr_set_u32) \
+    X(expr_set_str) X(expr_is_set) X(expr_get) X(expr_get_u64) X(expr_get_str) \
     X(expr_iter_create) X(expr_iter_next) X(expr_iter_destroy)
 
 static struct {
@@ -57,12 +59,14 @@ static int load(struct orch_err *err)
     void *lib = dlopen("libnftnl.so.11", RTLD_NOW | RTLD_LOCAL);
     if (!lib)
         return orch_err_setc(err, ORCH_CLASS_ISOLATION, ENOENT,
-                             "firewall: libnftnl cannot be loaded: %s; install libnftnl11", dlerror());
+                             "firewall: libnftnl cannot be loaded: %s; install libnftnl11",
+                             dlerror());
 #define X(name) \
     if (!(nl.name = (__typeof__(nl.name))dlsym(lib, "nftnl_" #name))) { \
         dlclose(lib); \
         return orch_err_setc(err, ORCH_CLASS_ISOLATION, ENOSYS, \
-                             "firewall: libnftnl.so.11 lacks nftnl_" #name "; install a newer one"); \
+                             "firewall: libnftnl.so.11 lacks nftnl_" #name \
+                             "; install a newer one"); \
     }
     FUNCTIONS(X)
 #undef X
@@ -107,7 +111,8 @@ static void item_text(const struct orch_rules *r, uint32_t seq, char *out, size_
         break;
     case ITEM_SET:
     case ITEM_ELEMENTS:
-        snprintf(out, n, "%s %s", seq >> 16 == ITEM_SET ? "set" : "elements of set", i < r->n_sets ? r->sets[i].name : "?");
+        snprintf(out, n, "%s %s", seq >> 16 == ITEM_SET ? "set" : "elements of set",
+                 i < r->n_sets ? r->sets[i].name : "?");
         break;
     case ITEM_CHAIN:
         snprintf(out, n, "chain %s", i < ORCH_CHAINS ? chains[i].name : "?");
@@ -163,8 +168,8 @@ static struct nftnl_set *build_set(const struct orch_rules *r, size_t i)
     return s;
 }
 
-/* What the kernel holds for an interval: its first address, and the one behind its last, which there is
- * none of at the top. */
+/* What the kernel holds for an interval: its first address, and the one behind its last, which
+ * there is none of at the top. */
 struct element {
     uint32_t key;
     bool end;
@@ -237,7 +242,8 @@ static void add_mask(struct nftnl_rule *r, const void *mask, uint32_t n)
     nl.expr_set(e, NFTNL_EXPR_BITWISE_XOR, zero, n);
 }
 
-static void add_match(struct nftnl_rule *r, const struct orch_rules *rules, const struct orch_match *m)
+static void add_match(struct nftnl_rule *r, const struct orch_rules *rules,
+                      const struct orch_match *m)
 {
     struct nftnl_expr *e;
     switch (m->kind) {
@@ -326,8 +332,9 @@ static struct nftnl_rule *build_rule(const struct orch_rules *rules, size_t i)
     e = add_expr(r, "immediate");
     nl.expr_set_u32(e, NFTNL_EXPR_IMM_DREG, NFT_REG_VERDICT);
     nl.expr_set_u32(e, NFTNL_EXPR_IMM_VERDICT,
-                    d->verdict == ORCH_VERDICT_ACCEPT ? NF_ACCEPT : d->verdict == ORCH_VERDICT_DROP ? NF_DROP
-                                                                                                   : (uint32_t)NFT_GOTO);
+                    d->verdict == ORCH_VERDICT_ACCEPT ? NF_ACCEPT
+                    : d->verdict == ORCH_VERDICT_DROP ? NF_DROP
+                                                      : (uint32_t)NFT_GOTO);
     if (d->verdict == ORCH_VERDICT_GOTO)
         nl.expr_set_str(e, NFTNL_EXPR_IMM_CHAIN, chains[d->target].name);
     return r;
@@ -343,7 +350,8 @@ static void take(struct orch_buf *out, char *scratch)
     memset(scratch, 0, len);
 }
 
-static struct nlmsghdr *begin(char *scratch, uint16_t type, uint16_t family, uint16_t flags, uint32_t seq)
+static struct nlmsghdr *begin(char *scratch, uint16_t type, uint16_t family, uint16_t flags,
+                              uint32_t seq)
 {
     return nl.nlmsg_build_hdr(scratch, type, family, NLM_F_CREATE | flags, seq);
 }
@@ -390,8 +398,8 @@ static void batch(const struct orch_rules *r, uint32_t genid, bool owned, struct
     }
     for (size_t i = 0; i < r->n_rules; i++) {
         struct nftnl_rule *rule = build_rule(r, i);
-        /* The last asks for an ack. Before 6.13 the batch's end is not acked, and one for each message
-         * would overflow the socket. */
+        /* The last asks for an ack. Before 6.13 the batch's end is not acked, and one for each
+         * message would overflow the socket. */
         h = begin(scratch, NFT_MSG_NEWRULE, chains[r->rules[i].chain].family,
                   NLM_F_APPEND | (i + 1 == r->n_rules ? NLM_F_ACK : 0), SEQ(ITEM_RULE, i));
         nl.rule_nlmsg_build_payload(h, rule);
@@ -402,7 +410,8 @@ static void batch(const struct orch_rules *r, uint32_t genid, bool owned, struct
     take(out, scratch);
 }
 
-int orch_nft_batch(const struct orch_rules *r, uint32_t genid, bool owned, struct orch_buf *out, struct orch_err *err)
+int orch_nft_batch(const struct orch_rules *r, uint32_t genid, bool owned, struct orch_buf *out,
+                   struct orch_err *err)
 {
     int e = load(err);
     if (!e)
@@ -412,15 +421,16 @@ int orch_nft_batch(const struct orch_rules *r, uint32_t genid, bool owned, struc
 
 /* ---- the kernel's answers */
 
-#define NO_NFT "the kernel needs nf_tables with its netdev and inet families, ct, nat, masq and connlimit expressions " \
-               "(modprobe nf_tables nft_ct nft_masq nft_connlimit)"
+#define NO_NFT \
+    "the kernel needs nf_tables with its netdev and inet families, ct, nat, masq and connlimit " \
+    "expressions (modprobe nf_tables nft_ct nft_masq nft_connlimit)"
 
 static const char *fix_of(int code)
 {
     switch (code) {
     case EPERM:
-        return "orch needs CAP_NET_ADMIN over the microVM's namespace: run it as an ordinary user, or give root that "
-               "capability";
+        return "orch needs CAP_NET_ADMIN over the microVM's namespace: run it as an ordinary user, "
+               "or give root that capability";
     case ERESTART:
     case EEXIST:
         return "something else changes tables in the microVM's namespace";
@@ -442,8 +452,8 @@ static const char *fix_of(int code)
 static int refuse(struct orch_err *err, const char *what, const struct orch_nl_fault *f)
 {
     char text[256];
-    return orch_err_setc(err, ORCH_CLASS_ISOLATION, f->code, "firewall: %s: %s; %s", what, orch_nl_fault_text(f, text),
-                         fix_of(f->code));
+    return orch_err_setc(err, ORCH_CLASS_ISOLATION, f->code, "firewall: %s: %s; %s", what,
+                         orch_nl_fault_text(f, text), fix_of(f->code));
 }
 
 static int differs(struct orch_err *err, const char *fmt, ...) ORCH_PRINTF(2, 3);
@@ -455,8 +465,10 @@ static int differs(struct orch_err *err, const char *fmt, ...)
     vsnprintf(what, sizeof what, fmt, ap);
     va_end(ap);
     return orch_err_setc(err, ORCH_CLASS_ISOLATION, EBADE,
-                         "firewall: what the kernel holds is not what was sent: %s; something else changes the tables, or "
-                         "this kernel or libnftnl is not one that orch can verify", what);
+                         "firewall: what the kernel holds is not what was sent: %s; something else "
+                         "changes the tables, or this kernel or libnftnl is not one that orch can "
+                         "verify",
+                         what);
 }
 
 static void take_genid(void *ud, const struct nlmsghdr *h)
@@ -471,7 +483,8 @@ static int get_genid(struct orch_nft *n, uint32_t *id, struct orch_err *err)
     struct orch_nl_fault f;
     struct nfgenmsg head = { .version = NFNETLINK_V0 };
     char msg[NLMSG_LENGTH(sizeof head)] __attribute__((aligned(4)));
-    struct nlmsghdr h = { sizeof msg, NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETGEN, NLM_F_REQUEST | NLM_F_ACK, 1, 0 };
+    struct nlmsghdr h = { sizeof msg, NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETGEN,
+                          NLM_F_REQUEST | NLM_F_ACK, 1, 0 };
     memcpy(msg, &h, sizeof h);
     memcpy(msg + sizeof h, &head, sizeof head);
     *id = 0;
@@ -565,8 +578,10 @@ static void read_table(void *ud, const struct nlmsghdr *h)
              !same_text(nl.table_get_str(t, NFTNL_TABLE_NAME), TABLE) ||
              nl.table_get_u32(t, NFTNL_TABLE_FAMILY) != tables[i] ||
              nl.table_get_u32(t, NFTNL_TABLE_FLAGS) != d->table_flags)
-        d->bad = differs(d->err, "table \"%s\" of family %u with flags %u", text_of(nl.table_get_str(t, NFTNL_TABLE_NAME)),
-                         nl.table_get_u32(t, NFTNL_TABLE_FAMILY), nl.table_get_u32(t, NFTNL_TABLE_FLAGS));
+        d->bad = differs(d->err, "table \"%s\" of family %u with flags %u",
+                         text_of(nl.table_get_str(t, NFTNL_TABLE_NAME)),
+                         nl.table_get_u32(t, NFTNL_TABLE_FAMILY),
+                         nl.table_get_u32(t, NFTNL_TABLE_FLAGS));
     nl.table_free(t);
 }
 
@@ -575,13 +590,15 @@ static bool same_chain(const struct nftnl_chain *c, const struct chain *d)
     bool hooked = d->type;
     if (!same_text(nl.chain_get_str(c, NFTNL_CHAIN_TABLE), TABLE) ||
         !same_text(nl.chain_get_str(c, NFTNL_CHAIN_NAME), d->name) ||
-        nl.chain_get_u32(c, NFTNL_CHAIN_FAMILY) != d->family || nl.chain_is_set(c, NFTNL_CHAIN_HOOKNUM) != hooked)
+        nl.chain_get_u32(c, NFTNL_CHAIN_FAMILY) != d->family ||
+        nl.chain_is_set(c, NFTNL_CHAIN_HOOKNUM) != hooked)
         return false;
-    return !hooked ||
-           (same_text(nl.chain_get_str(c, NFTNL_CHAIN_TYPE), d->type) &&
-            nl.chain_get_u32(c, NFTNL_CHAIN_HOOKNUM) == d->hook && nl.chain_get_s32(c, NFTNL_CHAIN_PRIO) == d->prio &&
-            nl.chain_get_u32(c, NFTNL_CHAIN_POLICY) == NF_DROP &&
-            (d->family != NFPROTO_NETDEV || same_text(nl.chain_get_str(c, NFTNL_CHAIN_DEV), ORCH_NET_TAP)));
+    return !hooked || (same_text(nl.chain_get_str(c, NFTNL_CHAIN_TYPE), d->type) &&
+                       nl.chain_get_u32(c, NFTNL_CHAIN_HOOKNUM) == d->hook &&
+                       nl.chain_get_s32(c, NFTNL_CHAIN_PRIO) == d->prio &&
+                       nl.chain_get_u32(c, NFTNL_CHAIN_POLICY) == NF_DROP &&
+                       (d->family != NFPROTO_NETDEV ||
+                        same_text(nl.chain_get_str(c, NFTNL_CHAIN_DEV), ORCH_NET_TAP)));
 }
 
 static void read_chain(void *ud, const struct nlmsghdr *h)
@@ -592,7 +609,8 @@ static void read_chain(void *ud, const struct nlmsghdr *h)
     if (d->bad)
         ;
     else if (nl.chain_nlmsg_parse(h, c) < 0 || i >= ORCH_CHAINS || !same_chain(c, &chains[i]))
-        d->bad = differs(d->err, "chain \"%s\", number %zu", text_of(nl.chain_get_str(c, NFTNL_CHAIN_NAME)), i + 1);
+        d->bad = differs(d->err, "chain \"%s\", number %zu",
+                         text_of(nl.chain_get_str(c, NFTNL_CHAIN_NAME)), i + 1);
     nl.chain_free(c);
 }
 
@@ -603,12 +621,15 @@ static void read_set(void *ud, const struct nlmsghdr *h)
     size_t i = d->n_sets++;
     if (d->bad)
         ;
-    else if (nl.set_nlmsg_parse(h, s) < 0 || i >= d->r->n_sets || !same_text(nl.set_get_str(s, NFTNL_SET_TABLE), TABLE) ||
+    else if (nl.set_nlmsg_parse(h, s) < 0 || i >= d->r->n_sets ||
+             !same_text(nl.set_get_str(s, NFTNL_SET_TABLE), TABLE) ||
              !same_text(nl.set_get_str(s, NFTNL_SET_NAME), d->r->sets[i].name) ||
-             nl.set_get_u32(s, NFTNL_SET_FAMILY) != NFPROTO_INET || nl.set_get_u32(s, NFTNL_SET_FLAGS) != NFT_SET_INTERVAL ||
+             nl.set_get_u32(s, NFTNL_SET_FAMILY) != NFPROTO_INET ||
+             nl.set_get_u32(s, NFTNL_SET_FLAGS) != NFT_SET_INTERVAL ||
              nl.set_get_u32(s, NFTNL_SET_KEY_LEN) != 4 || nl.set_is_set(s, NFTNL_SET_DATA_TYPE) ||
              nl.set_is_set(s, NFTNL_SET_TIMEOUT))
-        d->bad = differs(d->err, "set \"%s\", number %zu", text_of(nl.set_get_str(s, NFTNL_SET_NAME)), i + 1);
+        d->bad = differs(d->err, "set \"%s\", number %zu",
+                         text_of(nl.set_get_str(s, NFTNL_SET_NAME)), i + 1);
     nl.set_free(s);
 }
 
@@ -689,11 +710,12 @@ static bool same_exprs(const struct nftnl_rule *a, const struct nftnl_rule *b)
 static bool same_rule(const struct nftnl_rule *a, const struct nftnl_rule *b)
 {
     uint32_t na = 0, nb = 0;
-    const void *ua = nl.rule_get_data(a, NFTNL_RULE_USERDATA, &na), *ub = nl.rule_get_data(b, NFTNL_RULE_USERDATA, &nb);
+    const void *ua = nl.rule_get_data(a, NFTNL_RULE_USERDATA, &na),
+               *ub = nl.rule_get_data(b, NFTNL_RULE_USERDATA, &nb);
     return same_text(nl.rule_get_str(a, NFTNL_RULE_TABLE), nl.rule_get_str(b, NFTNL_RULE_TABLE)) &&
            same_text(nl.rule_get_str(a, NFTNL_RULE_CHAIN), nl.rule_get_str(b, NFTNL_RULE_CHAIN)) &&
-           nl.rule_get_u32(a, NFTNL_RULE_FAMILY) == nl.rule_get_u32(b, NFTNL_RULE_FAMILY) && na == nb && ua && ub &&
-           !memcmp(ua, ub, na) && same_exprs(a, b);
+           nl.rule_get_u32(a, NFTNL_RULE_FAMILY) == nl.rule_get_u32(b, NFTNL_RULE_FAMILY) &&
+           na == nb && ua && ub && !memcmp(ua, ub, na) && same_exprs(a, b);
 }
 
 static void read_rule(void *ud, const struct nlmsghdr *h)
@@ -714,16 +736,20 @@ static void read_rule(void *ud, const struct nlmsghdr *h)
 }
 
 /* Everything of one kind in the namespace, or the elements of one set. */
-static int dump(struct orch_nft *n, uint16_t type, const char *set, orch_nl_fn *fn, void *ud, struct orch_err *err)
+static int dump(struct orch_nft *n, uint16_t type, const char *set, orch_nl_fn *fn, void *ud,
+                struct orch_err *err)
 {
     static const char *const what[] = {
-        [NFT_MSG_GETTABLE] = "reading tables", [NFT_MSG_GETCHAIN] = "reading chains", [NFT_MSG_GETSET] = "reading sets",
-        [NFT_MSG_GETSETELEM] = "reading elements", [NFT_MSG_GETRULE] = "reading rules",
+        [NFT_MSG_GETTABLE] = "reading tables", [NFT_MSG_GETCHAIN] = "reading chains",
+        [NFT_MSG_GETSET] = "reading sets",     [NFT_MSG_GETSETELEM] = "reading elements",
+        [NFT_MSG_GETRULE] = "reading rules",
     };
     struct orch_nl_fault f;
     cleanup_buf struct orch_buf b = { 0 };
-    struct nfgenmsg head = { .nfgen_family = set ? NFPROTO_INET : NFPROTO_UNSPEC, .version = NFNETLINK_V0 };
-    size_t at = orch_nl_begin(&b, NFNL_SUBSYS_NFTABLES << 8 | type, NLM_F_DUMP, 1, &head, sizeof head);
+    struct nfgenmsg head = { .nfgen_family = set ? NFPROTO_INET : NFPROTO_UNSPEC,
+                             .version = NFNETLINK_V0 };
+    size_t at =
+        orch_nl_begin(&b, NFNL_SUBSYS_NFTABLES << 8 | type, NLM_F_DUMP, 1, &head, sizeof head);
     if (set) {
         orch_nl_put(&b, NFTA_SET_ELEM_LIST_TABLE, TABLE, sizeof TABLE);
         orch_nl_put(&b, NFTA_SET_ELEM_LIST_SET, set, strlen(set) + 1);
@@ -732,7 +758,8 @@ static int dump(struct orch_nft *n, uint16_t type, const char *set, orch_nl_fn *
     return orch_nl_talk(n->fd, b.p, b.n, 1, fn, ud, &f) ? refuse(err, what[type], &f) : 0;
 }
 
-static int verify_elements(struct orch_nft *n, struct reader *d, const struct orch_set *s, struct orch_err *err)
+static int verify_elements(struct orch_nft *n, struct reader *d, const struct orch_set *s,
+                           struct orch_err *err)
 {
     cleanup_free struct element *want = orch_xcalloc(2 * s->n + 1, sizeof *want);
     cleanup_free struct element *got = orch_xcalloc(2 * s->n + 1, sizeof *got);
@@ -760,10 +787,11 @@ int orch_nft_verify(struct orch_nft *n, const struct orch_rules *r, struct orch_
     e = e ? e : dump(n, NFT_MSG_GETSET, NULL, read_set, &d, err);
     e = e ? e : dump(n, NFT_MSG_GETRULE, NULL, read_rule, &d, err);
     e = e ? e : d.bad;
-    if (!e && (d.n_tables != ORCH_ARRAY_LEN(tables) || d.n_chains != ORCH_CHAINS || d.n_sets != r->n_sets ||
-               d.n_rules != r->n_rules))
-        e = differs(err, "%zu tables, %zu chains, %zu sets, %zu rules instead of %zu, %d, %zu, %zu", d.n_tables, d.n_chains,
-                    d.n_sets, d.n_rules, ORCH_ARRAY_LEN(tables), ORCH_CHAINS, r->n_sets, r->n_rules);
+    if (!e && (d.n_tables != ORCH_ARRAY_LEN(tables) || d.n_chains != ORCH_CHAINS ||
+               d.n_sets != r->n_sets || d.n_rules != r->n_rules))
+        e = differs(err, "%zu tables, %zu chains, %zu sets, %zu rules instead of %zu, %d, %zu, %zu",
+                    d.n_tables, d.n_chains, d.n_sets, d.n_rules, ORCH_ARRAY_LEN(tables),
+                    ORCH_CHAINS, r->n_sets, r->n_rules);
     for (size_t i = 0; !e && i < r->n_sets; i++)
         e = verify_elements(n, &d, &r->sets[i], err);
     e = e ? e : get_genid(n, &after, err);
@@ -791,8 +819,10 @@ static void read_counter(void *ud, const struct nlmsghdr *h)
     struct counting *c = ud;
     struct nftnl_rule *r = nl.rule_alloc();
     uint32_t n = 0;
-    const uint8_t *comment = nl.rule_nlmsg_parse(h, r) < 0 ? NULL : nl.rule_get_data(r, NFTNL_RULE_USERDATA, &n);
-    if (comment && n > 2 && comment[0] == NFTNL_UDATA_RULE_COMMENT && comment[1] == n - 2 && !comment[n - 1]) {
+    const uint8_t *comment =
+        nl.rule_nlmsg_parse(h, r) < 0 ? NULL : nl.rule_get_data(r, NFTNL_RULE_USERDATA, &n);
+    if (comment && n > 2 && comment[0] == NFTNL_UDATA_RULE_COMMENT && comment[1] == n - 2 &&
+        !comment[n - 1]) {
         struct nftnl_expr_iter *it = nl.expr_iter_create(r);
         for (const struct nftnl_expr *e; (e = nl.expr_iter_next(it));)
             if (same_text(nl.expr_get_str(e, NFTNL_EXPR_NAME), "counter"))
@@ -803,7 +833,8 @@ static void read_counter(void *ud, const struct nlmsghdr *h)
     nl.rule_free(r);
 }
 
-int orch_nft_counters(struct orch_nft *n, void (*fn)(void *ud, const char *label, uint64_t packets, uint64_t bytes),
+int orch_nft_counters(struct orch_nft *n,
+                      void (*fn)(void *ud, const char *label, uint64_t packets, uint64_t bytes),
                       void *ud, struct orch_err *err)
 {
     struct counting c = { fn, ud };

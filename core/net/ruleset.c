@@ -8,7 +8,8 @@
 #include <stdio.h>
 #include <string.h>
 
-#define IP(a, b, c, d) ((uint32_t)(a) << 24 | (uint32_t)(b) << 16 | (uint32_t)(c) << 8 | (uint32_t)(d))
+#define IP(a, b, c, d) \
+    ((uint32_t)(a) << 24 | (uint32_t)(b) << 16 | (uint32_t)(c) << 8 | (uint32_t)(d))
 
 static const struct orch_never never[] = {
     { { IP(0, 0, 0, 0), 8 }, "this network" },
@@ -57,7 +58,8 @@ static bool overlaps(struct orch_cidr a, struct orch_cidr b)
 
 void orch_cidr_text(struct orch_cidr c, char out[ORCH_CIDR_TEXT])
 {
-    int n = snprintf(out, ORCH_CIDR_TEXT, "%u.%u.%u.%u", c.addr >> 24, c.addr >> 16 & 255, c.addr >> 8 & 255, c.addr & 255);
+    int n = snprintf(out, ORCH_CIDR_TEXT, "%u.%u.%u.%u", c.addr >> 24, c.addr >> 16 & 255,
+                     c.addr >> 8 & 255, c.addr & 255);
     if (c.bits != 32)
         snprintf(out + n, (size_t)(ORCH_CIDR_TEXT - n), "/%u", c.bits);
 }
@@ -94,13 +96,15 @@ int orch_cidr_parse(const char *text, struct orch_cidr *out, struct orch_err *er
                              "\"%s\" is not an IPv4 network; write it as 198.51.100.0/24", text);
     struct orch_cidr c = { addr, bits };
     if (!bits)
-        return orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL, "\"%s\" is every address; name the networks", text);
+        return orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL,
+                             "\"%s\" is every address; name the networks", text);
     if (addr & ~mask_of(bits)) {
         char fixed[ORCH_CIDR_TEXT];
         c.addr &= mask_of(bits);
         orch_cidr_text(c, fixed);
         return orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL,
-                             "\"%s\" has bits set behind its prefix; write %s for the network", text, fixed);
+                             "\"%s\" has bits set behind its prefix; write %s for the network",
+                             text, fixed);
     }
     *out = c;
     return 0;
@@ -114,17 +118,19 @@ int orch_ports_parse(const char *text, struct orch_ports *out, struct orch_err *
     if (s && *s == '-')
         s = parse_number(s + 1, UINT16_MAX, &last);
     if (!s || *s || !first)
-        return orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL, "\"%s\" is not a port (1 to 65535) or a range as 8000-8010",
-                             text);
+        return orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL,
+                             "\"%s\" is not a port (1 to 65535) or a range as 8000-8010", text);
     if (last < first)
-        return orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL, "\"%s\" runs backwards; write %u-%u", text, last, first);
+        return orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL, "\"%s\" runs backwards; write %u-%u",
+                             text, last, first);
     *out = (struct orch_ports){ (uint16_t)first, (uint16_t)last };
     return 0;
 }
 
 static int by_first(const void *a, const void *b)
 {
-    uint32_t x = ((const struct orch_interval *)a)->first, y = ((const struct orch_interval *)b)->first;
+    uint32_t x = ((const struct orch_interval *)a)->first,
+             y = ((const struct orch_interval *)b)->first;
     return (x > y) - (x < y);
 }
 
@@ -165,8 +171,8 @@ static void match_num(struct orch_rule *r, enum orch_match_kind kind, uint32_t a
     m->b = b;
 }
 
-static struct orch_match *match_bytes(struct orch_rule *r, enum orch_header base, unsigned offset, const void *value,
-                                      size_t len)
+static struct orch_match *match_bytes(struct orch_rule *r, enum orch_header base, unsigned offset,
+                                      const void *value, size_t len)
 {
     struct orch_match *m = add_match(r, ORCH_MATCH_BYTES);
     m->base = base;
@@ -186,12 +192,13 @@ static void match_to(struct orch_rule *r, struct orch_cidr c)
 
 /* ---- rules */
 
-static struct orch_rule *add_rule(struct orch_rules *r, enum orch_chain_id chain, enum orch_verdict verdict,
-                                  const char *fmt, ...) ORCH_PRINTF(4, 5);
+static struct orch_rule *add_rule(struct orch_rules *r, enum orch_chain_id chain,
+                                  enum orch_verdict verdict, const char *fmt, ...)
+    ORCH_PRINTF(4, 5);
 /* Never NULL: rules above the maximum are counted and all written to the last place; orch_rules_new
  * then refuses. */
-static struct orch_rule *add_rule(struct orch_rules *r, enum orch_chain_id chain, enum orch_verdict verdict,
-                                  const char *fmt, ...)
+static struct orch_rule *add_rule(struct orch_rules *r, enum orch_chain_id chain,
+                                  enum orch_verdict verdict, const char *fmt, ...)
 {
     size_t i = r->n_rules < ORCH_RULES_MAX ? r->n_rules : ORCH_RULES_MAX;
     r->n_rules++;
@@ -217,16 +224,19 @@ static void match_frame(struct orch_rule *r, const char *type)
 static void tap_rules(struct orch_rules *r)
 {
     uint32_t guest = htonl(ORCH_NET_GUEST), gateway = htonl(ORCH_NET_GATEWAY);
-    struct orch_rule *a = add_rule(r, ORCH_CHAIN_TAP, ORCH_VERDICT_ACCEPT, "tap: ARP for the gateway");
+    struct orch_rule *a =
+        add_rule(r, ORCH_CHAIN_TAP, ORCH_VERDICT_ACCEPT, "tap: ARP for the gateway");
     uint8_t sender[10];
     memcpy(sender, ORCH_NET_GUEST_MAC, 6);
     memcpy(sender + 6, &guest, 4);
     match_frame(a, "\x08\x06");
-    match_bytes(a, ORCH_HEADER_NET, 0, "\x00\x01\x08\x00\x06\x04\x00\x01", 8); /* Ethernet, IPv4, request */
+    /* Ethernet, IPv4, request */
+    match_bytes(a, ORCH_HEADER_NET, 0, "\x00\x01\x08\x00\x06\x04\x00\x01", 8);
     match_bytes(a, ORCH_HEADER_NET, 8, sender, sizeof sender);
     match_bytes(a, ORCH_HEADER_NET, 24, &gateway, 4);
 
-    struct orch_rule *i = add_rule(r, ORCH_CHAIN_TAP, ORCH_VERDICT_ACCEPT, "tap: IPv4 of the guest");
+    struct orch_rule *i =
+        add_rule(r, ORCH_CHAIN_TAP, ORCH_VERDICT_ACCEPT, "tap: IPv4 of the guest");
     match_frame(i, "\x08\x00");
     match_bytes(i, ORCH_HEADER_NET, 0, "\x45", 1); /* no options */
     /* No fragment, and none to follow. Here, before connection tracking would put them together. */
@@ -238,12 +248,14 @@ static void tap_rules(struct orch_rules *r)
 
 static void base_rules(struct orch_rules *r)
 {
-    struct orch_rule *from = add_rule(r, ORCH_CHAIN_FORWARD, ORCH_VERDICT_GOTO, "forward: from the guest");
+    struct orch_rule *from =
+        add_rule(r, ORCH_CHAIN_FORWARD, ORCH_VERDICT_GOTO, "forward: from the guest");
     match_if(from, ORCH_MATCH_IIF, ORCH_NET_TAP);
     match_if(from, ORCH_MATCH_OIF, ORCH_NET_UPLINK_IF);
     add_match(from, ORCH_MATCH_IPV4);
     from->target = ORCH_CHAIN_GUEST;
-    struct orch_rule *back = add_rule(r, ORCH_CHAIN_FORWARD, ORCH_VERDICT_ACCEPT, "forward: replies");
+    struct orch_rule *back =
+        add_rule(r, ORCH_CHAIN_FORWARD, ORCH_VERDICT_ACCEPT, "forward: replies");
     match_if(back, ORCH_MATCH_IIF, ORCH_NET_UPLINK_IF);
     match_if(back, ORCH_MATCH_OIF, ORCH_NET_TAP);
     add_match(back, ORCH_MATCH_IPV4);
@@ -286,7 +298,8 @@ static void guest_rules(struct orch_rules *r, const struct orch_policy *p)
 {
     char text[ORCH_CIDR_TEXT];
     if (!denied(p, internal))
-        match_to(add_rule(r, ORCH_CHAIN_GUEST, ORCH_VERDICT_DROP, "never: the namespace's own"), internal);
+        match_to(add_rule(r, ORCH_CHAIN_GUEST, ORCH_VERDICT_DROP, "never: the namespace's own"),
+                 internal);
     for (size_t i = 0; i < p->n_host; i++) {
         struct orch_cidr c = p->host[i];
         bool seen = denied(p, c) || named(p, c);
@@ -307,15 +320,19 @@ static void guest_rules(struct orch_rules *r, const struct orch_policy *p)
         if (!needed)
             continue;
         orch_cidr_text(c, text);
-        struct orch_rule *rule = add_rule(r, ORCH_CHAIN_GUEST, ORCH_VERDICT_GOTO, "permitted: %s", text);
+        struct orch_rule *rule =
+            add_rule(r, ORCH_CHAIN_GUEST, ORCH_VERDICT_GOTO, "permitted: %s", text);
         match_to(rule, c);
         rule->target = ORCH_CHAIN_ALLOW;
     }
     for (size_t i = 0; i < ORCH_ARRAY_LEN(never); i++) {
         orch_cidr_text(never[i].cidr, text);
-        match_to(add_rule(r, ORCH_CHAIN_GUEST, ORCH_VERDICT_DROP, "never: %s (%s)", text, never[i].what), never[i].cidr);
+        match_to(
+            add_rule(r, ORCH_CHAIN_GUEST, ORCH_VERDICT_DROP, "never: %s (%s)", text, never[i].what),
+            never[i].cidr);
     }
-    add_rule(r, ORCH_CHAIN_GUEST, ORCH_VERDICT_GOTO, "guest: to the policy")->target = ORCH_CHAIN_ALLOW;
+    add_rule(r, ORCH_CHAIN_GUEST, ORCH_VERDICT_GOTO, "guest: to the policy")->target =
+        ORCH_CHAIN_ALLOW;
 }
 
 /* Entries of one protocol and the same ports. */
@@ -337,7 +354,8 @@ static int check_entry(const struct orch_allow *a, size_t number, struct orch_er
     for (size_t i = 0; !what && i < a->n_ports; i++)
         if (!a->ports[i].first || a->ports[i].last < a->ports[i].first)
             what = "a port is 0, or a range runs backwards";
-    return what ? orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL, "allow entry %zu: %s", number, what) : 0;
+    return what ? orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL, "allow entry %zu: %s", number, what)
+                : 0;
 }
 
 static int allow_rules(struct orch_rules *r, const struct orch_policy *p, struct orch_err *err)
@@ -373,8 +391,9 @@ static int allow_rules(struct orch_rules *r, const struct orch_policy *p, struct
             char range[8] = "";
             if (v.last != v.first)
                 snprintf(range, sizeof range, "-%u", v.last & UINT16_MAX);
-            struct orch_rule *rule = add_rule(r, ORCH_CHAIN_ALLOW, ORCH_VERDICT_GOTO, "allow: set %zu %s %u%s", i + 1,
-                                              tcp ? "tcp" : "udp", v.first, range);
+            struct orch_rule *rule =
+                add_rule(r, ORCH_CHAIN_ALLOW, ORCH_VERDICT_GOTO, "allow: set %zu %s %u%s", i + 1,
+                         tcp ? "tcp" : "udp", v.first, range);
             match_num(rule, ORCH_MATCH_PROTO, groups[i].proto, 0);
             match_num(rule, ORCH_MATCH_PORTS, v.first, v.last);
             match_num(rule, ORCH_MATCH_SET, (uint32_t)i, 0);
@@ -387,16 +406,19 @@ static int allow_rules(struct orch_rules *r, const struct orch_policy *p, struct
 
 static void flow_rules(struct orch_rules *r, uint32_t connections)
 {
-    match_num(add_rule(r, ORCH_CHAIN_FLOW, ORCH_VERDICT_ACCEPT, "flow: known"), ORCH_MATCH_CT, ORCH_CT_ESTABLISHED, 0);
+    match_num(add_rule(r, ORCH_CHAIN_FLOW, ORCH_VERDICT_ACCEPT, "flow: known"), ORCH_MATCH_CT,
+              ORCH_CT_ESTABLISHED, 0);
     if (connections) {
-        struct orch_rule *c = add_rule(r, ORCH_CHAIN_FLOW, ORCH_VERDICT_DROP, "flow: more than %u connections", connections);
+        struct orch_rule *c = add_rule(r, ORCH_CHAIN_FLOW, ORCH_VERDICT_DROP,
+                                       "flow: more than %u connections", connections);
         match_num(c, ORCH_MATCH_CT, ORCH_CT_NEW, 0);
         match_num(c, ORCH_MATCH_CONNS, connections, 0);
     }
     struct orch_rule *t = add_rule(r, ORCH_CHAIN_FLOW, ORCH_VERDICT_ACCEPT, "flow: new tcp");
     match_num(t, ORCH_MATCH_CT, ORCH_CT_NEW, 0);
     match_num(t, ORCH_MATCH_PROTO, IPPROTO_TCP, 0);
-    /* SYN, without ACK, RST and FIN: connection tracking would also begin in the midst of a flow. */
+    /* SYN, without ACK, RST and FIN: connection tracking would also begin in the midst of a
+     * flow. */
     match_bytes(t, ORCH_HEADER_TRANSPORT, 13, "\x02", 1)->mask[0] = 0x17;
     struct orch_rule *u = add_rule(r, ORCH_CHAIN_FLOW, ORCH_VERDICT_ACCEPT, "flow: new udp");
     match_num(u, ORCH_MATCH_CT, ORCH_CT_NEW, 0);
@@ -409,12 +431,15 @@ struct orch_rules *orch_rules_new(const struct orch_policy *p, struct orch_err *
     struct orch_rules *r = orch_xcalloc(1, sizeof *r);
     r->rules = orch_xcalloc(ORCH_RULES_MAX + 1, sizeof *r->rules);
     r->bandwidth_bits = p->bandwidth_bits;
-    int e = p->n_allow > ORCH_ALLOW_MAX ? orch_err_setc(err, ORCH_CLASS_CONFIG, E2BIG, "more than %d allow entries",
-                                                        ORCH_ALLOW_MAX)
-                                        : 0;
+    int e = p->n_allow > ORCH_ALLOW_MAX
+                ? orch_err_setc(err, ORCH_CLASS_CONFIG, E2BIG, "more than %d allow entries",
+                                ORCH_ALLOW_MAX)
+                : 0;
     for (size_t i = 0; !e && i < p->n_permit; i++)
-        if (!p->permit[i].bits || p->permit[i].bits > 32 || (p->permit[i].addr & ~mask_of(p->permit[i].bits)))
-            e = orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL, "permit_private entry %zu is not a network", i + 1);
+        if (!p->permit[i].bits || p->permit[i].bits > 32 ||
+            (p->permit[i].addr & ~mask_of(p->permit[i].bits)))
+            e = orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL,
+                              "permit_private entry %zu is not a network", i + 1);
     if (!e) {
         tap_rules(r);
         base_rules(r);
@@ -425,8 +450,9 @@ struct orch_rules *orch_rules_new(const struct orch_policy *p, struct orch_err *
         flow_rules(r, p->connections);
         if (r->n_rules > ORCH_RULES_MAX)
             e = orch_err_setc(err, ORCH_CLASS_CONFIG, E2BIG,
-                              "the policy and this host's addresses need %zu rules, more than %d; use fewer different "
-                              "port lists", r->n_rules, ORCH_RULES_MAX);
+                              "the policy and this host's addresses need %zu rules, more than %d; "
+                              "use fewer different port lists",
+                              r->n_rules, ORCH_RULES_MAX);
     }
     if (!e)
         return r;

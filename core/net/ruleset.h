@@ -1,22 +1,26 @@
-/* A network policy as data, and the packet filter it becomes: chains, interval sets and rules, again as
- * data. Pure: no descriptor, no kernel, no library; nft.c turns it into netlink messages.
+/* A network policy as data, and the packet filter it becomes: chains, interval sets and rules,
+ * again as data. Pure: no descriptor, no kernel, no library; nft.c turns it into netlink
+ * messages.
  *
- * Two tables named "orch" in the microVM's network namespace, each chain with an explicit final drop:
- *   netdev  o_tap      ingress of tap0: the guest's ARP for its gateway, IPv4 from the guest's addresses
+ * Two tables named "orch" in the microVM's network namespace, each chain with an explicit drop at
+ * its end:
+ *   netdev  o_tap      ingress of tap0: the guest's ARP for its gateway, IPv4 from its addresses
  *   inet    o_forward  replies to the guest; what comes from the guest goes to o_guest
  *           o_input, o_output  nothing
  *           o_nat      masquerade on up0
  *           o_guest    never-allowed addresses, then o_allow
  *           o_allow    a rule per protocol and port range over a set of addresses, to o_flow
  *           o_flow     known flows, new ones within the limit
- * A packet is accepted by rules that name all of it; nothing relies on another rule having dropped it.
- * o_guest, o_allow and o_flow match IPv4 headers without saying so: only IPv4 is sent there. */
+ * A packet is accepted by rules that name all of it; nothing relies on another rule having
+ * dropped it. o_guest, o_allow and o_flow match IPv4 headers without saying so: only IPv4 is
+ * sent there. */
 #ifndef ORCH_NET_RULESET_H
 #define ORCH_NET_RULESET_H
 
 #include "../base/err.h"
 
-/* The same in every microVM, so that clones need no renumbering. 10.255.0.0/23 is never reachable. */
+/* The same in every microVM, so that clones need no renumbering. 10.255.0.0/23 is never
+ * reachable. */
 #define ORCH_NET_GUEST_MAC "\x02\x00\x00\x00\x00\x02"
 #define ORCH_NET_TAP_MAC "\x02\x00\x00\x00\x00\x01"
 #define ORCH_NET_GUEST UINT32_C(0x0aff0002)   /* 10.255.0.2, as the guest's eth0 */
@@ -37,7 +41,8 @@ struct orch_ports {
     uint16_t first, last;
 };
 
-/* "198.51.100.0/24", or an address alone. -EINVAL: malformed, host bits set, or /0; err says which. */
+/* "198.51.100.0/24", or an address alone. -EINVAL: malformed, host bits set, or /0; err says
+ * which. */
 int orch_cidr_parse(const char *text, struct orch_cidr *out, struct orch_err *err);
 /* "443" or "8000-8010". -EINVAL: malformed, 0, above 65535, or backwards. */
 int orch_ports_parse(const char *text, struct orch_ports *out, struct orch_err *err);
@@ -75,8 +80,8 @@ const struct orch_never *orch_never_list(size_t *n);
 /* ---- the filter */
 
 enum orch_match_kind {
-    ORCH_MATCH_IIF,   /* name */
-    ORCH_MATCH_OIF,   /* name */
+    ORCH_MATCH_IIF, /* name */
+    ORCH_MATCH_OIF, /* name */
     ORCH_MATCH_IPV4,
     ORCH_MATCH_PROTO, /* a: transport protocol */
     ORCH_MATCH_BYTES, /* len header bytes at base + offset, under mask, are value */
@@ -85,9 +90,19 @@ enum orch_match_kind {
     ORCH_MATCH_CT,    /* flow state is one of the bits a */
     ORCH_MATCH_CONNS, /* more than a flows are open */
 };
-enum orch_header { ORCH_HEADER_LINK, ORCH_HEADER_NET, ORCH_HEADER_TRANSPORT }; /* as nftables numbers them */
+/* As nftables numbers them. */
+enum orch_header {
+    ORCH_HEADER_LINK,
+    ORCH_HEADER_NET,
+    ORCH_HEADER_TRANSPORT,
+};
 enum orch_ct { ORCH_CT_ESTABLISHED = 2, ORCH_CT_RELATED = 4, ORCH_CT_NEW = 8 };
-enum orch_verdict { ORCH_VERDICT_DROP, ORCH_VERDICT_ACCEPT, ORCH_VERDICT_GOTO, ORCH_VERDICT_MASQUERADE };
+enum orch_verdict {
+    ORCH_VERDICT_DROP,
+    ORCH_VERDICT_ACCEPT,
+    ORCH_VERDICT_GOTO,
+    ORCH_VERDICT_MASQUERADE,
+};
 
 struct orch_match {
     enum orch_match_kind kind;
@@ -110,7 +125,8 @@ enum orch_chain_id {
     ORCH_CHAINS,
 };
 
-/* Every rule counts; the label is unique, is the rule's comment in nftables and names it in reports. */
+/* Every rule counts; the label is unique, is the rule's comment in nftables and names it in
+ * reports. */
 #define ORCH_LABEL 64
 struct orch_rule {
     enum orch_chain_id chain;

@@ -1,5 +1,6 @@
-/* core/net without a kernel: policies to rules, rules to netlink messages. The messages' bytes are
- * compared with tests/c/net_golden.hex; `test_net --golden >tests/c/net_golden.hex` writes it anew. */
+/* core/net without a kernel: policies to rules, rules to netlink messages. The messages' bytes
+ * are compared with tests/c/net_golden.hex; `test_net --golden >tests/c/net_golden.hex` writes
+ * it anew. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -36,8 +37,12 @@ static void test_cidr(void **state)
         uint32_t addr;
         unsigned bits;
     } good[] = {
-        { "198.51.100.0/24", 0xc6336400, 24 }, { "203.0.113.7", 0xcb007107, 32 }, { "203.0.113.7/32", 0xcb007107, 32 },
-        { "128.0.0.0/1", 0x80000000, 1 },      { "0.0.0.0/8", 0, 8 },             { "255.255.255.255", 0xffffffff, 32 },
+        { "198.51.100.0/24", 0xc6336400, 24 },
+        { "203.0.113.7", 0xcb007107, 32 },
+        { "203.0.113.7/32", 0xcb007107, 32 },
+        { "128.0.0.0/1", 0x80000000, 1 },
+        { "0.0.0.0/8", 0, 8 },
+        { "255.255.255.255", 0xffffffff, 32 },
         { "0.0.0.0", 0, 32 },
     };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(good); i++) {
@@ -48,13 +53,26 @@ static void test_cidr(void **state)
     static const struct {
         const char *text, *part;
     } bad[] = {
-        { "", "not an IPv4" },           { "1.2.3", "not an IPv4" },         { "1.2.3.4.5", "not an IPv4" },
-        { "1.2.3.256", "not an IPv4" },  { "1.2.3.04", "not an IPv4" },      { "1.2.3.4/33", "not an IPv4" },
-        { "1.2.3.4/", "not an IPv4" },   { "1.2.3.4/-1", "not an IPv4" },    { " 1.2.3.4", "not an IPv4" },
-        { "1.2.3.4 ", "not an IPv4" },   { "0x1.2.3.4", "not an IPv4" },     { "1.2.3.4/024", "not an IPv4" },
-        { "::1/128", "not an IPv4" },    { "1.2.3.99999999999", "not an IPv4" }, { "1..3.4", "not an IPv4" },
-        { "0.0.0.0/0", "every address" }, { "1.2.3.4/0", "every address" },
-        { "198.51.100.1/24", "write 198.51.100.0/24" }, { "1.2.3.4/31", "" }, { "1.2.3.5/31", "write 1.2.3.4/31" },
+        { "", "not an IPv4" },
+        { "1.2.3", "not an IPv4" },
+        { "1.2.3.4.5", "not an IPv4" },
+        { "1.2.3.256", "not an IPv4" },
+        { "1.2.3.04", "not an IPv4" },
+        { "1.2.3.4/33", "not an IPv4" },
+        { "1.2.3.4/", "not an IPv4" },
+        { "1.2.3.4/-1", "not an IPv4" },
+        { " 1.2.3.4", "not an IPv4" },
+        { "1.2.3.4 ", "not an IPv4" },
+        { "0x1.2.3.4", "not an IPv4" },
+        { "1.2.3.4/024", "not an IPv4" },
+        { "::1/128", "not an IPv4" },
+        { "1.2.3.99999999999", "not an IPv4" },
+        { "1..3.4", "not an IPv4" },
+        { "0.0.0.0/0", "every address" },
+        { "1.2.3.4/0", "every address" },
+        { "198.51.100.1/24", "write 198.51.100.0/24" },
+        { "1.2.3.4/31", "" },
+        { "1.2.3.5/31", "write 1.2.3.4/31" },
     };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(bad); i++) {
         struct orch_cidr c;
@@ -83,8 +101,10 @@ static void test_ports(void **state)
     assert_int_equal(orch_ports_parse("8000-8010", &p, &err), 0);
     assert_true(p.first == 8000 && p.last == 8010);
     assert_int_equal(orch_ports_parse("1-65535", &p, &err), 0);
-    static const char *const bad[] = { "", "0", "0-5", "65536", "1-65536", "-1", "80-", "-", "80 ", "080", "http", "1-2-3",
-                                       "90-80", "99999999999" };
+    static const char *const bad[] = {
+        "",  "0",   "0-5", "65536", "1-65536", "-1",    "80-",
+        "-", "80 ", "080", "http",  "1-2-3",   "90-80", "99999999999"
+    };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(bad); i++)
         if (orch_ports_parse(bad[i], &p, &err) != -EINVAL || err.cls != ORCH_CLASS_CONFIG)
             fail_msg("\"%s\" was taken", bad[i]);
@@ -124,23 +144,32 @@ static bool has_match(const struct orch_rule *r, enum orch_match_kind kind)
     return false;
 }
 
-static const struct orch_ports web[] = { { 80, 80 }, { 443, 443 } }, web_again[] = { { 443, 443 }, { 80, 80 }, { 80, 80 } },
-                               high[] = { { 8000, 8005 }, { 8006, 8010 }, { 8004, 8008 } }, dns[] = { { 53, 53 } };
+static const struct orch_ports web[] = { { 80, 80 }, { 443, 443 } },
+                               web_again[] = { { 443, 443 }, { 80, 80 }, { 80, 80 } },
+                               high[] = { { 8000, 8005 }, { 8006, 8010 }, { 8004, 8008 } },
+                               dns[] = { { 53, 53 } };
 
 static const struct orch_allow sample[] = {
-    { { 0xc6336400, 24 }, IPPROTO_TCP, web, 2 },      /* 198.51.100.0/24 */
+    { { 0xc6336400, 24 }, IPPROTO_TCP, web, 2 },       /* 198.51.100.0/24 */
     { { 0xc6336500, 24 }, IPPROTO_TCP, web_again, 3 }, /* touches it, the same ports */
     { { 0xcb007100, 24 }, IPPROTO_TCP, web, 2 },
-    { { 0xcb007107, 32 }, IPPROTO_TCP, web, 2 },      /* within the one before */
+    { { 0xcb007107, 32 }, IPPROTO_TCP, web, 2 }, /* within the one before */
     { { 0x08080808, 32 }, IPPROTO_UDP, dns, 1 },
     { { 0xc6336400, 24 }, IPPROTO_TCP, high, 3 },
 };
 static const struct orch_cidr sample_permit[] = { { 0x0a010000, 16 }, { 0xc0a80105, 32 } },
-                              sample_host[] = { { 0x7f000000, 8 }, { 0xc0a80105, 32 }, { 0x0a010203, 32 },
-                                                { 0xcb007109, 32 }, { 0xcb007109, 32 }, { 0xac110001, 32 } };
+                              sample_host[] = { { 0x7f000000, 8 },  { 0xc0a80105, 32 },
+                                                { 0x0a010203, 32 }, { 0xcb007109, 32 },
+                                                { 0xcb007109, 32 }, { 0xac110001, 32 } };
 static const struct orch_policy sample_policy = {
-    .allow = sample, .n_allow = 6, .connections = 64, .bandwidth_bits = 10000000,
-    .permit = sample_permit, .n_permit = 2, .host = sample_host, .n_host = 6,
+    .allow = sample,
+    .n_allow = 6,
+    .connections = 64,
+    .bandwidth_bits = 10000000,
+    .permit = sample_permit,
+    .n_permit = 2,
+    .host = sample_host,
+    .n_host = 6,
 };
 
 static void test_sets(void **state)
@@ -217,7 +246,8 @@ static void test_never(void **state)
         { "172.32.0.0", "guest: to the policy", NULL },
         { "192.0.0.192", "never: 192.0.0.192 (metadata)", NULL },
         { "192.168.1.4", "never: 192.168.0.0/16 (private)", NULL },
-        { "192.168.1.5", "never: 192.168.0.0/16 (private)", "permitted: 192.168.1.5" }, /* named, though the host's */
+        { "192.168.1.5", "never: 192.168.0.0/16 (private)",
+          "permitted: 192.168.1.5" }, /* named, though the host's */
         { "198.18.0.1", "never: 198.18.0.0/15 (benchmarks)", NULL },
         { "198.20.0.0", "guest: to the policy", NULL },
         { "198.51.100.1", "guest: to the policy", NULL },
@@ -225,12 +255,15 @@ static void test_never(void **state)
         { "224.0.0.1", "never: 224.0.0.0/4 (multicast)", NULL },
         { "255.255.255.255", "never: 240.0.0.0/4 (reserved and broadcast)", NULL },
     };
-    struct orch_rules *plain = rules_of(&(struct orch_policy){ .n_allow = 0 }), *s = rules_of(&sample_policy);
+    struct orch_rules *plain = rules_of(&(struct orch_policy){ .n_allow = 0 }),
+                      *s = rules_of(&sample_policy);
     for (size_t i = 0; i < ORCH_ARRAY_LEN(cases); i++) {
         assert_string_equal(judge(plain, cases[i].address), cases[i].plain);
-        assert_string_equal(judge(s, cases[i].address), cases[i].sample ? cases[i].sample : cases[i].plain);
+        assert_string_equal(judge(s, cases[i].address),
+                            cases[i].sample ? cases[i].sample : cases[i].plain);
     }
-    /* The host's address within a range that is denied anyway costs no rule, nor does one said twice. */
+    /* The host's address within a range that is denied anyway costs no rule, nor does one said
+     * twice. */
     assert_null(find_rule(s, "never: 172.17.0.1 (host)"));
     orch_rules_free(plain);
     orch_rules_free(s);
@@ -260,15 +293,18 @@ static void check_structure(const struct orch_rules *r)
         for (size_t k = 0; k < i; k++)
             assert_string_not_equal(rule->label, r->rules[k].label);
         last_drops[rule->chain] = rule->verdict == ORCH_VERDICT_DROP && !rule->n_match;
-        bool own = rule->chain == ORCH_CHAIN_GUEST || rule->chain == ORCH_CHAIN_ALLOW || rule->chain == ORCH_CHAIN_FLOW;
+        bool own = rule->chain == ORCH_CHAIN_GUEST || rule->chain == ORCH_CHAIN_ALLOW ||
+                   rule->chain == ORCH_CHAIN_FLOW;
         bool proto = false, ipv4 = own || rule->chain == ORCH_CHAIN_TAP;
         for (size_t k = 0; k < rule->n_match; k++) {
             const struct orch_match *m = &rule->match[k];
             proto |= m->kind == ORCH_MATCH_PROTO;
             ipv4 |= m->kind == ORCH_MATCH_IPV4;
-            if (m->kind == ORCH_MATCH_PORTS || (m->kind == ORCH_MATCH_BYTES && m->base == ORCH_HEADER_TRANSPORT))
+            if (m->kind == ORCH_MATCH_PORTS ||
+                (m->kind == ORCH_MATCH_BYTES && m->base == ORCH_HEADER_TRANSPORT))
                 assert_true(proto);
-            if (m->kind == ORCH_MATCH_SET || (m->kind == ORCH_MATCH_BYTES && m->base == ORCH_HEADER_NET))
+            if (m->kind == ORCH_MATCH_SET ||
+                (m->kind == ORCH_MATCH_BYTES && m->base == ORCH_HEADER_NET))
                 assert_true(ipv4);
         }
         /* Only IPv4 gets into the chains that do not ask for it. */
@@ -283,7 +319,8 @@ static void check_structure(const struct orch_rules *r)
         if (c != ORCH_CHAIN_GUEST) /* ends in a goto to one that does */
             assert_true(last_drops[c]);
     const struct orch_rule *out = find_rule(r, "guest: to the policy");
-    assert_true(out && !out->n_match && out->verdict == ORCH_VERDICT_GOTO && out[1].chain != ORCH_CHAIN_GUEST);
+    assert_true(out && !out->n_match && out->verdict == ORCH_VERDICT_GOTO &&
+                out[1].chain != ORCH_CHAIN_GUEST);
     const struct orch_rule *tap = find_rule(r, "tap: IPv4 of the guest");
     assert_true(tap && tap->n_match == 4 && tap[-1].verdict == ORCH_VERDICT_ACCEPT);
     assert_true(has_match(find_rule(r, "forward: replies"), ORCH_MATCH_CT));
@@ -298,7 +335,8 @@ static void test_structure(void **state)
     r = rules_of(&(struct orch_policy){ .n_allow = 0 });
     check_structure(r);
     for (size_t i = 0; i < r->n_rules; i++)
-        assert_true(r->rules[i].chain != ORCH_CHAIN_ALLOW || r->rules[i].verdict == ORCH_VERDICT_DROP);
+        assert_true(r->rules[i].chain != ORCH_CHAIN_ALLOW ||
+                    r->rules[i].verdict == ORCH_VERDICT_DROP);
     orch_rules_free(r);
 }
 
@@ -333,16 +371,20 @@ static void test_bad(void **state)
     static struct orch_ports one[ORCH_ALLOW_MAX + 1];
     for (size_t i = 0; i <= ORCH_ALLOW_MAX; i++) {
         one[i] = (struct orch_ports){ (uint16_t)(i + 1), (uint16_t)(i + 1) };
-        flood[i] = (struct orch_allow){ { 0xc6336400 + (uint32_t)i * 2, 32 }, IPPROTO_TCP, &one[i], 1 };
+        flood[i] =
+            (struct orch_allow){ { 0xc6336400 + (uint32_t)i * 2, 32 }, IPPROTO_TCP, &one[i], 1 };
     }
-    refused(&(struct orch_policy){ .allow = flood, .n_allow = ORCH_ALLOW_MAX + 1 }, "more than 1024");
-    refused(&(struct orch_policy){ .allow = flood, .n_allow = ORCH_ALLOW_MAX }, "use fewer different port lists");
+    refused(&(struct orch_policy){ .allow = flood, .n_allow = ORCH_ALLOW_MAX + 1 },
+            "more than 1024");
+    refused(&(struct orch_policy){ .allow = flood, .n_allow = ORCH_ALLOW_MAX },
+            "use fewer different port lists");
     static const struct orch_cidr all = { 0, 0 };
     refused(&(struct orch_policy){ .permit = &all, .n_permit = 1 }, "permit_private entry 1");
     /* As many as fit: one port list, all networks apart. */
     for (size_t i = 0; i < ORCH_ALLOW_MAX; i++)
         flood[i].ports = web;
-    struct orch_rules *r = rules_of(&(struct orch_policy){ .allow = flood, .n_allow = ORCH_ALLOW_MAX });
+    struct orch_rules *r =
+        rules_of(&(struct orch_policy){ .allow = flood, .n_allow = ORCH_ALLOW_MAX });
     assert_int_equal(r->sets[0].n, ORCH_ALLOW_MAX);
     orch_rules_free(r);
 }
@@ -362,7 +404,8 @@ static void make_batch(const struct orch_policy *p, struct orch_buf *out)
 static void show_batch(const struct orch_buf *b, struct orch_buf *out)
 {
     int left = (int)b->n;
-    for (const struct nlmsghdr *h = (const void *)b->p; NLMSG_OK(h, left); h = NLMSG_NEXT(h, left)) {
+    for (const struct nlmsghdr *h = (const void *)b->p; NLMSG_OK(h, left);
+         h = NLMSG_NEXT(h, left)) {
         orch_buf_printf(out, "%04x ", h->nlmsg_type);
         orch_buf_hex(out, h, h->nlmsg_len);
         orch_buf_char(out, '\n');
@@ -442,7 +485,8 @@ static void test_fault(void **state)
     struct orch_nl_fault f = { .code = ENOENT };
     assert_string_equal(orch_nl_fault_text(&f, text), "No such file or directory");
     f.offset = 32;
-    assert_string_equal(orch_nl_fault_text(&f, text), "No such file or directory (attribute at byte 32)");
+    assert_string_equal(orch_nl_fault_text(&f, text),
+                        "No such file or directory (attribute at byte 32)");
     snprintf(f.text, sizeof f.text, "Chain type not found");
     assert_string_equal(orch_nl_fault_text(&f, text),
                         "No such file or directory (Chain type not found, attribute at byte 32)");
@@ -469,11 +513,14 @@ int main(int argc, char **argv)
         make_golden(&b);
         return orch_write_all(1, b.p, b.n) ? 1 : 0;
     }
-    snprintf(golden_path, sizeof golden_path, "%s/../../../tests/c/net_golden.hex", dirname(argv[0]));
+    snprintf(golden_path, sizeof golden_path, "%s/../../../tests/c/net_golden.hex",
+             dirname(argv[0]));
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_cidr),  cmocka_unit_test(test_ports),  cmocka_unit_test(test_sets),
-        cmocka_unit_test(test_never), cmocka_unit_test(test_structure), cmocka_unit_test(test_bad),
-        cmocka_unit_test(test_golden), cmocka_unit_test(test_batch), cmocka_unit_test(test_fault),
+        cmocka_unit_test(test_cidr),      cmocka_unit_test(test_ports),
+        cmocka_unit_test(test_sets),      cmocka_unit_test(test_never),
+        cmocka_unit_test(test_structure), cmocka_unit_test(test_bad),
+        cmocka_unit_test(test_golden),    cmocka_unit_test(test_batch),
+        cmocka_unit_test(test_fault),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

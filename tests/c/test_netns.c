@@ -1,7 +1,8 @@
-/* core/net through the launcher: real namespaces, real tables, packets of a guest that is this test.
+/* core/net through the launcher: real namespaces, real tables, packets of a guest that is this
+ * test.
  *
- * The machine is played by namespaces: H, in which the test and orch run, with one device to W, the
- * internet, which is the default route's way. Whatever arrives in W is captured there. */
+ * The machine is played by namespaces: H, in which the test and orch run, with one device to W,
+ * the internet, which is the default route's way. Whatever arrives in W is captured there. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -38,18 +39,19 @@
 #define HOST "203.0.113.2"
 
 static char dir[64] = "/tmp/orch-netns-XXXXXX", launcher[96], wire[96];
-static int capture; /* AF_PACKET in W */
+static int capture;  /* AF_PACKET in W */
 static int echo_udp; /* in W, 198.51.100.10 */
+static int echo_copies = 1;
 #define ECHO_PORT 5300
 
-#define CHECK(cond, ...)                                                                           \
-    do {                                                                                           \
-        if (!(cond)) {                                                                             \
-            fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #cond);                             \
-            fprintf(stderr, __VA_ARGS__);                                                          \
-            fputc('\n', stderr);                                                                   \
-            _exit(1);                                                                              \
-        }                                                                                          \
+#define CHECK(cond, ...) \
+    do { \
+        if (!(cond)) { \
+            fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #cond); \
+            fprintf(stderr, __VA_ARGS__); \
+            fputc('\n', stderr); \
+            _exit(1); \
+        } \
     } while (0)
 
 /* ---- child processes, as in test_launch.c */
@@ -62,7 +64,8 @@ static int status_as(uid_t uid, void (*fn)(void))
     pid_t p = fork();
     if (!p) {
         if (uid)
-            CHECK(!setgroups(0, NULL) && !setresgid(uid, uid, uid) && !setresuid(uid, uid, uid), "%m");
+            CHECK(!setgroups(0, NULL) && !setresgid(uid, uid, uid) && !setresuid(uid, uid, uid),
+                  "%m");
         prctl(PR_SET_DUMPABLE, 1, 0, 0, 0);
         prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
         fn();
@@ -132,9 +135,9 @@ static void on_exit_(void *ud, int status)
     ((struct net *)ud)->exited++;
 }
 
-#define WAIT(cond)                                                                                 \
-    for (int64_t end_ = orch_now_us() + 10000000; !(cond); orch_loop_step(loop, 100))              \
-        CHECK(orch_now_us() < end_, "within 10 s")
+#define WAIT(cond) \
+    for (int64_t end_ = orch_now_us() + 10000000; !(cond); orch_loop_step(loop, 100)) \
+    CHECK(orch_now_us() < end_, "within 10 s")
 
 static void open_launcher(void)
 {
@@ -153,7 +156,11 @@ static void close_launcher(void)
 static void begin(struct net *t, const struct orch_rules *r, bool uplink)
 {
     struct orch_err err = { .code = 0 };
-    struct orch_netns_opts o = { .rules = r, .uplink = uplink, .ready = on_ready, .uplink_up = on_up, .failed = on_failed,
+    struct orch_netns_opts o = { .rules = r,
+                                 .uplink = uplink,
+                                 .ready = on_ready,
+                                 .uplink_up = on_up,
+                                 .failed = on_failed,
                                  .ud = t };
     *t = (struct net){ .guest = -1 };
     t->n = orch_netns_new(loop, la, &o, &err);
@@ -167,8 +174,13 @@ static void start(struct net *t)
     struct orch_err err = { .code = 0 };
     int s[2];
     CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, s), "%m");
-    struct orch_cell_opts o = { .argv = argv, .binds = &bind, .n_binds = 1, .on_started = on_started, .on_exit = on_exit_,
-                                .on_error = on_failed, .ud = t };
+    struct orch_cell_opts o = { .argv = argv,
+                                .binds = &bind,
+                                .n_binds = 1,
+                                .on_started = on_started,
+                                .on_exit = on_exit_,
+                                .on_error = on_failed,
+                                .ud = t };
     for (int i = 0; i < ORCH_LAUNCH_FDS; i++)
         o.fds[i] = -1;
     o.fds[ORCH_LAUNCH_FD_AGENT] = s[1];
@@ -196,7 +208,8 @@ static void begin_up(struct net *t, const struct orch_rules *r)
     CHECK(!t->failed, "%s", t->err.msg);
 }
 
-static const struct orch_ports port_53[] = { { ECHO_PORT, ECHO_PORT } }, port_web[] = { { 80, 80 }, { 8000, 8010 } };
+static const struct orch_ports port_53[] = { { ECHO_PORT, ECHO_PORT } },
+                               port_web[] = { { 80, 80 }, { 8000, 8010 } };
 static const struct orch_allow allow[] = {
     { { 0xc6336400, 24 }, IPPROTO_UDP, port_53, 1 }, /* 198.51.100.0/24 */
     { { 0xc6336400, 24 }, IPPROTO_TCP, port_web, 2 },
@@ -210,8 +223,12 @@ static struct orch_rules *rules_with(uint32_t connections, uint64_t bandwidth_bi
     struct orch_cidr *host;
     size_t n;
     CHECK(!orch_link_host(&host, &n, &err), "%s", err.msg);
-    struct orch_policy p = { .allow = allow, .n_allow = ORCH_ARRAY_LEN(allow), .connections = connections,
-                             .bandwidth_bits = bandwidth_bits, .host = host, .n_host = n };
+    struct orch_policy p = { .allow = allow,
+                             .n_allow = ORCH_ARRAY_LEN(allow),
+                             .connections = connections,
+                             .bandwidth_bits = bandwidth_bits,
+                             .host = host,
+                             .n_host = n };
     struct orch_rules *r = orch_rules_new(&p, &err);
     CHECK(r, "%s", err.msg);
     free(host);
@@ -234,7 +251,8 @@ static void host_case(void)
     free(v);
     /* A device's, that of one that is down, and networks the local table delivers. */
     CHECK(strstr(all, HOST " ") && strstr(all, "127.0.0.0/8 ") && strstr(all, "203.0.113.77 ") &&
-          strstr(all, "192.0.2.128/25 "), "%s", all);
+              strstr(all, "192.0.2.128/25 "),
+          "%s", all);
 }
 
 static void test_host(void **state)
@@ -290,9 +308,12 @@ static void verify_case(void)
         enum orch_match_kind kind;
         const char *label;
     } bend[] = {
-        { ORCH_MATCH_BYTES, "tap: IPv4 of the guest" }, { ORCH_MATCH_CT, "forward: replies" },
-        { ORCH_MATCH_BYTES, "never: 10.0.0.0/8 (private)" }, { ORCH_MATCH_PORTS, "allow: set 2 tcp 8000-8010" },
-        { ORCH_MATCH_CONNS, "flow: more than 64 connections" }, { ORCH_MATCH_PROTO, "flow: new udp" },
+        { ORCH_MATCH_BYTES, "tap: IPv4 of the guest" },
+        { ORCH_MATCH_CT, "forward: replies" },
+        { ORCH_MATCH_BYTES, "never: 10.0.0.0/8 (private)" },
+        { ORCH_MATCH_PORTS, "allow: set 2 tcp 8000-8010" },
+        { ORCH_MATCH_CONNS, "flow: more than 64 connections" },
+        { ORCH_MATCH_PROTO, "flow: new udp" },
     };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(bend); i++)
         for (size_t k = 0, hit = 0; k <= r->n_rules; k++) {
@@ -306,20 +327,26 @@ static void verify_case(void)
                     r->rules[k].match[m].a ^= 1;
                     r->rules[k].match[m].value[0] ^= 1;
                 }
-            CHECK(orch_nft_verify(nft, r, &err) == -EBADE && strstr(err.msg, bend[i].label), "%s: %s", bend[i].label, err.msg);
+            CHECK(orch_nft_verify(nft, r, &err) == -EBADE && strstr(err.msg, bend[i].label),
+                  "%s: %s", bend[i].label, err.msg);
             r->rules[k] = keep;
-            r->rules[k].verdict = keep.verdict == ORCH_VERDICT_DROP ? ORCH_VERDICT_ACCEPT : ORCH_VERDICT_DROP;
-            CHECK(orch_nft_verify(nft, r, &err) == -EBADE && strstr(err.msg, bend[i].label), "verdict of %s", bend[i].label);
+            r->rules[k].verdict =
+                keep.verdict == ORCH_VERDICT_DROP ? ORCH_VERDICT_ACCEPT : ORCH_VERDICT_DROP;
+            CHECK(orch_nft_verify(nft, r, &err) == -EBADE && strstr(err.msg, bend[i].label),
+                  "verdict of %s", bend[i].label);
             r->rules[k] = keep;
             r->rules[k].n_match--;
-            CHECK(orch_nft_verify(nft, r, &err) == -EBADE && strstr(err.msg, bend[i].label), "match of %s", bend[i].label);
+            CHECK(orch_nft_verify(nft, r, &err) == -EBADE && strstr(err.msg, bend[i].label),
+                  "match of %s", bend[i].label);
             r->rules[k] = keep;
         }
     r->sets[0].v[0].last--;
-    CHECK(orch_nft_verify(nft, r, &err) == -EBADE && strstr(err.msg, "elements of set o_set1"), "%s", err.msg);
+    CHECK(orch_nft_verify(nft, r, &err) == -EBADE && strstr(err.msg, "elements of set o_set1"),
+          "%s", err.msg);
     r->sets[0].v[0].last++;
     r->sets[0].n--;
-    CHECK(orch_nft_verify(nft, r, &err) == -EBADE && strstr(err.msg, "elements of set o_set1"), "%s", err.msg);
+    CHECK(orch_nft_verify(nft, r, &err) == -EBADE && strstr(err.msg, "elements of set o_set1"),
+          "%s", err.msg);
     r->sets[0].n++;
     r->n_rules--;
     CHECK(orch_nft_verify(nft, r, &err) == -EBADE && strstr(err.msg, "a rule more"), "%s", err.msg);
@@ -327,7 +354,8 @@ static void verify_case(void)
     CHECK(!orch_nft_verify(nft, r, &err), "%s", err.msg);
 
     /* A second batch is refused whole, with the object and the kernel's words. */
-    CHECK(orch_nft_commit(nft, r, &err) == -EEXIST && strstr(err.msg, "table netdev: File exists"), "%s", err.msg);
+    CHECK(orch_nft_commit(nft, r, &err) == -EEXIST && strstr(err.msg, "table netdev: File exists"),
+          "%s", err.msg);
     CHECK(!orch_nft_verify(nft, r, &err), "%s", err.msg);
     end(&t);
     orch_rules_free(r);
@@ -373,10 +401,12 @@ static void tamper_case(void)
     /* A table of its own may be added by whoever owns the namespace; it is seen. */
     CHECK(nft_in(init, "add table ip other") == 0, "no second table");
     CHECK(orch_nft_changed(nft, &err) == 1, "not noticed");
-    CHECK(orch_nft_verify(nft, r, &err) == -EBADE && strstr(err.msg, "table \"other\""), "%s", err.msg);
-    CHECK(nft_in(init, "delete table ip other") == 0, "cannot delete");
-    CHECK(orch_nft_changed(nft, &err) == 1 && !orch_nft_verify(nft, r, &err) && orch_nft_changed(nft, &err) == 0, "%s",
+    CHECK(orch_nft_verify(nft, r, &err) == -EBADE && strstr(err.msg, "table \"other\""), "%s",
           err.msg);
+    CHECK(nft_in(init, "delete table ip other") == 0, "cannot delete");
+    CHECK(orch_nft_changed(nft, &err) == 1 && !orch_nft_verify(nft, r, &err) &&
+              orch_nft_changed(nft, &err) == 0,
+          "%s", err.msg);
     end(&t);
     orch_rules_free(r);
     close_launcher();
@@ -388,8 +418,8 @@ static void test_tamper(void **state)
     run_as_both(tamper_case);
 }
 
-/* A rule deleted behind verify's back: through the socket that owns the table, whose number is found
- * among this process's descriptors. */
+/* A rule deleted behind verify's back: through the socket that owns the table, whose number is
+ * found among this process's descriptors. */
 static void delete_case(void)
 {
     struct net t;
@@ -412,14 +442,17 @@ static void delete_case(void)
     struct nfgenmsg head = { .nfgen_family = AF_UNSPEC, .res_id = htons(NFNL_SUBSYS_NFTABLES) },
                     inet = { .nfgen_family = NFPROTO_INET };
     orch_nl_end(&b, orch_nl_begin(&b, NFNL_MSG_BATCH_BEGIN, 0, 1, &head, sizeof head));
-    size_t m = orch_nl_begin(&b, NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_DELRULE, NLM_F_ACK, 2, &inet, sizeof inet);
+    size_t m = orch_nl_begin(&b, NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_DELRULE, NLM_F_ACK, 2, &inet,
+                             sizeof inet);
     orch_nl_put(&b, NFTA_RULE_TABLE, "orch", 5);
     orch_nl_put(&b, NFTA_RULE_CHAIN, "o_output", 9);
     orch_nl_end(&b, m);
     orch_nl_end(&b, orch_nl_begin(&b, NFNL_MSG_BATCH_END, 0, 3, &head, sizeof head));
     CHECK(!orch_nl_talk(fd, b.p, b.n, 2, NULL, NULL, &f), "%s", strerror(f.code));
     CHECK(orch_nft_changed(orch_netns_nft(t.n), &err) == 1, "not noticed");
-    CHECK(orch_nft_verify(orch_netns_nft(t.n), r, &err) == -EBADE && strstr(err.msg, "output: rest"), "%s", err.msg);
+    CHECK(orch_nft_verify(orch_netns_nft(t.n), r, &err) == -EBADE &&
+              strstr(err.msg, "output: rest"),
+          "%s", err.msg);
     end(&t);
     orch_rules_free(r);
     close_launcher();
@@ -431,16 +464,57 @@ static void test_delete(void **state)
     run_as_both(delete_case);
 }
 
+/* The largest policies: as many networks, and as many rules, as there may be. */
+static void large_case(void)
+{
+    static struct orch_allow many[ORCH_ALLOW_MAX];
+    static struct orch_ports ports[ORCH_ALLOW_MAX];
+    struct orch_err err = { .code = 0 };
+    open_launcher();
+    for (int k = 0; k < 2; k++) {
+        struct net t;
+        for (size_t i = 0; i < ORCH_ALLOW_MAX; i++) {
+            uint16_t port = (uint16_t)(1 + (k ? i : 0));
+            ports[i] = (struct orch_ports){ port, port };
+            many[i] = (struct orch_allow){
+                { 0xc6336400 + (uint32_t)i * 2, 32 }, IPPROTO_TCP, &ports[i], 1
+            };
+        }
+        struct orch_policy p = { .allow = many,
+                                 .n_allow = k ? 470 : ORCH_ALLOW_MAX,
+                                 .connections = 1 };
+        struct orch_rules *r = orch_rules_new(&p, &err);
+        CHECK(r, "%s", err.msg);
+        begin(&t, r, false);
+        WAIT(t.ready || t.failed);
+        CHECK(t.ready, "%s", t.err.msg);
+        r->sets[0].v[0].first ^= 1;
+        CHECK(orch_nft_verify(orch_netns_nft(t.n), r, &err) == -EBADE, "not noticed");
+        end(&t);
+        orch_rules_free(r);
+    }
+    close_launcher();
+}
+
+static void test_large(void **state)
+{
+    (void)state;
+    run_as_both(large_case);
+}
+
 /* Another program reads the same out of the kernel. */
 static void listing_case(void)
 {
     static const char *const lines[] = {
         "type filter hook ingress device \"tap0\" priority filter; policy drop;",
-        "@ll,48,64 0x200000000020800 @nh,0,8 0x45 @nh,48,16 & 0xbfff == 0x0 @nh,96,32 0xaff0002 counter packets 0 bytes 0 accept",
+        "@ll,48,64 0x200000000020800 @nh,0,8 0x45 @nh,48,16 & 0xbfff == 0x0 @nh,96,32 0xaff0002 "
+        "counter packets 0 bytes 0 accept",
         "type filter hook forward priority filter; policy drop;",
-        "iifname \"up0\" oifname \"tap0\" meta nfproto ipv4 ct state established,related counter packets 0 bytes 0 accept",
+        "iifname \"up0\" oifname \"tap0\" meta nfproto ipv4 ct state established,related counter "
+        "packets 0 bytes 0 accept",
         "@nh,128,8 0xa counter packets 0 bytes 0 drop comment \"never: 10.0.0.0/8 (private)\"",
-        "@nh,128,32 0xcb007102 counter packets 0 bytes 0 drop comment \"never: 203.0.113.2 (host)\"",
+        "@nh,128,32 0xcb007102 counter packets 0 bytes 0 drop comment \"never: 203.0.113.2 "
+        "(host)\"",
         "elements = { 198.51.100.0/24 }",
         "tcp dport 8000-8010 @nh,128,32 @o_set2 counter packets 0 bytes 0 goto o_flow",
         "ct state new ct count over 64 counter packets 0 bytes 0 drop",
@@ -517,7 +591,8 @@ static void finish(struct frame *f)
     }
 }
 
-static struct frame packet(uint8_t proto, const char *to, uint16_t from_port, uint16_t port, size_t payload)
+static struct frame packet(uint8_t proto, const char *to, uint16_t from_port, uint16_t port,
+                           size_t payload)
 {
     struct frame f = { .n = 14 + 20 + (proto == IPPROTO_TCP ? 20 : 8) + payload };
     uint8_t *ip = f.b + 14, *l4 = ip + 20;
@@ -555,7 +630,8 @@ static void drain_capture(void)
         ;
 }
 
-/* What came to W over IP until `ms` have passed, or until the first with `want`. Echoes what came to the server. */
+/* What came to W over IP until `ms` have passed, or until the first with `want`. Echoes what
+ * came to the server. */
 static int arrived(int ms, bool want)
 {
     int n = 0;
@@ -567,15 +643,17 @@ static int arrived(int ms, bool want)
         if (pf[0].revents) {
             struct sockaddr_ll from;
             socklen_t len = sizeof from;
-            ssize_t got = recvfrom(capture, buf, sizeof buf, MSG_DONTWAIT, (struct sockaddr *)&from, &len);
+            ssize_t got =
+                recvfrom(capture, buf, sizeof buf, MSG_DONTWAIT, (struct sockaddr *)&from, &len);
             if (got > 0 && from.sll_pkttype != PACKET_OUTGOING && buf[12] == 8 && buf[13] != 6)
                 n++;
         }
         if (pf[1].revents) {
             struct sockaddr_in from;
             socklen_t len = sizeof from;
-            ssize_t got = recvfrom(echo_udp, buf, sizeof buf, MSG_DONTWAIT, (struct sockaddr *)&from, &len);
-            if (got > 0)
+            ssize_t got =
+                recvfrom(echo_udp, buf, sizeof buf, MSG_DONTWAIT, (struct sockaddr *)&from, &len);
+            for (int i = 0; got > 0 && i < echo_copies; i++)
                 sendto(echo_udp, buf, (size_t)got, 0, (struct sockaddr *)&from, len);
         }
     }
@@ -644,12 +722,15 @@ static void packets_case(void)
     CHECK(t.up_us >= t.ready_us, "order");
 
     /* ARP for the gateway is answered with the tap's address; nothing else is. */
-    uint8_t arp[42] = { 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2, 0, 0, 0, 0, 2, 8, 6, 0, 1, 8, 0, 6, 4, 0, 1,
-                        2, 0, 0, 0, 0, 2, 10, 255, 0, 2, 0, 0, 0, 0, 0, 0, 10, 255, 0, 1 };
+    uint8_t arp[42] = { 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2, 0, 0, 0, 0,  2,   8, 6,
+                        0,    1,    8,    0,    6,    4,    0, 1, 2, 0, 0,  0,   0, 2,
+                        10,   255,  0,    2,    0,    0,    0, 0, 0, 0, 10, 255, 0, 1 };
     struct frame f = { .n = sizeof arp };
     memcpy(f.b, arp, sizeof arp);
     send_frame(&t, &f);
-    CHECK(received(&t, buf, sizeof buf, 1000) >= 42 && !memcmp(buf + 6, ORCH_NET_TAP_MAC, 6) && buf[21] == 2, "no answer");
+    CHECK(received(&t, buf, sizeof buf, 1000) >= 42 && !memcmp(buf + 6, ORCH_NET_TAP_MAC, 6) &&
+              buf[21] == 2,
+          "no answer");
     f.b[41] = 77;
     blocked(&t, f, "tap: rest", "ARP for another");
     f.b[41] = 1;
@@ -661,26 +742,37 @@ static void packets_case(void)
     f.b[27] = 2;
     f.b[21] = 2;
     blocked(&t, f, "tap: rest", "ARP answer");
+    f.b[21] = 1;
+    f.b[11] = 3;
+    blocked(&t, f, "tap: rest", "ARP in another's frame");
 
     /* The way and back. */
     f = udp_to("198.51.100.10", ECHO_PORT);
     send_frame(&t, &f);
     CHECK(arrived(1000, true) == 1, "an allowed packet did not arrive");
     CHECK(received(&t, buf, sizeof buf, 1000) == f.n, "no echo");
-    CHECK(!memcmp(buf, ORCH_NET_GUEST_MAC, 6) && !memcmp(buf + 26, f.b + 30, 4) && !memcmp(buf + 30, f.b + 26, 4), "echo");
+    CHECK(!memcmp(buf, ORCH_NET_GUEST_MAC, 6) && !memcmp(buf + 26, f.b + 30, 4) &&
+              !memcmp(buf + 30, f.b + 26, 4),
+          "echo");
     f = packet(IPPROTO_TCP, "198.51.100.10", 40001, 80, 0);
     send_frame(&t, &f);
-    CHECK(received(&t, buf, sizeof buf, 1000) >= 54 && buf[23] == IPPROTO_TCP && buf[47] == 0x12, "no SYN-ACK");
+    CHECK(received(&t, buf, sizeof buf, 1000) >= 54 && buf[23] == IPPROTO_TCP && buf[47] == 0x12,
+          "no SYN-ACK");
 
     blocked(&t, udp_to("198.51.100.10", ECHO_PORT + 1), "allow: rest", "other port");
     blocked(&t, udp_to("198.51.101.10", ECHO_PORT), "allow: rest", "other network");
-    blocked(&t, packet(IPPROTO_TCP, "198.51.100.10", 40002, ECHO_PORT, 0), "allow: rest", "other protocol");
+    blocked(&t, packet(IPPROTO_TCP, "198.51.100.10", 40002, ECHO_PORT, 0), "allow: rest",
+            "other protocol");
     blocked(&t, packet(IPPROTO_TCP, "198.51.100.10", 40002, 81, 0), "allow: rest", "port beside");
-    blocked(&t, packet(IPPROTO_TCP, "198.51.100.10", 40002, 8011, 0), "allow: rest", "port behind a range");
+    blocked(&t, packet(IPPROTO_TCP, "198.51.100.10", 40002, 8011, 0), "allow: rest",
+            "port behind a range");
     blocked(&t, udp_to(HOST, ECHO_PORT), "never: " HOST " (host)", "the host's address");
-    blocked(&t, udp_to("203.0.113.77", ECHO_PORT), "never: 203.0.113.77 (host)", "an address of a device that is down");
-    blocked(&t, udp_to("10.1.2.3", ECHO_PORT), "never: 10.0.0.0/8 (private)", "private, though allowed");
-    blocked(&t, udp_to("169.254.169.254", ECHO_PORT), "never: 169.254.0.0/16 (link-local and metadata)", "metadata");
+    blocked(&t, udp_to("203.0.113.77", ECHO_PORT), "never: 203.0.113.77 (host)",
+            "an address of a device that is down");
+    blocked(&t, udp_to("10.1.2.3", ECHO_PORT), "never: 10.0.0.0/8 (private)",
+            "private, though allowed");
+    blocked(&t, udp_to("169.254.169.254", ECHO_PORT),
+            "never: 169.254.0.0/16 (link-local and metadata)", "metadata");
     blocked(&t, udp_to("10.255.0.1", ECHO_PORT), "input: rest", "gateway");
     blocked(&t, udp_to("10.255.1.2", ECHO_PORT), "input: rest", "uplink's own address");
 
@@ -732,7 +824,8 @@ static void packets_case(void)
         send_frame(&t, &f);
         CHECK(arrived(1000, true) == 1, "flow %u", i);
     }
-    blocked(&t, packet(IPPROTO_UDP, "198.51.100.10", 42000, ECHO_PORT, 16), "flow: more than 4 connections", "fifth flow");
+    blocked(&t, packet(IPPROTO_UDP, "198.51.100.10", 42000, ECHO_PORT, 16),
+            "flow: more than 4 connections", "fifth flow");
     f = udp_to("198.51.100.10", ECHO_PORT);
     send_frame(&t, &f);
     CHECK(arrived(1000, true) == 1, "a known flow is not limited");
@@ -749,31 +842,48 @@ static void test_packets(void **state)
     run_as_both(packets_case);
 }
 
-/* A host service on all addresses and one on loopback: neither is reached, by no address. */
+/* A service on the host's loopback, with rules that let everything through: pasta's own doors
+ * are shut. */
 static void loopback_case(void)
 {
-    static const char *const to[] = { "127.0.0.1", "10.255.1.1", "10.255.0.1", HOST, "0.0.0.0" };
+    static const char *const to[] = { "127.0.0.1", "10.255.1.1", "10.255.0.1", "10.255.1.2",
+                                      "0.0.0.0" };
+    static const struct orch_allow all[] = { { { 0, 1 }, IPPROTO_UDP, port_53, 1 },
+                                             { { 0x80000000, 1 }, IPPROTO_UDP, port_53, 1 } };
+    static const struct orch_cidr permit[] = { { 0x7f000000, 8 }, { 0x0a000000, 8 }, { 0, 8 } };
+    static char text[4096];
+    char command[128];
     struct net t;
     struct orch_err err = { .code = 0 };
-    static const struct orch_allow all[] = { { { 0, 1 }, IPPROTO_UDP, port_53, 1 }, { { 0x80000000, 1 }, IPPROTO_UDP, port_53, 1 } };
-    static const struct orch_cidr permit[] = { { 0x7f000000, 8 }, { 0x0a000000, 8 }, { 0, 8 }, { 0xcb007102, 32 } };
-    struct orch_policy p = { .allow = all, .n_allow = 2, .permit = permit, .n_permit = 3 }; /* no host: pasta alone */
+    struct orch_policy p = { .allow = all, .n_allow = 2, .permit = permit, .n_permit = 3 };
     struct orch_rules *r = orch_rules_new(&p, &err);
     CHECK(r, "%s", err.msg);
-    struct sockaddr_in any = { .sin_family = AF_INET, .sin_port = htons(ECHO_PORT) }, lo = any;
-    lo.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    for (size_t i = 0; i < r->n_rules; i++)
+        if (!strcmp(r->rules[i].label, "never: the namespace's own")) {
+            r->rules[i].verdict = ORCH_VERDICT_GOTO;
+            r->rules[i].target = ORCH_CHAIN_ALLOW;
+        }
+    struct sockaddr_in lo = { .sin_family = AF_INET,
+                              .sin_port = htons(ECHO_PORT),
+                              .sin_addr = { htonl(INADDR_LOOPBACK) } };
     int s = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     CHECK(!bind(s, (const struct sockaddr *)&lo, sizeof lo), "%m");
     open_launcher();
     begin_up(&t, r);
     for (size_t i = 0; i < ORCH_ARRAY_LEN(to); i++) {
-        if (!strcmp(to[i], HOST)) /* pasta does not close this one: the rules do, in packets_case */
-            continue;
         struct frame f = udp_to(to[i], ECHO_PORT);
         send_frame(&t, &f);
     }
+    struct frame f = udp_to("198.51.100.10", ECHO_PORT);
+    drain_capture();
+    send_frame(&t, &f);
+    CHECK(arrived(1000, true) == 1, "nothing goes out at all");
     struct pollfd pf = { s, POLLIN, 0 };
-    CHECK(poll(&pf, 1, 100) == 0, "a service on the host's loopback was reached");
+    CHECK(poll(&pf, 1, 50) == 0, "a service on the host's loopback was reached");
+    /* Nor does pasta listen in the namespace for what listens on the host. */
+    snprintf(command, sizeof command, ENTER "ss -Hlntu", find_init(), HOW);
+    read_text(command, text, sizeof text);
+    CHECK(!*text, "%s", text);
     end(&t);
     close(s);
     orch_rules_free(r);
@@ -786,7 +896,8 @@ static void test_loopback(void **state)
     run_as_both(loopback_case);
 }
 
-/* 8 Mbit/s, a megabyte a second: what is sent in a quarter of a second is at most that and the burst. */
+/* 8 Mbit/s, a megabyte a second: what is sent in a quarter of a second is at most that and the
+ * burst; the same for what comes back, which is four times as much. */
 static void bandwidth_case(void)
 {
     struct net t;
@@ -797,6 +908,7 @@ static void bandwidth_case(void)
     struct frame f = packet(IPPROTO_UDP, "198.51.100.10", 40000, ECHO_PORT, 1400);
     size_t out = 0, back = 0;
     drain_capture();
+    echo_copies = 4;
     for (int64_t end_us = orch_now_us() + 250000; orch_now_us() < end_us;) {
         for (int i = 0; i < 20; i++)
             send(t.guest, f.b, f.n, MSG_DONTWAIT);
@@ -806,7 +918,7 @@ static void bandwidth_case(void)
     }
     size_t limit = (66 * 1024 + 250000 + 100000) / 1442 + 10;
     CHECK(out > 100 && out <= limit, "%zu frames of at most %zu", out, limit);
-    CHECK(back > 0 && back <= limit, "%zu frames back", back);
+    CHECK(back > 100 && back <= limit, "%zu frames back of at most %zu", back, limit);
     end(&t);
     orch_rules_free(r);
     close_launcher();
@@ -827,7 +939,8 @@ static void expect_failure(const char *const *parts, bool uplink)
     open_launcher();
     begin(&t, r, uplink);
     WAIT(t.failed);
-    CHECK(t.err.cls == ORCH_CLASS_ISOLATION && !t.up && !t.started, "class %d: %s", t.err.cls, t.err.msg);
+    CHECK(t.err.cls == ORCH_CLASS_ISOLATION && !t.up && !t.started, "class %d: %s", t.err.cls,
+          t.err.msg);
     for (; *parts; parts++)
         CHECK(strstr(t.err.msg, *parts), "no `%s` in: %s", *parts, t.err.msg);
     orch_loop_step(loop, 20);
@@ -836,7 +949,8 @@ static void expect_failure(const char *const *parts, bool uplink)
     orch_rules_free(r);
     close_launcher();
 }
-#define EXPECT_FAILURE(uplink, ...) expect_failure((const char *const[]){ __VA_ARGS__, NULL }, uplink)
+#define EXPECT_FAILURE(uplink, ...) \
+    expect_failure((const char *const[]){ __VA_ARGS__, NULL }, uplink)
 
 static void no_route_case(void)
 {
@@ -861,24 +975,30 @@ static void too_early_case(void)
     struct orch_rules *r = rules_with(0, 0);
     open_launcher();
     begin(&t, r, true);
-    struct orch_cell_opts o = { .argv = argv, .on_exit = on_exit_, .on_error = on_failed, .ud = &t };
+    struct orch_cell_opts o = {
+        .argv = argv, .on_exit = on_exit_, .on_error = on_failed, .ud = &t
+    };
     for (int i = 0; i < ORCH_LAUNCH_FDS; i++)
         o.fds[i] = -1;
-    CHECK(!orch_netns_start(t.n, &o, &err) && strstr(err.msg, "no verified packet filter"), "%s", err.msg);
+    CHECK(!orch_netns_start(t.n, &o, &err) && strstr(err.msg, "no verified packet filter"), "%s",
+          err.msg);
     end(&t);
     orch_rules_free(r);
     close_launcher();
 }
 
-/* The launcher's own refusals: a second NET, NET behind VMM, NET with a descriptor, a tap from outside. */
+/* The launcher's own refusals: a second NET, NET behind VMM, NET with a descriptor, a tap from
+ * outside. */
 static void wire_case(void)
 {
     static struct orch_launch_msg m;
     for (int k = 0; k < 4; k++) {
-        int sv[2], main_fd[2], fds[ORCH_LAUNCH_FDS], status, null = open("/dev/null", O_RDWR | O_CLOEXEC);
+        int sv[2], main_fd[2], fds[ORCH_LAUNCH_FDS], status,
+            null = open("/dev/null", O_RDWR | O_CLOEXEC);
         size_t n;
         CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, main_fd) &&
-              !socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, sv), "%m");
+                  !socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, sv),
+              "%m");
         pid_t pid = fork();
         if (!pid) {
             dup2(main_fd[1], 3);
@@ -886,7 +1006,9 @@ static void wire_case(void)
             _exit(127);
         }
         close(main_fd[1]);
-        m = (struct orch_launch_msg){ .op = ORCH_LAUNCH_NEW, .uid = geteuid() ? 0 : 60001, .gid = geteuid() ? 0 : 60001 };
+        m = (struct orch_launch_msg){ .op = ORCH_LAUNCH_NEW,
+                                      .uid = geteuid() ? 0 : 60001,
+                                      .gid = geteuid() ? 0 : 60001 };
         CHECK(!orch_launch_send(main_fd[0], &m, &sv[1], 1), "%m");
         close(sv[1]);
         m = (struct orch_launch_msg){ .op = ORCH_LAUNCH_NET };
@@ -928,7 +1050,9 @@ static void run_changed(int unshared, void (*prepare)(void), void (*fn)(void))
     pid_t p = fork();
     int status;
     if (!p) {
-        CHECK(!unshare(unshared | CLONE_NEWNS) && !mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL), "%m");
+        CHECK(!unshare(unshared | CLONE_NEWNS) &&
+                  !mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL),
+              "%m");
         prepare();
         _exit(status_as(USER, fn) || status_as(0, fn));
     }
@@ -949,7 +1073,9 @@ static void prepare_no_tun(void)
 {
     char path[96];
     snprintf(path, sizeof path, "%s/tun-closed", dir);
-    CHECK(!mknod(path, S_IFCHR | 0600, makedev(10, 200)) && !mount(path, "/dev/net/tun", NULL, MS_BIND, NULL), "%m");
+    CHECK(!mknod(path, S_IFCHR | 0600, makedev(10, 200)) &&
+              !mount(path, "/dev/net/tun", NULL, MS_BIND, NULL),
+          "%m");
 }
 
 static void test_refusals(void **state)
@@ -975,8 +1101,11 @@ static void read_only_case(void)
     send_frame(&t, &f);
     CHECK(arrived(1000, true) == 1 && received(&t, buf, sizeof buf, 1000) == f.n, "no echo");
     char command[256];
-    snprintf(command, sizeof command, ENTER "sh -c 'cd /proc/sys/net/ipv4; cat ip_forward; "
-             "for d in tap0 up0; do cat conf/$d/forwarding conf/$d/rp_filter conf/$d/send_redirects; done'", find_init(), HOW);
+    snprintf(command, sizeof command,
+             ENTER "sh -c 'cd /proc/sys/net/ipv4; cat ip_forward; "
+                   "for d in tap0 up0; do cat conf/$d/forwarding conf/$d/rp_filter "
+                   "conf/$d/send_redirects; done'",
+             find_init(), HOW);
     read_text(command, text, sizeof text);
     CHECK(!strcmp(text, "0\n1\n1\n0\n1\n1\n0\n"), "%s", text);
     end(&t);
@@ -987,7 +1116,8 @@ static void read_only_case(void)
 static void prepare_read_only(void)
 {
     CHECK(!mount("/proc/sys", "/proc/sys", NULL, MS_BIND, NULL) &&
-          !mount(NULL, "/proc/sys", NULL, MS_BIND | MS_REMOUNT | MS_RDONLY, NULL), "%m");
+              !mount(NULL, "/proc/sys", NULL, MS_BIND | MS_REMOUNT | MS_RDONLY, NULL),
+          "%m");
 }
 
 static void test_read_only(void **state)
@@ -998,8 +1128,8 @@ static void test_read_only(void **state)
 
 /* ---- ends */
 
-/* Processes of the launcher's session, which is its own; those that have ended and only wait to be reaped
- * do not count. */
+/* Processes of the launcher's session, which is its own; those that have ended and only wait to
+ * be reaped do not count. */
 static int count_session(pid_t session)
 {
     int n = 0;
@@ -1077,18 +1207,57 @@ static void ends_case(void)
     orch_rules_free(r);
 }
 
+static int told; /* where the holder says its launcher's number */
+
+static void hold(void)
+{
+    struct net t[2];
+    struct orch_rules *r = rules_with(4, 0);
+    open_launcher();
+    pid_t l = orch_launcher_pid(la);
+    begin_up(&t[0], r);
+    begin(&t[1], r, true); /* is killed while it comes up */
+    CHECK(write(told, &l, sizeof l) == (ssize_t)sizeof l, "%m");
+    orch_loop_run(loop);
+}
+
+/* orch is killed: all of it ends. */
+static void kill_case(void)
+{
+    for (int i = 0; i < 8; i++) {
+        int p[2];
+        pid_t l;
+        CHECK(!pipe2(p, O_CLOEXEC), "%m");
+        told = p[1];
+        pid_t holder = fork();
+        if (!holder)
+            hold();
+        close(p[1]);
+        CHECK(read(p[0], &l, sizeof l) == (ssize_t)sizeof l, "the holder failed");
+        close(p[0]);
+        poll(NULL, 0, i * 2);
+        CHECK(count_session(l) >= 4, "%d processes", count_session(l));
+        kill(holder, SIGKILL);
+        waitpid(holder, NULL, 0);
+        wait_session(l, 0);
+    }
+}
+
 static void test_ends(void **state)
 {
     (void)state;
     run_as_both(ends_case);
+    run_as_both(kill_case);
 }
 
 /* ---- the host is left as it was */
 
 static void host_state(char *out, size_t n)
 {
-    read_text("nft list ruleset; ip rule; ip route show table all; ip -6 route show table all; ip -br link; "
-              "sysctl -a 2>/dev/null | grep ^net | grep -v -e conntrack_count -e bytes_", out, n);
+    read_text("nft list ruleset; ip rule; ip route show table all; ip -6 route show table all; ip "
+              "-br link; "
+              "sysctl -a 2>/dev/null | grep ^net | grep -v -e conntrack_count -e bytes_",
+              out, n);
     CHECK(strlen(out) > 1000 && strlen(out) < n - 1, "%zu bytes", strlen(out));
 }
 
@@ -1128,7 +1297,7 @@ static double part(double *v, size_t n, double q)
 
 static void times_case(void)
 {
-    enum { N = 40 };
+    enum { N = 30 };
     static double ready[N], up[N], verify[N], check[N], all[N];
     struct orch_rules *r = rules_with(64, 10000000);
     struct orch_err err = { .code = 0 };
@@ -1148,17 +1317,23 @@ static void times_case(void)
         CHECK(!orch_nft_changed(orch_netns_nft(t.n), &err), "changed");
         check[i] = (double)(orch_now_us() - t0) / 1000;
         end(&t);
-        begin(&t, r, false);
+        poll(NULL, 0, 50); /* namespaces go after their last process, unseen */
         t0 = orch_now_us();
+        begin(&t, r, false);
         WAIT(t.ready || t.failed);
         all[i] = (double)(orch_now_us() - t0) / 1000;
         end(&t);
+        poll(NULL, 0, 50);
     }
     close_launcher();
-    printf("as %s, ms, median (p90): namespace, %zu rules, verified, tap up %.2f (%.2f), without uplink %.2f (%.2f); "
-           "uplink %.1f (%.1f); verify %.3f, generation %.4f\n", geteuid() ? "user" : "root", r->n_rules, part(ready, N, .5),
-           part(ready, N, .9), part(all, N, .5), part(all, N, .9), part(up, N, .5), part(up, N, .9), part(verify, N, .5),
+    printf("as %s, ms, least, median: namespace, %zu rules, verified, tap up %.2f, %.2f; without "
+           "uplink %.2f, %.2f; "
+           "uplink %.1f, %.1f; verify %.3f, generation %.4f\n",
+           geteuid() ? "user" : "root", r->n_rules, part(ready, N, 0), part(ready, N, .5),
+           part(all, N, 0), part(all, N, .5), part(up, N, 0), part(up, N, .5), part(verify, N, .5),
            part(check, N, .5));
+    CHECK(part(ready, N, 0) < 10 && part(verify, N, 0) < 2,
+          "slow"); /* with sanitizers, on a busy machine */
     orch_rules_free(r);
 }
 
@@ -1181,7 +1356,8 @@ static void sh(const char *command)
 static void copy(const char *from, const char *to)
 {
     cleanup_buf struct orch_buf b = { 0 };
-    if (orch_read_file(AT_FDCWD, from, 64 << 20, &b) || orch_write_file(AT_FDCWD, to, b.p, b.n, 0755)) {
+    if (orch_read_file(AT_FDCWD, from, 64 << 20, &b) ||
+        orch_write_file(AT_FDCWD, to, b.p, b.n, 0755)) {
         perror(from);
         exit(1);
     }
@@ -1208,12 +1384,14 @@ static int set_up(void **state)
     snprintf(path, sizeof path, "%s/wire", tests);
     copy(path, wire);
 
-    if (unshare(CLONE_NEWNET | CLONE_NEWNS) || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) || pipe2(ready, O_CLOEXEC))
+    if (unshare(CLONE_NEWNET | CLONE_NEWNS) || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) ||
+        pipe2(ready, O_CLOEXEC))
         return 1;
     /* For everyone, as udev makes it. */
     snprintf(path, sizeof path, "%s/tun", dir);
     umask(0);
-    if (mknod(path, S_IFCHR | 0666, makedev(10, 200)) || mount(path, "/dev/net/tun", NULL, MS_BIND, NULL))
+    if (mknod(path, S_IFCHR | 0666, makedev(10, 200)) ||
+        mount(path, "/dev/net/tun", NULL, MS_BIND, NULL))
         return 1;
     umask(022);
     world = fork();
@@ -1226,26 +1404,30 @@ static int set_up(void **state)
     if (read(ready[0], command, 1) != 1)
         return 1;
     int here = open("/proc/self/ns/net", O_RDONLY | O_CLOEXEC);
-    sh("ip link set lo up && ip link add h0 type veth peer name w0 && ip link add h1 type veth peer name h2");
+    sh("ip link set lo up && ip link add h0 type veth peer name w0 && ip link add h1 type veth "
+       "peer name h2");
     snprintf(command, sizeof command, "ip link set w0 netns %d", world);
     sh(command);
-    sh("ip addr add " HOST "/24 dev h0 && ip addr add 203.0.113.77/32 dev h1 && ip link set h0 up && "
+    sh("ip addr add " HOST
+       "/24 dev h0 && ip addr add 203.0.113.77/32 dev h1 && ip link set h0 up && "
        "ip route add default via 203.0.113.1 && ip route add local 192.0.2.128/25 dev lo");
     snprintf(path, sizeof path, "/proc/%d/ns/net", world);
     int there = open(path, O_RDONLY | O_CLOEXEC);
     if (setns(there, CLONE_NEWNET))
         return 1;
-    sh("ip link set lo up && ip addr add 203.0.113.1/24 dev w0 && ip addr add 198.51.100.10/24 dev w0 && ip link set w0 up && "
+    sh("ip link set lo up && ip addr add 203.0.113.1/24 dev w0 && ip addr add 198.51.100.10/24 dev "
+       "w0 && ip link set w0 up && "
        "ip route add default via " HOST);
     capture = socket(AF_PACKET, SOCK_RAW | SOCK_CLOEXEC, htons(ETH_P_ALL));
     echo_udp = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     int tcp = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), room = 16 << 20;
     setsockopt(capture, SOL_SOCKET, SO_RCVBUFFORCE, &room, sizeof room);
-    struct sockaddr_in sa = { .sin_family = AF_INET, .sin_port = htons(ECHO_PORT) }, web = { .sin_family = AF_INET,
-                                                                                          .sin_port = htons(80) };
+    struct sockaddr_in sa = { .sin_family = AF_INET, .sin_port = htons(ECHO_PORT) },
+                       web = { .sin_family = AF_INET, .sin_port = htons(80) };
     put_addr((uint8_t *)&sa.sin_addr, "198.51.100.10");
-    if (bind(echo_udp, (const struct sockaddr *)&sa, sizeof sa) || bind(tcp, (const struct sockaddr *)&web, sizeof web) ||
-        listen(tcp, 16) || capture < 0 || setns(here, CLONE_NEWNET))
+    if (bind(echo_udp, (const struct sockaddr *)&sa, sizeof sa) ||
+        bind(tcp, (const struct sockaddr *)&web, sizeof web) || listen(tcp, 16) || capture < 0 ||
+        setns(here, CLONE_NEWNET))
         return 1;
     return 0;
 }
@@ -1266,11 +1448,13 @@ static int tear_down(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_host),      cmocka_unit_test(test_verify),   cmocka_unit_test(test_tamper),
-        cmocka_unit_test(test_delete),    cmocka_unit_test(test_listing),  cmocka_unit_test(test_packets),
-        cmocka_unit_test(test_loopback),  cmocka_unit_test(test_bandwidth), cmocka_unit_test(test_refusals),
-        cmocka_unit_test(test_read_only), cmocka_unit_test(test_ends),     cmocka_unit_test(test_untouched),
-        cmocka_unit_test(test_times),
+        cmocka_unit_test(test_host),      cmocka_unit_test(test_verify),
+        cmocka_unit_test(test_tamper),    cmocka_unit_test(test_delete),
+        cmocka_unit_test(test_large),     cmocka_unit_test(test_listing),
+        cmocka_unit_test(test_packets),   cmocka_unit_test(test_loopback),
+        cmocka_unit_test(test_bandwidth), cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_read_only), cmocka_unit_test(test_ends),
+        cmocka_unit_test(test_untouched), cmocka_unit_test(test_times),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }

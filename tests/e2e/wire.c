@@ -1,5 +1,6 @@
-/* In the VMM's place: a guest that is the test's own. Each frame from the agent's socket goes into the
- * tap, each frame from the tap to the socket. Static, behind all of the launcher's confinement. */
+/* In the VMM's place: a guest that is the test's own. Each frame from the agent's socket goes
+ * into the tap, each frame from the tap to the socket. Static, behind all of the launcher's
+ * confinement. */
 #include <poll.h>
 #include <stdio.h>
 #include <string.h>
