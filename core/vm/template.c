@@ -396,13 +396,6 @@ static void step_open(struct source *s)
             return;
         }
     }
-    if (s->t.vcpus > 1 && !s->t.kvm) {
-        orch_err_setc(&err, ORCH_CLASS_ISOLATION, ENOTSUP,
-                      "%d vCPUs need KVM, which does not work here: %s", s->t.vcpus,
-                      *s->no_kvm ? s->no_kvm : "emulation was asked for");
-        source_failed(s, &err);
-        return;
-    }
     step_lock(s);
 }
 

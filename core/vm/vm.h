@@ -43,7 +43,7 @@ struct orch_vm_opts {
     const char *network;     /* "none" only; others: class ISOLATION "not available yet" */
     const char *name;        /* NULL or a label for list */
     uint64_t memory_bytes;   /* 64M … 4G, default 256M */
-    int vcpus;               /* 1 only under TCG; 1…8 */
+    int vcpus;               /* 1…8 */
     int64_t timeout_ms;      /* life of the microVM from its VMM's start; 0: none */
     const char *call;        /* audit: the call it serves, or NULL */
     /* Ready or failed, once; the vm is borrowed and lives until orch_vm_free. On failure the message
