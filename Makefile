@@ -155,6 +155,7 @@ python3              demo   examples/client.py and the end-to-end tests
 libcmocka-dev        test   C unit tests
 iproute2             test   networks for the tests of the firewall
 nftables             test   reads the firewall back by another program
+procps               test   the host's settings before and after
 clang                fuzz   libFuzzer
 endef
 export PACKAGES
