@@ -31,6 +31,7 @@ struct orch_toolcall {
     int64_t begun_us, deadline_us;
     int decision; /* ALLOW, ASK, DENY; 0: bad arguments or unknown */
     bool reserved, cancelled, is_error, finished, raw;
+    bool owed; /* a C tool has not called orch_answer yet: the record is not used again before */
     int rpc_code; /* the answer is a JSON-RPC error */
     int args_ref; /* tool state: decoded arguments */
     struct orch_buf args; /* for upstreams and C tools: the arguments' bytes */
@@ -125,8 +126,10 @@ static void call_free(struct orch_toolcall *c)
         orch_buf_free(&c->text);
     c->serial++; /* a ctx that is still held finds nothing */
     c->gen = NULL;
-    c->next = o->spare;
-    o->spare = c;
+    if (!c->owed) {
+        c->next = o->spare;
+        o->spare = c;
+    }
 }
 
 static struct orch_toolcall *call_get(void *ud, uint32_t slot, uint32_t serial)
@@ -657,6 +660,7 @@ static void call_run(struct orch_toolcall *c)
         orch_timer_set(c->timer, t->timeout_ms);
     }
     if (t->fn) {
+        c->owed = true;
         t->fn(t->fn_ud, (struct orch_tool_call *)c, c->args.p);
         return;
     }
@@ -971,7 +975,12 @@ void orch_calls_free(struct orch *o)
 void orch_answer(struct orch_tool_call *call, const char *text, int is_error)
 {
     struct orch_toolcall *c = &call->call;
-    if (c->finished)
+    c->owed = false;
+    if (!c->gen) { /* cancelled or timed out before, and answered so */
+        c->next = c->o->spare;
+        c->o->spare = c;
+    }
+    if (!c->gen || c->finished)
         return;
     put_text_result(c, (struct orch_slice){ 0 }, orch_slice_str(text), is_error != 0);
     list_remove(&c->o->running, c);
