@@ -487,10 +487,17 @@ void orch_call_from_host(struct orch_session *s, struct orch_slice name, const s
 
 /* ---- running */
 
+/* Raw: no call protects us here, and no budget would end a metamethod. */
+static void push_field(lua_State *L, int idx, const char *key)
+{
+    lua_pushstring(L, key);
+    lua_rawget(L, idx);
+}
+
 static struct orch_slice get_string(lua_State *L, int idx, const char *key)
 {
     struct orch_slice s = { 0 };
-    lua_getfield(L, idx, key);
+    push_field(L, idx, key);
     if (lua_type(L, -1) == LUA_TSTRING)
         s.p = lua_tolstring(L, -1, &s.n);
     lua_pop(L, 1); /* anchored in the result table */
@@ -526,9 +533,9 @@ static void take_result_table(struct orch_toolcall *c, lua_State *L, int idx)
     struct orch_slice text = get_string(L, idx, "text");
     cleanup_buf struct orch_buf structured = { 0 };
     cleanup_buf struct orch_buf content = { 0 };
-    lua_getfield(L, idx, "is_error");
+    push_field(L, idx, "is_error");
     bool is_error = lua_toboolean(L, -1);
-    lua_getfield(L, idx, "structured");
+    push_field(L, idx, "structured");
     if (!lua_isnil(L, -1)) {
         const char *problem = check_output(c, L);
         if (problem) {
@@ -541,7 +548,7 @@ static void take_result_table(struct orch_toolcall *c, lua_State *L, int idx)
             return;
         }
     }
-    lua_getfield(L, idx, "content");
+    push_field(L, idx, "content");
     if (!lua_isnil(L, -1) && orch_lua_encode_json(L, -1, &content, why, sizeof why) < 0) {
         cleanup_free char *m = orch_xasprintf("content: %s", why);
         set_failure(c, "failed", m);
