@@ -615,6 +615,8 @@ static void task_done(void *ud, lua_State *L, int nres, const struct orch_err *e
 static void deadline_passed(void *ud)
 {
     struct orch_toolcall *c = ud;
+    if (c->finished) /* by an event of the same turn */
+        return;
     cleanup_free char *m = orch_xasprintf("no answer within %lld ms (the tool's timeout)", (long long)c->tool->timeout_ms);
     if (c->upstream)
         orch_mcp_client_cancel(c->upstream, "timeout");
