@@ -636,9 +636,12 @@ static void upstream_done(void *ud, struct orch_slice result, const struct orch_
         c->text.n = 0;
         orch_buf_str(&c->text, err->msg);
     } else {
-        /* The result's members as they came, without its braces. */
+        /* The result's members as they came, without its braces and the space around them. */
+        struct orch_slice members = { result.p + 1, result.n - 2 };
+        for (; members.n && strchr(" \t\r\n", *members.p); members.n--)
+            members.p++;
         c->text.n = 0;
-        orch_buf_add(&c->text, result.p + 1, result.n - 2);
+        orch_buf_slice(&c->text, members);
         c->raw = true;
         cleanup_json struct orch_json_doc d = { 0 };
         struct orch_json_fault fault;
