@@ -299,11 +299,11 @@ static int audit_decision(struct orch_toolcall *c, struct orch_slice name, const
         orch_json_canonical(d, args, &canonical);
     else
         orch_buf_str(&canonical, "{}");
+    uint16_t all[256];
+    size_t n = c->gen->n_redact < ORCH_ARRAY_LEN(all) ? c->gen->n_redact : ORCH_ARRAY_LEN(all);
+    for (size_t i = 0; i < n; i++)
+        all[i] = (uint16_t)i;
     if (args && c->gen->n_redact) {
-        uint16_t all[256];
-        size_t n = c->gen->n_redact < ORCH_ARRAY_LEN(all) ? c->gen->n_redact : ORCH_ARRAY_LEN(all);
-        for (size_t i = 0; i < n; i++)
-            all[i] = (uint16_t)i;
         if (n < c->gen->n_redact || orch_redact_json(c->gen, all, n, d, args, &redacted) < 0) {
             redacted.n = 0;
             orch_buf_str(&redacted, "\"[withheld: redaction limit]\"");
@@ -311,6 +311,11 @@ static int audit_decision(struct orch_toolcall *c, struct orch_slice name, const
         shown = (struct orch_slice){ redacted.p, redacted.n };
     } else if (args) {
         shown = orch_json_raw(d, args);
+    }
+    cleanup_buf struct orch_buf why = { 0 }; /* a predicate's error may quote an argument */
+    if (reason && c->gen->n_redact) {
+        orch_buf_str(&why, reason);
+        reason = n < c->gen->n_redact || orch_redact_text(c->gen, all, n, &why) < 0 ? "[withheld: redaction limit]" : why.p;
     }
     put_decision_fields(c, name, shown, (struct orch_slice){ canonical.p, canonical.n }, reason, rules, &fields);
     int r = orch_audit_add(c->o->audit, "decision", (struct orch_slice){ fields.p, fields.n }, true, err);
@@ -654,11 +659,27 @@ static void upstream_done(void *ud, struct orch_slice result, const struct orch_
     call_end(c);
 }
 
+/* What goes to the client before the result is redacted as the result is; false: nothing may go. */
+static bool redact_message(const struct orch_toolcall *c, struct orch_slice message, struct orch_buf *out)
+{
+    orch_buf_reserve(out, message.n);
+    orch_buf_slice(out, message);
+    return !c->n_redact || orch_redact_text(c->gen, c->redact, c->n_redact, out) >= 0;
+}
+
+static void send_progress(const struct orch_toolcall *c, double done, double total, struct orch_slice message)
+{
+    cleanup_buf struct orch_buf text = { 0 };
+    if (!c->rq || !isfinite(done))
+        return;
+    if (!redact_message(c, message, &text))
+        text.n = 0;
+    orch_mcp_progress(c->rq, done, isfinite(total) ? total : -1, (struct orch_slice){ text.p, text.n });
+}
+
 static void upstream_progress(void *ud, double done, double total, struct orch_slice message)
 {
-    struct orch_toolcall *c = ud;
-    if (c->rq)
-        orch_mcp_progress(c->rq, done, total, message);
+    send_progress(ud, done, total, message);
 }
 
 static void call_run(struct orch_toolcall *c)
@@ -908,17 +929,19 @@ void orch_calls_detach(struct orch *o, struct orch_session *s)
 
 static void ctx_progress(struct orch_toolcall *c, double done, double total, struct orch_slice message)
 {
-    if (c->rq)
-        orch_mcp_progress(c->rq, done, total, message);
+    send_progress(c, done, total, message);
 }
 
 static void ctx_log(struct orch_toolcall *c, const char *level, struct orch_slice message)
 {
+    cleanup_buf struct orch_buf text = { 0 };
     cleanup_buf struct orch_buf json = { 0 };
-    orch_json_quote(&json, message);
+    if (!redact_message(c, message, &text))
+        return;
+    orch_json_quote(&json, (struct orch_slice){ text.p, text.n });
     if (c->rq)
         orch_mcp_log(c->rq, level, orch_slice_str(c->tool->name), (struct orch_slice){ json.p, json.n });
-    orch_log(ORCH_INFO, "%s: %s: %.*s", c->tool->name, level, (int)message.n, message.p);
+    orch_log(ORCH_INFO, "%s: %s: %.*s", c->tool->name, level, (int)text.n, text.p);
 }
 
 static bool ctx_cancelled(const struct orch_toolcall *c)

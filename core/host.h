@@ -139,9 +139,12 @@ void orch_calls_free(struct orch *o); /* what is kept for later calls, and rates
 extern const struct orch_env_call_ops orch_call_ops;
 
 /* Appends the JSON value at tok with every match of the patterns in its strings replaced. The bytes stay
- * as they came where nothing matched. -E2BIG when a pattern's match limit was hit: withhold it. */
+ * as they came where nothing matched. Negative when a pattern's match limit or the time for
+ * the whole was hit: withhold it. */
 int orch_redact_json(const struct orch_generation *g, const uint16_t *patterns, size_t n, const struct orch_json_doc *d, uint32_t tok,
                      struct orch_buf *out);
+/* The same in one text, in place: 1 when something matched, 0, or negative as above. */
+int orch_redact_text(const struct orch_generation *g, const uint16_t *patterns, size_t n, struct orch_buf *text);
 
 /* Whether calls to this tool's rule and caller are still within limit per window. */
 bool orch_rate_take(struct orch *o, const char *key, double limit, int64_t window_ms);

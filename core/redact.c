@@ -3,8 +3,10 @@
 
 #include <errno.h>
 
-/* Replaces in one string's text, pattern after pattern; 1 when something matched. */
-static int redact_text(const struct orch_generation *g, const uint16_t *patterns, size_t n, struct orch_buf *text)
+/* For a whole value, beside the patterns' limit for one string: many strings must not hold the loop. */
+enum { BUDGET_US = 500000, BYTES_PER_US = 10 };
+
+int orch_redact_text(const struct orch_generation *g, const uint16_t *patterns, size_t n, struct orch_buf *text)
 {
     int matched = 0;
     for (size_t i = 0; i < n; i++) {
@@ -28,6 +30,7 @@ int orch_redact_json(const struct orch_generation *g, const uint16_t *patterns, 
     /* Strings lie in order in the text: copy what is between them, replace those that match. Keys too. */
     size_t copied = d->toks[tok].start - (d->toks[tok].type == ORCH_JSON_STRING);
     cleanup_buf struct orch_buf text = { 0 };
+    int64_t deadline_us = orch_now_us() + BUDGET_US + (int64_t)(n * (d->toks[tok].end - copied) / BYTES_PER_US);
     for (uint32_t i = tok; i < d->toks[tok].next; i++) {
         const struct orch_json_tok *t = &d->toks[i];
         if (t->type != ORCH_JSON_STRING)
@@ -35,9 +38,11 @@ int orch_redact_json(const struct orch_generation *g, const uint16_t *patterns, 
         text.n = 0;
         orch_buf_reserve(&text, 1);
         orch_json_string(d, i, &text);
-        int r = redact_text(g, patterns, n, &text);
+        int r = orch_redact_text(g, patterns, n, &text);
         if (r < 0)
             return r;
+        if (orch_now_us() > deadline_us)
+            return -EOVERFLOW;
         if (!r)
             continue;
         orch_buf_add(out, d->text + copied, t->start - 1 - copied);
