@@ -228,6 +228,12 @@ static void take_request(struct orch_mcp_client *c, const struct orch_rpc_msg *m
     }
     orch_buf_char(&c->outbuf, '\n');
     flush_soon(c);
+    if (c->outbuf.n > OUT_MAX_BYTES) {
+        struct orch_err err = { 0 };
+        orch_err_setc(&err, ORCH_CLASS_UPSTREAM, ENOBUFS, "%s: the server asks but does not read its input (%zu bytes wait)", c->name,
+                      c->outbuf.n);
+        client_fail(c, &err);
+    }
 }
 
 static void take_line(struct orch_mcp_client *c, struct orch_slice line)

@@ -96,7 +96,7 @@ static void flush(struct orch_mcp_stdio *t)
         orch_watch_set(t->out.watch, out->n ? ORCH_WRITE : 0);
     if (out->n > OUT_PAUSE_BYTES && !t->paused)
         set_reading(t, false);
-    else if (out->n < OUT_RESUME_BYTES && t->paused)
+    else if (out->n < OUT_RESUME_BYTES && t->paused && !(t->held && t->buf.n > t->o.max_line))
         set_reading(t, true);
 }
 
