@@ -10,7 +10,8 @@ struct orch_upstream {
     struct orch *o;
     char *name;
     struct orch_mcp_client *client;
-    struct orch_buf tools; /* JSON: [page.tools, page.tools, …] */
+    struct orch_buf tools;   /* JSON: [page.tools, page.tools, …] */
+    struct orch_buf listing; /* the same while it is being asked for */
     unsigned pages;
     bool settled, relisting; /* settled: ready or failed once */
     void (*on_settled)(void *ud);
@@ -23,15 +24,18 @@ static void list_page(struct orch_upstream *u, struct orch_slice cursor);
 
 static void settle(struct orch_upstream *u, const struct orch_err *err)
 {
+    bool relisting = u->relisting;
+    u->relisting = false;
     if (err) {
-        u->problem = *err;
+        /* A list that cannot be had again leaves the one before in force, unless the server is gone. */
+        if (!relisting || !orch_mcp_client_alive(u->client))
+            u->problem = *err;
         orch_log(ORCH_ERROR, "%s", err->msg);
     }
     if (!u->settled) {
         u->settled = true;
         u->on_settled(u->ud);
-    } else if (u->relisting) {
-        u->relisting = false;
+    } else if (relisting && !err) {
         orch_host_reload(u->o, "the upstream's tools changed");
     }
 }
@@ -45,22 +49,28 @@ static void page_done(void *ud, struct orch_slice result, const struct orch_err 
     }
     cleanup_json struct orch_json_doc d = { 0 };
     struct orch_json_fault fault;
-    if (orch_json_scan(&d, result, &(struct orch_json_limits){ 0 }, &fault) < 0)
-        return;
-    uint32_t tools = orch_json_get(&d, 0, "tools"), next = orch_json_get(&d, 0, "nextCursor");
     struct orch_err wrong = { 0 };
+    if (orch_json_scan(&d, result, &(struct orch_json_limits){ 0 }, &fault) < 0) {
+        orch_err_setc(&wrong, ORCH_CLASS_UPSTREAM, EPROTO, "%s: its tools/list answer: %s", u->name, fault.rule);
+        settle(u, &wrong);
+        return;
+    }
+    uint32_t tools = orch_json_get(&d, 0, "tools"), next = orch_json_get(&d, 0, "nextCursor");
     if (!tools || d.toks[tools].type != ORCH_JSON_ARRAY) {
         orch_err_setc(&wrong, ORCH_CLASS_UPSTREAM, EPROTO, "%s: its tools/list answer has no list of tools", u->name);
         settle(u, &wrong);
         return;
     }
-    orch_buf_char(&u->tools, u->tools.n ? ',' : '[');
-    orch_buf_slice(&u->tools, orch_json_raw(&d, tools));
+    orch_buf_char(&u->listing, u->listing.n ? ',' : '[');
+    orch_buf_slice(&u->listing, orch_json_raw(&d, tools));
     if (next && d.toks[next].type == ORCH_JSON_STRING && ++u->pages < PAGES_MAX) {
         list_page(u, orch_json_raw(&d, next));
         return;
     }
-    orch_buf_char(&u->tools, ']');
+    orch_buf_char(&u->listing, ']');
+    orch_buf_free(&u->tools);
+    u->tools = u->listing;
+    u->listing = (struct orch_buf){ 0 };
     settle(u, NULL);
 }
 
@@ -105,7 +115,7 @@ static void tools_changed(void *ud)
     if (!u->settled || u->relisting)
         return;
     u->relisting = true;
-    u->tools.n = 0;
+    u->listing.n = 0;
     u->pages = 0;
     list_page(u, (struct orch_slice){ 0 });
 }
@@ -156,6 +166,7 @@ void orch_upstream_free(struct orch_upstream *u)
     orch_loop_unpost(u->o->loop, settled_at_start, u);
     orch_mcp_client_free(u->client, GRACE_MS);
     orch_buf_free(&u->tools);
+    orch_buf_free(&u->listing);
     free(u->name);
     free(u);
 }
