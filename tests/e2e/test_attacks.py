@@ -1,0 +1,127 @@
+# What an agent, a server behind the proxy and a tool's slip may try, each found once and held since.
+# as: user
+import json
+
+from orch_e2e import *
+
+SERVER = r'''
+import json, os, sys, time
+def out(m):
+    sys.stdout.write((m if isinstance(m, str) else json.dumps(m)) + "\n")
+    sys.stdout.flush()
+def result(m, r):
+    out('{"jsonrpc":"2.0","id":%s,"result":%s}' % (json.dumps(m["id"]), r if isinstance(r, str) else json.dumps(r)))
+lists = 0
+for line in sys.stdin:
+    m = json.loads(line)
+    if m.get("method") == "initialize":
+        result(m, {"protocolVersion": "2025-11-25", "capabilities": {"tools": {}}, "serverInfo": {"name": "x", "version": "1"}})
+    elif m.get("method") == "tools/list":
+        lists += 1
+        on_list(m) if lists > 1 else result(m, {"tools": [{"name": "t", "inputSchema": {"type": "object"}}]})
+    elif m.get("method") == "tools/call":
+        on_call(m, m["params"]["_meta"]["progressToken"])
+'''
+REDACT = 'return { rules = { { tool = "*", action = "allow", redact = { [=[%s]=] } } } }'
+
+
+def proxy(env, on_call, rules=ALLOW_ALL, on_list="pass"):
+    body = "def on_call(m, token):\n%s\ndef on_list(m):\n    %s\n" % ("\n".join("    " + line for line in on_call.splitlines()), on_list)
+    env.project(rules)
+    return env.session("--", PY, env.write("server.py", body + SERVER))
+
+
+def rss_mb(pid):
+    with open("/proc/%d/status" % pid) as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("VmRSS")) >> 10
+
+
+@case("a result whose metatable raises, or never ends, is read raw")
+def metatable(env):
+    bad = lambda name, body: ECHO.replace('"echo"', '"%s"' % name).replace("{ text = args.message }", "setmetatable({}, { __index = function() %s end })" % body)
+    s = env.project(tools={"raises": bad("raises", "error('no')"), "loops": bad("loops", "while true do end"), "echo": ECHO}).session()
+    s.initialize()
+    for name in ("raises", "loops"):
+        expect(text_of(s.call(name, {"message": "x"})) == "")
+    expect(text_of(s.call("echo", {"message": "alive"})) == "alive")
+
+
+@case("redact: progress and log messages of a tool, and the reason in the audit log")
+def redact_messages(env):
+    tool = ECHO.replace("function(args)", "function(args, ctx) ctx:progress(1, 2, 'p ' .. args.message) ctx:log('info', 'l ' .. args.message)")
+    env.project('return { rules = { { tool = "*", action = "allow", redact = { [[sk-\\w+]] } },\n'
+                '  { tool = "*", action = "deny", when = function(c) if c.args.fail then error(c.args.message) end end } } }', {"echo": tool})
+    s = env.session("-v")
+    s.initialize()
+    s.request("logging/setLevel", {"level": "debug"})
+    s.request("tools/call", {"name": "echo", "arguments": {"message": "sk-1"}, "_meta": {"progressToken": 7}})
+    params = [n["params"] for n in s.notes]
+    expect([p.get("message") or p.get("data") for p in params] == ["p [redacted]", "l [redacted]"], params)
+    expect(s.call("echo", {"message": "sk-2", "fail": True})["isError"])
+    expect(s.end() == 0)
+    reasons = [line["reason"] for line in env.audit() if line.get("reason")]
+    expect(len(reasons) == 1 and "[redacted]" in reasons[0], reasons)
+    expect("sk-" not in json.dumps(env.audit()) and "sk-" not in s.stderr(), "the secret is in the audit log or in ours")
+
+
+@case("redact: progress of a server behind the proxy; numbers that are none do not reach the wire")
+def redact_progress(env):
+    s = proxy(env, 'for n in (1, "x"): out({"jsonrpc": "2.0", "method": "notifications/progress", "params": {"progressToken": token, "progress": n, "message": "sk-1"}})\n'
+                   'result(m, {"content": []})', REDACT % r"sk-\w+")
+    s.initialize()
+    s.request("tools/call", {"name": "t", "arguments": {}, "_meta": {"progressToken": 7}})
+    expect([n["params"] for n in s.notes] == [{"progressToken": 7, "progress": 1, "message": "[redacted]"}], s.notes)
+
+
+@case("redact: many strings that are each just within a pattern's limit do not hold the loop")
+def redact_time(env):
+    s = proxy(env, 'result(m, {"content": [{"type": "text", "text": "a" * 13 + "!"}] * 5000})', REDACT % r"(\w+\s?)+[:;]")
+    s.initialize()
+    started = time.monotonic()
+    expect("withheld" in text_of(s.call("t", deadline_s=30)))
+    s.call("t", {"list": ["a" * 13 + "!"] * 5000}, deadline_s=30) # its audit line
+    expect(time.monotonic() - started < 4 * SLOW, "took %.1f s" % (time.monotonic() - started))
+
+
+@case("a result that is empty but for a space, to a modern client")
+def empty_result(env):
+    s = proxy(env, 'result(m, "{ }")')
+    expect(s.request("tools/call", {"name": "t", "arguments": {}}, modern=True)["result"] == {"resultType": "complete"})
+
+
+@case("a reload while the server's tools are listed again keeps its tools")
+def reload_while_listing(env):
+    s = proxy(env, 'out({"jsonrpc": "2.0", "method": "notifications/tools/list_changed"})\nresult(m, {"content": []})',
+              on_list='open("listing", "w").close()')
+    s.initialize()
+    s.call("t")
+    until(lambda: os.path.exists(env.path("p", "listing")), 5, "the server is asked again")
+    env.write("policies/tools.lua", 'return { rules = { { tool = "*", action = "deny", reason = "reloaded" } } }')
+    until(lambda: "reloaded" in text_of(s.call("t")), 5, "the new rules, with the server's tool")
+
+
+@case("what an agent sends while the server starts is bounded")
+def flood_while_starting(env):
+    env.project()
+    s = env.session("--", PY, "-c", "import sys; sys.stdin.read()")
+    line = b'{"jsonrpc":"2.0","method":"x","params":{"a":"' + b"a" * 1000000 + b'"}}\n'
+    try:
+        for _ in range(100):
+            s.send_raw(line, 0.5 / SLOW)
+        raise AssertionError("100 MB were read")
+    except Closed as why:
+        expect("does not read" in str(why), why)
+    expect(rss_mb(s.pid) < 60 * SLOW, "%d MiB" % rss_mb(s.pid))
+
+
+@case("a server that asks without end and reads no answer is ended")
+def ping_flood(env):
+    s = proxy(env, 'for _ in range(300): out({"jsonrpc": "2.0", "id": "x" * 1000000, "method": "ping"})\ntime.sleep(100)')
+    s.initialize()
+    answer = s.request("tools/call", {"name": "t", "arguments": {}}, deadline_s=20)
+    expect("does not read its input" in answer["error"]["message"], answer)
+    expect(rss_mb(s.pid) < 160 * SLOW, "%d MiB" % rss_mb(s.pid))
+
+
+if __name__ == "__main__":
+    main()
