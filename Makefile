@@ -47,7 +47,7 @@ LIBS := -lluajit-5.1 -levent_core -lcjson -lpcre2-8 -l:libcrypto.a -ldl -lm
 
 ROOMS := base http mcp net vm store script bind
 LIB_SRC := $(wildcard $(foreach r,$(ROOMS),core/$(r)/*.c)) $(wildcard core/launch/client.c) $(filter-out core/main.c,$(wildcard core/*.c))
-LIB_OBJ := $(LIB_SRC:%.c=$(B)/%.o)
+LIB_OBJ := $(LIB_SRC:%.c=$(B)/%.o) $(B)/compiled.o
 LAUNCHER_SRC := $(filter-out core/launch/client.c,$(wildcard core/launch/*.c))
 LAUNCHER_OBJ := $(LAUNCHER_SRC:%.c=$(B)/%.o)
 TEST_SRC := $(wildcard tests/c/test_*.c)
@@ -72,6 +72,15 @@ $(B)/%.o: %.c Makefile $(B)/settings
 	$(call say,CC,$<)
 	@mkdir -p $(@D)
 	$(Q)$(CC) $(ALL_CFLAGS) -MMD -MP -c -o $@ $<
+
+# orch's own Lua files that every start needs; another text of them on the disk is compiled there and then.
+COMPILED := $(wildcard lua/*.lua lua/tools/*.lua)
+$(B)/compiled.c: core/script/compile.lua $(COMPILED)
+	@mkdir -p $(@D)
+	$(Q)luajit $< $(COMPILED) > $@.tmp && mv $@.tmp $@
+$(B)/compiled.o: $(B)/compiled.c Makefile $(B)/settings
+	$(call say,CC,$<)
+	$(Q)$(CC) $(ALL_CFLAGS) -Icore -c -o $@ $<
 
 $(B)/liborch.a: $(LIB_OBJ)
 	$(call say,AR,$@)
@@ -144,6 +153,7 @@ gcc                  build  C compiler
 make                 build  runs this file
 pkg-config           build  finds headers
 libluajit-5.1-dev    build  headers
+luajit               build  compiles orch's own Lua files
 libevent-dev         build  headers
 libcjson-dev         build  headers
 libpcre2-dev         build  headers

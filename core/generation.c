@@ -30,6 +30,7 @@ struct loading {
     struct orch_buf *errors;
     enum orch_class cls;
     struct orch_sha256_ctx hash;
+    char sha[65]; /* of the source read last */
     unsigned files;
 };
 
@@ -105,12 +106,11 @@ static int read_source(struct loading *l, int dirfd, const char *name, const cha
         fail(l, ORCH_CLASS_CONFIG, "%s: cannot be read: %s", display(l, path), strerror(-r));
     if (r < 0)
         return r;
-    char sha[65];
-    orch_sha256_hex(out->p, out->n, sha);
-    if (!product && !check_trust(l, path, sha))
+    orch_sha256_hex(out->p, out->n, l->sha);
+    if (!product && !check_trust(l, path, l->sha))
         return -EPERM;
     orch_sha256_update(&l->hash, path, strlen(path) + 1);
-    orch_sha256_update(&l->hash, sha, 64);
+    orch_sha256_update(&l->hash, l->sha, 64);
     return 0;
 }
 
@@ -127,7 +127,7 @@ static int run_source(struct loading *l, struct orch_state *s, const char *shown
 {
     lua_State *L = orch_state_lua(s);
     struct orch_err err = { 0 };
-    int r = orch_state_load(s, shown, text, &err);
+    int r = orch_state_load_known(s, shown, text, l->sha, &err);
     if (r == 0) {
         lua_insert(L, -(n_args + 1));
         r = orch_state_pcall(s, n_args, 1, &err);
@@ -921,7 +921,7 @@ static int load_tool_dir(struct loading *l, int dispatch_ref, const char *dir, b
             continue;
         }
         struct orch_err err = { 0 };
-        if (orch_state_load(g->tools_state, shown, (struct orch_slice){ text.p, text.n }, &err) < 0) {
+        if (orch_state_load_known(g->tools_state, shown, (struct orch_slice){ text.p, text.n }, l->sha, &err) < 0) {
             fail_file(l, shown, &err);
             r = -1;
             continue;

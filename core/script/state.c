@@ -500,6 +500,7 @@ int orch_state_pcall(struct orch_state *s, int nargs, int nresults, struct orch_
 struct load {
     const char *path;
     struct orch_slice text;
+    const char *sha256;
     struct orch_state *s;
     int status;
 };
@@ -508,7 +509,12 @@ static void load_chunk(lua_State *L, void *ud)
 {
     struct load *a = ud;
     const char *name = lua_pushfstring(L, "@%s", a->path);
-    a->status = luaL_loadbufferx(L, a->text.p, a->text.n, name, "t");
+    const struct orch_compiled *c = orch_compiled;
+    while (c->n && !(a->sha256 && strcmp(c->sha256, a->sha256) == 0))
+        c++;
+    /* Another LuaJIT than the one it was made with refuses it. */
+    if (!c->n || luaL_loadbufferx(L, c->code, c->n, name, "b"))
+        a->status = luaL_loadbufferx(L, a->text.p, a->text.n, name, "t");
     if (a->status)
         lua_error(L);
     if (a->s->bounded) {
@@ -518,10 +524,15 @@ static void load_chunk(lua_State *L, void *ud)
         lua_setfenv(L, -2);
     }
     lua_rawseti(L, LUA_REGISTRYINDEX, a->s->ref_slot);
-    lua_pop(L, 1);
+    lua_settop(L, 0);
 }
 
 int orch_state_load(struct orch_state *s, const char *path, struct orch_slice text, struct orch_err *err)
+{
+    return orch_state_load_known(s, path, text, NULL, err);
+}
+
+int orch_state_load_known(struct orch_state *s, const char *path, struct orch_slice text, const char *sha256, struct orch_err *err)
 {
     if (text.n > SOURCE_MAX)
         return orch_err_setc(err, ORCH_CLASS_CONFIG, EFBIG, "%s: %zu bytes; a Lua file may have 1 MiB", path,
@@ -530,7 +541,7 @@ int orch_state_load(struct orch_state *s, const char *path, struct orch_slice te
         return orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL, "%s: bytecode is not accepted, only source text", path);
     struct orch_entry e;
     struct orch_err limit;
-    struct load a = { path, text, s, 0 };
+    struct load a = { path, text, sha256, s, 0 };
     if (!orch_state_enter(s, &e, NULL))
         return orch_err_setc(err, s->over, s->over_code, "%s", s->over_msg);
     int r = orch_state_protect(s, load_chunk, &a, err);

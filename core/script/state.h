@@ -45,6 +45,9 @@ void orch_state_set_limits(struct orch_state *s, size_t memory_bytes, uint64_t s
  * bounded state its environment is a fresh table that reads through to the shared read-only globals.
  * -EINVAL with file:line in err. Source over 1 MiB: -EFBIG. */
 int orch_state_load(struct orch_state *s, const char *path, struct orch_slice text, struct orch_err *err);
+/* The same for a text whose SHA-256 is known: when make compiled exactly this text (one of orch's own
+ * files, unchanged), that is taken; messages then name the file as lua/NAME. */
+int orch_state_load_known(struct orch_state *s, const char *path, struct orch_slice text, const char *sha256, struct orch_err *err);
 
 /* Calls the function below nargs arguments, with budget and traceback. On failure pops everything and
  * sets err: the error's text with file:line, then the traceback on further lines; class LIMIT when a
@@ -70,6 +73,13 @@ void orch_state_freeze(lua_State *L, int idx); /* raises */
 int orch_state_env(lua_State *L, int fn_idx);
 
 /* ---- Inside core/script only ------------------------------------------------------------------ */
+
+/* Made by compile.lua; ends with an empty entry. */
+struct orch_compiled {
+    const char *sha256, *code; /* of the source; bytecode */
+    size_t n;
+};
+extern const struct orch_compiled orch_compiled[];
 
 struct orch_task;
 struct orch_tasks;
