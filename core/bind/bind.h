@@ -14,6 +14,7 @@
 
 struct orch_vms;
 struct orch_vm_opts;
+struct orch_rules;
 struct orch_vm_handle;
 struct orch_toolcall;
 
@@ -47,6 +48,8 @@ struct orch_env {
     struct orch_vms *(*vms)(void *ud, struct orch_err *err);
     /* Lowers and fills what the configuration bounds (image, accel, memory, vcpus). */
     int (*vm_defaults)(void *ud, struct orch_vm_opts *o, struct orch_err *err);
+    /* A network policy's filter, for orch_vm_opts. Class CONFIG when there is no such policy. */
+    int (*rules)(void *ud, const char *name, struct orch_rules **out, struct orch_err *err);
     /* orch.mcp.serve: returns at once, done is called from the loop when the session ended. */
     int (*serve)(void *ud, const struct orch_serve_opts *o, struct orch_err *err);
     void (*serve_stop)(void *ud); /* ends it at once; done is not called */

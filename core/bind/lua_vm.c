@@ -284,6 +284,8 @@ int orch_vm_spawn_wait(lua_State *L, int idx, struct orch_toolcall *call)
     struct orch_vms *vms = env->vms(env->ud, &err);
     if (!vms || env->vm_defaults(env->ud, &vo, &err) < 0)
         return orch_push_err(L, &err);
+    if (strcmp(vo.network, "none") != 0 && env->rules(env->ud, vo.network, &vo.rules, &err) < 0)
+        return orch_push_err(L, &err);
     struct orch_vm_handle *h = orch_xcalloc(1, sizeof *h);
     h->refs = 1; /* the wait's */
     h->main = orch_state_lua(orch_state_of(L));
@@ -775,9 +777,11 @@ static int l_logs(lua_State *L)
 static int l_network(lua_State *L)
 {
     int n_results;
-    if (!live(L, &n_results))
+    struct orch_vm_handle *h = live(L, &n_results);
+    if (!h)
         return n_results;
-    lua_pushliteral(L, "no interface");
+    const char *network = orch_vm_network(h->vm);
+    lua_pushstring(L, strcmp(network, "none") ? network : "no interface");
     return 1;
 }
 

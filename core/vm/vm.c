@@ -45,7 +45,7 @@ struct orch_vm {
     struct orch_vms *m;
     struct orch_vm *next, **link;
     struct orch_vm_opts o; /* its strings are not kept, but these: */
-    char *image, *name, *call;
+    char *image, *name, *call, *network;
     char id[16];
     enum state state;
     enum orch_isolation isolation;
@@ -452,7 +452,10 @@ static int check_opts(struct orch_vms *m, const struct orch_vm_opts *o,
     if (o->backend && strcmp(o->backend, "auto") != 0 && strcmp(o->backend, m->backend->name) != 0)
         return orch_err_setc(err, ORCH_CLASS_ISOLATION, ENOTSUP,
                              "backend: \"%s\" is not available; qemu is", o->backend);
-    if (o->network && strcmp(o->network, "none") != 0)
+    if ((o->network && strcmp(o->network, "none") != 0) != (o->rules != NULL))
+        return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL,
+                             "network: a policy's name comes with its filter, \"none\" without");
+    if (o->rules)
         return orch_err_setc(
             err, ORCH_CLASS_ISOLATION, ENOTSUP,
             "network: \"%s\": microVMs with a network are not available yet; \"none\" is",
@@ -482,14 +485,17 @@ struct orch_vm *orch_vm_spawn(struct orch_vms *m, const struct orch_vm_opts *o,
 {
     struct orch_template_want want;
     struct orch_err why;
-    if (check_opts(m, o, &want, err) < 0)
+    if (check_opts(m, o, &want, err) < 0) {
+        orch_rules_free(o->rules);
         return NULL;
+    }
     struct orch_vm *vm = orch_xcalloc(1, sizeof *vm);
     vm->m = m;
     vm->o = *o;
     vm->image = orch_xstrdup(want.image);
     vm->name = orch_xstrdup(o->name);
     vm->call = orch_xstrdup(o->call);
+    vm->network = orch_xstrdup(o->rules ? o->network : "none");
     vm->status = -1;
     vm->agent_fd = -1;
     vm->spawned_us = orch_now_us();
@@ -531,6 +537,8 @@ void orch_vm_free(struct orch_vm *vm)
     free(vm->image);
     free(vm->name);
     free(vm->call);
+    free(vm->network);
+    orch_rules_free(vm->o.rules);
     free(vm);
 }
 
@@ -584,6 +592,22 @@ struct orch_slice orch_vm_log_tail(const struct orch_vm *vm)
 bool orch_vm_no_aslr(const struct orch_vm *vm)
 {
     return vm->isolation == ORCH_ISOLATION_EMULATED;
+}
+
+const char *orch_vm_network(const struct orch_vm *vm)
+{
+    return vm->network;
+}
+
+int orch_vm_counters(struct orch_vm *vm,
+                     void (*fn)(void *ud, const char *label, uint64_t packets, uint64_t bytes),
+                     void *ud, struct orch_err *err)
+{
+    (void)vm;
+    (void)fn;
+    (void)ud;
+    (void)err;
+    return 0;
 }
 
 /* ---- the manager */

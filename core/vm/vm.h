@@ -7,6 +7,7 @@
 #define ORCH_VM_VM_H
 
 #include "../launch/launch.h"
+#include "../net/ruleset.h"
 #include "channel.h"
 #include "image.h"
 
@@ -40,7 +41,10 @@ struct orch_vm_opts {
     const char *image;       /* NULL: "base" */
     const char *backend;     /* "auto", "qemu"; others: class ISOLATION, named */
     const char *accel;       /* "auto", "kvm", "tcg" */
-    const char *network;     /* "none" only; others: class ISOLATION "not available yet" */
+    /* NULL or "none": no network device in the guest. Else a policy's name and its filter, which is the
+     * microVM's from then on, also when spawn fails; one without the other: class USAGE. */
+    const char *network;
+    struct orch_rules *rules;
     const char *name;        /* NULL or a label for list */
     uint64_t memory_bytes;   /* 64M … 4G, default 256M */
     int vcpus;               /* 1…8 */
@@ -75,6 +79,12 @@ struct orch_channel *orch_vm_channel(struct orch_vm *vm); /* after ready */
 struct orch_slice orch_vm_log_tail(const struct orch_vm *vm);
 /* True when under TCG, where guest programs start faster without ASLR (orch_exec_opts.no_aslr). */
 bool orch_vm_no_aslr(const struct orch_vm *vm);
+
+const char *orch_vm_network(const struct orch_vm *vm); /* the policy's name, or "none" */
+/* The filter's rules with what they counted, in order; nothing without a network. After ready. */
+int orch_vm_counters(struct orch_vm *vm,
+                     void (*fn)(void *ud, const char *label, uint64_t packets, uint64_t bytes),
+                     void *ud, struct orch_err *err);
 
 /* Each microVM of this process. */
 void orch_vms_each(struct orch_vms *m, void (*fn)(void *ud, struct orch_vm *vm), void *ud);
