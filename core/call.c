@@ -39,6 +39,7 @@ struct orch_toolcall {
     struct orch_buf text; /* the error's text, or the result's members */
     uint16_t *redact;
     size_t n_redact;
+    char *network; /* NULL: none */
     struct orch_task *task;
     struct orch_mcp_client_call *upstream;
     struct orch_timer *timer; /* deadline of calls that are no task */
@@ -119,6 +120,7 @@ static void call_free(struct orch_toolcall *c)
     orch_generation_unref(c->gen);
     orch_session_unref(c->session);
     free(c->redact);
+    free(c->network);
     orch_buf_free(&c->meta);
     if (c->args.cap > 64 * 1024)
         orch_buf_free(&c->args);
@@ -335,6 +337,10 @@ static void take_effects(struct orch_toolcall *c, lua_State *L, int idx)
             lua_pop(L, 1);
         }
     }
+    lua_getfield(L, idx, "network");
+    if (lua_isstring(L, -1))
+        c->network = orch_xstrdup(lua_tostring(L, -1));
+    lua_pop(L, 1);
     lua_getfield(L, idx, "marks");
     struct orch_session *s = c->session;
     for (int i = 1, n = lua_istable(L, -1) && c->decision == ALLOW ? (int)lua_objlen(L, -1) : 0; i <= n; i++) {
@@ -964,6 +970,11 @@ static const char *ctx_workspace(const struct orch_toolcall *c)
     return c->gen->cfg.workspace;
 }
 
+static const char *ctx_network(const struct orch_toolcall *c)
+{
+    return c->network ? c->network : "none";
+}
+
 static int64_t ctx_left_ms(const struct orch_toolcall *c)
 {
     return (c->deadline_us - orch_now_us()) / 1000;
@@ -985,6 +996,7 @@ const struct orch_env_call_ops orch_call_ops = {
     .id = ctx_id,
     .session = ctx_session,
     .workspace = ctx_workspace,
+    .network = ctx_network,
     .left_ms = ctx_left_ms,
     .adopt = ctx_adopt,
 };

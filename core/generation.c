@@ -3,6 +3,7 @@
 #include "host.h"
 
 #include "base/hash.h"
+#include "script/lines.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -396,6 +397,18 @@ static void read_config(struct loading *l, lua_State *L)
     c->audit_sync = !sync || strcmp(sync, "none") == 0 ? ORCH_AUDIT_SYNC_NONE
                     : strcmp(sync, "each") == 0        ? ORCH_AUDIT_SYNC_EACH
                                                        : ORCH_AUDIT_SYNC_INTERVAL;
+    push_path(L, "net.permit_private");
+    c->n_permit = lua_istable(L, -1) ? lua_objlen(L, -1) : 0;
+    c->permit = orch_xcalloc(c->n_permit, sizeof *c->permit);
+    size_t kept = 0;
+    for (size_t i = 0; i < c->n_permit; i++) {
+        lua_rawgeti(L, -1, (int)i + 1);
+        if (orch_cidr_parse(lua_tostring(L, -1), &c->permit[kept], NULL) == 0) /* IPv6: nothing is reachable by it */
+            kept++;
+        lua_pop(L, 1);
+    }
+    c->n_permit = kept;
+    lua_pop(L, 1);
     push_path(L, "tools");
     size_t n = lua_istable(L, -1) ? lua_objlen(L, -1) : 0;
     c->tools = orch_xcalloc(n + 1, sizeof *c->tools);
@@ -509,107 +522,6 @@ static int load_config(struct loading *l)
 
 /* ---- policies */
 
-/* Lines on which the elements of `rules = {` of a returned table begin. A small scanner of Lua tokens:
- * strings, comments and brackets; what it cannot follow (rules made by code) yields a count that does
- * not fit, and messages then name the rule's number instead. */
-struct lexer {
-    const char *p, *end;
-    int line;
-};
-
-static bool skip_long(struct lexer *x)
-{
-    const char *q = x->p + 1;
-    while (q < x->end && *q == '=')
-        q++;
-    if (q >= x->end || *q != '[')
-        return false;
-    size_t level = (size_t)(q - x->p) - 1;
-    for (q++; q < x->end; q++) {
-        if (*q == '\n')
-            x->line++;
-        if (*q != ']')
-            continue;
-        const char *c = q + 1;
-        while (c < x->end && *c == '=')
-            c++;
-        if (c < x->end && *c == ']' && (size_t)(c - q) - 1 == level) {
-            x->p = c + 1;
-            return true;
-        }
-    }
-    x->p = x->end;
-    return true;
-}
-
-/* Advances to the next token; returns its first character, 'a' for names and numbers, '"' for strings, 0 at the end. */
-static int next_token(struct lexer *x, struct orch_slice *token)
-{
-    while (x->p < x->end) {
-        char c = *x->p;
-        if (c == '\n')
-            x->line++;
-        if (c == ' ' || (c >= '\t' && c <= '\r')) {
-            x->p++;
-        } else if (c == '-' && x->p + 1 < x->end && x->p[1] == '-') {
-            x->p += 2;
-            if (!(x->p < x->end && *x->p == '[' && skip_long(x)))
-                while (x->p < x->end && *x->p != '\n')
-                    x->p++;
-        } else if (c == '"' || c == '\'') {
-            for (x->p++; x->p < x->end && *x->p != c && *x->p != '\n'; x->p++)
-                if (*x->p == '\\')
-                    x->p++;
-            x->p++;
-            return '"';
-        } else if (c == '[' && skip_long(x)) {
-            return '"';
-        } else if (c == '_' || (c >= '0' && c <= '9') || ((c | 32) >= 'a' && (c | 32) <= 'z')) {
-            token->p = x->p;
-            while (x->p < x->end && (*x->p == '_' || (*x->p >= '0' && *x->p <= '9') || ((*x->p | 32) >= 'a' && (*x->p | 32) <= 'z')))
-                x->p++;
-            token->n = (size_t)(x->p - token->p);
-            return 'a';
-        } else {
-            x->p++;
-            return c;
-        }
-    }
-    return 0;
-}
-
-static void push_rule_lines(lua_State *L, struct orch_slice text)
-{
-    lua_newtable(L);
-    struct lexer x = { text.p, text.p + text.n, 1 };
-    struct orch_slice token = { 0 };
-    int depth = 0, rules_depth = 0, n = 0, state = 0; /* state: 1 after `rules`, 2 after `=` */
-    bool fresh = false;                               /* at the start of an element */
-    for (int t; (t = next_token(&x, &token));) {
-        if (rules_depth && depth == rules_depth && fresh && t != '}') {
-            lua_pushinteger(L, x.line);
-            lua_rawseti(L, -2, ++n);
-            fresh = false;
-        }
-        if (t == '{' && state == 2 && !rules_depth) {
-            rules_depth = depth + 1;
-            fresh = true;
-        }
-        state = t == 'a' && orch_slice_eq(token, "rules") && !rules_depth ? 1 : t == '=' && state == 1 ? 2 : 0;
-        bool word = t == 'a';
-        if (t == '{' || t == '(' || t == '[' || (word && (orch_slice_eq(token, "function") || orch_slice_eq(token, "do") ||
-                                                          orch_slice_eq(token, "then") || orch_slice_eq(token, "repeat"))))
-            depth++;
-        else if (t == '}' || t == ')' || t == ']' || (word && (orch_slice_eq(token, "end") || orch_slice_eq(token, "until") ||
-                                                               orch_slice_eq(token, "elseif"))))
-            depth--;
-        else if ((t == ',' || t == ';') && rules_depth && depth == rules_depth)
-            fresh = true;
-        if (rules_depth && depth < rules_depth)
-            return;
-    }
-}
-
 static int engine_call(struct loading *l, const char *method, int n_args, int n_results)
 {
     struct orch_generation *g = l->g;
@@ -640,9 +552,8 @@ static int load_policy_file(struct loading *l, int dirfd, const char *name)
     bool tools = strcmp(name, "tools.lua") == 0;
     lua_pushstring(L, shown);
     lua_insert(L, -2);
-    if (tools)
-        push_rule_lines(L, source);
-    if (engine_call(l, tools ? "load_tools" : "load_network", tools ? 3 : 2, 1) < 0)
+    orch_lines_push(L, source);
+    if (engine_call(l, tools ? "load_tools" : "load_network", 3, 1) < 0)
         return -1;
     size_t before = l->errors->n;
     take_lines(L, shown, add_error, l);
@@ -697,6 +608,7 @@ static int load_policies(struct loading *l)
     push_deps(L);
     set_function(L, "rate", l_rate);
     set_function(L, "session", l_session);
+    orch_luaopen_network_deps(L, g);
     orch_luaopen_regex(L);
     lua_setfield(L, -2, "regex");
     if (push_schema(l, g->policy) < 0)
@@ -1128,6 +1040,7 @@ void orch_generation_unref(struct orch_generation *g)
     for (char **dir = c->tools; dir && *dir; dir++)
         free(*dir);
     free(c->tools);
+    free(c->permit);
     free(c->policies);
     free(c->workspace);
     free(c->audit_dir);

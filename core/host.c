@@ -547,6 +547,20 @@ static int env_serve(void *ud, const struct orch_serve_opts *so, struct orch_err
     return 0;
 }
 
+static int env_rules(void *ud, const char *network, struct orch_rules **rules, struct orch_err *err)
+{
+    struct orch *o = ud;
+    if (orch_host_generation(o, err) < 0)
+        return err->code > 0 ? -err->code : -EIO;
+    *rules = orch_generation_rules(o->gen, network, err);
+    return *rules ? 0 : -EINVAL;
+}
+
+static int env_fill_policy(void *ud, struct orch_policy *p, struct orch_err *err)
+{
+    return orch_fill_policy(ud, p, err);
+}
+
 /* ---- opening and closing */
 
 static void env_exit(void *ud, int status)
@@ -583,7 +597,7 @@ struct orch *orch_host_open(const char *config, const struct orch_options *opts,
     }
     snprintf(o->call_prefix, sizeof o->call_prefix, "c%02x%02x%02x%02x", prefix[0], prefix[1], prefix[2], prefix[3]);
     o->env = (struct orch_env){ .loop = o->loop, .vms = env_vms, .vm_defaults = env_vm_defaults, .rules = env_rules,
-                                .serve = env_serve, .serve_stop = serving_stop, .exit = env_exit, .call = &orch_call_ops, .ud = o };
+                                .serve = env_serve, .serve_stop = serving_stop, .rules = env_rules, .fill_policy = env_fill_policy, .exit = env_exit, .call = &orch_call_ops, .ud = o };
     return o;
 }
 
@@ -637,6 +651,7 @@ void orch_close(struct orch *o)
     for (size_t i = 0; i < o->n_c_tools; i++)
         orch_tool_fini(&o->c_tools[i]);
     free(o->c_tools);
+    free(o->host_addresses);
     orch_audit_close(o->audit);
     orch_loop_free(o->loop);
     orch_paths_fini(&o->paths);

@@ -12,6 +12,7 @@
 #include "orch.h"
 #include "script/reload.h"
 #include "store/audit.h"
+#include "net/ruleset.h"
 #include "store/db.h"
 #include "vm/vm.h"
 
@@ -45,6 +46,8 @@ struct orch_config {
     unsigned depth, calls;
     int64_t policy_time_ms, tool_cpu_ms;
     enum orch_audit_sync audit_sync;
+    struct orch_cidr *permit; /* net.permit_private */
+    size_t n_permit;
 };
 
 struct orch_tool {
@@ -99,6 +102,14 @@ void orch_tool_fini(struct orch_tool *t); /* frees its strings */
  * upstream says of it. */
 int orch_generation_add_tool(struct orch_generation *g, const struct orch_tool *t, struct orch_slice untrusted, struct orch_err *err);
 void orch_generation_list(struct orch_generation *g);
+/* The packet filter of a network policy of policies/network.lua; NULL with err (class CONFIG: no such
+ * policy). core/network.c. */
+struct orch_rules *orch_generation_rules(struct orch_generation *g, const char *network, struct orch_err *err);
+/* Its text, a rule a line, for policy show. */
+int orch_generation_rules_text(struct orch_generation *g, const char *network, struct orch_buf *out, struct orch_err *err);
+/* For env: permit and host of a policy. */
+int orch_fill_policy(struct orch *o, struct orch_policy *p, struct orch_err *err);
+int orch_luaopen_network_deps(lua_State *L, struct orch_generation *g); /* cidr, ports into the deps table at the top */
 /* engine.explain and engine.show as JSON. */
 int orch_generation_explain(struct orch_generation *g, const char *tool, struct orch_slice args, struct orch_buf *out, struct orch_err *err);
 int orch_generation_show(struct orch_generation *g, struct orch_buf *out, struct orch_err *err);
@@ -173,6 +184,7 @@ struct orch {
     struct orch_tool *c_tools; /* embedder's */
     size_t n_c_tools;
     struct orch_rate *rates;
+    struct orch_cidr *host_addresses; /* as orch_fill_policy read them last */
     struct orch_upstream *upstream; /* the server behind the thin proxy */
     struct orch_control *control;
     int64_t started_us;

@@ -199,13 +199,12 @@ local function cidrs(v, _, c, path)
     if message then c:fail(path .. "[" .. i .. "]", message) end
     out[i] = v[i]
   end
-  if #v > 0 then c:note(path, "without effect until network policies are available") end
   return out
 end
 
 local function uplink(v, entry, c, path)
   local value, message = choice(v, entry)
-  if value then c:note(path, "without effect until network policies are available") end
+  if value == "veth" then return nil, 'not available yet; use "pasta"' end
   return value, message
 end
 

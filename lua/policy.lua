@@ -4,7 +4,8 @@
 -- `when` results, so that a call costs its predicates and two table look-ups.
 --
 -- deps: json, regex(pattern) -> matcher | nil, err; schema.compile; nearest(word, list);
---       session(id) -> { id =, marks = {} }, client info; rate(key, limit, window_ms) -> boolean
+--       session(id) -> { id =, marks = {} }, client info; rate(key, limit, window_ms) -> boolean;
+--       cidr(text) -> true | nil, why; ports(text) -> true | nil, why
 local deps = ...
 local json, null = deps.json, deps.json.null
 
@@ -14,7 +15,8 @@ local names = { "allow", "ask", "deny" }
 local windows = { s = 1000, sec = 1000, min = 60000, h = 3600000, hour = 3600000, day = 86400000 }
 local MAX_WHENS = 50 -- of one tool: their results are the bits of a number
 
-local engine = { rules = {}, tools = {}, redact = {}, tests = {}, network = {}, file = "policies/tools.lua" }
+local engine = { rules = {}, tools = {}, redact = {}, tests = {}, file = "policies/tools.lua",
+  networks = {} } -- network policies: name -> { allow = { { cidr =, proto =, ports = { "443" } } }, connections =, bandwidth = bits/s }
 local cache = {}    -- tool name -> its candidates
 local sessions = {} -- session id -> what predicates see of it
 local clients = {}  -- session id -> what the client says of itself
@@ -115,8 +117,11 @@ local function compile_rule(r, i, line)
       if r[key] ~= nil then fail(where, "%s on a deny rule has no effect; remove it", key) end
     end
   end
-  if r.network ~= nil and r.network ~= "none" then
-    fail(where, "network %q is not available yet; only \"none\" is", tostring(r.network))
+  if type(r.network) == "string" and r.network ~= "none" and not engine.networks[r.network] then
+    local known = { "none" }
+    for name in pairs(engine.networks) do known[#known + 1] = name end
+    local near = deps.nearest(r.network, known)
+    fail(where, "no network policy %q in policies/network.lua%s", r.network, near and ("; did you mean " .. near .. "?") or "")
   end
   rule.when, rule.rewrite, rule.reason, rule.network, rule.mark, rule.id = r.when, r.rewrite, r.reason, r.network, r.mark, r.id
   if r.rate ~= nil then compile_rate(where, rule, r) end
@@ -124,7 +129,7 @@ local function compile_rule(r, i, line)
   return rule
 end
 
--- policies/tools.lua as it returned; lines[i] is the line where rule i begins. Returns a list of errors.
+-- policies/tools.lua as it returned; lines: path -> line. Returns a list of errors.
 function engine.load_tools(file, value, lines)
   errors, engine.file = {}, file
   if type(value) ~= "table" then return { file .. ": must return a table, got " .. type(value) } end
@@ -138,9 +143,8 @@ function engine.load_tools(file, value, lines)
       fail(file, "rules must be a plain list; it has the key %s", tostring(k))
     end
   end
-  local usable = #lines == #value.rules
   for i = 1, #value.rules do
-    local rule = compile_rule(value.rules[i], i, usable and lines[i])
+    local rule = compile_rule(value.rules[i], i, lines["rules[" .. i .. "]"])
     engine.rules[#engine.rules + 1] = rule
   end
   if value.tests ~= nil and type(value.tests) ~= "table" then
@@ -150,17 +154,72 @@ function engine.load_tools(file, value, lines)
   return errors
 end
 
--- policies/network.lua: its form is checked; policies other than `none` come with the firewall.
-function engine.load_network(file, value)
+local bandwidth_units = { kbit = 1e3, mbit = 1e6, gbit = 1e9 }
+
+local function compile_allow(where, entry)
+  if type(entry) ~= "table" then return fail(where, "an entry must be a table, got %s", type(entry)) end
+  check_keys(where, entry, { cidr = true, host = true, ports = true, proto = true })
+  if entry.host ~= nil then
+    return fail(where, "host = %q: rules by name are not available yet; use cidr", tostring(entry.host))
+  end
+  local ok, why
+  if type(entry.cidr) == "string" then ok, why = deps.cidr(entry.cidr) end
+  if not ok then fail(where, "cidr: %s", why or "must be a text like \"198.51.100.0/24\"") end
+  local proto = entry.proto or "tcp"
+  if proto ~= "tcp" and proto ~= "udp" then fail(where, "proto must be \"tcp\" or \"udp\", got %s", tostring(entry.proto)) end
+  local ports = {}
+  if type(entry.ports) ~= "table" or #entry.ports == 0 then
+    fail(where, "ports is required: a list like { 443, \"8000-8010\" }")
+  else
+    for i, port in ipairs(entry.ports) do
+      local text = type(port) == "number" and ("%.0f"):format(port) or port
+      ok, why = nil, "must be a number or a range like \"8000-8010\""
+      if type(text) == "string" and (type(port) ~= "number" or port % 1 == 0) then ok, why = deps.ports(text) end
+      if not ok then fail(where, "ports[%d]: %s", i, why) end
+      ports[i] = text
+    end
+  end
+  return { cidr = entry.cidr, proto = proto, ports = ports, where = where }
+end
+
+local function compile_network(where, name, policy, line_of)
+  if type(policy) ~= "table" then return fail(where, "%s must be a table, got %s", name, type(policy)) end
+  check_keys(where, policy, { allow = true, connections = true, bandwidth = true })
+  local out = { allow = {}, where = where }
+  if type(policy.allow) ~= "table" then return fail(where, "%s.allow must be a list", name) end
+  for i = 1, #policy.allow do
+    out.allow[i] = compile_allow(line_of(name .. ".allow[" .. i .. "]"), policy.allow[i])
+  end
+  local connections = policy.connections
+  if connections ~= nil and (type(connections) ~= "number" or connections % 1 ~= 0 or connections < 1 or connections > 65535) then
+    fail(where, "%s.connections must be an integer from 1 to 65535, got %s", name, tostring(connections))
+  end
+  out.connections = connections
+  if policy.bandwidth ~= nil then
+    local n, unit = tostring(policy.bandwidth):match("^(%d+)(%a+)$")
+    local bits = n and bandwidth_units[unit] and tonumber(n) * bandwidth_units[unit]
+    if not bits or bits < 8e3 or bits > 1e11 then
+      fail(where, "%s.bandwidth must be like \"10mbit\" (8kbit to 100gbit), got %s", name, tostring(policy.bandwidth))
+    end
+    out.bandwidth = bits
+  end
+  return out
+end
+
+-- policies/network.lua as it returned: named policies, everything else is denied. lines: path -> line.
+function engine.load_network(file, value, lines)
   errors = {}
   if type(value) ~= "table" then return { file .. ": must return a table, got " .. type(value) } end
-  for name in pairs(value) do
-    if type(name) ~= "string" then
-      fail(file, "a network policy needs a name, got %s", tostring(name))
+  local function line_of(path)
+    return lines[path] and (file .. ":" .. lines[path]) or (file .. ": " .. path)
+  end
+  for name, policy in pairs(value) do
+    if type(name) ~= "string" or not name:find("^[%w_-]+$") or #name > 64 then
+      fail(file, "a network policy needs a name of 1 to 64 of A-Za-z0-9_-, got %s", tostring(name))
     elseif name == "none" then
-      fail(file, "none is built in and cannot be redefined")
+      fail(line_of(name), "none is built in and cannot be redefined")
     else
-      fail(file, "network policy %q is not available yet; only the built-in \"none\" is", name)
+      engine.networks[name] = compile_network(line_of(name), name, policy, line_of)
     end
   end
   return errors
@@ -207,12 +266,19 @@ local function combine(candidates, mask)
         out.redact = out.redact or {}
         for _, index in ipairs(rule.redact) do out.redact[#out.redact + 1] = index end
       end
+      if rule.network then
+        if out.network and out.network ~= rule.network then
+          return { verdict = DENY, rules = out.rules, matched = matched,
+            reason = ("ambiguous network: %s (%s) and %s (%s)"):format(out.network, out.network_by, rule.network, rule.where) }
+        end
+        out.network, out.network_by = rule.network, rule.where
+      end
       if rule.mark then out.marks = out.marks or {}; out.marks[#out.marks + 1] = rule.mark end
       if rule.rate then out.rates = out.rates or {}; out.rates[#out.rates + 1] = rule end
       if rule.rewrite then out.rewrites = out.rewrites or {}; out.rewrites[#out.rewrites + 1] = rule end
     end
   end
-  out.effects = out.redact or out.marks
+  out.effects = out.redact or out.marks or (out.network and out.network ~= "none")
   return out
 end
 
@@ -329,6 +395,9 @@ function engine.judge(tool, args_full, args, session_id, caller)
     if not ok then return DENY, ("the rewritten arguments are wrong: %s (%s)"):format(why, out.rewrites[1].where), out.rules end
     if call then call.args = rewritten end
     out = decide(list, call)
+  end
+  if out.network and out.verdict ~= DENY and entry.server ~= "local" then
+    return DENY, ("network %s cannot be enforced here: the server runs on the host (%s)"):format(out.network, out.network_by), out.rules
   end
   if out.verdict == ALLOW and out.rates then
     for _, rule in ipairs(out.rates) do

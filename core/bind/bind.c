@@ -1,5 +1,6 @@
 #include "bind.h"
 
+#include "lua_firewall.h"
 #include "lua_json.h"
 
 #include <math.h>
@@ -57,9 +58,7 @@ int orch_luaopen_orch(lua_State *L)
     lua_newtable(L);
     orch_api_set(L, "orch.http.", (struct orch_api[]){ { "request", NULL, 0 }, { 0 } });
     lua_setfield(L, t, "http");
-    lua_newtable(L);
-    orch_api_set(L, "orch.firewall.", (struct orch_api[]){ { "check", NULL, 0 }, { "explain", NULL, 0 }, { 0 } });
-    lua_setfield(L, t, "firewall");
+    orch_luaopen_firewall(L, t);
     orch_api_set(L, "orch.", (struct orch_api[]){ { "on", NULL, 0 }, { 0 } });
     if (orch_state_context(L) == ORCH_CTX_SCRIPT) {
         lua_getfield(L, LUA_REGISTRYINDEX, "_LOADED");

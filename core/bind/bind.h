@@ -12,6 +12,8 @@
 #include "../script/task.h"
 #include <lauxlib.h>
 
+struct orch_policy;
+struct orch_rules;
 struct orch_vms;
 struct orch_vm_opts;
 struct orch_rules;
@@ -27,6 +29,7 @@ struct orch_env_call_ops {
     const char *(*id)(const struct orch_toolcall *c);
     const char *(*session)(const struct orch_toolcall *c);
     const char *(*workspace)(const struct orch_toolcall *c);
+    const char *(*network)(const struct orch_toolcall *c); /* as the deciding rules say; "none" */
     /* The call's time is over in this many milliseconds. */
     int64_t (*left_ms)(const struct orch_toolcall *c);
     /* A microVM of the call: closed when the call ends; its isolation goes into answer and audit. */
@@ -50,6 +53,11 @@ struct orch_env {
     int (*vm_defaults)(void *ud, struct orch_vm_opts *o, struct orch_err *err);
     /* A network policy's filter, for orch_vm_opts. Class CONFIG when there is no such policy. */
     int (*rules)(void *ud, const char *name, struct orch_rules **out, struct orch_err *err);
+    /* The packet filter of a network policy by name, the caller's to free. */
+    int (*rules)(void *ud, const char *network, struct orch_rules **rules, struct orch_err *err);
+    /* Fills permit and host: what the configuration permits, and the host's addresses as they are now.
+     * What it points to is the host's, good until the next call. */
+    int (*fill_policy)(void *ud, struct orch_policy *p, struct orch_err *err);
     /* orch.mcp.serve: returns at once, done is called from the loop when the session ended. */
     int (*serve)(void *ud, const struct orch_serve_opts *o, struct orch_err *err);
     void (*serve_stop)(void *ud); /* ends it at once; done is not called */

@@ -271,7 +271,7 @@ int orch_vm_spawn_wait(lua_State *L, int idx, struct orch_toolcall *call)
             return luaL_error(L, "ctx:vm: keep = \"%s\" is not available yet", keep);
         if (strcmp(workspace, "none") != 0)
             return luaL_error(L, "ctx:vm: workspace = \"%s\" is not available yet; only \"none\" is", workspace);
-        vo.network = "none";
+        vo.network = env->call->network(call);
         vo.call = env->call->id(call);
     } else {
         vo.network = orch_opt_string(&o, "network", "none");

@@ -294,6 +294,47 @@ static bool named(const struct orch_policy *p, struct orch_cidr c)
     return false;
 }
 
+const char *orch_policy_never(const struct orch_policy *p, struct orch_cidr c)
+{
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(never); i++)
+        if (orch_cidr_contains(never[i].cidr, c) && !permitted(p, c))
+            return never[i].what;
+    return orch_cidr_contains(internal, c) ? "the namespace's own" : NULL;
+}
+
+static bool allows(const struct orch_allow *a, struct orch_cidr to, uint8_t proto, uint16_t port)
+{
+    if (a->proto != proto || !orch_cidr_contains(a->cidr, to))
+        return false;
+    for (size_t i = 0; i < a->n_ports; i++)
+        if (port >= a->ports[i].first && port <= a->ports[i].last)
+            return true;
+    return false;
+}
+
+bool orch_policy_explain(const struct orch_policy *p, uint32_t addr, uint8_t proto, uint16_t port,
+                         char *rule, size_t n)
+{
+    struct orch_cidr to = { addr, 32 };
+    const char *what = orch_policy_never(p, to);
+    for (size_t i = 0; i < p->n_host && !what; i++)
+        if (orch_cidr_contains(p->host[i], to) && !named(p, to))
+            what = "an address of the host";
+    if (what) {
+        snprintf(rule, n, "never allowed: %s", what);
+        return false;
+    }
+    for (size_t i = 0; i < p->n_allow; i++)
+        if (allows(&p->allow[i], to, proto, port)) {
+            char text[ORCH_CIDR_TEXT];
+            orch_cidr_text(p->allow[i].cidr, text);
+            snprintf(rule, n, "allow[%zu]: %s", i + 1, text);
+            return true;
+        }
+    snprintf(rule, n, "no entry allows it");
+    return false;
+}
+
 static void guest_rules(struct orch_rules *r, const struct orch_policy *p)
 {
     char text[ORCH_CIDR_TEXT];

@@ -77,6 +77,12 @@ struct orch_never {
 };
 const struct orch_never *orch_never_list(size_t *n);
 
+/* What the never-allowed range is that all of c lies in, permit taken into account; NULL: none. */
+const char *orch_policy_never(const struct orch_policy *p, struct orch_cidr c);
+/* Whether a new flow to this address would pass, as the filter decides it; the rule that decides. */
+bool orch_policy_explain(const struct orch_policy *p, uint32_t addr, uint8_t proto, uint16_t port,
+                         char *rule, size_t n);
+
 /* ---- the filter */
 
 enum orch_match_kind {

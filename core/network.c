@@ -1,0 +1,106 @@
+/* Network policies: from policies/network.lua, as lua/policy.lua checked it, to packet filters. */
+#include "host.h"
+
+#include "bind/lua_firewall.h"
+#include "net/link.h"
+
+#include <errno.h>
+#include <string.h>
+
+/* cidr(text) -> true | nil, why: as an entry of `allow`. */
+static int l_cidr(lua_State *L)
+{
+    struct orch_generation *g = lua_touserdata(L, lua_upvalueindex(1));
+    struct orch_policy p = { .permit = g->cfg.permit, .n_permit = g->cfg.n_permit };
+    struct orch_err err = { 0 };
+    struct orch_cidr c;
+    if (orch_cidr_parse(luaL_checkstring(L, 1), &c, &err) < 0) {
+        lua_pushnil(L);
+        lua_pushstring(L, err.msg);
+        return 2;
+    }
+    const char *never = orch_policy_never(&p, c);
+    if (never) {
+        lua_pushnil(L);
+        lua_pushfstring(L, "%s is never allowed (%s) unless net.permit_private in the configuration names it", lua_tostring(L, 1), never);
+        return 2;
+    }
+    lua_pushboolean(L, 1);
+    return 1;
+}
+
+static int l_ports(lua_State *L)
+{
+    struct orch_err err = { 0 };
+    struct orch_ports ports;
+    if (orch_ports_parse(luaL_checkstring(L, 1), &ports, &err) == 0) {
+        lua_pushboolean(L, 1);
+        return 1;
+    }
+    lua_pushnil(L);
+    lua_pushstring(L, err.msg);
+    return 2;
+}
+
+int orch_luaopen_network_deps(lua_State *L, struct orch_generation *g)
+{
+    lua_pushlightuserdata(L, g);
+    lua_pushcclosure(L, l_cidr, 1);
+    lua_setfield(L, -2, "cidr");
+    lua_pushcfunction(L, l_ports);
+    lua_setfield(L, -2, "ports");
+    return 0;
+}
+
+int orch_fill_policy(struct orch *o, struct orch_policy *p, struct orch_err *err)
+{
+    size_t n;
+    struct orch_cidr *host = NULL;
+    int r = orch_host_generation(o, err);
+    if (r == 0)
+        r = orch_link_host(&host, &n, err);
+    if (r < 0)
+        return r;
+    free(o->host_addresses);
+    o->host_addresses = host;
+    p->host = host;
+    p->n_host = n;
+    p->permit = o->gen->cfg.permit;
+    p->n_permit = o->gen->cfg.n_permit;
+    return 0;
+}
+
+struct orch_rules *orch_generation_rules(struct orch_generation *g, const char *network, struct orch_err *err)
+{
+    lua_State *L = orch_state_lua(g->policy);
+    struct orch_policy_box b;
+    int top = lua_gettop(L);
+    lua_rawgeti(L, LUA_REGISTRYINDEX, g->engine_ref);
+    lua_getfield(L, -1, "networks");
+    lua_getfield(L, -1, network);
+    int r = lua_istable(L, -1) ? orch_lua_read_policy(L, -1, &b, err)
+                               : orch_err_setc(err, ORCH_CLASS_CONFIG, ENOENT, "no network policy \"%s\" in %s/network.lua", network,
+                                               g->cfg.policies);
+    lua_settop(L, top);
+    if (r < 0)
+        return NULL;
+    struct orch_rules *rules = orch_fill_policy(g->host, &b.p, err) < 0 ? NULL : orch_rules_new(&b.p, err);
+    orch_policy_box_fini(&b);
+    return rules;
+}
+
+int orch_generation_rules_text(struct orch_generation *g, const char *network, struct orch_buf *out, struct orch_err *err)
+{
+    static const char *const chains[] = { "netdev o_tap", "inet o_forward", "inet o_input", "inet o_output",
+                                          "inet o_nat",   "inet o_guest",   "inet o_allow", "inet o_flow" };
+    static const char *const verdicts[] = { "drop", "accept", "goto", "masquerade" };
+    struct orch_rules *r = orch_generation_rules(g, network, err);
+    if (!r)
+        return -EINVAL;
+    for (size_t i = 0; i < r->n_rules; i++) {
+        const struct orch_rule *rule = &r->rules[i];
+        orch_buf_printf(out, "%-15s  %-10s  %s\n", chains[rule->chain], verdicts[rule->verdict], rule->label);
+    }
+    orch_rules_free(r);
+    return 0;
+}
