@@ -321,14 +321,6 @@ static int env_vm_defaults(void *ud, struct orch_vm_opts *v, struct orch_err *er
     return 0;
 }
 
-static int env_rules(void *ud, const char *name, struct orch_rules **out, struct orch_err *err)
-{
-    (void)ud;
-    (void)out;
-    return orch_err_setc(err, ORCH_CLASS_ISOLATION, ENOTSUP,
-                         "network: \"%s\": microVMs with a network are not available yet; \"none\" is", name);
-}
-
 /* ---- sessions */
 
 /* Who started us: uid and program. */
@@ -596,7 +588,7 @@ struct orch *orch_host_open(const char *config, const struct orch_options *opts,
         return NULL;
     }
     snprintf(o->call_prefix, sizeof o->call_prefix, "c%02x%02x%02x%02x", prefix[0], prefix[1], prefix[2], prefix[3]);
-    o->env = (struct orch_env){ .loop = o->loop, .vms = env_vms, .vm_defaults = env_vm_defaults, .rules = env_rules,
+    o->env = (struct orch_env){ .loop = o->loop, .vms = env_vms, .vm_defaults = env_vm_defaults,
                                 .serve = env_serve, .serve_stop = serving_stop, .rules = env_rules, .fill_policy = env_fill_policy, .exit = env_exit, .call = &orch_call_ops, .ud = o };
     return o;
 }

@@ -13,7 +13,6 @@
 #include <lauxlib.h>
 
 struct orch_policy;
-struct orch_rules;
 struct orch_vms;
 struct orch_vm_opts;
 struct orch_rules;
@@ -53,8 +52,6 @@ struct orch_env {
     int (*vm_defaults)(void *ud, struct orch_vm_opts *o, struct orch_err *err);
     /* A network policy's filter, for orch_vm_opts. Class CONFIG when there is no such policy. */
     int (*rules)(void *ud, const char *name, struct orch_rules **out, struct orch_err *err);
-    /* The packet filter of a network policy by name, the caller's to free. */
-    int (*rules)(void *ud, const char *network, struct orch_rules **rules, struct orch_err *err);
     /* Fills permit and host: what the configuration permits, and the host's addresses as they are now.
      * What it points to is the host's, good until the next call. */
     int (*fill_policy)(void *ud, struct orch_policy *p, struct orch_err *err);
