@@ -239,18 +239,25 @@ static void watch_files(struct orch *o)
         orch_log(ORCH_WARN, "changes of files will not be noticed (orch reload works): %s", err.msg);
         return;
     }
-    orch_reload_clear(o->reload);
+    cleanup_buf struct orch_buf dirs = { 0 }; /* each ended by NUL */
     cleanup_free char *config_dir = orch_xstrdup(o->paths.config);
     *strrchr(config_dir, '/') = 0;
-    cleanup_free char *lua = orch_xasprintf("%s/lua", o->paths.share);
-    cleanup_free char *shipped = orch_xasprintf("%s/lua/tools", o->paths.share);
-    const char *dirs[] = { config_dir, o->gen->cfg.policies, lua, shipped };
-    for (size_t i = 0; i < ORCH_ARRAY_LEN(dirs); i++)
-        if (orch_reload_add_dir(o->reload, dirs[i], &err) < 0)
-            orch_log(ORCH_WARN, "%s", err.msg);
+    orch_buf_add(&dirs, config_dir, strlen(config_dir) + 1);
+    orch_buf_add(&dirs, o->gen->cfg.policies, strlen(o->gen->cfg.policies) + 1);
     for (char **dir = o->gen->cfg.tools; *dir; dir++)
-        if (orch_reload_add_dir(o->reload, *dir, &err) < 0)
+        orch_buf_add(&dirs, *dir, strlen(*dir) + 1);
+    orch_buf_printf(&dirs, "%s/lua%c%s/lua/tools", o->paths.share, 0, o->paths.share);
+    dirs.n++; /* the last NUL */
+    /* The same folders stay watched: what changes while they are loaded must not be missed. */
+    if (dirs.n == o->watched.n && memcmp(dirs.p, o->watched.p, dirs.n) == 0)
+        return;
+    orch_reload_clear(o->reload);
+    for (const char *dir = dirs.p; dir < dirs.p + dirs.n; dir += strlen(dir) + 1)
+        if (orch_reload_add_dir(o->reload, dir, &err) < 0)
             orch_log(ORCH_WARN, "%s", err.msg);
+    orch_buf_free(&o->watched);
+    o->watched = dirs;
+    dirs = (struct orch_buf){ 0 };
 }
 
 /* ---- microVMs */
@@ -648,6 +655,7 @@ void orch_close(struct orch *o)
     orch_loop_free(o->loop);
     orch_paths_fini(&o->paths);
     orch_buf_free(&o->reload_error);
+    orch_buf_free(&o->watched);
     free(o->kernel);
     free(o->modules);
     free(o);

@@ -172,6 +172,7 @@ struct orch {
     struct orch_audit *audit;
     struct orch_vms *vms;
     struct orch_reload *reload;
+    struct orch_buf watched;         /* the folders it watches, each ended by NUL */
     struct orch_buf reload_error;    /* of the last failed reload; empty when the last one went well */
     uint64_t reloads;
     struct orch_session *sessions;
