@@ -107,6 +107,9 @@ void orch_generation_list(struct orch_generation *g);
 struct orch_rules *orch_generation_rules(struct orch_generation *g, const char *network, struct orch_err *err);
 /* Its text, a rule a line, for policy show. */
 int orch_generation_rules_text(struct orch_generation *g, const char *network, struct orch_buf *out, struct orch_err *err);
+/* Whether a new flow to this address (host byte order) would pass, and the rule that decides. */
+int orch_generation_explain_packet(struct orch_generation *g, const char *network, uint32_t addr, uint8_t proto, uint16_t port, bool *allowed,
+                                   char *rule, size_t n, struct orch_err *err);
 /* For env: permit and host of a policy. */
 int orch_fill_policy(struct orch *o, struct orch_policy *p, struct orch_err *err);
 int orch_luaopen_network_deps(lua_State *L, struct orch_generation *g); /* cidr, ports into the deps table at the top */

@@ -6,6 +6,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <netinet/in.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/statvfs.h>
@@ -149,6 +150,40 @@ static int i_rules(lua_State *L)
     if (orch_host_generation(o, &err) < 0 || orch_generation_show(o->gen, &out, &err) < 0)
         return orch_push_err(L, &err);
     return push_json_text(L, (struct orch_slice){ out.p, out.n });
+}
+
+/* nft(network) -> the packet filter of a network policy as text. */
+static int i_nft(lua_State *L)
+{
+    struct orch *o = host_of(L);
+    struct orch_err err = { 0 };
+    cleanup_buf struct orch_buf out = { 0 };
+    if (orch_host_generation(o, &err) < 0 || orch_generation_rules_text(o->gen, luaL_checkstring(L, 1), &out, &err) < 0)
+        return orch_push_err(L, &err);
+    lua_pushlstring(L, out.p, out.n);
+    return 1;
+}
+
+/* packet(network, address, proto, port) -> decision, rule. */
+static int i_packet(lua_State *L)
+{
+    struct orch *o = host_of(L);
+    struct orch_err err = { 0 };
+    struct orch_cidr to;
+    char rule[128];
+    bool allowed;
+    const char *proto = luaL_checkstring(L, 3);
+    if (orch_cidr_parse(luaL_checkstring(L, 2), &to, &err) < 0 || to.bits != 32) {
+        orch_err_setc(&err, ORCH_CLASS_USAGE, EINVAL, "%s: an IPv4 address is needed", lua_tostring(L, 2));
+        return orch_push_err(L, &err);
+    }
+    if (orch_host_generation(o, &err) < 0 ||
+        orch_generation_explain_packet(o->gen, luaL_checkstring(L, 1), to.addr, strcmp(proto, "udp") == 0 ? IPPROTO_UDP : IPPROTO_TCP,
+                                       (uint16_t)luaL_checkinteger(L, 4), &allowed, rule, sizeof rule, &err) < 0)
+        return orch_push_err(L, &err);
+    lua_pushstring(L, allowed ? "allow" : "deny");
+    lua_pushstring(L, rule);
+    return 2;
 }
 
 /* trust(edits): records the files of the configuration in force; returns the list { { path, sha256 }… }. */
@@ -467,6 +502,8 @@ int orch_luaopen_internal(lua_State *L)
         { "config", i_config },
         { "explain", i_explain },
         { "rules", i_rules },
+        { "nft", i_nft },
+        { "packet", i_packet },
         { "trust", i_trust },
         { "below_orch", i_below_orch },
         { "audit_list", i_audit_list },

@@ -70,23 +70,43 @@ int orch_fill_policy(struct orch *o, struct orch_policy *p, struct orch_err *err
     return 0;
 }
 
-struct orch_rules *orch_generation_rules(struct orch_generation *g, const char *network, struct orch_err *err)
+/* The policy of that name, permit and host addresses filled in. */
+static int read_network(struct orch_generation *g, const char *network, struct orch_policy_box *b, struct orch_err *err)
 {
     lua_State *L = orch_state_lua(g->policy);
-    struct orch_policy_box b;
     int top = lua_gettop(L);
     lua_rawgeti(L, LUA_REGISTRYINDEX, g->engine_ref);
     lua_getfield(L, -1, "networks");
     lua_getfield(L, -1, network);
-    int r = lua_istable(L, -1) ? orch_lua_read_policy(L, -1, &b, err)
+    int r = lua_istable(L, -1) ? orch_lua_read_policy(L, -1, b, err)
                                : orch_err_setc(err, ORCH_CLASS_CONFIG, ENOENT, "no network policy \"%s\" in %s/network.lua", network,
                                                g->cfg.policies);
     lua_settop(L, top);
-    if (r < 0)
+    if (r == 0 && (r = orch_fill_policy(g->host, &b->p, err)) < 0)
+        orch_policy_box_fini(b);
+    return r;
+}
+
+struct orch_rules *orch_generation_rules(struct orch_generation *g, const char *network, struct orch_err *err)
+{
+    struct orch_policy_box b;
+    if (read_network(g, network, &b, err) < 0)
         return NULL;
-    struct orch_rules *rules = orch_fill_policy(g->host, &b.p, err) < 0 ? NULL : orch_rules_new(&b.p, err);
+    struct orch_rules *rules = orch_rules_new(&b.p, err);
     orch_policy_box_fini(&b);
     return rules;
+}
+
+int orch_generation_explain_packet(struct orch_generation *g, const char *network, uint32_t addr, uint8_t proto, uint16_t port, bool *allowed,
+                                   char *rule, size_t n, struct orch_err *err)
+{
+    struct orch_policy_box b;
+    int r = read_network(g, network, &b, err);
+    if (r < 0)
+        return r;
+    *allowed = orch_policy_explain(&b.p, addr, proto, port, rule, n);
+    orch_policy_box_fini(&b);
+    return 0;
 }
 
 int orch_generation_rules_text(struct orch_generation *g, const char *network, struct orch_buf *out, struct orch_err *err)

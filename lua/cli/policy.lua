@@ -40,9 +40,26 @@ local function test(_, words, _, name)
   return 0
 end
 
+-- explain --network NAME ADDRESS PORT [tcp|udp]
+local function explain_packet(opts, words, name)
+  local port, proto = tonumber(words[2]), words[3] or "tcp"
+  if not port or port % 1 ~= 0 or port < 1 or port > 65535 then return cli.usage(name, "ADDRESS PORT [tcp|udp] are needed") end
+  if proto ~= "tcp" and proto ~= "udp" then return cli.usage(name, "the protocol is tcp or udp, not " .. proto) end
+  local decision, rule, code = internal.packet(opts.network, words[1], proto, port)
+  if not decision then return cli.fail(name, rule, code) end
+  if opts.json then
+    cli.json { decision = decision, rule = rule }
+  else
+    cli.out(decision, ": ", rule, "\n")
+  end
+  return 0
+end
+
 local function explain(opts, words, _, name)
   local g, status = load({}, name)
   if not g then return status end
+  if opts.network then return explain_packet(opts, words, name) end
+  if words[3] then return cli.usage(name, "unexpected argument " .. words[3]) end
   local x, why, code = internal.explain(words[1], words[2])
   if not x then return cli.fail(name, why, code) end
   if opts.json then
@@ -68,6 +85,12 @@ end
 local function show(opts, _, _, name)
   local g, status = load({}, name)
   if not g then return status end
+  if opts.nft then
+    local text, why, code = internal.nft(opts.nft)
+    if not text then return cli.fail(name, why, code) end
+    cli.out(text)
+    return 0
+  end
   local rules, why, code = internal.rules()
   if not rules then return cli.fail(name, why, code) end
   if opts.json then
@@ -108,14 +131,16 @@ return cli.main("policy", {
     { "test", spec = { summary = "run the tests in policies/tools.lua", usage = "[FILE|DIR]",
       about = "Runs the unit tests of policies/tools.lua, as each load does.", examples = { "orch policy test" },
       status = STATUS, words = { 0, 1 }, run = test } },
-    { "explain", spec = { summary = "which rules decide a call, with file:line", usage = "TOOL [ARGS-JSON] [--json]",
-      about = "Says how a call of TOOL with these arguments would be decided and which rules match. Nothing is run.",
-      options = { { "--json", nil, "print JSON" } },
-      examples = { [[orch policy explain run_command '{"command":"id"}']] },
-      status = "0 whatever the decision, 6 policy invalid, 2 usage", words = { 1, 2 }, run = explain } },
-    { "show", spec = { summary = "all rules, and which tools clients see", usage = "[--json]",
-      about = "Prints the rules in force and, for each tool, whether tools/list shows it.",
-      options = { { "--json", nil, "print JSON" } }, status = STATUS, words = { 0, 0 }, run = show } },
+    { "explain", spec = { summary = "which rules decide a call, with file:line", usage = "TOOL [ARGS-JSON] [--json] | --network NAME ADDRESS PORT [tcp|udp]",
+      about = "Says how a call of TOOL with these arguments would be decided and which rules match; with --network, whether "
+        .. "a connection from a microVM with that network policy would pass. Nothing is run.",
+      options = { { "--json", nil, "print JSON" }, { "--network", "NAME", "a policy of policies/network.lua" } },
+      examples = { [[orch policy explain run_command '{"command":"id"}']], "orch policy explain --network packages 203.0.113.7 443" },
+      status = "0 whatever the decision, 6 policy invalid, 2 usage", words = { 1, 3 }, run = explain } },
+    { "show", spec = { summary = "all rules, and which tools clients see", usage = "[--json] [--nft NAME]",
+      about = "Prints the rules in force and, for each tool, whether tools/list shows it; with --nft, the packet filter of a "
+        .. "network policy.",
+      options = { { "--json", nil, "print JSON" }, { "--nft", "NAME", "a policy of policies/network.lua" } }, status = STATUS, words = { 0, 0 }, run = show } },
     { "diff", later = "compare the files with your version control" },
     { "grants", later = "nothing is remembered yet" },
     { "revoke", later = "nothing is remembered yet" },
