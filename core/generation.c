@@ -592,6 +592,16 @@ void orch_generation_unref(struct orch_generation *g)
     free(g);
 }
 
+void orch_generation_forget_session(struct orch_generation *g, const char *id)
+{
+    lua_State *L = orch_state_lua(g->policy);
+    lua_rawgeti(L, LUA_REGISTRYINDEX, g->engine_ref);
+    lua_getfield(L, -1, "forget_session");
+    lua_remove(L, -2);
+    lua_pushstring(L, id);
+    (void)orch_state_pcall(g->policy, 1, 0, NULL); /* it cannot fail but by a limit: then it is kept */
+}
+
 /* Calls engine.METHOD with n_args values already pushed; its one result as JSON. */
 static int engine_json(struct orch_generation *g, const char *method, int n_args, struct orch_buf *out, struct orch_err *err)
 {

@@ -364,6 +364,8 @@ void orch_session_unref(struct orch_session *s)
             *at = s->next;
             break;
         }
+    if (s->host->gen)
+        orch_generation_forget_session(s->host->gen, s->id);
     for (size_t i = 0; i < s->n_marks; i++)
         free(s->marks[i]);
     free(s->marks);

@@ -113,6 +113,8 @@ int orch_generation_explain_packet(struct orch_generation *g, const char *networ
 /* For env: permit and host of a policy. */
 int orch_fill_policy(struct orch *o, struct orch_policy *p, struct orch_err *err);
 int orch_luaopen_network_deps(lua_State *L, struct orch_generation *g); /* cidr, ports into the deps table at the top */
+/* What predicates saw of a session that ended. */
+void orch_generation_forget_session(struct orch_generation *g, const char *id);
 /* engine.explain and engine.show as JSON. */
 int orch_generation_explain(struct orch_generation *g, const char *tool, struct orch_slice args, struct orch_buf *out, struct orch_err *err);
 int orch_generation_show(struct orch_generation *g, struct orch_buf *out, struct orch_err *err);
