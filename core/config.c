@@ -10,10 +10,9 @@
 static int secret_concat(lua_State *L)
 {
     lua_settop(L, 2);
-    size_t n = 0;
     cleanup_buf struct orch_buf b = { 0 };
     for (int i = 1; i <= 2; i++) {
-        const char *s = lua_type(L, i) == LUA_TUSERDATA ? lua_touserdata(L, i) : lua_tolstring(L, i, &n);
+        const char *s = lua_type(L, i) == LUA_TUSERDATA ? luaL_testudata(L, i, "orch.secret") : lua_tostring(L, i);
         if (!s)
             return luaL_error(L, "a secret can only be joined with strings");
         orch_buf_str(&b, s);
