@@ -217,12 +217,9 @@ static void remove_dead(int dirfd)
 
 struct orch_control *orch_control_new(struct orch *o, struct orch_err *err)
 {
-    int r = orch_mkdir_p(o->paths.runtime, 0700);
-    cleanup_close int dirfd = r < 0 ? -1 : open(o->paths.runtime, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (dirfd < 0) {
-        orch_err_set(err, r < 0 ? -r : errno, "%s: the runtime directory cannot be used: %s", o->paths.runtime, strerror(r < 0 ? -r : errno));
+    cleanup_close int dirfd = orch_own_dir(o->paths.runtime, err);
+    if (dirfd < 0)
         return NULL;
-    }
     struct orch_control *c = orch_xcalloc(1, sizeof *c);
     c->o = o;
     snprintf(c->name, sizeof c->name, "%d.sock", getpid());
@@ -232,7 +229,7 @@ struct orch_control *orch_control_new(struct orch *o, struct orch_err *err)
     address(&a, dirfd, c->name);
     c->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     mode_t old = umask(0177);
-    r = c->fd < 0 ? -1 : bind(c->fd, (struct sockaddr *)&a, sizeof a);
+    int r = c->fd < 0 ? -1 : bind(c->fd, (struct sockaddr *)&a, sizeof a);
     umask(old);
     if (r < 0 || listen(c->fd, 8) < 0) {
         orch_err_set(err, errno, "%s/%s: the control socket cannot be made: %s", o->paths.runtime, c->name, strerror(errno));
@@ -295,7 +292,10 @@ static int ask_one(int dirfd, const char *name, struct orch_slice request, struc
 void orch_control_ask(struct orch *o, int pid, struct orch_slice request, struct orch_buf *out)
 {
     orch_buf_char(out, '[');
-    int copy = open(o->paths.runtime, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    struct orch_err err = { 0 };
+    int copy = access(o->paths.runtime, F_OK) < 0 ? -1 : orch_own_dir(o->paths.runtime, &err);
+    if (err.cls)
+        orch_log(ORCH_WARN, "%s", err.msg);
     DIR *d = copy < 0 ? NULL : fdopendir(copy);
     for (struct dirent *e; d && (e = readdir(d));) {
         int its_pid;

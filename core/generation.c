@@ -86,9 +86,20 @@ static int load_policy_file(struct loading *l, int dirfd, const char *name)
     return l->errors->n == before ? 0 : -1;
 }
 
-static int open_dir(const char *path)
+/* Where everybody may write, everybody can put another file in the place of one. */
+static int open_dir(struct loading *l, const char *path, const char *what, const char *fix)
 {
-    return open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    struct stat st;
+    cleanup_close int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0 || fstat(fd, &st) < 0) {
+        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: the %s directory cannot be opened: %s%s", orch_load_display(l, path), what, strerror(errno), fix);
+        return -1;
+    }
+    if (st.st_mode & S_IWOTH) {
+        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: everybody may write to the %s directory; run: chmod o-w %s", orch_load_display(l, path), what, path);
+        return -1;
+    }
+    return orch_steal_fd(&fd);
 }
 
 static int by_name(const void *a, const void *b)
@@ -146,12 +157,9 @@ static int load_policies(struct loading *l)
     g->judge_ref = luaL_ref(L, LUA_REGISTRYINDEX);
     g->engine_ref = luaL_ref(L, LUA_REGISTRYINDEX);
 
-    cleanup_close int dirfd = open_dir(g->cfg.policies);
-    if (dirfd < 0) {
-        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: the policies directory cannot be opened: %s; run: orch init", orch_load_display(l, g->cfg.policies),
-             strerror(errno));
+    cleanup_close int dirfd = open_dir(l, g->cfg.policies, "policies", "; run: orch init");
+    if (dirfd < 0)
         return -1;
-    }
     char **names;
     size_t n;
     if (list_lua(l, dirfd, g->cfg.policies, &names, &n) < 0)
@@ -352,11 +360,9 @@ static int load_tool_dir(struct loading *l, int dispatch_ref, const char *dir, b
 {
     struct orch_generation *g = l->g;
     lua_State *L = orch_state_lua(g->tools_state);
-    cleanup_close int dirfd = open_dir(dir);
-    if (dirfd < 0) {
-        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: the tools directory cannot be opened: %s", orch_load_display(l, dir), strerror(errno));
+    cleanup_close int dirfd = open_dir(l, dir, "tools", "");
+    if (dirfd < 0)
         return -1;
-    }
     char **names;
     size_t n;
     if (list_lua(l, dirfd, dir, &names, &n) < 0)

@@ -140,6 +140,22 @@ void orch_paths_fini(struct orch_paths *p)
     *p = (struct orch_paths){ 0 };
 }
 
+int orch_own_dir(const char *path, struct orch_err *err)
+{
+    struct stat st;
+    int r = orch_mkdir_p(path, 0700);
+    cleanup_close int fd = r < 0 ? -1 : open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0 || fstat(fd, &st) < 0) {
+        r = r < 0 ? -r : errno;
+        return orch_err_set(err, r, "%s: this directory of orch's cannot be used: %s", path, strerror(r));
+    }
+    if ((st.st_uid != geteuid() && st.st_uid != 0) || (st.st_mode & 022))
+        return orch_err_set(err, EPERM, "%s: others may write to this directory of orch's (mode %04o, uid %u): remove it, or chmod 700 "
+                            "and chown it when nobody else can have written to it", path, (unsigned)st.st_mode & 07777,
+                            (unsigned)st.st_uid);
+    return orch_steal_fd(&fd);
+}
+
 /* ---- generations */
 
 static void fill_error(struct orch_error *out, const struct orch_err *err)
@@ -174,9 +190,9 @@ int orch_host_audit(struct orch *o, struct orch_err *err)
     if (o->audit)
         return 0;
     cleanup_free char *key = orch_xasprintf("%s/audit.key", o->paths.state);
-    int r = orch_mkdir_p(o->paths.state, 0700);
-    if (r < 0)
-        return orch_err_set(err, -r, "%s: the state directory cannot be made: %s", o->paths.state, strerror(-r));
+    cleanup_close int dir = orch_own_dir(o->paths.state, err);
+    if (dir < 0)
+        return dir;
     o->audit = orch_audit_open(o->loop, o->gen->cfg.audit_dir, key, o->gen->cfg.audit_sync, err);
     return o->audit ? 0 : -EIO;
 }
@@ -288,6 +304,12 @@ static struct orch_vms *env_vms(void *ud, struct orch_err *err)
         return o->vms;
     if (orch_host_generation(o, err) < 0 || orch_host_audit(o, err) < 0)
         return NULL;
+    cleanup_close int cache = orch_own_dir(o->paths.cache, err);
+    cleanup_close int runtime = cache < 0 ? -1 : orch_own_dir(o->paths.runtime, err);
+    if (runtime < 0) {
+        err->cls = ORCH_CLASS_ISOLATION;
+        return NULL;
+    }
     o->vms = orch_vms_new(o->loop,
                           &(struct orch_vms_opts){ .launcher_path = o->paths.launcher,
                                                    .agent_path = o->paths.agent,

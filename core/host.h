@@ -32,6 +32,9 @@ struct orch_paths {
 /* config_option: --config or NULL. Fails with class CONFIG when the named file does not exist. */
 int orch_paths_find(struct orch_paths *p, const char *config_option, struct orch_err *err);
 void orch_paths_fini(struct orch_paths *p);
+/* A descriptor of one of orch's own directories (state, cache, runtime), made 0700 when it is not there.
+ * -EPERM when somebody else owns it or may write to it: what lies there is executed or believed. */
+int orch_own_dir(const char *path, struct orch_err *err);
 
 /* ---- one generation: configuration, policies and tools as one immutable set */
 

@@ -203,11 +203,10 @@ static int i_trust(lua_State *L)
     cleanup_free char *dir = orch_xstrdup(o->paths.config);
     *strrchr(dir, '/') = 0;
     cleanup_free char *path = orch_xasprintf("%s/state.db", o->paths.state);
-    int r = orch_mkdir_p(o->paths.state, 0700);
+    cleanup_close int state = orch_own_dir(o->paths.state, &err);
+    int r = state;
     struct orch_db *db = NULL;
-    if (r < 0)
-        orch_err_set(&err, -r, "%s: %s", o->paths.state, strerror(-r));
-    else if ((db = orch_db_open(path, &err)))
+    if (r >= 0 && (db = orch_db_open(path, &err)))
         r = orch_db_trust_set(db, dir, lua_toboolean(L, 1), list.files, list.n, &err);
     bool ok = db && r >= 0;
     orch_db_close(db);
@@ -474,6 +473,10 @@ static int i_image_build(lua_State *L)
     struct orch *o = host_of(L);
     cleanup_free char *dir = orch_xasprintf("%s/images", o->paths.cache);
     struct orch_image_opts opts = image_opts(o, dir);
+    struct orch_err err = { 0 };
+    cleanup_close int cache = orch_own_dir(o->paths.cache, &err);
+    if (cache < 0)
+        return orch_push_err(L, &err);
     struct building *b = orch_xcalloc(1, sizeof *b);
     b->build = orch_image_build_start(o->loop, luaL_checkstring(L, 1), &opts, build_done, b);
     return orch_task_wait(L, build_cancel, b, &b->wait);

@@ -123,5 +123,38 @@ def ping_flood(env):
     expect(rss_mb(s.pid) < 160 * SLOW, "%d MiB" % rss_mb(s.pid))
 
 
+@case("directories that everybody may write to are not believed")
+def open_directories(env):
+    env.project()
+    for name in ("policies", "lua/tools"):
+        os.chmod(env.path("p", name), 0o777)
+        r = env.orch("mcp", "stdio", config=True)
+        expect(r.status == 6 and "everybody may write" in r.err and name in r.err, r)
+        os.chmod(env.path("p", name), 0o700)
+    os.makedirs(env.path("run", "orch"))
+    os.chmod(env.path("run", "orch"), 0o777)
+    r = env.orch("status")
+    expect("others may write" in r.err and "no orch process" in r.out, r)
+    s = env.session()
+    s.initialize()
+    expect(s.end() == 0 and "others may write" in s.stderr() and not os.listdir(env.path("run", "orch")), s.stderr())
+    for name in ("cache", "state"):
+        os.makedirs(env.path(name, "orch"), exist_ok=True)
+        os.chmod(env.path("run", "orch"), 0o700)
+        os.chmod(env.path(name, "orch"), 0o777)
+        r = env.orch("vm", "run", "--", "id", config=True)
+        expect(r.status == 125 and "others may write" in r.err and env.path(name) in r.err, r)
+    r = env.orch("trust", env.path("p"))
+    expect(r.status == 1 and "others may write" in r.err, r)
+
+
+@case("a secret is joined with strings only")
+def secrets(env):
+    env.environ["TOKEN"] = "t0ken"
+    env.project(more='vm = { image = env("TOKEN") .. orch.json.null }')
+    s = env.session()
+    expect(s.end() == 6 and "can only be joined with strings" in s.stderr() and "t0ken" not in s.stderr(), s.stderr())
+
+
 if __name__ == "__main__":
     main()
