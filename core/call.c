@@ -1,9 +1,10 @@
 /* One tool call from request to answer: judge, audit the decision, run, audit the outcome, answer.
  * Calls are handled in batches: the decisions of all calls at hand are written with one write before
  * any of them runs, their outcomes with another before any of them is answered. */
-#include "host.h"
+#include "call.h"
 
 #include "base/hash.h"
+#include "mcp/stream.h"
 
 #include <errno.h>
 #include <math.h>
@@ -12,40 +13,8 @@
 #include <time.h>
 
 enum {
-    ALLOW = 1, ASK, DENY, /* as lua/policy.lua returns them; 0: bad arguments */
     ARGS_AUDIT_BYTES = 64 * 1024,
     SPARE_CALLS = 256,
-};
-
-struct orch_toolcall {
-    struct orch_toolcall *next, *prev; /* in one of the host's lists */
-    struct orch *o;
-    struct orch_generation *gen;
-    struct orch_session *session;
-    struct orch_tool *tool; /* NULL: unknown */
-    struct orch_mcp_request *rq;
-    orch_call_done_fn *done;
-    void *done_ud;
-    char id[40];
-    uint32_t slot, serial;
-    int64_t begun_us, deadline_us;
-    int decision; /* ALLOW, ASK, DENY; 0: bad arguments or unknown */
-    bool reserved, cancelled, is_error, finished, raw;
-    bool owed; /* a C tool has not called orch_answer yet: the record is not used again before */
-    int rpc_code; /* the answer is a JSON-RPC error */
-    int args_ref; /* tool state: decoded arguments */
-    struct orch_buf args; /* for upstreams and C tools: the arguments' bytes */
-    struct orch_buf meta; /* for upstreams: params._meta as it came */
-    struct orch_buf text; /* the error's text, or the result's members */
-    uint16_t *redact;
-    size_t n_redact;
-    char *network; /* NULL: none */
-    struct orch_task *task;
-    struct orch_mcp_client_call *upstream;
-    struct orch_timer *timer; /* deadline of calls that are no task */
-    struct orch_vm_handle *vms;
-    enum orch_isolation isolation;
-    char vm_id[32];
 };
 
 /* orch_answer's handle is the call itself. */
@@ -89,7 +58,7 @@ static struct orch_toolcall *list_take(struct orch_toolcall **list)
     return in_order;
 }
 
-static struct orch_toolcall *call_new(struct orch *o, struct orch_session *s)
+struct orch_toolcall *orch_call_new(struct orch *o, struct orch_session *s)
 {
     struct orch_toolcall *c = o->spare;
     if (c) {
@@ -101,27 +70,31 @@ static struct orch_toolcall *call_new(struct orch *o, struct orch_session *s)
         c->slot = (uint32_t)o->n_slots++;
     }
     *c = (struct orch_toolcall){ .o = o, .session = s, .slot = c->slot, .serial = c->serial + 1, .args_ref = LUA_NOREF,
-                                 .args = c->args, .text = c->text };
+                                 .args = c->args, .text = c->text, .meta = c->meta };
     s->refs++;
-    c->args.n = c->text.n = 0;
+    c->args.n = c->text.n = c->meta.n = 0;
     c->gen = orch_generation_ref(o->gen);
     c->begun_us = orch_now_us();
     snprintf(c->id, sizeof c->id, "%s-%llu", o->call_prefix, (unsigned long long)++o->next_call);
     return c;
 }
 
-static void call_free(struct orch_toolcall *c)
+void orch_call_free(struct orch_toolcall *c)
 {
     struct orch *o = c->o;
     if (c->args_ref != LUA_NOREF)
-        luaL_unref(orch_state_lua(c->gen->tools_state), LUA_REGISTRYINDEX, c->args_ref);
+        luaL_unref(orch_state_lua(c->tool->state), LUA_REGISTRYINDEX, c->args_ref);
     orch_timer_free(c->timer);
     orch_vm_handles_close(&c->vms);
     orch_generation_unref(c->gen);
     orch_session_unref(c->session);
     free(c->redact);
     free(c->network);
-    orch_buf_free(&c->meta);
+    orch_buf_free(&c->rpc_data);
+    orch_buf_free(&c->inputs);
+    free(c->digest);
+    if (c->meta.cap > 64 * 1024)
+        orch_buf_free(&c->meta);
     if (c->args.cap > 64 * 1024)
         orch_buf_free(&c->args);
     if (c->text.cap > 64 * 1024)
@@ -186,7 +159,7 @@ static void run_later(void *ud)
     orch_calls_run(o);
 }
 
-static void want_run(struct orch *o)
+void orch_calls_want(struct orch *o)
 {
     if (o->run_posted || o->in_run)
         return;
@@ -198,9 +171,21 @@ static void want_run(struct orch *o)
 static void call_end(struct orch_toolcall *c)
 {
     c->finished = true;
+    orch_asking_end(c);
     orch_vm_handles_close(&c->vms);
     list_push(&c->o->ended, c);
-    want_run(c->o);
+    orch_calls_want(c->o);
+}
+
+void orch_call_running(struct orch_toolcall *c)
+{
+    list_push(&c->o->running, c);
+}
+
+void orch_call_end(struct orch_toolcall *c)
+{
+    list_remove(&c->o->running, c);
+    call_end(c);
 }
 
 static void put_meta(struct orch_toolcall *c)
@@ -217,8 +202,10 @@ static void put_meta(struct orch_toolcall *c)
         orch_buf_str(b, orch_isolation_name(c->isolation));
         orch_buf_char(b, '"');
     }
-    if (c->rq && orch_mcp_request_modern(c->rq))
-        orch_buf_str(b, ",\"io.modelcontextprotocol/serverInfo\":{\"name\":\"orch\",\"version\":\"" ORCH_VERSION "\"}");
+    if (c->modern) {
+        orch_buf_str(b, ",\"io.modelcontextprotocol/serverInfo\":");
+        orch_buf_str(b, c->server_info);
+    }
     orch_buf_char(b, '}');
 }
 
@@ -248,9 +235,17 @@ static void set_failure(struct orch_toolcall *c, const char *kind, const char *t
     put_text_result(c, orch_slice_str(prefix), orch_slice_str(text), true);
 }
 
-static void set_error_failure(struct orch_toolcall *c, const struct orch_err *err)
+void orch_call_fail(struct orch_toolcall *c, const struct orch_err *err)
 {
     set_failure(c, err->cls == ORCH_CLASS_ISOLATION ? "not run" : err->cls == ORCH_CLASS_CANCELLED ? "cancelled" : "failed", err->msg);
+}
+
+void orch_call_rpc_error(struct orch_toolcall *c, int code, const char *text)
+{
+    c->rpc_code = code;
+    c->is_error = true;
+    c->text.n = 0;
+    orch_buf_str(&c->text, text);
 }
 
 /* ---- judging */
@@ -343,7 +338,7 @@ static void take_effects(struct orch_toolcall *c, lua_State *L, int idx)
     lua_pop(L, 1);
     lua_getfield(L, idx, "marks");
     struct orch_session *s = c->session;
-    for (int i = 1, n = lua_istable(L, -1) && c->decision == ALLOW ? (int)lua_objlen(L, -1) : 0; i <= n; i++) {
+    for (int i = 1, n = lua_istable(L, -1) && c->decision == ORCH_ALLOW ? (int)lua_objlen(L, -1) : 0; i <= n; i++) {
         lua_rawgeti(L, -1, i);
         const char *mark = lua_tostring(L, -1);
         bool known = false;
@@ -369,7 +364,7 @@ static void keep_args(struct orch_toolcall *c, const struct orch_json_doc *d, ui
             orch_buf_str(&c->args, "{}");
         return;
     }
-    lua_State *L = orch_state_lua(c->gen->tools_state);
+    lua_State *L = orch_state_lua(c->tool->state);
     if (args)
         orch_lua_push_json(L, d, args, 0);
     else
@@ -441,18 +436,18 @@ static void call_begin(struct orch_toolcall *c, struct orch_slice name, const st
         orch_buf_str(&c->text, text);
         j.reason = "unknown tool";
     } else if (judge(c, d, args, &j, &err) < 0) {
-        c->decision = DENY;
+        c->decision = ORCH_DENY;
         j.reason = err.msg;
         set_failure(c, "denied", err.msg);
     } else if (j.verdict == 0) {
         c->rpc_code = ORCH_RPC_INVALID_PARAMS;
         orch_buf_str(&c->text, j.reason ? j.reason : "bad arguments");
-    } else if (j.verdict != ALLOW) {
+    } else if (j.verdict != ORCH_ALLOW) {
         set_failure(c, "denied", j.reason ? j.reason : "?");
     } else if (j.rewritten.n) {
         struct orch_json_fault fault;
         if (orch_json_scan(&rewritten, (struct orch_slice){ j.rewritten.p, j.rewritten.n }, &(struct orch_json_limits){ 0 }, &fault) < 0) {
-            c->decision = DENY;
+            c->decision = ORCH_DENY;
             set_failure(c, "denied", fault.rule);
         } else {
             d = &rewritten;
@@ -460,14 +455,14 @@ static void call_begin(struct orch_toolcall *c, struct orch_slice name, const st
         }
     }
     if (!o->audit || orch_audit_broken(o->audit)) {
-        c->decision = DENY;
+        c->decision = ORCH_DENY;
         c->rpc_code = 0;
         set_failure(c, "not run", "the audit log cannot be written; calls are refused until orch is started again");
     } else if (audit_decision(c, name, d, args, j.reason, j.rules ? j.rules : "[]", &err) < 0) {
-        c->decision = DENY;
+        c->decision = ORCH_DENY;
         c->rpc_code = 0;
         set_failure(c, "not run", err.msg);
-    } else if (c->decision == ALLOW && !c->rpc_code) {
+    } else if (c->decision == ORCH_ALLOW && !c->rpc_code) {
         keep_args(c, d, args);
         if (meta && c->tool->run_ref == LUA_NOREF && !c->tool->fn)
             orch_buf_slice(&c->meta, orch_json_raw(d, meta));
@@ -477,23 +472,28 @@ static void call_begin(struct orch_toolcall *c, struct orch_slice name, const st
     list_push(&o->begun, c);
 }
 
-void orch_call_from_mcp(struct orch_session *s, struct orch_mcp_request *rq, const struct orch_json_doc *d, struct orch_slice name,
-                        uint32_t args, uint32_t meta)
+void orch_call_from_mcp(struct orch_session *s, struct orch_mcp_request *rq, const struct orch_json_doc *d,
+                        const struct orch_mcp_params *p)
 {
-    struct orch_toolcall *c = call_new(s->host, s);
+    struct orch_toolcall *c = orch_call_new(s->host, s);
     c->rq = rq;
+    c->modern = orch_mcp_request_modern(rq);
+    c->server_info = orch_mcp_request_server_info(rq);
+    c->caps = orch_mcp_request_caps(rq);
     orch_mcp_request_set_host(rq, c);
-    call_begin(c, name, d, args, meta);
+    if (c->caps)
+        orch_asking_begin(c, "tools/call", d, p);
+    call_begin(c, p->name, d, p->args, p->meta);
 }
 
 void orch_call_from_host(struct orch_session *s, struct orch_slice name, const struct orch_json_doc *d, uint32_t args,
                          orch_call_done_fn *done, void *ud)
 {
-    struct orch_toolcall *c = call_new(s->host, s);
+    struct orch_toolcall *c = orch_call_new(s->host, s);
     c->done = done;
     c->done_ud = ud;
     call_begin(c, name, d, args, 0);
-    want_run(s->host);
+    orch_calls_want(s->host);
 }
 
 /* ---- running */
@@ -520,13 +520,13 @@ static const char *check_output(struct orch_toolcall *c, lua_State *L)
 {
     struct orch_err err = { 0 };
     static _Thread_local char why[512];
-    lua_State *main = orch_state_lua(c->gen->tools_state);
+    lua_State *main = orch_state_lua(c->tool->state);
     if (c->tool->output_ref == LUA_NOREF)
         return NULL;
     lua_rawgeti(main, LUA_REGISTRYINDEX, c->tool->output_ref);
     lua_pushvalue(L, -1);
     lua_xmove(L, main, 1);
-    if (orch_state_pcall(c->gen->tools_state, 1, 2, &err) < 0) {
+    if (orch_state_pcall(c->tool->state, 1, 2, &err) < 0) {
         snprintf(why, sizeof why, "%.500s", err.msg);
         return why;
     }
@@ -580,7 +580,7 @@ static void take_result_table(struct orch_toolcall *c, lua_State *L, int idx)
         orch_buf_str(b, "}]");
     }
     /* Before 2026-07-28 only an object is allowed there. */
-    if (structured.n && (structured.p[0] == '{' || (c->rq && orch_mcp_request_modern(c->rq)))) {
+    if (structured.n && (structured.p[0] == '{' || c->modern)) {
         orch_buf_str(b, ",\"structuredContent\":");
         orch_buf_slice(b, (struct orch_slice){ structured.p, structured.n });
     }
@@ -604,6 +604,10 @@ static void take_result(struct orch_toolcall *c, lua_State *L, int nres)
         const char *code = nres >= 3 ? lua_tostring(L, first + 2) : NULL;
         const char *text = lua_tostring(L, first + 1);
         set_failure(c, code && strcmp(code, "isolation") == 0 ? "not run" : "failed", text ? text : "the tool gave no reason");
+        if (code && strcmp(code, "capability") == 0 && c->modern && c->missing)
+            orch_asking_missing(c);
+        else if (nres >= 3 && lua_type(L, first + 2) == LUA_TNUMBER) /* it wants a JSON-RPC error */
+            orch_call_rpc_error(c, (int)lua_tonumber(L, first + 2), text ? text : "the tool gave no reason");
     } else {
         cleanup_free char *m = orch_xasprintf("%s: run must return a table, a string, or nil and an error; it returned %s", c->tool->name,
                                               lua_typename(L, type));
@@ -616,11 +620,10 @@ static void task_done(void *ud, lua_State *L, int nres, const struct orch_err *e
     struct orch_toolcall *c = ud;
     c->task = NULL;
     if (err)
-        set_error_failure(c, err);
+        orch_call_fail(c, err);
     else
         take_result(c, L, nres);
-    list_remove(&c->o->running, c);
-    call_end(c);
+    orch_call_end(c);
 }
 
 static void deadline_passed(void *ud)
@@ -633,8 +636,7 @@ static void deadline_passed(void *ud)
         orch_mcp_client_cancel(c->upstream, "timeout");
     c->upstream = NULL;
     set_failure(c, "failed", m);
-    list_remove(&c->o->running, c);
-    call_end(c);
+    orch_call_end(c);
 }
 
 static void upstream_done(void *ud, struct orch_slice result, const struct orch_err *err)
@@ -661,8 +663,7 @@ static void upstream_done(void *ud, struct orch_slice result, const struct orch_
             c->is_error = tok && d.toks[tok].type == ORCH_JSON_TRUE;
         }
     }
-    list_remove(&c->o->running, c);
-    call_end(c);
+    orch_call_end(c);
 }
 
 /* What goes to the client before the result is redacted as the result is; false: nothing may go. */
@@ -694,6 +695,22 @@ static void call_run(struct orch_toolcall *c)
     struct orch_tool *t = c->tool;
     c->deadline_us = orch_now_us() + t->timeout_ms * 1000;
     list_push(&o->running, c);
+    struct orch_err task_err = { 0 };
+    bool with_task = t->task && (c->caps & ORCH_MCP_CAP_TASKS) && c->rq;
+    if (with_task && orch_job_begin(c, &task_err) < 0) {
+        orch_call_fail(c, &task_err);
+        orch_call_end(c);
+        return;
+    }
+    if (t->task == ORCH_TOOL_TASK_ONLY && !with_task) {
+        orch_err_set(&task_err, ENOTSUP, "this tool needs a client that offers the tasks extension");
+        orch_call_fail(c, &task_err);
+        c->missing = ORCH_MCP_CAP_TASKS;
+        if (c->modern)
+            orch_asking_missing(c);
+        orch_call_end(c);
+        return;
+    }
     if (t->fn || t->run_ref == LUA_NOREF) {
         c->timer = orch_timer_new(o->loop, deadline_passed, c);
         orch_timer_set(c->timer, t->timeout_ms);
@@ -717,12 +734,12 @@ static void call_run(struct orch_toolcall *c)
             upstream_done(c, (struct orch_slice){ 0 }, &err);
         return;
     }
-    lua_State *L = orch_state_lua(c->gen->tools_state);
+    lua_State *L = orch_state_lua(c->tool->state);
     lua_rawgeti(L, LUA_REGISTRYINDEX, t->run_ref);
     lua_rawgeti(L, LUA_REGISTRYINDEX, c->args_ref);
     orch_push_ctx(L, c->slot, c->serial);
     /* It may end at once: then it is in the list of ended ones, which only our caller empties. */
-    struct orch_task *task = orch_task_start(o->loop, c->gen->tools_state, 2, t->timeout_ms, task_done, c);
+    struct orch_task *task = orch_task_start(o->loop, c->tool->state, 2, t->timeout_ms, task_done, c);
     if (!c->finished)
         c->task = task;
 }
@@ -739,7 +756,7 @@ static void withhold(struct orch_toolcall *c, const char *text)
 /* Applies the deciding rules' redact patterns to the finished result. */
 static void redact_result(struct orch_toolcall *c)
 {
-    if (!c->n_redact || c->decision != ALLOW)
+    if (!c->n_redact || c->decision != ORCH_ALLOW)
         return;
     cleanup_buf struct orch_buf whole = { 0 };
     cleanup_buf struct orch_buf out = { 0 };
@@ -797,14 +814,18 @@ static int audit_outcome(struct orch_toolcall *c, struct orch_err *err)
     return orch_audit_add_outcome(c->o->audit, (struct orch_slice){ b->p, b->n }, err);
 }
 
-static void call_answer(struct orch_toolcall *c)
+void orch_call_answer(struct orch_toolcall *c)
 {
     struct orch_slice text = { c->text.p, c->text.n };
+    if (orch_asking_answer(c))
+        return;
+    if (c->job)
+        orch_job_end(c);
     if (c->rq) {
         if (c->cancelled)
             orch_mcp_request_drop(c->rq);
         else if (c->rpc_code)
-            orch_mcp_respond_error(c->rq, c->rpc_code, text, (struct orch_slice){ 0 });
+            orch_mcp_respond_error(c->rq, c->rpc_code, text, (struct orch_slice){ c->rpc_data.p, c->rpc_data.n });
         else
             orch_mcp_respond(c->rq, text);
     }
@@ -819,7 +840,7 @@ static void call_answer(struct orch_toolcall *c)
             c->done(c->done_ud, text, c->is_error);
         }
     }
-    call_free(c);
+    orch_call_free(c);
 }
 
 /* What to do with the calls that were judged: run them, or end them at once. */
@@ -829,13 +850,13 @@ static void run_begun(struct orch_toolcall *list, const struct orch_err *audit_e
         next = c->next;
         c->next = c->prev = NULL;
         if (audit_error) {
-            c->decision = DENY;
+            c->decision = ORCH_DENY;
             c->reserved = false;
             c->rpc_code = 0;
             set_failure(c, "not run", audit_error->msg);
         } else if (c->cancelled) {
             set_failure(c, "cancelled", "before it ran");
-        } else if (c->decision == ALLOW && !c->rpc_code) {
+        } else if (c->decision == ORCH_ALLOW && !c->rpc_code) {
             call_run(c);
             continue;
         }
@@ -871,17 +892,17 @@ void orch_calls_run(struct orch *o)
         }
         for (struct orch_toolcall *c = ended, *next; c; c = next) {
             next = c->next;
-            call_answer(c);
+            orch_call_answer(c);
         }
     }
     o->in_run = false;
     if (o->begun) /* an answer's callback made another call */
-        want_run(o);
+        orch_calls_want(o);
 }
 
 /* ---- cancelling */
 
-static void call_cancel(struct orch_toolcall *c, const char *why)
+void orch_call_cancel(struct orch_toolcall *c, const char *why)
 {
     if (c->cancelled || c->finished)
         return;
@@ -893,8 +914,7 @@ static void call_cancel(struct orch_toolcall *c, const char *why)
             orch_mcp_client_cancel(c->upstream, why);
         c->upstream = NULL;
         set_failure(c, "cancelled", why);
-        list_remove(&c->o->running, c);
-        call_end(c);
+        orch_call_end(c);
     }
 }
 
@@ -903,7 +923,7 @@ void orch_call_cancel_mcp(struct orch_mcp_request *rq)
     struct orch_toolcall *c = orch_mcp_request_host(rq);
     if (c->finished)
         c->cancelled = true;
-    call_cancel(c, "the client cancelled the call");
+    orch_call_cancel(c, "the client cancelled the call");
 }
 
 void orch_calls_cancel(struct orch *o, struct orch_session *s, const char *why)
@@ -911,24 +931,14 @@ void orch_calls_cancel(struct orch *o, struct orch_session *s, const char *why)
     for (struct orch_toolcall *c = o->running, *next; c; c = next) {
         next = c->next;
         if (c->session == s)
-            call_cancel(c, why);
+            orch_call_cancel(c, why);
     }
 }
 
-static void detach(struct orch_toolcall *list, struct orch_session *s)
+void orch_call_detach_mcp(struct orch_mcp_request *rq)
 {
-    for (struct orch_toolcall *c = list; c; c = c->next)
-        if (c->session == s && c->rq) {
-            orch_mcp_request_drop(c->rq);
-            c->rq = NULL;
-        }
-}
-
-void orch_calls_detach(struct orch *o, struct orch_session *s)
-{
-    detach(o->begun, s);
-    detach(o->running, s);
-    detach(o->ended, s);
+    struct orch_toolcall *c = orch_mcp_request_host(rq);
+    c->rq = NULL;
 }
 
 /* ---- what a tool's ctx reaches */
@@ -936,6 +946,11 @@ void orch_calls_detach(struct orch *o, struct orch_session *s)
 static void ctx_progress(struct orch_toolcall *c, double done, double total, struct orch_slice message)
 {
     send_progress(c, done, total, message);
+}
+
+static const char *call_name(const struct orch_toolcall *c)
+{
+    return c->tool ? c->tool->name : c->method;
 }
 
 static void ctx_log(struct orch_toolcall *c, const char *level, struct orch_slice message)
@@ -946,8 +961,8 @@ static void ctx_log(struct orch_toolcall *c, const char *level, struct orch_slic
         return;
     orch_json_quote(&json, (struct orch_slice){ text.p, text.n });
     if (c->rq)
-        orch_mcp_log(c->rq, level, orch_slice_str(c->tool->name), (struct orch_slice){ json.p, json.n });
-    orch_log(ORCH_INFO, "%s: %s: %.*s", c->tool->name, level, (int)text.n, text.p);
+        orch_mcp_log(c->rq, level, orch_slice_str(call_name(c)), (struct orch_slice){ json.p, json.n });
+    orch_log(ORCH_INFO, "%s: %s: %.*s", call_name(c), level, (int)text.n, text.p);
 }
 
 static bool ctx_cancelled(const struct orch_toolcall *c)
@@ -988,6 +1003,28 @@ static void ctx_adopt(struct orch_toolcall *c, struct orch_vm_handle *h)
     snprintf(c->vm_id, sizeof c->vm_id, "%s", orch_vm_id(vm));
 }
 
+static bool ctx_modern(const struct orch_toolcall *c)
+{
+    return c->modern;
+}
+
+static unsigned ctx_next_key(struct orch_toolcall *c)
+{
+    return ++c->keys;
+}
+
+static void ctx_release(struct orch_toolcall *c, int64_t retry_ms)
+{
+    void *stream = c->rq ? orch_mcp_request_stream(c->rq) : NULL;
+    if (stream)
+        orch_mcp_stream_release(stream, retry_ms);
+}
+
+static unsigned ctx_caps(const struct orch_toolcall *c)
+{
+    return c->caps;
+}
+
 const struct orch_env_call_ops orch_call_ops = {
     .get = call_get,
     .progress = ctx_progress,
@@ -999,6 +1036,13 @@ const struct orch_env_call_ops orch_call_ops = {
     .network = ctx_network,
     .left_ms = ctx_left_ms,
     .adopt = ctx_adopt,
+    .task = orch_job_begin,
+    .release = ctx_release,
+    .caps = ctx_caps,
+    .modern = ctx_modern,
+    .next_key = ctx_next_key,
+    .ask = orch_asking_start,
+    .ask_free = orch_asking_free,
 };
 
 void orch_calls_free(struct orch *o)
@@ -1006,6 +1050,7 @@ void orch_calls_free(struct orch *o)
     for (size_t i = 0; i < o->n_slots; i++) {
         orch_buf_free(&o->slots[i]->args);
         orch_buf_free(&o->slots[i]->text);
+        orch_buf_free(&o->slots[i]->meta);
         free(o->slots[i]);
     }
     free(o->slots);
@@ -1030,6 +1075,5 @@ void orch_answer(struct orch_tool_call *call, const char *text, int is_error)
     if (!c->gen || c->finished)
         return;
     put_text_result(c, (struct orch_slice){ 0 }, orch_slice_str(text), is_error != 0);
-    list_remove(&c->o->running, c);
-    call_end(c);
+    orch_call_end(c);
 }

@@ -83,6 +83,14 @@ static char *config_string(lua_State *L, const char *path)
     return s;
 }
 
+static char *config_secret(lua_State *L, const char *path)
+{
+    push_path(L, path);
+    char *s = luaL_testudata(L, -1, "orch.secret") ? orch_xstrdup(lua_touserdata(L, -1)) : NULL;
+    lua_pop(L, 1);
+    return s;
+}
+
 static double config_number(lua_State *L, const char *path)
 {
     push_path(L, path);
@@ -110,6 +118,8 @@ static void read_config(struct loading *l, lua_State *L)
     c->policy_memory_bytes = (size_t)config_number(L, "limits.policy.memory");
     c->tool_cpu_ms = (int64_t)config_number(L, "limits.tool.cpu");
     c->tool_memory_bytes = (size_t)config_number(L, "limits.tool.memory");
+    c->http_listen = config_string(L, "http.listen");
+    c->http_token = config_secret(L, "http.token");
     c->audit_dir = config_string(L, "audit.dir");
     if (!c->audit_dir)
         c->audit_dir = orch_xasprintf("%s/audit", l->o->paths.state);

@@ -220,6 +220,7 @@ void orch_tool_fini(struct orch_tool *t)
     free(t->file);
     free(t->definition);
     free(t->input);
+    orch_mcp_params_free(&t->headers);
 }
 
 int orch_generation_add_tool(struct orch_generation *g, const struct orch_tool *def, struct orch_slice untrusted, struct orch_err *err)
@@ -229,6 +230,11 @@ int orch_generation_add_tool(struct orch_generation *g, const struct orch_tool *
     struct orch_json_fault fault;
     if (orch_json_scan(&schema, orch_slice_str(def->input), &(struct orch_json_limits){ .bytes = 1 << 20 }, &fault) < 0)
         return orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL, "%s at byte %zu", fault.rule, fault.byte);
+    const char *bad_header = NULL;
+    struct orch_mcp_param_list headers = { 0 };
+    if (strstr(def->input, "\"x-mcp-header\"") && orch_mcp_params_read(&schema, 0, &headers, &bad_header) < 0)
+        return orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL, "%s", bad_header);
+    orch_mcp_params_free(&headers);
     lua_rawgeti(L, LUA_REGISTRYINDEX, g->engine_ref);
     lua_getfield(L, -1, "add_tool");
     lua_remove(L, -2);
@@ -273,6 +279,9 @@ int orch_generation_add_tool(struct orch_generation *g, const struct orch_tool *
     t->file = orch_xstrdup(def->file);
     t->definition = orch_xstrdup(def->definition);
     t->input = orch_xstrdup(def->input);
+    t->headers = (struct orch_mcp_param_list){ 0 };
+    if (strstr(def->input, "\"x-mcp-header\""))
+        orch_mcp_params_read(&schema, 0, &t->headers, &bad_header);
     t->listed = lua_toboolean(L, -1);
     lua_pop(L, 1);
     lua_pushstring(L, t->name);
@@ -307,11 +316,10 @@ static char *ordered(const char *json)
     return orch_steal_ptr(&out.p);
 }
 
-/* dispatch.register(where, table) with its table on the stack; the tool is added. */
-static int register_tool(struct loading *l, int dispatch_ref, const char *path, const char *shown, bool shipped)
+/* dispatch.register(where, table) in the state, with the tool's table on its stack (popped). */
+static int read_tool(struct loading *l, struct orch_state *s, int dispatch_ref, const char *shown, struct orch_tool *t)
 {
-    struct orch_generation *g = l->g;
-    lua_State *L = orch_state_lua(g->tools_state);
+    lua_State *L = orch_state_lua(s);
     struct orch_err err = { 0 };
     lua_rawgeti(L, LUA_REGISTRYINDEX, dispatch_ref);
     lua_getfield(L, -1, "register");
@@ -319,32 +327,45 @@ static int register_tool(struct loading *l, int dispatch_ref, const char *path, 
     lua_pushstring(L, shown);
     lua_pushvalue(L, -3);
     lua_remove(L, -4);
-    if (orch_state_pcall(g->tools_state, 2, 6, &err) < 0) {
+    if (orch_state_pcall(s, 2, 7, &err) < 0) {
         orch_load_fail(l, ORCH_CLASS_CONFIG, "%s", err.msg);
         return -1;
     }
-    if (lua_isnil(L, -6)) {
-        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s", lua_tostring(L, -5));
-        lua_pop(L, 6);
+    if (lua_isnil(L, -7)) {
+        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s", lua_tostring(L, -6));
+        lua_pop(L, 7);
         return -1;
     }
-    struct orch_tool t = { .shipped = shipped, .timeout_ms = (int64_t)lua_tonumber(L, -2) };
+    int task = (int)lua_tointeger(L, -1);
+    lua_pop(L, 1);
+    *t = (struct orch_tool){ .state = s, .task = task, .timeout_ms = (int64_t)lua_tonumber(L, -2) };
     if (lua_isnil(L, -1)) {
-        t.output_ref = LUA_NOREF;
+        t->output_ref = LUA_NOREF;
         lua_pop(L, 1);
     } else {
-        t.output_ref = luaL_ref(L, LUA_REGISTRYINDEX);
+        t->output_ref = luaL_ref(L, LUA_REGISTRYINDEX);
     }
     lua_pop(L, 1); /* name, run, definition, input */
     lua_pushvalue(L, -3);
-    t.run_ref = luaL_ref(L, LUA_REGISTRYINDEX);
-    t.name = orch_xstrdup(lua_tostring(L, -4));
-    t.wire_name = orch_xstrdup(t.name);
-    t.server = orch_xstrdup("local");
-    t.file = orch_xstrdup(path);
-    t.definition = ordered(lua_tostring(L, -2));
-    t.input = orch_xstrdup(lua_tostring(L, -1));
+    t->run_ref = luaL_ref(L, LUA_REGISTRYINDEX);
+    t->name = orch_xstrdup(lua_tostring(L, -4));
+    t->wire_name = orch_xstrdup(t->name);
+    t->server = orch_xstrdup("local");
+    t->definition = ordered(lua_tostring(L, -2));
+    t->input = orch_xstrdup(lua_tostring(L, -1));
     lua_pop(L, 4);
+    return 0;
+}
+
+static int register_tool(struct loading *l, int dispatch_ref, const char *path, const char *shown, bool shipped)
+{
+    struct orch_generation *g = l->g;
+    struct orch_err err = { 0 };
+    struct orch_tool t;
+    if (read_tool(l, g->tools_state, dispatch_ref, shown, &t) < 0)
+        return -1;
+    t.shipped = shipped;
+    t.file = orch_xstrdup(path);
     const struct orch_tool *same = orch_generation_tool(g, orch_slice_str(t.wire_name));
     int r;
     if (same && !same->shipped)
@@ -409,31 +430,44 @@ static int l_schema_module(lua_State *L)
     lua_getfield(L, LUA_REGISTRYINDEX, "orch.schema");
     if (!lua_isnil(L, -1))
         return 1;
-    if (orch_load_push_schema(l, l->g->tools_state) < 0)
+    if (orch_load_push_schema(l, orch_state_of(L)) < 0)
         return luaL_error(L, "the schema module cannot be loaded");
     lua_pushvalue(L, -1);
     lua_setfield(L, LUA_REGISTRYINDEX, "orch.schema");
     return 1;
 }
 
-static int load_tools(struct loading *l)
+/* Loads lua/dispatch.lua into the state; its reference, or -1. */
+static int load_dispatch(struct loading *l, struct orch_state *s)
 {
-    struct orch *o = l->o;
-    struct orch_generation *g = l->g;
-    lua_State *L = orch_state_lua(g->tools_state);
+    lua_State *L = orch_state_lua(s);
     orch_load_push_deps(L);
     lua_pushlightuserdata(L, l);
     lua_pushcclosure(L, l_schema_module, 1);
     lua_setfield(L, -2, "schema"); /* called while loading only: l is gone afterwards */
-    if (orch_load_run_product(l, g->tools_state, "dispatch.lua", 1) < 0)
+    return orch_load_run_product(l, s, "dispatch.lua", 1) < 0 ? -1 : luaL_ref(L, LUA_REGISTRYINDEX);
+}
+
+static int load_folders(struct loading *l)
+{
+    struct orch_generation *g = l->g;
+    int dispatch_ref = load_dispatch(l, g->tools_state);
+    if (dispatch_ref < 0)
         return -1;
-    int dispatch_ref = luaL_ref(L, LUA_REGISTRYINDEX);
-    cleanup_free char *shipped = orch_xasprintf("%s/lua/tools", o->paths.share);
+    cleanup_free char *shipped = orch_xasprintf("%s/lua/tools", l->o->paths.share);
     int r = load_tool_dir(l, dispatch_ref, shipped, true);
     for (char **dir = g->cfg.tools; *dir; dir++)
         if (strcmp(*dir, shipped) != 0 && load_tool_dir(l, dispatch_ref, *dir, false) < 0)
             r = -1;
-    luaL_unref(L, LUA_REGISTRYINDEX, dispatch_ref);
+    luaL_unref(orch_state_lua(g->tools_state), LUA_REGISTRYINDEX, dispatch_ref);
+    return r;
+}
+
+static int load_tools(struct loading *l)
+{
+    struct orch *o = l->o;
+    struct orch_generation *g = l->g;
+    int r = o->offer.on ? 0 : load_folders(l);
     struct orch_err err = { 0 };
     for (size_t i = 0; i < o->n_c_tools; i++)
         if (orch_generation_add_tool(g, &o->c_tools[i], (struct orch_slice){ 0 }, &err) < 0) {
@@ -441,6 +475,35 @@ static int load_tools(struct loading *l)
             r = -1;
         }
     return r;
+}
+
+static void add_c_tool(struct orch *o, const struct orch_tool *t)
+{
+    o->c_tools = orch_xrealloc(o->c_tools, (o->n_c_tools + 1) * sizeof *o->c_tools);
+    o->c_tools[o->n_c_tools++] = *t;
+}
+
+int orch_script_tools(struct orch *o, lua_State *L, int idx, struct orch_err *err)
+{
+    cleanup_buf struct orch_buf errors = { 0 };
+    struct loading l = { .o = o, .errors = &errors };
+    lua_State *main = orch_state_lua(o->script);
+    orch_sha256_init(&l.hash);
+    int dispatch_ref = load_dispatch(&l, o->script);
+    for (size_t i = 1; dispatch_ref >= 0 && i <= lua_objlen(L, idx); i++) {
+        struct orch_tool t;
+        char shown[64];
+        snprintf(shown, sizeof shown, "orch.mcp.serve: tools[%zu]", i);
+        lua_rawgeti(L, idx, (int)i);
+        lua_xmove(L, main, L == main ? 0 : 1);
+        if (read_tool(&l, o->script, dispatch_ref, shown, &t) == 0)
+            add_c_tool(o, &t);
+    }
+    if (dispatch_ref >= 0)
+        luaL_unref(main, LUA_REGISTRYINDEX, dispatch_ref);
+    if (errors.n)
+        return orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL, "%.*s", (int)errors.n - 1, errors.p);
+    return 0;
 }
 
 /* ---- all of it */
@@ -589,6 +652,8 @@ void orch_generation_unref(struct orch_generation *g)
     free(c->policies);
     free(c->workspace);
     free(c->audit_dir);
+    free(c->http_listen);
+    free(c->http_token);
     free(c->vm_backend);
     free(c->vm_accel);
     free(c->vm_image);

@@ -12,8 +12,6 @@
 
 enum {
     RELOAD_QUIET_MS = 50,
-    EOF_GRACE_MS = 1000, /* calls under way when the input ends may still answer */
-    DRAIN_MS = 200,
     CLOSE_MS = 1000,
 };
 
@@ -197,14 +195,12 @@ int orch_host_audit(struct orch *o, struct orch_err *err)
     return o->audit ? 0 : -EIO;
 }
 
-static void audit_event(struct orch *o, const char *event, struct orch_slice fields)
+void orch_host_event(struct orch *o, const char *event, struct orch_slice fields)
 {
     struct orch_err err = { 0 };
     if (o->audit && (orch_audit_add(o->audit, event, fields, false, &err) < 0 || orch_audit_flush(o->audit, &err) < 0))
         orch_log(ORCH_ERROR, "%s", err.msg);
 }
-
-static void watch_files(struct orch *o);
 
 int orch_host_reload(struct orch *o, const char *why)
 {
@@ -216,7 +212,7 @@ int orch_host_reload(struct orch *o, const char *why)
     if (!g) {
         orch_buf_slice(&o->reload_error, (struct orch_slice){ errors.p, errors.n });
         orch_log(ORCH_ERROR, "reload failed, the policies and tools before stay in force: %s", errors.p);
-    } else if (strcmp(g->hash, o->gen->hash) == 0 && !o->upstream) {
+    } else if (strcmp(g->hash, o->gen->hash) == 0 && !o->upstream && !o->offer.on) {
         orch_generation_unref(g);
         return 0;
     } else {
@@ -224,10 +220,9 @@ int orch_host_reload(struct orch *o, const char *why)
         orch_generation_unref(o->gen);
         o->gen = g;
         o->reloads++;
-        watch_files(o);
-        for (struct orch_session *s = o->sessions; s; s = s->next)
-            if (s->mcp && list_changed)
-                orch_mcp_session_tools_changed(s->mcp);
+        orch_host_watch(o);
+        if (list_changed)
+            orch_serve_changed(o, ORCH_MCP_TOOLS_CHANGED, (struct orch_slice){ 0 });
         orch_log(ORCH_INFO, "reloaded (%s): generation %.12s, %zu tools", why, g->hash, g->n_tools);
     }
     cleanup_buf struct orch_buf fields = { 0 };
@@ -239,7 +234,7 @@ int orch_host_reload(struct orch *o, const char *why)
         orch_json_quote(&fields, (struct orch_slice){ errors.p, errors.n > 4000 ? 4000 : errors.n });
     }
     orch_buf_slice(&fields, (struct orch_slice){ o->gen->audit_field.p, o->gen->audit_field.n });
-    audit_event(o, "reload", (struct orch_slice){ fields.p, fields.n });
+    orch_host_event(o, "reload", (struct orch_slice){ fields.p, fields.n });
     return g ? 0 : -(int)cls;
 }
 
@@ -248,7 +243,7 @@ static void files_changed(void *ud)
     orch_host_reload(ud, "a file changed");
 }
 
-static void watch_files(struct orch *o)
+void orch_host_watch(struct orch *o)
 {
     struct orch_err err = { 0 };
     if (!o->reload && !(o->reload = orch_reload_new(o->loop, RELOAD_QUIET_MS, files_changed, o, &err))) {
@@ -286,11 +281,11 @@ static void vm_progress(void *ud, const char *line)
 
 static void vm_event(void *ud, const char *event, struct orch_slice fields)
 {
-    audit_event(ud, event, fields);
+    orch_host_event(ud, event, fields);
 }
 
 /* Whoever serves or has microVMs can be asked by other commands of the same user. */
-static void open_control(struct orch *o)
+void orch_host_control(struct orch *o)
 {
     struct orch_err err = { 0 };
     if (!o->control && !(o->control = orch_control_new(o, &err)))
@@ -323,7 +318,7 @@ static struct orch_vms *env_vms(void *ud, struct orch_err *err)
                                                    .ud = o },
                           err);
     if (o->vms)
-        open_control(o);
+        orch_host_control(o);
     return o->vms;
 }
 
@@ -350,17 +345,23 @@ static int env_vm_defaults(void *ud, struct orch_vm_opts *v, struct orch_err *er
     return 0;
 }
 
-/* ---- sessions */
+/* ---- networks */
 
-/* Who started us: uid and program. */
-static char *parent_caller(void)
+static int env_rules(void *ud, const char *network, struct orch_rules **rules, struct orch_err *err)
 {
-    char link[64], exe[PATH_MAX] = "";
-    snprintf(link, sizeof link, "/proc/%d/exe", getppid());
-    ssize_t n = readlink(link, exe, sizeof exe - 1);
-    exe[n < 0 ? 0 : n] = 0;
-    return orch_xasprintf("uid:%u %s", getuid(), exe[0] ? exe : "unknown");
+    struct orch *o = ud;
+    if (orch_host_generation(o, err) < 0)
+        return err->code > 0 ? -err->code : -EIO;
+    *rules = orch_generation_rules(o->gen, network, err);
+    return *rules ? 0 : -EINVAL;
 }
+
+static int env_fill_policy(void *ud, struct orch_policy *p, struct orch_err *err)
+{
+    return orch_fill_policy(ud, p, err);
+}
+
+/* ---- sessions */
 
 struct orch_session *orch_session_new(struct orch *o, const char *caller)
 {
@@ -394,194 +395,6 @@ void orch_session_unref(struct orch_session *s)
     free(s->caller);
     orch_buf_free(&s->audit_fields);
     free(s);
-}
-
-/* ---- serving MCP over stdio */
-
-struct serving {
-    struct orch *o;
-    struct orch_session *session;
-    struct orch_mcp_session *mcp;
-    struct orch_mcp_stdio *stdio;
-    struct orch_mcp_server_ops ops;
-    struct orch_timer *grace;
-    bool ending;
-    bool waiting; /* for the upstream; input is held */
-    int status;
-    char why[512];
-    void (*done)(void *ud, int status, const char *why);
-    void *ud;
-};
-
-static int ops_tools_list(void *ud, struct orch_buf *out, struct orch_err *err)
-{
-    struct serving *v = ud;
-    struct orch *o = v->o;
-    if (o->upstream && !orch_upstream_ready(o->upstream))
-        return orch_err_setc(err, ORCH_CLASS_UPSTREAM, EIO, "%s", orch_upstream_problem(o->upstream));
-    orch_buf_slice(out, (struct orch_slice){ o->gen->list.p, o->gen->list.n });
-    return 0;
-}
-
-static void ops_tool_call(void *ud, struct orch_mcp_request *rq, const struct orch_json_doc *d, struct orch_slice name, uint32_t args,
-                          uint32_t meta)
-{
-    struct serving *v = ud;
-    orch_call_from_mcp(v->session, rq, d, name, args, meta);
-}
-
-static void ops_cancel(void *ud, struct orch_mcp_request *rq)
-{
-    (void)ud;
-    orch_call_cancel_mcp(rq);
-}
-
-/* Calls under way are cancelled, their outcomes written. */
-static void serving_stop(void *ud)
-{
-    struct orch *o = ud;
-    struct serving *v = orch_steal_ptr(&o->serving);
-    if (!v)
-        return;
-    orch_mcp_session_end(v->mcp);
-    orch_calls_run(o);
-    orch_mcp_stdio_drain(v->stdio, DRAIN_MS);
-    orch_mcp_stdio_free(v->stdio);
-    orch_calls_detach(o, v->session);
-    orch_mcp_session_free(v->mcp);
-    v->session->mcp = NULL;
-    orch_session_unref(v->session);
-    orch_timer_free(v->grace);
-    orch_upstream_free(o->upstream);
-    o->upstream = NULL;
-    free(v);
-}
-
-static void serving_finish(void *ud)
-{
-    struct serving *v = ud;
-    void (*done)(void *ud, int status, const char *why) = v->done;
-    void *done_ud = v->ud;
-    int status = v->status;
-    char why[sizeof v->why];
-    memcpy(why, v->why, sizeof why);
-    serving_stop(v->o);
-    done(done_ud, status, why[0] ? why : NULL);
-}
-
-static void finish_when_idle(void *ud)
-{
-    struct serving *v = ud;
-    if (v->ending && orch_mcp_session_in_flight(v->mcp) == 0)
-        orch_timer_set(v->grace, 0);
-}
-
-static void serving_batch_end(void *ud)
-{
-    struct serving *v = ud;
-    orch_calls_run(v->o);
-}
-
-/* Input ended: what is under way gets a moment to answer, then everything ends. */
-static void serving_closed(void *ud, const char *why)
-{
-    struct serving *v = ud;
-    if (why)
-        snprintf(v->why, sizeof v->why, "%s", why);
-    v->ending = true;
-    bool gone = why != NULL || (!v->waiting && orch_mcp_session_in_flight(v->mcp) == 0);
-    orch_timer_set(v->grace, gone ? 0 : EOF_GRACE_MS);
-}
-
-/* The server behind the proxy is ready or has failed: what the client sent meanwhile is handled now. */
-static void upstream_settled(void *ud)
-{
-    struct serving *v = ud;
-    struct orch *o = v->o;
-    if (orch_upstream_ready(o->upstream)) {
-        int r = orch_host_reload(o, "the upstream is ready");
-        if (r < 0) {
-            v->status = orch_class_exit((enum orch_class)-r);
-            snprintf(v->why, sizeof v->why, "%s", o->reload_error.p);
-            orch_timer_set(v->grace, 0);
-            return;
-        }
-    }
-    v->waiting = false;
-    orch_mcp_stdio_hold(v->stdio, false);
-    finish_when_idle(v);
-}
-
-static int env_serve(void *ud, const struct orch_serve_opts *so, struct orch_err *err)
-{
-    struct orch *o = ud;
-    if (o->serving)
-        return orch_err_setc(err, ORCH_CLASS_USAGE, EBUSY, "standard input and output are served already");
-    if (strcmp(so->transport, "stdio") != 0)
-        return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL, "transport \"%s\" is not available yet; only \"stdio\" is", so->transport);
-    if (so->command && o->paths.origin == ORCH_CONFIG_BUILTIN)
-        return orch_err_setc(err, ORCH_CLASS_CONFIG, ENOENT,
-                             "there is no configuration, so nothing says what this server's tools may do. Write %s/orchestrator.lua:\n"
-                             "  return {}\n"
-                             "and %s/policies/tools.lua, for instance:\n"
-                             "  return { rules = { { tool = \"%s__*\", action = \"allow\" } } }\n"
-                             "then run: orch trust",
-                             o->paths.cwd, o->paths.cwd, so->as);
-    if (orch_host_generation(o, err) < 0 || orch_host_audit(o, err) < 0)
-        return err->code > 0 ? -err->code : -EIO;
-    struct serving *v = orch_xcalloc(1, sizeof *v);
-    v->o = o;
-    v->done = so->done;
-    v->ud = so->ud;
-    v->ops = (struct orch_mcp_server_ops){ .tools_list = ops_tools_list,
-                                           .tool_call = ops_tool_call,
-                                           .cancel = ops_cancel,
-                                           .max_calls = o->gen->cfg.calls };
-    struct orch_json_limits limits = { .bytes = o->gen->cfg.message_bytes, .depth = o->gen->cfg.depth };
-    cleanup_free char *caller = parent_caller();
-    v->mcp = orch_mcp_session_new(&v->ops, v, &limits);
-    v->session = orch_session_new(o, caller);
-    v->session->mcp = v->mcp;
-    v->grace = orch_timer_new(o->loop, serving_finish, v);
-    v->stdio = orch_mcp_stdio_new(o->loop, v->mcp,
-                                  &(struct orch_mcp_stdio_opts){ .in_fd = STDIN_FILENO,
-                                                                 .out_fd = STDOUT_FILENO,
-                                                                 .max_line = limits.bytes,
-                                                                 .batch_end = serving_batch_end,
-                                                                 .closed = serving_closed,
-                                                                 .ud = v },
-                                  err);
-    if (!v->stdio) {
-        orch_session_unref(v->session);
-        orch_mcp_session_free(v->mcp);
-        orch_timer_free(v->grace);
-        free(v);
-        return -EIO;
-    }
-    orch_mcp_session_on_idle(v->mcp, finish_when_idle, v);
-    o->serving = v;
-    if (so->command) {
-        v->waiting = true;
-        orch_mcp_stdio_hold(v->stdio, true);
-        o->upstream = orch_upstream_start(o, so->as, so->command, upstream_settled, v);
-    }
-    watch_files(o);
-    open_control(o);
-    return 0;
-}
-
-static int env_rules(void *ud, const char *network, struct orch_rules **rules, struct orch_err *err)
-{
-    struct orch *o = ud;
-    if (orch_host_generation(o, err) < 0)
-        return err->code > 0 ? -err->code : -EIO;
-    *rules = orch_generation_rules(o->gen, network, err);
-    return *rules ? 0 : -EINVAL;
-}
-
-static int env_fill_policy(void *ud, struct orch_policy *p, struct orch_err *err)
-{
-    return orch_fill_policy(ud, p, err);
 }
 
 /* ---- opening and closing */
@@ -620,7 +433,8 @@ struct orch *orch_host_open(const char *config, const struct orch_options *opts,
     }
     snprintf(o->call_prefix, sizeof o->call_prefix, "c%02x%02x%02x%02x", prefix[0], prefix[1], prefix[2], prefix[3]);
     o->env = (struct orch_env){ .loop = o->loop, .vms = env_vms, .vm_defaults = env_vm_defaults,
-                                .serve = env_serve, .serve_stop = serving_stop, .rules = env_rules, .fill_policy = env_fill_policy, .exit = env_exit, .call = &orch_call_ops, .ud = o };
+                                .serve = orch_serve, .serve_stop = orch_serve_stop, .changed = orch_serve_changed, .rules = env_rules,
+                                .fill_policy = env_fill_policy, .exit = env_exit, .call = &orch_call_ops, .ud = o };
     return o;
 }
 
@@ -663,7 +477,8 @@ void orch_close(struct orch *o)
     /* In the reverse of the order in which things lean on each other. */
     orch_control_free(o->control);
     orch_reload_free(o->reload);
-    serving_stop(o);
+    orch_serve_stop(o);
+    orch_asking_stop(o, NULL);
     end_calls(o);
     orch_upstream_free(o->upstream);
     orch_state_free(o->script);
@@ -680,6 +495,8 @@ void orch_close(struct orch *o)
     orch_paths_fini(&o->paths);
     orch_buf_free(&o->reload_error);
     orch_buf_free(&o->watched);
+    free(o->offer.server_info);
+    free(o->offer.instructions);
     free(o->kernel);
     free(o->modules);
     free(o);
@@ -795,7 +612,7 @@ static void serve_ended(void *ud, int status, const char *why)
 int orch_serve_stdio(struct orch *o, struct orch_error *error)
 {
     struct orch_err err = { 0 };
-    int r = env_serve(o, &(struct orch_serve_opts){ .transport = "stdio", .done = serve_ended, .ud = o }, &err);
+    int r = orch_serve(o, &(struct orch_serve_opts){ .transport = "stdio", .done = serve_ended, .ud = o }, &err);
     if (r < 0)
         fill_error(error, &err);
     return r;

@@ -2,11 +2,13 @@
 #ifndef ORCH_HOST_H
 #define ORCH_HOST_H
 
+#include "base/hash.h"
 #include "base/log.h"
 #include "bind/bind.h"
 #include "bind/lua_json.h"
 #include "bind/lua_regex.h"
 #include "mcp/client.h"
+#include "mcp/headers.h"
 #include "mcp/session.h"
 #include "mcp/stdio.h"
 #include "orch.h"
@@ -51,16 +53,20 @@ struct orch_config {
     enum orch_audit_sync audit_sync;
     struct orch_cidr *permit; /* net.permit_private */
     size_t n_permit;
+    char *http_listen, *http_token;
 };
 
 struct orch_tool {
+    struct orch_state *state; /* where run_ref and output_ref are */
     char *name;      /* qualified */
     char *wire_name; /* as clients see it */
     char *server;    /* "local" or the upstream's name */
     char *file;      /* where it was defined; NULL for an upstream's */
     char *definition; /* MCP tool object as JSON */
     char *input;      /* its JSON Schema */
+    struct orch_mcp_param_list headers; /* x-mcp-header in it */
     bool listed, shipped;
+    enum { ORCH_TOOL_NO_TASK, ORCH_TOOL_TASK, ORCH_TOOL_TASK_ONLY } task; /* a task where the client can; only so */
     int name_ref;            /* policy state: the name, interned */
     int run_ref, output_ref; /* tool state */
     int64_t timeout_ms;
@@ -142,18 +148,31 @@ void orch_session_unref(struct orch_session *s);
 /* The answer of a call that did not come from MCP. members: of the MCP result. */
 typedef void orch_call_done_fn(void *ud, struct orch_slice members, bool is_error);
 
-void orch_call_from_mcp(struct orch_session *s, struct orch_mcp_request *rq, const struct orch_json_doc *d, struct orch_slice name,
-                        uint32_t args, uint32_t meta);
+void orch_call_from_mcp(struct orch_session *s, struct orch_mcp_request *rq, const struct orch_json_doc *d,
+                        const struct orch_mcp_params *p);
+/* A request beyond tools, answered by what a script serves. */
+void orch_feature_call(struct orch_session *s, struct orch_mcp_request *rq, const struct orch_json_doc *d, const char *method,
+                       const struct orch_mcp_params *p);
+/* tasks/get, tasks/update, tasks/cancel. */
+void orch_job_request(struct orch_session *s, struct orch_mcp_request *rq, const struct orch_json_doc *d, const char *method,
+                      const struct orch_mcp_params *p);
+/* The same request again, with requestState: resumes the parked call. */
+void orch_call_resume(struct orch_session *s, struct orch_mcp_request *rq, const char *method, const struct orch_json_doc *d,
+                      const struct orch_mcp_params *p);
 void orch_call_from_host(struct orch_session *s, struct orch_slice name, const struct orch_json_doc *d, uint32_t args,
                          orch_call_done_fn *done, void *ud);
 void orch_call_cancel_mcp(struct orch_mcp_request *rq);
 /* Writes the decisions of all calls begun since the last time, runs them, writes the outcomes of those
  * that ended, answers. Called when all input at hand was read, or from a posted turn. */
 void orch_calls_run(struct orch *o);
+/* The same in the next turn. */
+void orch_calls_want(struct orch *o);
 /* Cancels every call of the session; each still writes its outcome. */
 void orch_calls_cancel(struct orch *o, struct orch_session *s, const char *why);
-/* Its MCP session goes away: what is still under way ends without an answer. */
-void orch_calls_detach(struct orch *o, struct orch_session *s);
+/* Its MCP session goes away: the call ends without an answer. */
+void orch_call_detach_mcp(struct orch_mcp_request *rq);
+/* Ends the calls of s (NULL: all) that are parked for their client's answer. */
+void orch_asking_stop(struct orch *o, const struct orch_session *s);
 void orch_calls_free(struct orch *o); /* what is kept for later calls, and rates */
 extern const struct orch_env_call_ops orch_call_ops;
 
@@ -169,6 +188,25 @@ int orch_redact_text(const struct orch_generation *g, const uint16_t *patterns, 
 bool orch_rate_take(struct orch *o, const char *key, double limit, int64_t window_ms);
 
 struct orch_toolcall;
+
+/* What a script serves (orch.mcp.serve with tools, resources, prompts): served instead of what the
+ * configuration's folders hold, judged by the same policy. Its functions live in the script's state. */
+struct orch_offer {
+    bool on;
+    unsigned features; /* ORCH_MCP_* */
+    int handle_ref;    /* function (method, params, ctx) */
+    char *server_info, *instructions;
+};
+
+/* Calls that wait for their modern client's answer (core/asking.c). */
+struct orch_parked {
+    struct orch_toolcall *first, *last;
+    struct orch_toolcall *asking; /* will be parked at the end of this turn */
+    size_t n;
+    struct orch_timer *timer;
+    struct orch_hmac_key key;
+    bool keyed;
+};
 
 struct orch {
     struct orch_env env;
@@ -194,10 +232,14 @@ struct orch {
     size_t n_c_tools;
     struct orch_rate *rates;
     struct orch_cidr *host_addresses; /* as orch_fill_policy read them last */
+    struct orch_parked parked;
+    struct orch_job *jobs;
+    bool jobs_swept;
+    struct orch_offer offer;
     struct orch_upstream *upstream; /* the server behind the thin proxy */
     struct orch_control *control;
     int64_t started_us;
-    struct serving *serving; /* stdio */
+    struct serving *serving;
     bool served;             /* orch_serve_stdio came to its end */
     struct orch_task *main;  /* the script that orch_host_run runs */
 };
@@ -211,6 +253,17 @@ int orch_host_run(struct orch *o, const char *name, struct orch_slice text, int 
 int orch_host_audit(struct orch *o, struct orch_err *err); /* opens the audit log of the generation in force */
 /* Loads anew and swaps; on failure the old generation stays. 0 or the errors' class as a negative number. */
 int orch_host_reload(struct orch *o, const char *why);
+void orch_host_watch(struct orch *o); /* the files of the generation in force, for reload */
+void orch_host_control(struct orch *o); /* opens the control socket */
+void orch_host_event(struct orch *o, const char *event, struct orch_slice fields); /* into the audit log */
+
+/* ---- serving MCP (core/serve.c); ud is the host */
+int orch_serve(void *ud, const struct orch_serve_opts *so, struct orch_err *err);
+void orch_serve_stop(void *ud);
+void orch_serve_changed(void *ud, unsigned what, struct orch_slice uri);
+void orch_serve_task_changed(struct orch *o, struct orch_slice id, struct orch_slice members);
+/* Adds the tools in the list at idx (as tool files return them) to every generation. */
+int orch_script_tools(struct orch *o, lua_State *L, int idx, struct orch_err *err);
 
 /* What the commands in lua/cli need beyond the public API, "orch.internal": see core/internal.c. */
 int orch_luaopen_internal(lua_State *L);

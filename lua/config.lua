@@ -215,6 +215,24 @@ local function nothing(v, entry)
   return {}
 end
 
+-- "HOST:PORT", "[IPV6]:PORT" or "unix:PATH".
+local function listen(v, _, c)
+  if type(v) == "string" and sub(v, 1, 5) == "unix:" then
+    local p, message = path_of(sub(v, 6), c)
+    return p and "unix:" .. p, message
+  end
+  local port = type(v) == "string" and (match(v, "^[%w.-]+:(%d+)$") or match(v, "^%[[%x:.]+%]:(%d+)$"))
+  if not port or #port > 5 or tonumber(port) > 65535 then
+    return nil, 'expected "HOST:PORT" or "unix:PATH", like "127.0.0.1:8700", got ' .. show(v)
+  end
+  return v
+end
+
+local function token(v)
+  if not deps.is_secret(v) then return nil, 'is not written into a file; take it from the environment: env("ORCH_TOKEN", nil)' end
+  return v
+end
+
 -- A value that nothing reads yet: what equals the contract's example (entry[4]) or comes from the
 -- environment is accepted, so that the same file is good whatever is set there; all else is refused.
 local function unused(v, entry, c, path)
@@ -222,7 +240,6 @@ local function unused(v, entry, c, path)
   c:note(path, "without effect: not available yet")
 end
 
-local STDIO = "serve with `orch mcp stdio`"
 local AGENT = "connect an agent with `orch mcp stdio`"
 -- path, kind, default, the kind's arguments. Ranges: what a small machine can hold and a peer must not
 -- exceed; the message limit is also the JSON scanner's.
@@ -249,8 +266,8 @@ local SPEC = {
   { "limits.policy.memory", size, "64M", "4M", "1G" },
   { "limits.tool.cpu", duration, "2s", "10ms", "10m" },
   { "limits.tool.memory", size, "256M", "4M", "4G" },
-  { "http.listen", unused, nil, "127.0.0.1:8700", STDIO },
-  { "http.token", unused, nil, nil, STDIO },
+  { "http.listen", listen, "127.0.0.1:8700" },
+  { "http.token", token },
   { "audit.dir", directory },
   { "audit.sync", choice, "none", { "none", "interval", "each" } },
   { "llm.provider", unused, nil, "openai", AGENT },

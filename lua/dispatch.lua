@@ -6,7 +6,11 @@ local deps = ...
 local json = deps.json
 
 local dispatch = {}
-local keys = { name = true, description = true, title = true, input = true, output = true, annotations = true, timeout = true, run = true }
+local keys = { name = true, description = true, title = true, input = true, output = true, annotations = true, timeout = true, task = true,
+  run = true }
+
+-- task: with a client that has the tasks extension the call is one from its start; required: only so.
+local tasks = { optional = 1, required = 2 }
 
 local function check(where, t)
   if type(t) ~= "table" then return where .. ": must return a table (one tool), got " .. type(t) end
@@ -27,10 +31,11 @@ local function check(where, t)
   if t.input.type ~= "object" then return where .. ": input.type must be \"object\"" end
   if t.output ~= nil and type(t.output) ~= "table" then return where .. ": output must be a JSON Schema (a table)" end
   if t.annotations ~= nil and type(t.annotations) ~= "table" then return where .. ": annotations must be a table" end
+  if t.task ~= nil and not tasks[t.task] then return where .. ": task must be \"optional\" or \"required\"" end
   if type(t.run) ~= "function" then return where .. ": run must be a function (args, ctx)" end
 end
 
--- Returns nil, error or: name, run, definition as JSON, input schema as JSON, timeout in ms, output check or nil.
+-- Returns nil, error or: name, run, definition as JSON, input schema as JSON, timeout in ms, output check or nil, task or nil.
 function dispatch.register(where, t)
   local problem = check(where, t)
   if problem then return nil, problem end
@@ -47,7 +52,7 @@ function dispatch.register(where, t)
     output, why = deps.schema().compile(t.output, { unknown = "error" })
     if not output then return nil, where .. ": output: " .. tostring(why) end
   end
-  return t.name, t.run, definition, json.encode(t.input), timeout, output
+  return t.name, t.run, definition, json.encode(t.input), timeout, output, tasks[t.task]
 end
 
 return dispatch

@@ -14,11 +14,17 @@ local function stdio(opts, _, cmd, name)
   return status
 end
 
+local function http(opts, _, _, name)
+  local status, why, code = orch.mcp.serve { transport = "http", listen = opts.listen }
+  if not status then return require "cli".fail(name, why, code) end
+  return status
+end
+
 -- How agents start it. Reading options takes cli.lua, and compiling that a twentieth of the start.
 if select("#", ...) == 1 and ... == "stdio" then return stdio({}, nil, nil, "mcp stdio") end
 
 return require "cli".main("mcp", {
-  usage = "stdio|test …",
+  usage = "stdio|http|test …",
   about = "Model Context Protocol: what an agent connects to, and a client to try servers with.",
   commands = {
     { "stdio", spec = {
@@ -33,6 +39,15 @@ return require "cli".main("mcp", {
       status = "0 input ended, 6 configuration invalid or not trusted, 7 CMD's server failed, 2 usage",
       command = "word", words = { 0, 0 }, run = stdio } },
     { "test", spec = { summary = "connect to a server, list its tools or call one", delegate = "test-mcp" } },
-    { "http", later = "use: orch mcp stdio" },
+    { "http", spec = {
+      summary = "the same over Streamable HTTP",
+      usage = "[--listen HOST:PORT | unix:PATH]",
+      about = "An MCP server at http://HOST:PORT/mcp with the configured tools. A bearer token is always needed: http.token of "
+        .. "the configuration, else the one in http.token of the state directory, which is made at the first start. On a unix "
+        .. "socket the peer's user takes its place.",
+      options = { { "--listen", "ADDRESS", "HOST:PORT or unix:PATH (default: http.listen of the configuration)" } },
+      examples = { "orch mcp http", "orch mcp http --listen unix:/run/user/1000/orch-mcp.sock" },
+      status = "0 stopped, 1 the address cannot be had, 6 configuration invalid or not trusted, 2 usage",
+      words = { 0, 0 }, run = http } },
   },
 }, ...)

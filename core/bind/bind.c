@@ -53,8 +53,10 @@ int orch_luaopen_orch(lua_State *L)
     lua_setfield(L, t, "task");
     orch_luaopen_vm(L, t);
     orch_luaopen_mcp(L, t);
-    if (orch_state_context(L) == ORCH_CTX_TOOL)
+    if (orch_state_context(L) != ORCH_CTX_POLICY) {
         orch_luaopen_ctx(L);
+        lua_pop(L, 1);
+    }
     lua_newtable(L);
     orch_api_set(L, "orch.http.", (struct orch_api[]){ { "request", NULL, 0 }, { 0 } });
     lua_setfield(L, t, "http");

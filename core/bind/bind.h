@@ -19,6 +19,22 @@ struct orch_rules;
 struct orch_vm_handle;
 struct orch_toolcall;
 
+struct orch_task;
+struct orch_ask;
+
+/* One question to a call's client, and its answer. */
+struct orch_ask_item {
+    struct orch_ask *ask;
+    char *key;            /* owned, as are the buffers */
+    const char *method;   /* elicitation/create, sampling/createMessage, roots/list */
+    unsigned needs;       /* ORCH_MCP_CAP_* */
+    uint64_t question;    /* of a legacy client; 0: none is under way */
+    struct orch_buf params, answer, error;
+    bool answered, failed; /* failed: answer is empty, error says why */
+};
+bool orch_asking_done(const struct orch_ask *a);
+const struct orch_ask_item *orch_asking_items(const struct orch_ask *a, size_t *n);
+
 /* One tool call as its ctx sees it. A ctx that outlives its call finds NULL. */
 struct orch_env_call_ops {
     struct orch_toolcall *(*get)(void *ud, uint32_t slot, uint32_t serial);
@@ -33,10 +49,29 @@ struct orch_env_call_ops {
     int64_t (*left_ms)(const struct orch_toolcall *c);
     /* A microVM of the call: closed when the call ends; its isolation goes into answer and audit. */
     void (*adopt)(struct orch_toolcall *c, struct orch_vm_handle *h);
+    /* From here on a task of the tasks extension. code ENOTSUP: the client has none. */
+    int (*task)(struct orch_toolcall *c, struct orch_err *err);
+    void (*release)(struct orch_toolcall *c, int64_t retry_ms);
+    unsigned (*caps)(const struct orch_toolcall *c); /* ORCH_MCP_CAP_* of the client */
+    bool (*modern)(const struct orch_toolcall *c);   /* its client is of the modern era */
+    unsigned (*next_key)(struct orch_toolcall *c);   /* 1, 2, …: names of questions */
+    /* Asks the client all of it; takes items (an array made by malloc). done is called once, unless all is
+     * answered when this returns (orch_asking_done) or ask_free comes first. NULL with err; code ENOTSUP:
+     * the client does not declare what is needed. */
+    struct orch_ask *(*ask)(struct orch_toolcall *c, struct orch_ask_item *items, size_t n, struct orch_task *task, void (*done)(void *ud),
+                            void *ud, struct orch_err *err);
+    void (*ask_free)(struct orch_ask *a);
 };
 
 struct orch_serve_opts {
-    const char *transport;      /* "stdio" */
+    const char *transport;      /* "stdio", "http" */
+    const char *listen, *token; /* http; NULL: as configured */
+    /* What a script serves in place of the configuration's tools: a list of tool tables and a function
+     * (method, params, ctx), both on top of the state's stack at these indices; 0: none. */
+    lua_State *L;
+    int tools, handle;
+    unsigned features;          /* ORCH_MCP_* that handle answers */
+    const char *name, *version, *instructions; /* of the server; NULL: orch's */
     const char *const *command; /* a server to put behind the policy; NULL: none */
     const char *as;             /* its name in policy, "cmd" unless given */
     void (*done)(void *ud, int status, const char *why);
@@ -58,6 +93,8 @@ struct orch_env {
     /* orch.mcp.serve: returns at once, done is called from the loop when the session ended. */
     int (*serve)(void *ud, const struct orch_serve_opts *o, struct orch_err *err);
     void (*serve_stop)(void *ud); /* ends it at once; done is not called */
+    /* Tells clients: ORCH_MCP_*_CHANGED bits, or a resource's URI (bits 0). */
+    void (*changed)(void *ud, unsigned what, struct orch_slice uri);
     /* os.exit of scripts: leaves what must not be lost, then exits. */
     void (*exit)(void *ud, int status);
     const struct orch_env_call_ops *call;
@@ -112,7 +149,9 @@ const char **orch_check_strings(lua_State *L, int idx, const char *what, size_t 
 int orch_luaopen_sys(lua_State *L, int orch_table); /* now, log, version, env, process, fs */
 int orch_luaopen_vm(lua_State *L, int orch_table);  /* vm, image */
 int orch_luaopen_mcp(lua_State *L, int orch_table); /* mcp */
-int orch_luaopen_ctx(lua_State *L);                 /* the metatable of ctx, in tool states */
+int orch_luaopen_ctx(lua_State *L);                 /* the metatable of ctx, in tool states and scripts */
+struct orch_toolcall *orch_check_call(lua_State *L); /* of the ctx at 1; raises */
+int orch_ctx_elicit(lua_State *L), orch_ctx_sample(lua_State *L), orch_ctx_roots(lua_State *L), orch_ctx_ask(lua_State *L);
 
 /* A microVM as Lua holds it: outlives neither its owner (a call, or the host for scripts) nor close(). */
 struct orch_vm_handle *orch_vm_handle_next(const struct orch_vm_handle *h);

@@ -3,6 +3,7 @@
 #include "bind.h"
 
 #include "../base/json.h"
+#include "../mcp/session.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -28,7 +29,7 @@ void orch_push_ctx(lua_State *L, uint32_t slot, uint32_t serial)
     lua_setmetatable(L, -2);
 }
 
-static struct orch_toolcall *check_call(lua_State *L)
+struct orch_toolcall *orch_check_call(lua_State *L)
 {
     struct ctx *x = luaL_checkudata(L, 1, CTX_META);
     struct orch_env *env = orch_env_of(L);
@@ -40,13 +41,13 @@ static struct orch_toolcall *check_call(lua_State *L)
 
 static int l_vm(lua_State *L)
 {
-    struct orch_toolcall *c = check_call(L);
+    struct orch_toolcall *c = orch_check_call(L);
     return orch_vm_spawn_wait(L, 2, c);
 }
 
 static int l_progress(lua_State *L)
 {
-    struct orch_toolcall *c = check_call(L);
+    struct orch_toolcall *c = orch_check_call(L);
     size_t n = 0;
     double done = luaL_checknumber(L, 2), total = luaL_optnumber(L, 3, -1);
     const char *message = luaL_optlstring(L, 4, "", &n);
@@ -57,7 +58,7 @@ static int l_progress(lua_State *L)
 static int l_log(lua_State *L)
 {
     static const char *const levels[] = { "debug", "info", "notice", "warning", "error", "critical", "alert", "emergency", NULL };
-    struct orch_toolcall *c = check_call(L);
+    struct orch_toolcall *c = orch_check_call(L);
     size_t n;
     const char *level = levels[luaL_checkoption(L, 2, NULL, levels)];
     const char *message = luaL_checklstring(L, 3, &n);
@@ -67,7 +68,32 @@ static int l_log(lua_State *L)
 
 static int l_cancelled(lua_State *L)
 {
-    lua_pushboolean(L, orch_env_of(L)->call->cancelled(check_call(L)));
+    lua_pushboolean(L, orch_env_of(L)->call->cancelled(orch_check_call(L)));
+    return 1;
+}
+
+/* ctx:release(retry): over HTTP a legacy client's connection is ended and the answer kept; the client comes
+ * back for it after retry. For long calls; elsewhere without effect. */
+static int l_release(lua_State *L)
+{
+    struct orch_toolcall *c = orch_check_call(L);
+    orch_env_of(L)->call->release(c, lua_isnoneornil(L, 2) ? 0 : orch_check_duration_ms(L, 2, "release: retry"));
+    return 0;
+}
+
+/* ctx:task(): the client gets a task's id as its answer and asks for the rest. true, or nil, message, code. */
+static int l_task(lua_State *L)
+{
+    struct orch_err err = { 0 };
+    if (orch_env_of(L)->call->task(orch_check_call(L), &err) < 0) {
+        orch_push_err(L, &err);
+        if (err.code == ENOTSUP) {
+            lua_pop(L, 1);
+            lua_pushliteral(L, "capability");
+        }
+        return 3;
+    }
+    lua_pushboolean(L, 1);
     return 1;
 }
 
@@ -75,7 +101,7 @@ static int l_cancelled(lua_State *L)
 
 static int open_beneath(lua_State *L, const char *path, int flags)
 {
-    const char *root = orch_env_of(L)->call->workspace(check_call(L));
+    const char *root = orch_env_of(L)->call->workspace(orch_check_call(L));
     if (!root)
         return -ENOTDIR; /* no workspace: started where none is by accident, see config show */
     cleanup_close int rootfd = open(root, O_PATH | O_DIRECTORY | O_CLOEXEC);
@@ -154,15 +180,32 @@ static int l_list_dir(lua_State *L)
     return 1;
 }
 
+/* What its client can be asked for. */
+static void push_client(lua_State *L, unsigned caps)
+{
+    static const struct {
+        const char *name;
+        unsigned cap;
+    } words[] = { { "elicit", ORCH_MCP_CAP_FORM }, { "elicit_url", ORCH_MCP_CAP_URL }, { "sample", ORCH_MCP_CAP_SAMPLING },
+                  { "sample_tools", ORCH_MCP_CAP_SAMPLING_TOOLS }, { "roots", ORCH_MCP_CAP_ROOTS } };
+    lua_createtable(L, 0, ORCH_ARRAY_LEN(words));
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(words); i++) {
+        lua_pushboolean(L, (caps & words[i].cap) != 0);
+        lua_setfield(L, -2, words[i].name);
+    }
+}
+
 static int ctx_index(lua_State *L)
 {
-    struct orch_toolcall *c = check_call(L);
+    struct orch_toolcall *c = orch_check_call(L);
     const char *key = luaL_checkstring(L, 2);
     lua_pushvalue(L, 2);
     lua_rawget(L, lua_upvalueindex(1));
     if (!lua_isnil(L, -1))
         return 1;
-    if (strcmp(key, "session") == 0) {
+    if (strcmp(key, "client") == 0) {
+        push_client(L, orch_env_of(L)->call->caps(c));
+    } else if (strcmp(key, "session") == 0) {
         lua_newtable(L);
         lua_pushstring(L, orch_env_of(L)->call->session(c));
         lua_setfield(L, -2, "id");
@@ -174,7 +217,7 @@ static int ctx_index(lua_State *L)
 
 int orch_luaopen_ctx(lua_State *L)
 {
-    enum { T = ORCH_CTX_TOOL };
+    enum { T = ORCH_CTX_TOOL | ORCH_CTX_SCRIPT };
     if (!luaL_newmetatable(L, CTX_META))
         return 0;
     lua_newtable(L);
@@ -183,12 +226,15 @@ int orch_luaopen_ctx(lua_State *L)
                                       { "progress", l_progress, T },
                                       { "log", l_log, T },
                                       { "cancelled", l_cancelled, T },
+                                      { "release", l_release, T },
+                                      { "task", l_task, T },
                                       { "read_file", l_read_file, T },
                                       { "list_dir", l_list_dir, T },
                                       { "http", NULL, 0 },
-                                      { "elicit", NULL, 0 },
-                                      { "sample", NULL, 0 },
-                                      { "roots", NULL, 0 },
+                                      { "elicit", orch_ctx_elicit, T },
+                                      { "sample", orch_ctx_sample, T },
+                                      { "roots", orch_ctx_roots, T },
+                                      { "ask", orch_ctx_ask, T },
                                       { "call", NULL, 0 },
                                       { 0 } });
     lua_pushcclosure(L, ctx_index, 1);

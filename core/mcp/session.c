@@ -1,4 +1,4 @@
-#include "session.h"
+#include "session_int.h"
 
 #include "../base/log.h"
 
@@ -6,51 +6,15 @@
 #include <stdio.h>
 #include <string.h>
 
-#define MODERN_VERSION "2026-07-28"
-#define META_PREFIX "io.modelcontextprotocol/"
-#define SERVER_INFO "{\"name\":\"orch\",\"version\":\"" ORCH_VERSION "\"}"
-#define MODERN_META "\"_meta\":{\"" META_PREFIX "serverInfo\":" SERVER_INFO "}"
-
-/* Progress and log notifications are left out while this much output waits for a slow reader. */
-enum { NOTES_MAX_BYTES = 1 << 20 };
-
 static const char *const legacy_versions[] = { "2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05" };
 static const char *const log_levels[] = { "debug", "info", "notice", "warning", "error", "critical", "alert", "emergency" };
 
 /* A 2025-03-26 batch: answers are collected and sent as one array when the last one is there. */
-struct batch {
+struct orch_mcp_batch {
     unsigned pending;
     bool closed;
+    void *stream;
     struct orch_buf out;
-};
-
-struct orch_mcp_request {
-    struct orch_mcp_request *prev, *next;
-    struct orch_mcp_session *session;
-    struct batch *batch;
-    void *host;
-    char *id; /* id bytes, then progress token bytes */
-    uint32_t id_n, token_n;
-    int8_t log_level; /* -1: none */
-    bool modern, is_call, cancelled;
-};
-
-struct orch_mcp_session {
-    const struct orch_mcp_server_ops *ops;
-    void *ud;
-    struct orch_json_limits limits;
-    struct orch_json_doc doc;
-    struct orch_buf out;
-    struct orch_mcp_request *first, *spare;
-    unsigned in_flight;
-    const char *version; /* legacy, after initialize */
-    bool initialized_seen, ended, feeding;
-    int8_t log_level;
-    char *client;
-    void (*on_output)(void *ud);
-    void *on_output_ud;
-    void (*on_idle)(void *ud);
-    void *on_idle_ud;
 };
 
 struct orch_mcp_session *orch_mcp_session_new(const struct orch_mcp_server_ops *ops, void *ud,
@@ -69,7 +33,7 @@ void orch_mcp_session_end(struct orch_mcp_session *s)
     s->ended = true;
     for (struct orch_mcp_request *rq = s->first, *next; rq; rq = next) {
         next = rq->next;
-        if (!rq->cancelled) {
+        if (!rq->cancelled && !rq->filter) {
             rq->cancelled = true;
             s->ops->cancel(s->ud, rq);
         }
@@ -81,8 +45,12 @@ void orch_mcp_session_free(struct orch_mcp_session *s)
     if (!s)
         return;
     orch_mcp_session_end(s);
-    while (s->first)
+    s->on_idle = NULL;
+    while (s->first) {
+        if (!s->first->filter)
+            s->ops->detach(s->ud, s->first);
         orch_mcp_request_drop(s->first);
+    }
     while (s->spare) {
         struct orch_mcp_request *rq = s->spare;
         s->spare = rq->next;
@@ -90,6 +58,8 @@ void orch_mcp_session_free(struct orch_mcp_session *s)
     }
     orch_json_doc_free(&s->doc);
     orch_buf_free(&s->out);
+    orch_mcp_filter_fini(&s->legacy);
+    free(s->questions);
     free(s->client);
     free(s);
 }
@@ -105,6 +75,13 @@ void orch_mcp_session_on_output(struct orch_mcp_session *s, void (*fn)(void *ud)
     s->on_output_ud = ud;
 }
 
+void orch_mcp_session_sink(struct orch_mcp_session *s, orch_mcp_send_fn *send, orch_mcp_check_fn *check, void *ud)
+{
+    s->send = send;
+    s->check = check;
+    s->sink_ud = ud;
+}
+
 void orch_mcp_session_on_idle(struct orch_mcp_session *s, void (*fn)(void *ud), void *ud)
 {
     s->on_idle = fn;
@@ -118,7 +95,17 @@ struct orch_slice orch_mcp_session_client(const struct orch_mcp_session *s)
 
 const char *orch_mcp_session_version(const struct orch_mcp_session *s)
 {
-    return s->version ? s->version : MODERN_VERSION;
+    return s->version ? s->version : ORCH_MCP_MODERN;
+}
+
+bool orch_mcp_session_version_agreed(const struct orch_mcp_session *s)
+{
+    return s->version != NULL;
+}
+
+bool orch_mcp_session_unused(const struct orch_mcp_session *s)
+{
+    return !s->version && !s->first && !s->ended;
 }
 
 unsigned orch_mcp_session_in_flight(const struct orch_mcp_session *s)
@@ -126,18 +113,51 @@ unsigned orch_mcp_session_in_flight(const struct orch_mcp_session *s)
     return s->in_flight;
 }
 
+/* ---- output */
+
 static void announce(struct orch_mcp_session *s)
 {
     if (!s->feeding && s->on_output)
         s->on_output(s->on_output_ud);
 }
 
-void orch_mcp_session_tools_changed(struct orch_mcp_session *s)
+/* The message at from is whole: a line of the output, or handed to the transport at once. */
+void orch_mcp_message_end(struct orch_mcp_session *s, size_t from, void *stream, int status)
 {
-    if (!s->initialized_seen)
-        return;
-    orch_buf_str(&s->out, "{\"jsonrpc\":\"2.0\",\"method\":\"notifications/tools/list_changed\"}\n");
-    announce(s);
+    if (s->send) {
+        s->send(s->sink_ud, stream, (struct orch_slice){ s->out.p + from, s->out.n - from }, status);
+        s->out.n = from;
+    } else {
+        orch_buf_char(&s->out, '\n');
+        announce(s);
+    }
+}
+
+size_t orch_mcp_note_begin(struct orch_mcp_session *s, const char *method)
+{
+    size_t from = s->out.n;
+    orch_buf_slice(&s->out, ORCH_SLICE("{\"jsonrpc\":\"2.0\",\"method\":\""));
+    orch_buf_str(&s->out, method);
+    orch_buf_slice(&s->out, ORCH_SLICE("\",\"params\":{"));
+    return from;
+}
+
+void orch_mcp_note_end(struct orch_mcp_session *s, size_t from, void *stream)
+{
+    orch_buf_slice(&s->out, ORCH_SLICE("}}"));
+    orch_mcp_message_end(s, from, stream, 0);
+}
+
+/* What HTTP says beside a JSON-RPC error of the modern era. */
+static int status_of(int code, bool modern)
+{
+    if (!modern)
+        return code == ORCH_RPC_PARSE_ERROR || code == ORCH_RPC_INVALID_REQUEST ? 400 : 200;
+    return code == ORCH_RPC_METHOD_NOT_FOUND ? 404
+           : code == ORCH_RPC_PARSE_ERROR || code == ORCH_RPC_INVALID_REQUEST || code == ORCH_RPC_HEADER_MISMATCH ||
+                   code == ORCH_RPC_MISSING_CAPABILITY || code == ORCH_RPC_UNSUPPORTED_VERSION
+               ? 400
+               : 200;
 }
 
 /* ---- requests in flight */
@@ -147,15 +167,16 @@ static struct orch_slice id_of(const struct orch_mcp_request *rq)
     return (struct orch_slice){ rq->id, rq->id_n };
 }
 
-static struct orch_mcp_request *request_new(struct orch_mcp_session *s, struct orch_slice id, struct orch_slice token,
-                                            struct batch *batch, bool modern)
+struct orch_mcp_request *orch_mcp_request_new(struct orch_mcp_incoming *in, struct orch_slice token)
 {
+    struct orch_mcp_session *s = in->s;
+    struct orch_slice id = in->m.id;
     struct orch_mcp_request *rq = s->spare;
     if (rq)
         s->spare = rq->next;
     else
         rq = orch_xmalloc(sizeof *rq);
-    *rq = (struct orch_mcp_request){ .session = s, .batch = batch, .modern = modern, .log_level = -1 };
+    *rq = (struct orch_mcp_request){ .session = s, .batch = in->batch, .stream = s->stream, .modern = in->modern, .log_level = -1 };
     rq->id = orch_xmalloc(id.n + token.n + 1);
     memcpy(rq->id, id.p, id.n);
     if (token.n)
@@ -167,6 +188,9 @@ static struct orch_mcp_request *request_new(struct orch_mcp_session *s, struct o
         s->first->prev = rq;
     s->first = rq;
     s->in_flight++;
+    s->answers = true;
+    if (in->batch)
+        in->batch->pending++;
     return rq;
 }
 
@@ -179,22 +203,25 @@ static struct orch_mcp_request *request_find(struct orch_mcp_session *s, struct 
     return NULL;
 }
 
-/* Where an answer goes: the session's output or its batch. Ends with answer_end. */
-static struct orch_buf *answer_begin(struct orch_mcp_session *s, struct batch *batch)
+/* An answer goes to the session's output or into its batch. Returns where it starts. */
+static size_t answer_begin(struct orch_mcp_session *s, struct orch_mcp_batch *batch, struct orch_buf **out)
 {
-    if (!batch)
-        return &s->out;
-    orch_buf_char(&batch->out, batch->out.n ? ',' : '[');
-    return &batch->out;
+    s->answers = true;
+    *out = batch ? &batch->out : &s->out;
+    if (batch)
+        orch_buf_char(&batch->out, batch->out.n ? ',' : '[');
+    return s->out.n;
 }
 
-static void batch_flush(struct orch_mcp_session *s, struct batch *batch)
+static void batch_flush(struct orch_mcp_session *s, struct orch_mcp_batch *batch)
 {
     if (!batch->closed || batch->pending)
         return;
     if (batch->out.n) {
+        size_t from = s->out.n;
         orch_buf_slice(&s->out, (struct orch_slice){ batch->out.p, batch->out.n });
-        orch_buf_str(&s->out, "]\n");
+        orch_buf_char(&s->out, ']');
+        orch_mcp_message_end(s, from, batch->stream, 200);
     }
     orch_buf_free(&batch->out);
     free(batch);
@@ -203,13 +230,21 @@ static void batch_flush(struct orch_mcp_session *s, struct batch *batch)
 static void request_end(struct orch_mcp_request *rq)
 {
     struct orch_mcp_session *s = rq->session;
+    if (rq->asks)
+        orch_mcp_ask_drop(rq, !s->ended);
     if (rq->prev)
         rq->prev->next = rq->next;
     else
         s->first = rq->next;
     if (rq->next)
         rq->next->prev = rq->prev;
-    s->in_flight--;
+    if (rq->filter) {
+        s->listening--;
+        orch_mcp_filter_fini(rq->filter);
+        free(rq->filter);
+    } else {
+        s->in_flight--;
+    }
     if (rq->batch) {
         rq->batch->pending--;
         batch_flush(s, rq->batch);
@@ -236,52 +271,77 @@ bool orch_mcp_request_modern(const struct orch_mcp_request *rq)
     return rq->modern;
 }
 
+unsigned orch_mcp_request_caps(const struct orch_mcp_request *rq)
+{
+    return rq->caps;
+}
+
+const char *orch_mcp_request_server_info(const struct orch_mcp_request *rq)
+{
+    return rq->session->ops->server_info;
+}
+
+void *orch_mcp_request_stream(const struct orch_mcp_request *rq)
+{
+    return rq->stream;
+}
+
 void orch_mcp_request_drop(struct orch_mcp_request *rq)
 {
     request_end(rq);
 }
 
-static void put_result(struct orch_buf *out, struct orch_slice id, bool modern, struct orch_slice members)
+static void put_result(struct orch_buf *out, struct orch_slice id, const char *type, struct orch_slice members)
 {
     orch_rpc_result_head(out, id);
-    if (modern)
-        orch_buf_slice(out, members.n ? ORCH_SLICE("{\"resultType\":\"complete\",") : ORCH_SLICE("{\"resultType\":\"complete\""));
-    else
-        orch_buf_char(out, '{');
+    orch_buf_char(out, '{');
+    if (type) {
+        orch_buf_slice(out, ORCH_SLICE("\"resultType\":\""));
+        orch_buf_str(out, type);
+        orch_buf_slice(out, members.n ? ORCH_SLICE("\",") : ORCH_SLICE("\""));
+    }
     orch_buf_slice(out, members);
     orch_buf_slice(out, ORCH_SLICE("}}"));
 }
 
-void orch_mcp_respond(struct orch_mcp_request *rq, struct orch_slice members)
+void orch_mcp_respond_typed(struct orch_mcp_request *rq, const char *type, struct orch_slice members)
 {
     struct orch_mcp_session *s = rq->session;
     if (!rq->cancelled) {
-        put_result(answer_begin(s, rq->batch), id_of(rq), rq->modern, members);
+        struct orch_buf *out;
+        size_t from = answer_begin(s, rq->batch, &out);
+        put_result(out, id_of(rq), rq->modern ? type : NULL, members);
         if (!rq->batch)
-            orch_buf_char(&s->out, '\n');
+            orch_mcp_message_end(s, from, rq->stream, 200);
     }
     request_end(rq);
-    announce(s);
+}
+
+void orch_mcp_respond(struct orch_mcp_request *rq, struct orch_slice members)
+{
+    orch_mcp_respond_typed(rq, "complete", members);
 }
 
 void orch_mcp_respond_error(struct orch_mcp_request *rq, int code, struct orch_slice text, struct orch_slice data)
 {
     struct orch_mcp_session *s = rq->session;
     if (!rq->cancelled) {
-        orch_rpc_error(answer_begin(s, rq->batch), id_of(rq), code, text, data);
+        struct orch_buf *out;
+        size_t from = answer_begin(s, rq->batch, &out);
+        orch_rpc_error(out, id_of(rq), code, text, data);
         if (!rq->batch)
-            orch_buf_char(&s->out, '\n');
+            orch_mcp_message_end(s, from, rq->stream, status_of(code, rq->modern));
     }
     request_end(rq);
-    announce(s);
 }
 
 void orch_mcp_progress(struct orch_mcp_request *rq, double done, double total, struct orch_slice message)
 {
     struct orch_mcp_session *s = rq->session;
-    if (!rq->token_n || rq->cancelled || s->out.n > NOTES_MAX_BYTES)
+    if (!rq->token_n || rq->cancelled || s->out.n > ORCH_MCP_NOTES_MAX_BYTES)
         return;
-    orch_buf_str(&s->out, "{\"jsonrpc\":\"2.0\",\"method\":\"notifications/progress\",\"params\":{\"progressToken\":");
+    size_t from = orch_mcp_note_begin(s, "notifications/progress");
+    orch_buf_str(&s->out, "\"progressToken\":");
     orch_buf_add(&s->out, rq->id + rq->id_n, rq->token_n);
     orch_buf_str(&s->out, ",\"progress\":");
     orch_json_put_number(&s->out, done);
@@ -293,8 +353,7 @@ void orch_mcp_progress(struct orch_mcp_request *rq, double done, double total, s
         orch_buf_str(&s->out, ",\"message\":");
         orch_json_quote(&s->out, message);
     }
-    orch_buf_str(&s->out, "}}\n");
-    announce(s);
+    orch_mcp_note_end(s, from, rq->stream);
 }
 
 static int level_index(struct orch_slice name)
@@ -309,68 +368,107 @@ void orch_mcp_log(struct orch_mcp_request *rq, const char *level, struct orch_sl
 {
     struct orch_mcp_session *s = rq->session;
     int least = rq->modern ? rq->log_level : s->log_level;
-    if (rq->cancelled || s->out.n > NOTES_MAX_BYTES || least < 0 || level_index(orch_slice_str(level)) < least)
+    if (rq->cancelled || s->out.n > ORCH_MCP_NOTES_MAX_BYTES || least < 0 || level_index(orch_slice_str(level)) < least)
         return;
-    orch_buf_printf(&s->out, "{\"jsonrpc\":\"2.0\",\"method\":\"notifications/message\",\"params\":{\"level\":\"%s\",\"logger\":", level);
+    size_t from = orch_mcp_note_begin(s, "notifications/message");
+    orch_buf_printf(&s->out, "\"level\":\"%s\",\"logger\":", level);
     orch_json_quote(&s->out, logger);
     orch_buf_str(&s->out, ",\"data\":");
     orch_buf_slice(&s->out, data);
-    orch_buf_str(&s->out, "}}\n");
-    announce(s);
+    orch_mcp_note_end(s, from, rq->stream);
 }
 
 /* ---- one message */
 
-struct incoming {
-    struct orch_mcp_session *s;
-    const struct orch_json_doc *d;
-    struct orch_rpc_msg m;
-    struct batch *batch;
-    uint32_t meta; /* params._meta when it is an object */
-    bool modern;
-};
-
-static void refuse(struct incoming *in, int code, struct orch_slice data, const char *fmt, ...) ORCH_PRINTF(4, 5);
-static void refuse(struct incoming *in, int code, struct orch_slice data, const char *fmt, ...)
+static void refuse_status(struct orch_mcp_incoming *in, int code, int status, struct orch_slice data, const char *fmt, va_list ap)
+    ORCH_PRINTF(5, 0);
+static void refuse_status(struct orch_mcp_incoming *in, int code, int status, struct orch_slice data, const char *fmt, va_list ap)
 {
     char text[2048];
+    struct orch_buf *out;
+    vsnprintf(text, sizeof text, fmt, ap);
+    size_t from = answer_begin(in->s, in->batch, &out);
+    orch_rpc_error(out, in->m.id, code, orch_slice_str(text), data);
+    if (!in->batch)
+        orch_mcp_message_end(in->s, from, in->s->stream, status);
+}
+
+void orch_mcp_refuse(struct orch_mcp_incoming *in, int code, struct orch_slice data, const char *fmt, ...)
+{
     va_list ap;
     va_start(ap, fmt);
-    vsnprintf(text, sizeof text, fmt, ap);
+    refuse_status(in, code, status_of(code, in->modern), data, fmt, ap);
     va_end(ap);
-    orch_rpc_error(answer_begin(in->s, in->batch), in->m.id, code, orch_slice_str(text), data);
-    if (!in->batch)
-        orch_buf_char(&in->s->out, '\n');
 }
 
-#define NO_DATA ((struct orch_slice){ 0 })
-
-static void answer(struct incoming *in, struct orch_slice members)
+/* The envelope is wrong, which HTTP says too. */
+static void refuse_envelope(struct orch_mcp_incoming *in, const char *fmt, ...) ORCH_PRINTF(2, 3);
+static void refuse_envelope(struct orch_mcp_incoming *in, const char *fmt, ...)
 {
-    put_result(answer_begin(in->s, in->batch), in->m.id, in->modern, members);
-    if (!in->batch)
-        orch_buf_char(&in->s->out, '\n');
+    va_list ap;
+    va_start(ap, fmt);
+    refuse_status(in, ORCH_RPC_INVALID_PARAMS, 400, ORCH_MCP_NO_DATA, fmt, ap);
+    va_end(ap);
 }
 
-static bool method_is(const struct incoming *in, const char *name)
+void orch_mcp_answer(struct orch_mcp_incoming *in, struct orch_slice members)
+{
+    struct orch_buf *out;
+    size_t from = answer_begin(in->s, in->batch, &out);
+    put_result(out, in->m.id, in->modern ? "complete" : NULL, members);
+    if (!in->batch)
+        orch_mcp_message_end(in->s, from, in->s->stream, 200);
+}
+
+static bool method_is(const struct orch_mcp_incoming *in, const char *name)
 {
     return orch_json_string_eq(in->d, in->m.method, name);
 }
 
-static void do_initialize(struct incoming *in)
+static void put_server_meta(const struct orch_mcp_session *s, struct orch_buf *b)
+{
+    orch_buf_str(b, ",\"_meta\":{\"" ORCH_MCP_META "serverInfo\":");
+    orch_buf_str(b, s->ops->server_info);
+    orch_buf_char(b, '}');
+}
+
+static void put_capabilities(const struct orch_mcp_session *s, bool modern, struct orch_buf *b)
+{
+    unsigned f = s->ops->features;
+    orch_buf_str(b, "\"capabilities\":{\"tools\":{\"listChanged\":true},\"logging\":{}");
+    if (f & ORCH_MCP_RESOURCES)
+        orch_buf_str(b, ",\"resources\":{\"subscribe\":true,\"listChanged\":true}");
+    if (f & ORCH_MCP_PROMPTS)
+        orch_buf_str(b, ",\"prompts\":{\"listChanged\":true}");
+    if (f & ORCH_MCP_COMPLETIONS)
+        orch_buf_str(b, ",\"completions\":{}");
+    if (modern && (f & ORCH_MCP_TASKS))
+        orch_buf_str(b, ",\"extensions\":{\"" ORCH_MCP_META "tasks\":{}}");
+    orch_buf_char(b, '}');
+}
+
+static void put_instructions(const struct orch_mcp_session *s, struct orch_buf *b)
+{
+    if (!s->ops->instructions)
+        return;
+    orch_buf_str(b, ",\"instructions\":");
+    orch_json_quote(b, orch_slice_str(s->ops->instructions));
+}
+
+static void do_initialize(struct orch_mcp_incoming *in)
 {
     struct orch_mcp_session *s = in->s;
     uint32_t wanted = in->m.params ? orch_json_get(in->d, in->m.params, "protocolVersion") : 0;
     if (!wanted || in->d->toks[wanted].type != ORCH_JSON_STRING) {
-        refuse(in, ORCH_RPC_INVALID_PARAMS, NO_DATA, "initialize: params.protocolVersion must be a string");
+        orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA, "initialize: params.protocolVersion must be a string");
         return;
     }
     if (s->version) {
-        refuse(in, ORCH_RPC_INVALID_REQUEST, NO_DATA, "initialize: this session is initialized already");
+        orch_mcp_refuse(in, ORCH_RPC_INVALID_REQUEST, ORCH_MCP_NO_DATA, "initialize: this session is initialized already");
         return;
     }
     if (in->batch) {
-        refuse(in, ORCH_RPC_INVALID_REQUEST, NO_DATA, "initialize must not be part of a batch");
+        orch_mcp_refuse(in, ORCH_RPC_INVALID_REQUEST, ORCH_MCP_NO_DATA, "initialize must not be part of a batch");
         return;
     }
     s->version = legacy_versions[0];
@@ -383,100 +481,170 @@ static void do_initialize(struct incoming *in)
         if (raw.n <= 4096)
             s->client = orch_xstrndup(raw.p, raw.n);
     }
+    uint32_t capabilities = orch_json_get(in->d, in->m.params, "capabilities");
+    s->caps = (uint8_t)orch_mcp_caps_read(in->d, capabilities);
     cleanup_buf struct orch_buf b = { 0 };
-    orch_buf_printf(&b, "\"protocolVersion\":\"%s\",\"capabilities\":{\"tools\":{\"listChanged\":true},\"logging\":{}},\"serverInfo\":%s",
-                    s->version, SERVER_INFO);
-    if (s->ops->instructions) {
-        orch_buf_str(&b, ",\"instructions\":");
-        orch_json_quote(&b, orch_slice_str(s->ops->instructions));
-    }
-    answer(in, (struct orch_slice){ b.p, b.n });
+    orch_buf_printf(&b, "\"protocolVersion\":\"%s\",", s->version);
+    put_capabilities(s, false, &b);
+    orch_buf_str(&b, ",\"serverInfo\":");
+    orch_buf_str(&b, s->ops->server_info);
+    put_instructions(s, &b);
+    orch_mcp_answer(in, (struct orch_slice){ b.p, b.n });
 }
 
-static void do_discover(struct incoming *in)
+static void do_discover(struct orch_mcp_incoming *in)
 {
     cleanup_buf struct orch_buf b = { 0 };
-    orch_buf_str(&b, "\"supportedVersions\":[\"" MODERN_VERSION "\"");
+    orch_buf_str(&b, "\"supportedVersions\":[\"" ORCH_MCP_MODERN "\"");
     for (size_t i = 0; i < ORCH_ARRAY_LEN(legacy_versions); i++)
         orch_buf_printf(&b, ",\"%s\"", legacy_versions[i]);
-    orch_buf_str(&b, "],\"capabilities\":{\"tools\":{},\"logging\":{}}");
-    if (in->s->ops->instructions) {
-        orch_buf_str(&b, ",\"instructions\":");
-        orch_json_quote(&b, orch_slice_str(in->s->ops->instructions));
-    }
-    orch_buf_str(&b, ",\"ttlMs\":0,\"cacheScope\":\"private\"," MODERN_META);
-    answer(in, (struct orch_slice){ b.p, b.n });
+    orch_buf_str(&b, "],");
+    put_capabilities(in->s, true, &b);
+    put_instructions(in->s, &b);
+    orch_buf_str(&b, ",\"ttlMs\":0,\"cacheScope\":\"private\"");
+    put_server_meta(in->s, &b);
+    orch_mcp_answer(in, (struct orch_slice){ b.p, b.n });
 }
 
-static void do_tools_list(struct incoming *in)
+static void do_tools_list(struct orch_mcp_incoming *in)
 {
-    if (in->m.params && orch_json_get(in->d, in->m.params, "cursor")) {
-        refuse(in, ORCH_RPC_INVALID_PARAMS, NO_DATA, "tools/list: unknown cursor (the list has one page)");
-        return;
-    }
+    uint32_t cursor = in->m.params ? orch_json_get(in->d, in->m.params, "cursor") : 0;
     cleanup_buf struct orch_buf b = { 0 };
+    cleanup_buf struct orch_buf at = { 0 };
+    cleanup_buf struct orch_buf next = { 0 };
     struct orch_err err = { 0 };
-    orch_buf_str(&b, "\"tools\":");
-    if (in->s->ops->tools_list(in->s->ud, &b, &err) < 0) {
-        refuse(in, ORCH_RPC_UPSTREAM_FAILED, NO_DATA, "%s", err.msg);
+    if (cursor && (orch_json_string(in->d, cursor, &at) < 0 || !at.n)) {
+        orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA, "tools/list: params.cursor must be one that a list gave");
         return;
     }
-    if (in->modern)
-        orch_buf_str(&b, ",\"ttlMs\":0,\"cacheScope\":\"private\"," MODERN_META);
-    answer(in, (struct orch_slice){ b.p, b.n });
+    orch_buf_str(&b, "\"tools\":");
+    int r = in->s->ops->tools_list(in->s->ud, (struct orch_slice){ at.p, at.n }, &b, &next, &err);
+    if (r < 0) {
+        orch_mcp_refuse(in, r == -EINVAL ? ORCH_RPC_INVALID_PARAMS : ORCH_RPC_UPSTREAM_FAILED, ORCH_MCP_NO_DATA, "%s", err.msg);
+        return;
+    }
+    if (next.n) {
+        orch_buf_str(&b, ",\"nextCursor\":");
+        orch_json_quote(&b, (struct orch_slice){ next.p, next.n });
+    }
+    if (in->modern) {
+        orch_buf_str(&b, ",\"ttlMs\":0,\"cacheScope\":\"private\"");
+        put_server_meta(in->s, &b);
+    }
+    orch_mcp_answer(in, (struct orch_slice){ b.p, b.n });
 }
 
-static void do_tools_call(struct incoming *in)
+/* Reads params of a request that the host answers; false when it was refused. name_key NULL: none. */
+static bool read_params(struct orch_mcp_incoming *in, const char *method, const char *name_key, struct orch_mcp_params *p,
+                        struct orch_buf *unescaped)
+{
+    const struct orch_json_doc *d = in->d;
+    p->all = in->m.params;
+    p->meta = in->meta;
+    if (name_key) {
+        uint32_t name = in->m.params ? orch_json_get(d, in->m.params, name_key) : 0;
+        if (!name || d->toks[name].type != ORCH_JSON_STRING) {
+            orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA, "%s: params.%s must be a string", method, name_key);
+            return false;
+        }
+        p->name = (struct orch_slice){ d->text + d->toks[name].start, d->toks[name].end - d->toks[name].start };
+        if (d->toks[name].flags & ORCH_JSON_ESCAPED) {
+            orch_json_string(d, name, unescaped);
+            p->name = (struct orch_slice){ unescaped->p, unescaped->n };
+        }
+        p->args = orch_json_get(d, in->m.params, "arguments");
+        if (p->args && d->toks[p->args].type != ORCH_JSON_OBJECT) {
+            orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA, "%s: params.arguments must be an object", method);
+            return false;
+        }
+    }
+    if (d->nul_flag) {
+        orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA, "%s: U+0000 is not allowed in a string", method);
+        return false;
+    }
+    if (!in->modern || !in->m.params)
+        return true;
+    p->inputs = orch_json_get(d, in->m.params, "inputResponses");
+    p->state = orch_json_get(d, in->m.params, "requestState");
+    if ((p->inputs && d->toks[p->inputs].type != ORCH_JSON_OBJECT) || (p->state && d->toks[p->state].type != ORCH_JSON_STRING)) {
+        orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA,
+                        "%s: params.inputResponses must be an object, params.requestState a string", method);
+        return false;
+    }
+    return true;
+}
+
+/* The request object of what the host answers, or NULL when it was refused. */
+static struct orch_mcp_request *accept(struct orch_mcp_incoming *in, const char *method)
 {
     struct orch_mcp_session *s = in->s;
     const struct orch_json_doc *d = in->d;
-    uint32_t name = in->m.params ? orch_json_get(d, in->m.params, "name") : 0;
-    if (!name || d->toks[name].type != ORCH_JSON_STRING) {
-        refuse(in, ORCH_RPC_INVALID_PARAMS, NO_DATA, "tools/call: params.name must be a string");
-        return;
-    }
-    uint32_t args = orch_json_get(d, in->m.params, "arguments");
-    if (args && d->toks[args].type != ORCH_JSON_OBJECT) {
-        refuse(in, ORCH_RPC_INVALID_PARAMS, NO_DATA, "tools/call: params.arguments must be an object");
-        return;
-    }
-    if (d->nul_flag) {
-        refuse(in, ORCH_RPC_INVALID_PARAMS, NO_DATA, "tools/call: U+0000 is not allowed in a string");
-        return;
-    }
     if (s->in_flight >= s->ops->max_calls) {
-        refuse(in, ORCH_RPC_TOO_MANY_CALLS, NO_DATA, "too many calls in flight (limit %u; limits.calls)", s->ops->max_calls);
-        return;
+        orch_mcp_refuse(in, ORCH_RPC_TOO_MANY_CALLS, ORCH_MCP_NO_DATA, "too many calls in flight (limit %u; limits.calls)", s->ops->max_calls);
+        return NULL;
     }
     uint32_t token = in->meta ? orch_json_get(d, in->meta, "progressToken") : 0;
-    struct orch_slice token_raw = token ? orch_json_raw(d, token) : NO_DATA;
+    struct orch_slice token_raw = token ? orch_json_raw(d, token) : ORCH_MCP_NO_DATA;
     if (token && d->toks[token].type != ORCH_JSON_STRING && d->toks[token].type != ORCH_JSON_NUMBER) {
-        refuse(in, ORCH_RPC_INVALID_PARAMS, NO_DATA, "tools/call: _meta.progressToken must be a string or a number");
-        return;
+        orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA, "%s: _meta.progressToken must be a string or a number", method);
+        return NULL;
     }
     if (token_raw.n > 1024) {
-        refuse(in, ORCH_RPC_INVALID_PARAMS, NO_DATA, "tools/call: _meta.progressToken is over 1024 bytes");
-        return;
+        orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA, "%s: _meta.progressToken is over 1024 bytes", method);
+        return NULL;
     }
-    cleanup_buf struct orch_buf unescaped = { 0 };
-    struct orch_slice name_text = { d->text + d->toks[name].start, d->toks[name].end - d->toks[name].start };
-    if (d->toks[name].flags & ORCH_JSON_ESCAPED) {
-        orch_json_string(d, name, &unescaped);
-        name_text = (struct orch_slice){ unescaped.p, unescaped.n };
-    }
-    struct orch_mcp_request *rq = request_new(s, in->m.id, token_raw, in->batch, in->modern);
-    rq->is_call = true;
-    if (in->batch)
-        in->batch->pending++;
+    struct orch_mcp_request *rq = orch_mcp_request_new(in, token_raw);
+    rq->caps = s->caps;
     if (in->modern) {
-        uint32_t level = orch_json_get(d, in->meta, META_PREFIX "logLevel");
+        uint32_t level = orch_json_get(d, in->meta, ORCH_MCP_META "logLevel");
         if (level)
             rq->log_level = (int8_t)level_index((struct orch_slice){ d->text + d->toks[level].start, d->toks[level].end - d->toks[level].start });
+        rq->caps = (uint8_t)orch_mcp_caps_read(d, orch_json_get(d, in->meta, ORCH_MCP_META "clientCapabilities"));
     }
-    s->ops->tool_call(s->ud, rq, d, name_text, args, in->meta);
+    return rq;
 }
 
-static void do_set_level(struct incoming *in)
+static void do_tools_call(struct orch_mcp_incoming *in)
+{
+    struct orch_mcp_params p = { 0 };
+    cleanup_buf struct orch_buf unescaped = { 0 };
+    struct orch_mcp_request *rq = read_params(in, "tools/call", "name", &p, &unescaped) ? accept(in, "tools/call") : NULL;
+    if (rq)
+        in->s->ops->tool_call(in->s->ud, rq, in->d, &p);
+}
+
+/* What the host answers beside tools, and where it is offered. */
+static const struct feature {
+    const char *method, *name_key;
+    unsigned feature;
+} features[] = {
+    { "resources/list", NULL, ORCH_MCP_RESOURCES },     { "resources/templates/list", NULL, ORCH_MCP_RESOURCES },
+    { "resources/read", "uri", ORCH_MCP_RESOURCES },    { "prompts/list", NULL, ORCH_MCP_PROMPTS },
+    { "prompts/get", "name", ORCH_MCP_PROMPTS },        { "completion/complete", NULL, ORCH_MCP_COMPLETIONS },
+    { "tasks/get", "taskId", ORCH_MCP_TASKS },          { "tasks/update", "taskId", ORCH_MCP_TASKS },
+    { "tasks/cancel", "taskId", ORCH_MCP_TASKS },
+};
+
+/* false: no such method here. */
+static bool do_feature(struct orch_mcp_incoming *in)
+{
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(features); i++) {
+        const struct feature *f = &features[i];
+        if (!method_is(in, f->method))
+            continue;
+        if (!(in->s->ops->features & f->feature) || (f->feature == ORCH_MCP_TASKS && !in->modern))
+            return false;
+        struct orch_mcp_params p = { 0 };
+        cleanup_buf struct orch_buf unescaped = { 0 };
+        struct orch_mcp_request *rq = read_params(in, f->method, f->name_key, &p, &unescaped) ? accept(in, f->method) : NULL;
+        if (rq)
+            in->s->ops->request(in->s->ud, rq, in->d, f->method, &p);
+        return true;
+    }
+    return false;
+}
+
+static void do_set_level(struct orch_mcp_incoming *in)
 {
     uint32_t level = in->m.params ? orch_json_get(in->d, in->m.params, "level") : 0;
     int i = -1;
@@ -484,55 +652,54 @@ static void do_set_level(struct incoming *in)
         if (orch_json_string_eq(in->d, level, log_levels[k]))
             i = (int)k;
     if (i < 0) {
-        refuse(in, ORCH_RPC_INVALID_PARAMS, NO_DATA, "logging/setLevel: params.level must be one of debug … emergency");
+        orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA, "logging/setLevel: params.level must be one of debug … emergency");
         return;
     }
     in->s->log_level = (int8_t)i;
-    answer(in, NO_DATA);
+    orch_mcp_answer(in, ORCH_MCP_NO_DATA);
 }
 
 /* The modern era's checks of _meta; true when the request may go on. */
-static bool check_modern(struct incoming *in)
+static bool check_modern(struct orch_mcp_incoming *in)
 {
     const struct orch_json_doc *d = in->d;
-    uint32_t version = in->meta ? orch_json_get(d, in->meta, META_PREFIX "protocolVersion") : 0;
+    uint32_t version = in->meta ? orch_json_get(d, in->meta, ORCH_MCP_META "protocolVersion") : 0;
+    const char *against = in->s->check ? in->s->check(in->s->sink_ud, in->s->stream, d, &in->m) : NULL;
     if (!version || d->toks[version].type != ORCH_JSON_STRING) {
-        refuse(in, ORCH_RPC_INVALID_PARAMS, NO_DATA,
-               "not initialized: send initialize first, or put " META_PREFIX "protocolVersion (a string) into params._meta");
-        return false;
-    }
-    if (!orch_json_string_eq(d, version, MODERN_VERSION)) {
+        refuse_envelope(in, "not initialized: send initialize first, or put " ORCH_MCP_META "protocolVersion (a string) into params._meta");
+    } else if (against) {
+        orch_mcp_refuse(in, ORCH_RPC_HEADER_MISMATCH, ORCH_MCP_NO_DATA, "%s", against);
+    } else if (!orch_json_string_eq(d, version, ORCH_MCP_MODERN)) {
         cleanup_buf struct orch_buf data = { 0 };
-        orch_buf_str(&data, "{\"supported\":[\"" MODERN_VERSION "\"],\"requested\":");
+        orch_buf_str(&data, "{\"supported\":[\"" ORCH_MCP_MODERN "\"],\"requested\":");
         orch_buf_slice(&data, orch_json_raw(d, version));
         orch_buf_char(&data, '}');
-        refuse(in, ORCH_RPC_UNSUPPORTED_VERSION, (struct orch_slice){ data.p, data.n }, "Unsupported protocol version");
-        return false;
+        orch_mcp_refuse(in, ORCH_RPC_UNSUPPORTED_VERSION, (struct orch_slice){ data.p, data.n }, "Unsupported protocol version");
+    } else {
+        uint32_t capabilities = orch_json_get(d, in->meta, ORCH_MCP_META "clientCapabilities");
+        if (capabilities && d->toks[capabilities].type == ORCH_JSON_OBJECT)
+            return true;
+        refuse_envelope(in, "params._meta must have " ORCH_MCP_META "clientCapabilities (an object)");
     }
-    uint32_t capabilities = orch_json_get(d, in->meta, META_PREFIX "clientCapabilities");
-    if (!capabilities || d->toks[capabilities].type != ORCH_JSON_OBJECT) {
-        refuse(in, ORCH_RPC_INVALID_PARAMS, NO_DATA, "params._meta must have " META_PREFIX "clientCapabilities (an object)");
-        return false;
-    }
-    return true;
+    return false;
 }
 
-static void unknown_method(struct incoming *in)
+static void unknown_method(struct orch_mcp_incoming *in)
 {
     struct orch_slice raw = orch_json_raw(in->d, in->m.method);
     int n = raw.n > 200 ? 200 : (int)raw.n;
-    refuse(in, ORCH_RPC_METHOD_NOT_FOUND, NO_DATA, "Method not found: %.*s%s", n, raw.p,
-           in->modern ? " (revision " MODERN_VERSION ")" : "");
+    orch_mcp_refuse(in, ORCH_RPC_METHOD_NOT_FOUND, ORCH_MCP_NO_DATA, "Method not found: %.*s%s", n, raw.p,
+           in->modern ? " (revision " ORCH_MCP_MODERN ")" : "");
 }
 
-static void handle_request(struct incoming *in)
+static void handle_request(struct orch_mcp_incoming *in)
 {
     struct orch_mcp_session *s = in->s;
     if (request_find(s, in->m.id)) {
-        refuse(in, ORCH_RPC_INVALID_REQUEST, NO_DATA, "id is in use by a request in flight");
+        orch_mcp_refuse(in, ORCH_RPC_INVALID_REQUEST, ORCH_MCP_NO_DATA, "id is in use by a request in flight");
         return;
     }
-    in->modern = (in->meta && orch_json_get(in->d, in->meta, META_PREFIX "protocolVersion")) || method_is(in, "server/discover") ||
+    in->modern = (in->meta && orch_json_get(in->d, in->meta, ORCH_MCP_META "protocolVersion")) || method_is(in, "server/discover") ||
                  (!s->version && !method_is(in, "initialize") && !method_is(in, "ping"));
     if (in->modern) {
         if (!check_modern(in))
@@ -543,7 +710,9 @@ static void handle_request(struct incoming *in)
             do_tools_list(in);
         else if (method_is(in, "server/discover"))
             do_discover(in);
-        else
+        else if (method_is(in, "subscriptions/listen"))
+            orch_mcp_listen(in);
+        else if (!do_feature(in))
             unknown_method(in);
         return;
     }
@@ -552,16 +721,20 @@ static void handle_request(struct incoming *in)
     else if (method_is(in, "tools/list"))
         do_tools_list(in);
     else if (method_is(in, "ping"))
-        answer(in, NO_DATA);
+        orch_mcp_answer(in, ORCH_MCP_NO_DATA);
     else if (method_is(in, "initialize"))
         do_initialize(in);
     else if (method_is(in, "logging/setLevel"))
         do_set_level(in);
-    else
+    else if ((s->ops->features & ORCH_MCP_RESOURCES) && method_is(in, "resources/subscribe"))
+        orch_mcp_subscribe(in, true);
+    else if ((s->ops->features & ORCH_MCP_RESOURCES) && method_is(in, "resources/unsubscribe"))
+        orch_mcp_subscribe(in, false);
+    else if (!do_feature(in))
         unknown_method(in);
 }
 
-static void handle_notification(struct incoming *in)
+static void handle_notification(struct orch_mcp_incoming *in)
 {
     struct orch_mcp_session *s = in->s;
     if (method_is(in, "notifications/initialized")) {
@@ -569,31 +742,33 @@ static void handle_notification(struct incoming *in)
     } else if (method_is(in, "notifications/cancelled")) {
         uint32_t id = in->m.params ? orch_json_get(in->d, in->m.params, "requestId") : 0;
         struct orch_mcp_request *rq = id ? request_find(s, orch_json_raw(in->d, id)) : NULL;
-        if (rq && !rq->cancelled) {
+        if (rq && rq->filter) {
+            request_end(rq);
+        } else if (rq && !rq->cancelled) {
             rq->cancelled = true;
             s->ops->cancel(s->ud, rq);
         }
     }
 }
 
-static void handle_message(struct orch_mcp_session *s, uint32_t tok, struct batch *batch)
+static void handle_message(struct orch_mcp_session *s, uint32_t tok, struct orch_mcp_batch *batch)
 {
-    struct incoming in = { .s = s, .d = &s->doc, .batch = batch };
+    struct orch_mcp_incoming in = { .s = s, .d = &s->doc, .batch = batch };
     const char *why = NULL;
     if (orch_rpc_read(in.d, tok, &in.m, &why) < 0) {
-        refuse(&in, ORCH_RPC_INVALID_REQUEST, NO_DATA, "Invalid request: %s", why);
+        orch_mcp_refuse(&in, ORCH_RPC_INVALID_REQUEST, ORCH_MCP_NO_DATA, "Invalid request: %s", why);
         return;
     }
     if (in.m.id.n > 1024) {
-        in.m.id = NO_DATA;
-        refuse(&in, ORCH_RPC_INVALID_REQUEST, NO_DATA, "Invalid request: \"id\" is over 1024 bytes");
+        in.m.id = ORCH_MCP_NO_DATA;
+        orch_mcp_refuse(&in, ORCH_RPC_INVALID_REQUEST, ORCH_MCP_NO_DATA, "Invalid request: \"id\" is over 1024 bytes");
         return;
     }
     if (in.m.params) {
         in.meta = orch_json_get(in.d, in.m.params, "_meta");
         if (in.meta && in.d->toks[in.meta].type != ORCH_JSON_OBJECT) {
             if (in.m.kind == ORCH_RPC_REQUEST)
-                refuse(&in, ORCH_RPC_INVALID_PARAMS, NO_DATA, "params._meta must be an object");
+                orch_mcp_refuse(&in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA, "params._meta must be an object");
             return;
         }
     }
@@ -602,23 +777,24 @@ static void handle_message(struct orch_mcp_session *s, uint32_t tok, struct batc
     else if (in.m.kind == ORCH_RPC_NOTIFICATION)
         handle_notification(&in);
     else
-        orch_log(ORCH_DEBUG, "mcp: a response to a request that was never sent was ignored");
+        orch_mcp_ask_reply(&in);
 }
 
 static void handle_batch(struct orch_mcp_session *s)
 {
-    struct incoming in = { .s = s, .d = &s->doc };
+    struct orch_mcp_incoming in = { .s = s, .d = &s->doc };
     if (!s->version || strcmp(s->version, "2025-03-26") != 0) {
-        refuse(&in, ORCH_RPC_INVALID_REQUEST, NO_DATA, "Invalid request: batches belong to revision 2025-03-26, this session has %s",
+        orch_mcp_refuse(&in, ORCH_RPC_INVALID_REQUEST, ORCH_MCP_NO_DATA, "Invalid request: batches belong to revision 2025-03-26, this session has %s",
                s->version ? s->version : "not been initialized");
         return;
     }
     uint32_t count = s->doc.toks[0].count;
     if (count == 0 || count > 100) {
-        refuse(&in, ORCH_RPC_INVALID_REQUEST, NO_DATA, "Invalid request: a batch has 1 to 100 messages");
+        orch_mcp_refuse(&in, ORCH_RPC_INVALID_REQUEST, ORCH_MCP_NO_DATA, "Invalid request: a batch has 1 to 100 messages");
         return;
     }
-    struct batch *batch = orch_xcalloc(1, sizeof *batch);
+    struct orch_mcp_batch *batch = orch_xcalloc(1, sizeof *batch);
+    batch->stream = s->stream;
     uint32_t tok = 1;
     for (uint32_t i = 0; i < count; i++) {
         handle_message(s, tok, batch);
@@ -628,28 +804,31 @@ static void handle_batch(struct orch_mcp_session *s)
     batch_flush(s, batch);
 }
 
-void orch_mcp_session_line(struct orch_mcp_session *s, struct orch_slice line)
+bool orch_mcp_session_feed(struct orch_mcp_session *s, struct orch_slice line, void *stream)
 {
     if (s->ended)
-        return;
+        return false;
     if (line.n && line.p[line.n - 1] == '\r')
         line.n--;
-    if (!line.n)
-        return;
+    if (!line.n && !s->send)
+        return false;
     s->feeding = true;
+    s->answers = false;
+    s->stream = stream;
     struct orch_json_fault fault;
-    struct incoming in = { .s = s, .d = &s->doc };
+    struct orch_mcp_incoming in = { .s = s, .d = &s->doc };
     if (orch_json_scan(&s->doc, line, &s->limits, &fault) < 0)
-        refuse(&in, ORCH_RPC_PARSE_ERROR, NO_DATA, "Parse error: %s at byte %zu", fault.rule, fault.byte);
+        orch_mcp_refuse(&in, ORCH_RPC_PARSE_ERROR, ORCH_MCP_NO_DATA, "Parse error: %s at byte %zu", fault.rule, fault.byte);
     else if (s->doc.toks[0].type == ORCH_JSON_ARRAY)
         handle_batch(s);
     else
         handle_message(s, 0, NULL);
     s->feeding = false;
+    return s->answers;
 }
 
 void orch_mcp_session_oversized(struct orch_mcp_session *s, size_t limit)
 {
-    struct incoming in = { .s = s, .d = &s->doc };
-    refuse(&in, ORCH_RPC_INVALID_REQUEST, NO_DATA, "Invalid request: message over %zu bytes (limits.message)", limit);
+    struct orch_mcp_incoming in = { .s = s, .d = &s->doc };
+    orch_mcp_refuse(&in, ORCH_RPC_INVALID_REQUEST, ORCH_MCP_NO_DATA, "Invalid request: message over %zu bytes (limits.message)", limit);
 }

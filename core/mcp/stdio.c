@@ -135,7 +135,7 @@ static void take_lines(struct orch_mcp_stdio *t)
         else if ((size_t)(nl - start) > t->o.max_line)
             orch_mcp_session_oversized(t->session, t->o.max_line);
         else
-            orch_mcp_session_line(t->session, (struct orch_slice){ start, (size_t)(nl - start) });
+            orch_mcp_session_feed(t->session, (struct orch_slice){ start, (size_t)(nl - start) }, NULL);
         start = from = nl + 1;
     }
     orch_buf_consume(&t->buf, (size_t)(start - t->buf.p));

@@ -32,7 +32,8 @@ struct orch_task {
     char why[160];
 
     struct orch_meter own, *meter; /* meter: own, or that of the ancestor it shares */
-    int64_t timeout_ms, deadline_ms;
+    int64_t timeout_ms, deadline_ms, held_left_ms;
+    unsigned holds; /* while not 0 the deadline does not come nearer */
     bool deadline_armed;
     struct orch_timer *deadline, *sleep;
     struct orch_wait sleeping;
@@ -127,6 +128,7 @@ static struct orch_task *take(struct orch_tasks *room, struct orch_err *err)
     t->own = (struct orch_meter){ 0 };
     t->meter = &t->own;
     t->timeout_ms = t->deadline_ms = 0;
+    t->holds = 0;
     t->parent = t->children = t->sibling = NULL;
     t->prev = NULL;
     t->next = room->alive;
@@ -258,7 +260,7 @@ static void deadline_passed(void *ud);
 
 static void arm_deadline(struct orch_task *t)
 {
-    if (!t->deadline_ms || t->deadline_armed)
+    if (!t->deadline_ms || t->deadline_armed || t->holds)
         return;
     if (!t->deadline)
         t->deadline = orch_timer_new(t->room->loop, deadline_passed, t);
@@ -408,8 +410,30 @@ int64_t orch_task_left_ms(const struct orch_task *t)
         return orch_task_left_ms(t->parent);
     if (!t->deadline_ms)
         return INT64_MAX;
+    if (t->holds)
+        return t->held_left_ms;
     int64_t left = t->deadline_ms - orch_loop_now_ms(t->room->loop);
     return left > 0 ? left : 0;
+}
+
+void orch_task_hold(struct orch_task *t, bool on)
+{
+    while (t->parent)
+        t = t->parent;
+    if (on && t->holds == 0)
+        t->held_left_ms = orch_task_left_ms(t);
+    t->holds += on ? 1u : -1u;
+    if (!t->deadline_ms)
+        return;
+    if (on && t->holds == 1) {
+        if (t->deadline_armed)
+            orch_timer_cancel(t->deadline);
+        t->deadline_armed = false;
+    } else if (!on && t->holds == 0) {
+        t->deadline_ms = orch_loop_now_ms(t->room->loop) + t->held_left_ms;
+        if (t->phase == WAITING)
+            arm_deadline(t);
+    }
 }
 
 struct orch_loop *orch_task_loop(const struct orch_task *t)

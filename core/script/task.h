@@ -20,7 +20,7 @@
 
 struct orch_task;
 
-#define ORCH_TASKS_MAX 1024 /* alive in one state */
+#define ORCH_TASKS_MAX 16384 /* alive in one state */
 #define ORCH_TASK_ARGS_MAX 16
 
 /* The task ended. ok: results are at the top of L, nres of them (L is the task's thread; popped
@@ -43,6 +43,9 @@ void orch_task_cancel(struct orch_task *t, const char *why);
 struct orch_task *orch_task_current(lua_State *L); /* NULL outside a task */
 bool orch_task_cancelled(const struct orch_task *t);
 int64_t orch_task_left_ms(const struct orch_task *t); /* until the deadline, ≥ 0; INT64_MAX without */
+/* Stops the deadline's clock of the task and those it belongs to while it waits for what has a time of its
+ * own (a person's answer). Each on is matched by an off, before done. */
+void orch_task_hold(struct orch_task *t, bool on);
 struct orch_loop *orch_task_loop(const struct orch_task *t);
 
 /* A wait in progress, refused when stale. Zero-initialised: refused as well. */

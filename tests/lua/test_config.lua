@@ -111,7 +111,6 @@ good("the contract's example without what is not built", {
     eq(c.workspace, "/etc/orch/work")
     eq(c.vm.pool, 0)
     eq(list_text(c.notes), [[
-http.listen: without effect: not available yet
 llm.api_key: without effect: not available yet
 llm.provider: without effect: not available yet
 net.uplink: without effect until network policies are available
@@ -132,9 +131,10 @@ good("address blocks", { net = { permit_private = { "10.0.0.0/8", "192.168.1.0/2
     eq(#c.net.permit_private, 10) eq(c.net.permit_private[4], "fd00::/8")
     eq(list_text(c.notes), "net.permit_private: without effect until network policies are available")
 end)
-good("a secret token is noted, since the environment decides whether it is there", { http = { token = SECRET } }, function(c)
-    eq(list_text(c.notes), "http.token: without effect: not available yet")
-    eq(c.http.token, nil)
+good("a token comes from the environment", { http = { token = SECRET } }, function(c)
+    eq(list_text(c.notes), "")
+    eq(c.http.token, SECRET)
+    eq(c.http.listen, "127.0.0.1:8700")
 end)
 good("empty sections", { vm = {}, net = {}, limits = { policy = {} }, http = {}, llm = {}, audit = {} }, function(c)
     eq(c.limits.policy.time, 100) eq(list_text(c.notes), "")
@@ -220,8 +220,10 @@ bad({ limits = { message = "65M" } }, "limits.message: must be 64K to 64M, got 6
 bad({ limits = { depth = 3, calls = 0 } }, "limits.calls: must be 1 to 1024, got 0", "limits.depth: must be 4 to 128, got 3")
 bad({ limits = { policy = { time = "20s", memory = "1M" } } }, "limits.policy.memory: must be 4M to 1G, got 1M", "limits.policy.time: must be 1ms to 10s, got 20s")
 bad({ limits = { tool = { cpu = "1ms", memory = "8G" } } }, "limits.tool.cpu: must be 10ms to 10m, got 1ms", "limits.tool.memory: must be 4M to 4G, got 8G")
-bad({ http = { listen = "0.0.0.0:80" } }, "http.listen: not available yet; serve with `orch mcp stdio`")
-bad({ http = { token = "abc" } }, "http.token: not available yet; serve with `orch mcp stdio`")
+for _, v in ipairs { "127.0.0.1", "127.0.0.1:65536", "127.0.0.1:x", ":80", 8700, "::1:80", "" } do
+  bad({ http = { listen = v } }, "http.listen: expected \"HOST:PORT\" or \"unix:PATH\", like \"127.0.0.1:8700\", got " .. (v == 8700 and "8700" or '"' .. v .. '"'))
+end
+bad({ http = { token = "abc" } }, "http.token: is not written into a file; take it from the environment: env(\"ORCH_TOKEN\", nil)")
 bad({ http = { lisen = "x" } }, "http.lisen: unknown key; did you mean 'listen'?")
 bad({ audit = { sync = "always" } }, 'audit.sync: must be one of none, interval, each, got "always"')
 bad({ audit = { dir = SECRET } }, "audit.dir: expected a path, got [secret]")

@@ -1,0 +1,98 @@
+/* Requests beyond tools (resources, prompts, completion): answered by functions of what a script serves,
+ * each in a task of its own. They are calls like a tool's, without judgement. */
+#include "call.h"
+
+#include <errno.h>
+#include <string.h>
+
+enum { TIMEOUT_MS = 60 * 1000 };
+
+static bool cacheable(const char *method)
+{
+    return strcmp(method, "prompts/get") != 0 && strcmp(method, "completion/complete") != 0;
+}
+
+/* Error as nil, message, code, data: a JSON-RPC error. */
+static void take_error(struct orch_toolcall *c, lua_State *L, int first, int nres)
+{
+    const char *text = nres >= 2 ? lua_tostring(L, first + 1) : NULL;
+    const char *word = nres >= 3 && lua_type(L, first + 2) == LUA_TSTRING ? lua_tostring(L, first + 2) : NULL;
+    double code = nres >= 3 && lua_type(L, first + 2) == LUA_TNUMBER ? lua_tonumber(L, first + 2) : ORCH_RPC_INTERNAL_ERROR;
+    char why[256];
+    if (word && strcmp(word, "capability") == 0 && c->modern && c->missing) {
+        orch_asking_missing(c);
+        return;
+    }
+    orch_call_rpc_error(c, (int)code, text ? text : "no reason given");
+    if (nres >= 4 && lua_istable(L, first + 3) && orch_lua_encode_json(L, first + 3, &c->rpc_data, why, sizeof why) < 0)
+        c->rpc_data.n = 0;
+}
+
+static void take_result(struct orch_toolcall *c, lua_State *L, int nres)
+{
+    int first = lua_gettop(L) - nres + 1;
+    cleanup_buf struct orch_buf json = { 0 };
+    char why[256];
+    if (nres == 0 || !lua_istable(L, first)) {
+        take_error(c, L, first, nres);
+        return;
+    }
+    if (orch_lua_encode_json(L, first, &json, why, sizeof why) < 0 || json.p[0] != '{') {
+        cleanup_free char *m = orch_xasprintf("%s: the result cannot be sent: %s", c->method, json.n ? "it must be an object" : why);
+        orch_call_rpc_error(c, ORCH_RPC_INTERNAL_ERROR, m);
+        return;
+    }
+    c->text.n = 0;
+    orch_buf_add(&c->text, json.p + 1, json.n - 2);
+    if (!c->modern)
+        return;
+    bool hinted = true, meta = true;
+    lua_getfield(L, first, "ttlMs");
+    hinted = !lua_isnil(L, -1) || !cacheable(c->method);
+    lua_getfield(L, first, "_meta");
+    meta = !lua_isnil(L, -1);
+    lua_pop(L, 2);
+    if (!hinted)
+        orch_buf_str(&c->text, c->text.n ? ",\"ttlMs\":0,\"cacheScope\":\"private\"" : "\"ttlMs\":0,\"cacheScope\":\"private\"");
+    if (!meta)
+        orch_buf_printf(&c->text, "%s\"_meta\":{\"io.modelcontextprotocol/serverInfo\":%s}", c->text.n ? "," : "", c->server_info);
+}
+
+static void task_done(void *ud, lua_State *L, int nres, const struct orch_err *err)
+{
+    struct orch_toolcall *c = ud;
+    c->task = NULL;
+    if (err)
+        orch_call_rpc_error(c, ORCH_RPC_INTERNAL_ERROR, err->msg);
+    else
+        take_result(c, L, nres);
+    orch_call_end(c);
+}
+
+void orch_feature_call(struct orch_session *s, struct orch_mcp_request *rq, const struct orch_json_doc *d, const char *method,
+                       const struct orch_mcp_params *p)
+{
+    struct orch *o = s->host;
+    struct orch_toolcall *c = orch_call_new(o, s);
+    c->rq = rq;
+    c->method = method;
+    c->modern = orch_mcp_request_modern(rq);
+    c->server_info = orch_mcp_request_server_info(rq);
+    c->caps = orch_mcp_request_caps(rq);
+    c->deadline_us = c->begun_us + (int64_t)TIMEOUT_MS * 1000;
+    orch_mcp_request_set_host(rq, c);
+    if (c->caps)
+        orch_asking_begin(c, method, d, p);
+    orch_call_running(c);
+    lua_State *L = orch_state_lua(o->script);
+    lua_rawgeti(L, LUA_REGISTRYINDEX, o->offer.handle_ref);
+    lua_pushstring(L, method);
+    if (p->all)
+        orch_lua_push_json(L, d, p->all, 0);
+    else
+        lua_newtable(L);
+    orch_push_ctx(L, c->slot, c->serial);
+    struct orch_task *task = orch_task_start(o->loop, o->script, 3, TIMEOUT_MS, task_done, c);
+    if (!c->finished)
+        c->task = task;
+}

@@ -1,0 +1,478 @@
+/* Serving MCP: who is connected by which transport, and what is offered to them. */
+#include "host.h"
+
+#include "mcp/headers.h"
+#include "mcp/stream.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <stdio.h>
+#include <string.h>
+
+enum {
+    EOF_GRACE_MS = 1000, /* calls under way when the input ends may still answer */
+    DRAIN_MS = 200,
+    PAGE_TOOLS = 500,
+};
+
+#define OWN_INFO "{\"name\":\"orch\",\"version\":\"" ORCH_VERSION "\"}"
+
+/* Who started us: uid and program. */
+static char *parent_caller(void)
+{
+    char link[64], exe[PATH_MAX] = "";
+    snprintf(link, sizeof link, "/proc/%d/exe", getppid());
+    ssize_t n = readlink(link, exe, sizeof exe - 1);
+    exe[n < 0 ? 0 : n] = 0;
+    return orch_xasprintf("uid:%u %s", getuid(), exe[0] ? exe : "unknown");
+}
+
+/* One caller: what the ops of its MCP sessions get. */
+struct caller {
+    struct caller *next;
+    struct orch *o;
+    struct orch_session *session;
+};
+
+struct serving {
+    struct serving *next;
+    struct orch *o;
+    struct caller *callers;
+    struct orch_mcp_server_ops ops;
+    /* stdio */
+    struct orch_mcp_session *mcp;
+    struct orch_mcp_stdio *stdio;
+    struct orch_timer *grace;
+    bool ending;
+    bool waiting; /* for the upstream; input is held */
+    /* http */
+    struct orch_http_server *http;
+    struct orch_mcp_endpoint *endpoint;
+    uint8_t token_sha256[ORCH_SHA256_BYTES];
+    const char *hosts[5];
+    char *host;
+    int status;
+    char why[512];
+    void (*done)(void *ud, int status, const char *why);
+    void *ud;
+};
+
+static struct caller *caller_of(struct serving *v, const char *name)
+{
+    struct caller *c = v->callers;
+    while (c && strcmp(c->session->caller, name) != 0)
+        c = c->next;
+    if (c)
+        return c;
+    c = orch_xmalloc(sizeof *c);
+    *c = (struct caller){ v->callers, v->o, orch_session_new(v->o, name) };
+    v->callers = c;
+    return c;
+}
+
+/* ---- what sessions are answered */
+
+static int ops_tools_list(void *ud, struct orch_slice cursor, struct orch_buf *out, struct orch_buf *next, struct orch_err *err)
+{
+    struct caller *k = ud;
+    struct orch *o = k->o;
+    const struct orch_generation *g = o->gen;
+    if (o->upstream && !orch_upstream_ready(o->upstream))
+        return orch_err_setc(err, ORCH_CLASS_UPSTREAM, EIO, "%s", orch_upstream_problem(o->upstream));
+    if (!cursor.n && g->n_tools <= PAGE_TOOLS) {
+        orch_buf_slice(out, (struct orch_slice){ g->list.p, g->list.n });
+        return 0;
+    }
+    /* A cursor is the name that the page before ended with. */
+    size_t i = 0, n = 0;
+    if (cursor.n) {
+        while (i < g->n_tools && !orch_slice_eq(cursor, g->tools[i]->wire_name))
+            i++;
+        if (i++ == g->n_tools)
+            return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL, "tools/list: unknown cursor; the list may have changed, begin anew");
+    }
+    orch_buf_char(out, '[');
+    for (; i < g->n_tools && n < PAGE_TOOLS; i++) {
+        if (!g->tools[i]->listed)
+            continue;
+        if (n++)
+            orch_buf_char(out, ',');
+        orch_buf_str(out, g->tools[i]->definition);
+    }
+    orch_buf_char(out, ']');
+    if (i < g->n_tools)
+        orch_buf_str(next, g->tools[i - 1]->wire_name);
+    return 0;
+}
+
+static void ops_tool_call(void *ud, struct orch_mcp_request *rq, const struct orch_json_doc *d, const struct orch_mcp_params *p)
+{
+    struct caller *k = ud;
+    if (p->state)
+        orch_call_resume(k->session, rq, "tools/call", d, p);
+    else
+        orch_call_from_mcp(k->session, rq, d, p);
+}
+
+static void ops_request(void *ud, struct orch_mcp_request *rq, const struct orch_json_doc *d, const char *method,
+                        const struct orch_mcp_params *p)
+{
+    struct caller *k = ud;
+    if (strncmp(method, "tasks/", 6) == 0)
+        orch_job_request(k->session, rq, d, method, p);
+    else if (p->state)
+        orch_call_resume(k->session, rq, method, d, p);
+    else
+        orch_feature_call(k->session, rq, d, method, p);
+}
+
+static void ops_cancel(void *ud, struct orch_mcp_request *rq)
+{
+    (void)ud;
+    orch_call_cancel_mcp(rq);
+}
+
+static void ops_detach(void *ud, struct orch_mcp_request *rq)
+{
+    (void)ud;
+    orch_call_detach_mcp(rq);
+}
+
+static struct orch_mcp_server_ops server_ops(const struct orch *o)
+{
+    return (struct orch_mcp_server_ops){ .tools_list = ops_tools_list,
+                                         .tool_call = ops_tool_call,
+                                         .request = ops_request,
+                                         .cancel = ops_cancel,
+                                         .detach = ops_detach,
+                                         .server_info = o->offer.server_info ? o->offer.server_info : OWN_INFO,
+                                         .instructions = o->offer.instructions,
+                                         .features = o->offer.features | ORCH_MCP_TASKS,
+                                         .max_calls = o->gen->cfg.calls };
+}
+
+struct change {
+    unsigned what;
+    struct orch_slice uri, task, members;
+};
+
+static void tell(void *ud, struct orch_mcp_session *s)
+{
+    const struct change *c = ud;
+    if (c->task.n)
+        orch_mcp_session_task_changed(s, c->task, c->members);
+    else if (c->what)
+        orch_mcp_session_changed(s, (enum orch_mcp_change)c->what);
+    else
+        orch_mcp_session_resource_updated(s, c->uri);
+}
+
+static void tell_all(struct orch *o, struct change c)
+{
+    for (struct serving *v = o->serving; v; v = v->next) {
+        if (v->mcp)
+            tell(&c, v->mcp);
+        if (v->endpoint)
+            orch_mcp_endpoint_each(v->endpoint, tell, &c);
+    }
+}
+
+void orch_serve_changed(void *ud, unsigned what, struct orch_slice uri)
+{
+    tell_all(ud, (struct change){ .what = what, .uri = uri });
+}
+
+void orch_serve_task_changed(struct orch *o, struct orch_slice id, struct orch_slice members)
+{
+    tell_all(o, (struct change){ .task = id, .members = members });
+}
+
+/* Calls under way are cancelled, their outcomes written. */
+static void serving_free(struct serving *v)
+{
+    struct orch *o = v->o;
+    for (struct serving **at = &o->serving; *at; at = &(*at)->next)
+        if (*at == v) {
+            *at = v->next;
+            break;
+        }
+    if (v->mcp)
+        orch_mcp_session_end(v->mcp);
+    for (struct caller *k = v->callers; k; k = k->next)
+        orch_asking_stop(o, k->session);
+    orch_calls_run(o);
+    if (v->stdio)
+        orch_mcp_stdio_drain(v->stdio, DRAIN_MS);
+    orch_mcp_stdio_free(v->stdio);
+    orch_mcp_session_free(v->mcp);
+    orch_mcp_endpoint_free(v->endpoint);
+    orch_http_server_free(v->http);
+    while (v->callers) {
+        struct caller *k = v->callers;
+        v->callers = k->next;
+        k->session->mcp = NULL;
+        orch_session_unref(k->session);
+        free(k);
+    }
+    orch_timer_free(v->grace);
+    if (v->stdio) {
+        orch_upstream_free(o->upstream);
+        o->upstream = NULL;
+    }
+    free(v->host);
+    free(v);
+}
+
+void orch_serve_stop(void *ud)
+{
+    struct orch *o = ud;
+    while (o->serving)
+        serving_free(o->serving);
+}
+
+/* ---- stdio */
+
+static void serving_finish(void *ud)
+{
+    struct serving *v = ud;
+    void (*done)(void *ud, int status, const char *why) = v->done;
+    void *done_ud = v->ud;
+    int status = v->status;
+    char why[sizeof v->why];
+    memcpy(why, v->why, sizeof why);
+    serving_free(v);
+    done(done_ud, status, why[0] ? why : NULL);
+}
+
+static void finish_when_idle(void *ud)
+{
+    struct serving *v = ud;
+    if (v->ending && orch_mcp_session_in_flight(v->mcp) == 0)
+        orch_timer_set(v->grace, 0);
+}
+
+static void serving_batch_end(void *ud)
+{
+    struct serving *v = ud;
+    orch_calls_run(v->o);
+}
+
+/* Input ended: what is under way gets a moment to answer, then everything ends. */
+static void serving_closed(void *ud, const char *why)
+{
+    struct serving *v = ud;
+    if (why)
+        snprintf(v->why, sizeof v->why, "%s", why);
+    v->ending = true;
+    bool gone = why != NULL || (!v->waiting && orch_mcp_session_in_flight(v->mcp) == 0);
+    orch_timer_set(v->grace, gone ? 0 : EOF_GRACE_MS);
+}
+
+/* The server behind the proxy is ready or has failed: what the client sent meanwhile is handled now. */
+static void upstream_settled(void *ud)
+{
+    struct serving *v = ud;
+    struct orch *o = v->o;
+    if (orch_upstream_ready(o->upstream)) {
+        int r = orch_host_reload(o, "the upstream is ready");
+        if (r < 0) {
+            v->status = orch_class_exit((enum orch_class)-r);
+            snprintf(v->why, sizeof v->why, "%s", o->reload_error.p);
+            orch_timer_set(v->grace, 0);
+            return;
+        }
+    }
+    v->waiting = false;
+    orch_mcp_stdio_hold(v->stdio, false);
+    finish_when_idle(v);
+}
+
+/* ---- what a script serves itself */
+
+static int take_offer(struct orch *o, const struct orch_serve_opts *so, struct orch_err *err)
+{
+    struct orch_offer *f = &o->offer;
+    if (so->instructions && !f->instructions)
+        f->instructions = orch_xstrdup(so->instructions);
+    if ((so->name || so->version) && !f->server_info) {
+        cleanup_buf struct orch_buf b = { 0 };
+        orch_buf_str(&b, "{\"name\":");
+        orch_json_quote(&b, orch_slice_str(so->name ? so->name : "orch"));
+        orch_buf_str(&b, ",\"version\":");
+        orch_json_quote(&b, orch_slice_str(so->version ? so->version : ORCH_VERSION));
+        orch_buf_char(&b, '}');
+        f->server_info = orch_steal_ptr(&b.p);
+    }
+    if (!so->tools)
+        return 0;
+    if (f->on)
+        return orch_err_setc(err, ORCH_CLASS_USAGE, EBUSY, "a script serves one set of tools, resources and prompts");
+    f->on = true;
+    f->features = so->features;
+    lua_pushvalue(so->L, so->handle);
+    f->handle_ref = luaL_ref(so->L, LUA_REGISTRYINDEX);
+    return orch_script_tools(o, so->L, so->tools, err);
+}
+
+static int serve_stdio(struct serving *v, const struct orch_serve_opts *so, const struct orch_json_limits *limits, struct orch_err *err)
+{
+    struct orch *o = v->o;
+    cleanup_free char *name = parent_caller();
+    struct caller *k = caller_of(v, name);
+    v->mcp = orch_mcp_session_new(&v->ops, k, limits);
+    k->session->mcp = v->mcp;
+    v->grace = orch_timer_new(o->loop, serving_finish, v);
+    v->stdio = orch_mcp_stdio_new(o->loop, v->mcp,
+                                  &(struct orch_mcp_stdio_opts){ .in_fd = STDIN_FILENO,
+                                                                 .out_fd = STDOUT_FILENO,
+                                                                 .max_line = limits->bytes,
+                                                                 .batch_end = serving_batch_end,
+                                                                 .closed = serving_closed,
+                                                                 .ud = v },
+                                  err);
+    if (!v->stdio)
+        return -EIO;
+    orch_mcp_session_on_idle(v->mcp, finish_when_idle, v);
+    if (so->command) {
+        v->waiting = true;
+        orch_mcp_stdio_hold(v->stdio, true);
+        o->upstream = orch_upstream_start(o, so->as, so->command, upstream_settled, v);
+    }
+    return 0;
+}
+
+/* ---- http */
+
+static void *http_peer(void *ud, const struct orch_http_peer *peer)
+{
+    char name[32] = "http token";
+    if (peer->local)
+        snprintf(name, sizeof name, "uid:%u", (unsigned)peer->uid);
+    return caller_of(ud, name);
+}
+
+static void http_handled(void *ud)
+{
+    struct serving *v = ud;
+    orch_calls_want(v->o);
+}
+
+static const char *http_check_params(void *ud, const struct orch_http_request *q, const struct orch_json_doc *d, struct orch_slice tool, uint32_t args)
+{
+    struct serving *v = ud;
+    const struct orch_tool *t = orch_generation_tool(v->o->gen, tool);
+    return t ? orch_mcp_params_check(&t->headers, q, d, args) : NULL;
+}
+
+static void http_request(void *ud, const struct orch_http_request *q, struct orch_http_reply *r)
+{
+    struct serving *v = ud;
+    if (orch_slice_eq(q->path, "/mcp"))
+        orch_mcp_endpoint_request(v->endpoint, q, r);
+    else
+        orch_http_reply_send(r, 404, NULL, 0, (struct orch_slice){ 0 });
+}
+
+/* The token in the state directory, made at the first need. */
+static int own_token(struct orch *o, struct orch_buf *token, struct orch_err *err)
+{
+    cleanup_free char *path = orch_xasprintf("%s/http.token", o->paths.state);
+    uint8_t random[32];
+    int r = orch_read_file(AT_FDCWD, path, 4096, token);
+    if (r == 0) {
+        while (token->n && (token->p[token->n - 1] == '\n' || token->p[token->n - 1] == ' '))
+            token->p[--token->n] = 0;
+        if (token->n >= 16)
+            return 0;
+        return orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL, "%s: a token needs at least 16 characters; remove the file and a new one is made", path);
+    }
+    if (r == -ENOENT && (r = orch_random(random, sizeof random)) == 0) {
+        orch_buf_hex(token, random, sizeof random);
+        r = orch_write_file(AT_FDCWD, path, token->p, token->n, 0600);
+    }
+    if (r < 0)
+        return orch_err_setc(err, ORCH_CLASS_CONFIG, -r, "%s: the token cannot be read or made: %s", path, strerror(-r));
+    orch_log(ORCH_INFO, "mcp http: the bearer token is in %s", path);
+    return 0;
+}
+
+static int serve_http(struct serving *v, const struct orch_serve_opts *so, const struct orch_json_limits *limits, struct orch_err *err)
+{
+    struct orch *o = v->o;
+    const char *listen = so->listen ? so->listen : o->gen->cfg.http_listen ? o->gen->cfg.http_listen : "127.0.0.1:8700";
+    const char *configured = so->token ? so->token : o->gen->cfg.http_token;
+    bool local = strncmp(listen, "unix:", 5) == 0;
+    cleanup_buf struct orch_buf token = { 0 };
+    if (configured)
+        orch_buf_str(&token, configured);
+    else if (!local && own_token(o, &token, err) < 0)
+        return -EIO;
+    if (configured && token.n < 16)
+        return orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL, "http.token: a token needs at least 16 characters");
+    orch_sha256(token.p, token.n, v->token_sha256);
+    const char *colon = strrchr(listen, ':');
+    v->host = orch_xstrndup(listen, colon ? (size_t)(colon - listen) : strlen(listen));
+    v->hosts[0] = "localhost";
+    v->hosts[1] = "127.0.0.1";
+    v->hosts[2] = "[::1]";
+    v->hosts[3] = v->host;
+    v->http = orch_http_server_new(o->loop,
+                                   &(struct orch_http_server_opts){ .listen = listen,
+                                                                    .on_request = http_request,
+                                                                    .ud = v,
+                                                                    .limits = { .body_bytes = limits->bytes } },
+                                   err);
+    if (!v->http)
+        return -EIO;
+    v->endpoint = orch_mcp_endpoint_new(o->loop, &(struct orch_mcp_endpoint_opts){ .ops = &v->ops,
+                                                                                   .peer = http_peer,
+                                                                                   .handled = http_handled,
+                                                                                   .check_params = http_check_params,
+                                                                                   .ud = v,
+                                                                                   .limits = *limits,
+                                                                                   .token_sha256 = token.n ? v->token_sha256 : NULL,
+                                                                                   .hosts = local ? NULL : v->hosts });
+    const char *address = orch_http_server_address(v->http);
+    cleanup_free char *line = orch_xasprintf("mcp http: listening on %s%s%s", local ? "" : "http://", address, local ? "" : "/mcp");
+    orch_log_print(orch_slice_str(line));
+    return 0;
+}
+
+int orch_serve(void *ud, const struct orch_serve_opts *so, struct orch_err *err)
+{
+    struct orch *o = ud;
+    bool stdio = strcmp(so->transport, "stdio") == 0;
+    for (struct serving *v = o->serving; v && stdio; v = v->next)
+        if (v->mcp)
+            return orch_err_setc(err, ORCH_CLASS_USAGE, EBUSY, "standard input and output are served already");
+    if (!stdio && strcmp(so->transport, "http") != 0)
+        return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL, "unknown transport \"%s\"; there are \"stdio\" and \"http\"", so->transport);
+    if (so->command && !stdio)
+        return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL, "a command is served over stdio only, not over http yet");
+    if (so->command && o->paths.origin == ORCH_CONFIG_BUILTIN)
+        return orch_err_setc(err, ORCH_CLASS_CONFIG, ENOENT,
+                             "there is no configuration, so nothing says what this server's tools may do. Write %s/orchestrator.lua:\n"
+                             "  return {}\n"
+                             "and %s/policies/tools.lua, for instance:\n"
+                             "  return { rules = { { tool = \"%s__*\", action = \"allow\" } } }\n"
+                             "then run: orch trust",
+                             o->paths.cwd, o->paths.cwd, so->as);
+    if (take_offer(o, so, err) < 0 || orch_host_generation(o, err) < 0 || orch_host_audit(o, err) < 0)
+        return err->code > 0 ? -err->code : -EIO;
+    struct serving *v = orch_xcalloc(1, sizeof *v);
+    v->o = o;
+    v->ops = server_ops(o);
+    v->next = o->serving;
+    o->serving = v;
+    struct orch_json_limits limits = { .bytes = o->gen->cfg.message_bytes, .depth = o->gen->cfg.depth };
+    if ((stdio ? serve_stdio(v, so, &limits, err) : serve_http(v, so, &limits, err)) < 0) {
+        serving_free(v);
+        return -EIO;
+    }
+    v->done = so->done;
+    v->ud = so->ud;
+    orch_host_watch(o);
+    orch_host_control(o);
+    return 0;
+}

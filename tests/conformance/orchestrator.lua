@@ -1,0 +1,1 @@
+return { policies = "policies", limits = { calls = 1024 } }

@@ -1,0 +1,1 @@
+return { rules = { { tool = "*", action = "allow" } } }
