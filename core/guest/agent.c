@@ -20,6 +20,8 @@
 #include <linux/random.h>
 #include <linux/sched.h>
 #include <net/if.h>
+#include <net/route.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdbool.h>
@@ -1320,6 +1322,39 @@ static int find_port(void)
     return fd;
 }
 
+static void set_addr(struct sockaddr *sa, uint32_t addr)
+{
+    struct sockaddr_in in = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(addr) };
+    memcpy(sa, &in, sizeof in);
+}
+
+/* The same in every guest, and so frozen into the template. */
+static void networks_up(void)
+{
+    struct ifreq lo = { .ifr_name = "lo", .ifr_flags = IFF_UP | IFF_RUNNING };
+    struct ifreq addr = { .ifr_name = "eth0" }, mask = addr, up = addr;
+    struct rtentry route = { .rt_flags = RTF_UP | RTF_GATEWAY };
+    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    if (fd >= 0)
+        ioctl(fd, SIOCSIFFLAGS, &lo);
+    if (virtio_devices() & 1 << 1) {
+        int no_ipv6 = open("/proc/sys/net/ipv6/conf/all/disable_ipv6", O_WRONLY | O_CLOEXEC);
+        if (no_ipv6 >= 0 && write(no_ipv6, "1", 1) != 1)
+            die("disable_ipv6");
+        close_fd(&no_ipv6);
+        set_addr(&addr.ifr_addr, ORCH_WIRE_NET_ADDR);
+        set_addr(&mask.ifr_netmask, ~0u << (32 - ORCH_WIRE_NET_BITS));
+        up.ifr_flags = IFF_UP | IFF_RUNNING;
+        set_addr(&route.rt_dst, 0);
+        set_addr(&route.rt_genmask, 0);
+        set_addr(&route.rt_gateway, ORCH_WIRE_NET_GATEWAY);
+        if (ioctl(fd, SIOCSIFADDR, &addr) || ioctl(fd, SIOCSIFNETMASK, &mask) ||
+            ioctl(fd, SIOCSIFFLAGS, &up) || ioctl(fd, SIOCADDRT, &route))
+            die("eth0");
+    }
+    close_fd(&fd);
+}
+
 static void boot(void)
 {
     const unsigned long strict = MS_NOSUID | MS_NODEV | MS_NOEXEC;
@@ -1343,11 +1378,7 @@ static void boot(void)
     if (fd >= 0 && read(fd, name, sizeof name - 1) > 0)
         sethostname(name, strcspn(name, "\n"));
     close_fd(&fd);
-    struct ifreq lo = { .ifr_name = "lo", .ifr_flags = IFF_UP | IFF_RUNNING };
-    fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    if (fd >= 0)
-        ioctl(fd, SIOCSIFFLAGS, &lo);
-    close_fd(&fd);
+    networks_up();
 
     /* The port appears, gets its name and is opened by the host in steps of the driver's worker. */
     for (int i = 0; port < 0 && i < 30000; i++)

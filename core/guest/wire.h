@@ -15,6 +15,11 @@
 #define ORCH_WIRE_WINDOW (256 * 1024) /* stdin or file bytes the host may send ahead of credit */
 #define ORCH_WIRE_PORT "orch.0"       /* name of the virtio-serial port */
 
+/* eth0, where there is one, in every guest. */
+#define ORCH_WIRE_NET_ADDR 0x0aff0002u    /* 10.255.0.2 */
+#define ORCH_WIRE_NET_GATEWAY 0x0aff0001u /* 10.255.0.1 */
+#define ORCH_WIRE_NET_BITS 30
+
 struct orch_wire_head {
     uint32_t len;
     uint32_t id;

@@ -458,6 +458,14 @@ static void build_args(struct args *a, const char *program, const struct orch_vm
     arg(a, "rng-builtin,id=rng");
     arg(a, "-device");
     arg(a, "virtio-rng-device,rng=rng");
+    if (s->network) {
+        const uint8_t *mac = (const uint8_t *)ORCH_NET_GUEST_MAC;
+        arg(a, "-netdev");
+        arg(a, "tap,id=net,fd=%d,vhost=off", FD(TAP));
+        arg(a, "-device");
+        arg(a, "virtio-net-device,netdev=net,mac=%02x:%02x:%02x:%02x:%02x:%02x", mac[0], mac[1],
+            mac[2], mac[3], mac[4], mac[5]);
+    }
     arg(a, "-chardev");
     arg(a, "socket,id=qmp,fd=%d", FD(QMP));
     arg(a, "-mon");
@@ -737,7 +745,7 @@ static int start_cell(struct orch_vmm *v, struct program *p, struct orch_launche
     o.fds[ORCH_LAUNCH_FD_STATE] = s->clone ? s->state_fd : -1;
     o.fds[ORCH_LAUNCH_FD_DISK] = kernel;
     o.fds[ORCH_LAUNCH_FD_EXTRA] = initrd;
-    v->cell = orch_cell_new(la, &o, err);
+    v->cell = s->netns ? orch_netns_start(s->netns, &o, err) : orch_cell_new(la, &o, err);
     args_free(&a);
     return v->cell ? 0 : -1;
 }

@@ -80,6 +80,8 @@ struct source {
     int64_t lock_until;
 
     struct orch_rundir *rundir; /* while a VMM boots */
+    struct orch_rules *rules; /* nothing passes, and there is no uplink */
+    struct orch_netns *netns;
     struct orch_vmm *vmm;
     struct orch_channel *channel;
     struct orch_timer *timer;
@@ -159,10 +161,14 @@ static void end_boot(struct source *s)
 {
     orch_channel_free(s->channel);
     s->ts->o.backend->free(s->vmm);
+    orch_netns_free(s->netns);
+    orch_rules_free(s->rules);
     orch_rundir_free(s->rundir);
     orch_timer_free(s->timer);
     s->channel = NULL;
     s->vmm = NULL;
+    s->netns = NULL;
+    s->rules = NULL;
     s->rundir = NULL;
     s->timer = NULL;
     s->stream_err.code = 0;
@@ -327,6 +333,7 @@ static struct orch_vmm_spec boot_spec(const struct source *s)
     return (struct orch_vmm_spec){
         .image = &s->t.image,
         .kvm = s->t.kvm,
+        .network = s->t.network,
         .memory_bytes = s->t.memory_bytes,
         .vcpus = s->t.vcpus,
         .tsc_khz = s->ts->tsc_khz,
@@ -552,8 +559,9 @@ static void start_saving(struct source *s)
     int pidfd;
     orch_buf_str(&about, "\"image\":");
     orch_json_quote(&about, orch_slice_str(s->t.image.name));
-    orch_buf_printf(&about, ",\"image_id\":\"%s\",\"accel\":\"%s\",\"vcpus\":%d,\"orch\":\"%s\"",
-                    s->t.image.id, s->t.kvm ? "kvm" : "tcg", s->t.vcpus, ORCH_VERSION);
+    orch_buf_printf(&about, ",\"image_id\":\"%s\",\"accel\":\"%s\",\"vcpus\":%d,\"network\":%s,\"orch\":\"%s\"",
+                    s->t.image.id, s->t.kvm ? "kvm" : "tcg", s->t.vcpus,
+                    s->t.network ? "true" : "false", ORCH_VERSION);
     pid_t pid = orch_frozen_save(s->ts->dir, s->key, &s->frozen,
                                  (struct orch_slice){ about.p, about.n }, s->lock_fd, &pidfd, &err);
     if (pid < 0) {
@@ -699,43 +707,85 @@ static void agent_failed(void *ud, const struct orch_err *err)
     orch_timer_set(s->timer, EXIT_GRACE_MS);
 }
 
-static int start_boot(struct source *s, struct orch_err *err)
+static int start_vmm(struct source *s, struct orch_err *err)
 {
     struct orch_templates *ts = s->ts;
     struct orch_vmm_cb cb = { vmm_phase, vmm_frozen, vmm_ended, s };
     struct orch_channel_cb agent_cb = { agent_hello, agent_failed, s };
     int agent_fd;
     struct orch_launcher *la = ts->o.launcher(ts->o.launcher_ud, err);
-    if (!la || orch_frozen_new(&s->frozen, s->t.memory_bytes, err) < 0)
-        return -1;
-    s->rundir = orch_rundir_new(ts->o.loop, ts->runtime_dir, "template", err);
-    if (!s->rundir)
+    if (!la)
         return -1;
     struct orch_vmm_spec spec = boot_spec(s);
     spec.log_fd = orch_rundir_log_fd(s->rundir);
     spec.mem_fd = s->frozen.mem_fd;
+    spec.netns = s->netns;
     s->vmm = ts->o.backend->start(ts->o.host, la, &spec, &cb, &agent_fd, err);
     if (!s->vmm)
         return -1;
     orch_rundir_log_handed_over(s->rundir);
     s->channel = orch_channel_new(ts->o.loop, agent_fd, &agent_cb);
+    s->phase = "booting";
     return 0;
+}
+
+static void net_ready(void *ud)
+{
+    struct source *s = ud;
+    struct orch_err err;
+    s->phase = "starting the VMM";
+    if (start_vmm(s, &err) < 0)
+        boot_failed(s, &err);
+}
+
+static void net_failed(void *ud, const struct orch_err *err)
+{
+    boot_failed(ud, err);
+}
+
+static int start_net(struct source *s, struct orch_err *err)
+{
+    struct orch_templates *ts = s->ts;
+    struct orch_launcher *la = ts->o.launcher(ts->o.launcher_ud, err);
+    if (!la)
+        return -1;
+    s->phase = "making its network";
+    s->rules = orch_rules_new(&(struct orch_policy){ .n_allow = 0 }, err);
+    if (!s->rules)
+        return -1;
+    s->netns = orch_netns_new(ts->o.loop, la,
+                              &(struct orch_netns_opts){ .rules = s->rules,
+                                                         .kvm = s->t.kvm,
+                                                         .ready = net_ready,
+                                                         .failed = net_failed,
+                                                         .ud = s },
+                              err);
+    return s->netns ? 0 : -1;
+}
+
+static int start_boot(struct source *s, struct orch_err *err)
+{
+    s->phase = "starting the VMM";
+    if (orch_frozen_new(&s->frozen, s->t.memory_bytes, err) < 0)
+        return -1;
+    s->rundir = orch_rundir_new(s->ts->o.loop, s->ts->runtime_dir, "template", err);
+    if (!s->rundir)
+        return -1;
+    return s->t.network ? start_net(s, err) : start_vmm(s, err);
 }
 
 static void boot(struct source *s)
 {
     struct orch_err err;
-    progress(s, "booting image %s %s to make its template (once)", s->t.image.name,
-             s->t.kvm ? "with KVM" : "emulated");
+    progress(s, "booting image %s %s to make its template%s (once)", s->t.image.name,
+             s->t.kvm ? "with KVM" : "emulated", s->t.network ? " with a network device" : "");
     if (!s->ts->tsc_khz)
         s->ts->tsc_khz = tsc_khz(s->ts, TSC_MEASURE_US);
-    s->phase = "starting the VMM";
     s->boot_start = orch_loop_now_ms(s->ts->o.loop);
     if (start_boot(s, &err) < 0) {
         boot_failed(s, &err);
         return;
     }
-    s->phase = "booting";
     s->timer = orch_timer_new(s->ts->o.loop, boot_timeout, s);
     orch_timer_set(s->timer, s->ts->o.boot_ms ? s->ts->o.boot_ms
                              : s->t.kvm       ? BOOT_KVM_MS
@@ -790,7 +840,7 @@ void orch_templates_free(struct orch_templates *ts)
 static struct source *find_source(struct orch_templates *ts, const struct orch_template_want *w)
 {
     for (struct source *s = ts->sources; s; s = s->next)
-        if (s->want == w->accel && s->t.memory_bytes == w->memory_bytes && s->t.vcpus == w->vcpus &&
+        if (s->want == w->accel && s->t.network == w->network && s->t.memory_bytes == w->memory_bytes && s->t.vcpus == w->vcpus &&
             strcmp(s->image_name, w->image) == 0)
             return s;
     return NULL;
@@ -804,6 +854,7 @@ static struct source *new_source(struct orch_templates *ts, const struct orch_te
     ts->sources = s;
     s->image_name = orch_xstrdup(w->image);
     s->want = w->accel;
+    s->t.network = w->network;
     s->t.memory_bytes = w->memory_bytes;
     s->t.vcpus = w->vcpus;
     s->frozen = ORCH_FROZEN_NONE;

@@ -1,5 +1,5 @@
 /* Templates: a booted guest, frozen, as two sealed memfds that any number of clones start from. Made
- * once per image × size × acceleration, held in memory (the four used last), kept on disk in
+ * once per image × size × acceleration, with or without a network device, held in memory (the four used last), kept on disk in
  * CACHE/templates/KEY/ (mem, sparse; state; meta.json), loaded by later processes. Finds or builds the
  * image and decides the acceleration on the way. */
 #ifndef ORCH_VM_TEMPLATE_H
@@ -16,6 +16,7 @@ enum orch_accel { ORCH_ACCEL_AUTO, ORCH_ACCEL_KVM, ORCH_ACCEL_TCG };
 struct orch_template {
     struct orch_image image;
     bool kvm;
+    bool network; /* has a device for it */
     bool loaded; /* false: mem is being filled; a VMM may be started with hold already */
     uint64_t memory_bytes;
     int vcpus;
@@ -42,6 +43,7 @@ void orch_templates_free(struct orch_templates *ts);
 struct orch_template_want {
     const char *image;
     enum orch_accel accel;
+    bool network;
     uint64_t memory_bytes;
     int vcpus;
 };

@@ -6,6 +6,8 @@
 #include "../base/json.h"
 #include "../base/log.h"
 #include "../base/proc.h"
+#include "../guest/wire.h"
+#include "../net/netns.h"
 #include "rundir.h"
 #include "template.h"
 
@@ -49,7 +51,10 @@ struct orch_vm {
     char id[16];
     enum state state;
     enum orch_isolation isolation;
+    struct orch_template_want want;
     struct orch_template_wait *wait;
+    struct orch_netns *netns; /* o.rules: until the VMM is gone */
+    bool netns_kvm, netns_ready, uplink, greeted;
     struct orch_rundir *rundir;
     struct orch_vmm *vmm;
     struct orch_channel *channel;
@@ -62,6 +67,11 @@ struct orch_vm {
     const char *reason;  /* the same, for the audit log; NULL: not decided */
     int status;          /* of the VMM as wait(2), or -1 */
 };
+
+/* The agent includes no header of core/net. */
+_Static_assert(ORCH_WIRE_NET_ADDR == ORCH_NET_GUEST && ORCH_WIRE_NET_GATEWAY == ORCH_NET_GATEWAY &&
+                   ORCH_WIRE_NET_BITS == ORCH_NET_BITS,
+               "the guest's addresses");
 
 static void stream_timeout(void *ud);
 
@@ -130,12 +140,29 @@ static void phase(struct orch_vm *vm, const char *name)
         vm->phases[vm->n_phases++] = (struct orch_vm_phase){ name, ms_since(vm->spawned_us) };
 }
 
+static bool passed(const struct orch_vm *vm, const char *name)
+{
+    for (int i = 0; i < vm->n_phases; i++)
+        if (strcmp(vm->phases[i].name, name) == 0)
+            return true;
+    return false;
+}
+
 /* ---- the end */
 
 static void timer_drop(struct orch_timer **t)
 {
     orch_timer_free(*t);
     *t = NULL;
+}
+
+static void free_vmm(struct orch_vm *vm)
+{
+    vm->m->backend->free(vm->vmm);
+    vm->vmm = NULL;
+    orch_netns_free(vm->netns);
+    vm->netns = NULL;
+    vm->netns_ready = vm->uplink = vm->greeted = false;
 }
 
 /* All that a microVM holds of the system; what is left answers questions. */
@@ -147,8 +174,7 @@ static void release(struct orch_vm *vm)
     timer_drop(&vm->life);
     orch_channel_free(vm->channel);
     vm->channel = NULL;
-    vm->m->backend->free(vm->vmm);
-    vm->vmm = NULL;
+    free_vmm(vm);
 }
 
 static void tell_failed(void *ud)
@@ -189,17 +215,17 @@ static void set_reason(struct orch_vm *vm, const char *reason, const struct orch
 static void failed(struct orch_vm *vm, const char *reason, const struct orch_err *err)
 {
     set_reason(vm, reason, err);
-    bool started = vm->started_us != 0;
-    release(vm);
-    if (started && vm->rundir) {
+    if (vm->started_us && vm->rundir) {
         orch_err_wrap(&vm->err, "microVM %s (image %s, %s): start failed %s", vm->id, vm->image,
                       orch_isolation_name(vm->isolation),
-                      vm->n_phases > 2   ? "waiting for the guest agent"
-                      : vm->n_phases > 1 ? "loading the template's state"
-                                         : "starting the VMM");
+                      vm->greeted              ? "waiting for the uplink"
+                      : passed(vm, "state")    ? "waiting for the guest agent"
+                      : passed(vm, "vmm")      ? "loading the template's state"
+                                               : "starting the VMM");
         if (vm->err.cls != ORCH_CLASS_ISOLATION) /* that class: nothing ran, so it wrote nothing */
             orch_rundir_explain(vm->rundir, &vm->err);
     }
+    release(vm);
     emit_exit(vm);
     orch_rundir_free(vm->rundir);
     vm->rundir = NULL;
@@ -224,8 +250,7 @@ static void end(struct orch_vm *vm, const char *reason, const struct orch_err *e
         return;
     vm->state = ENDING;
     timer_drop(&vm->life);
-    vm->m->backend->free(vm->vmm);
-    vm->vmm = NULL;
+    free_vmm(vm);
     orch_channel_pause(vm->channel, false);
     shutdown(vm->agent_fd, SHUT_RDWR);
 }
@@ -260,7 +285,9 @@ static void vmm_frozen(void *ud)
 static void vmm_ended(void *ud, const struct orch_err *err, int status)
 {
     struct orch_vm *vm = ud;
-    const char *reason = status < 0 && err->cls == ORCH_CLASS_ISOLATION ? "launcher" : "vmm";
+    const char *reason = status >= 0 || err->cls != ORCH_CLASS_ISOLATION ? "vmm"
+                         : err->code == ENETDOWN                         ? "network"
+                                                                         : "launcher";
     vm->status = status;
     if (vm->state == ENDING) { /* the stream had ended before */
         set_reason(vm, reason, err);
@@ -270,11 +297,10 @@ static void vmm_ended(void *ud, const struct orch_err *err, int status)
     }
 }
 
-static void agent_hello(void *ud, const uint8_t epoch[16])
+/* Not before the uplink is there: what the guest sent would be lost. */
+static void check_ready(struct orch_vm *vm)
 {
-    (void)epoch; /* the channel has compared it */
-    struct orch_vm *vm = ud;
-    if (vm->state != STARTING)
+    if (vm->state != STARTING || !vm->greeted || (vm->netns && !vm->uplink))
         return;
     vm->state = READY;
     timer_drop(&vm->deadline);
@@ -282,6 +308,14 @@ static void agent_hello(void *ud, const uint8_t epoch[16])
     phase(vm, "ready");
     emit_spawn(vm);
     orch_loop_post(vm->m->loop, tell_ready, vm);
+}
+
+static void agent_hello(void *ud, const uint8_t epoch[16])
+{
+    (void)epoch; /* the channel has compared it */
+    struct orch_vm *vm = ud;
+    vm->greeted = true;
+    check_ready(vm);
 }
 
 static void agent_failed(void *ud, const struct orch_err *err)
@@ -376,6 +410,8 @@ static int start_vmm(struct orch_vm *vm, const struct orch_template *t, struct o
         .log_fd = orch_rundir_log_fd(vm->rundir),
         .mem_fd = t->mem_fd,
         .state_fd = state_fd,
+        .network = t->network,
+        .netns = vm->netns,
     };
     vm->vmm = m->backend->start(m->host, la, &spec, &cb, &vm->agent_fd, err);
     if (!vm->vmm)
@@ -390,11 +426,58 @@ static void back_to_waiting(struct orch_vm *vm)
     timer_drop(&vm->deadline);
     orch_channel_free(vm->channel);
     vm->channel = NULL;
-    vm->m->backend->free(vm->vmm);
-    vm->vmm = NULL;
+    free_vmm(vm);
     vm->n_phases = 0;
     memset(vm->phases, 0, sizeof vm->phases);
     vm->state = WAITING;
+}
+
+/* ---- network */
+
+static void template_there(void *ud, const struct orch_template *t, const struct orch_err *err);
+
+/* The template is asked for once more, since what was told of it held for that turn alone. */
+static void net_ready(void *ud)
+{
+    struct orch_vm *vm = ud;
+    vm->netns_ready = true;
+    phase(vm, "filter");
+    orch_template_cancel(vm->wait);
+    vm->wait = orch_template_want(vm->m->templates, &vm->want, template_there, vm);
+}
+
+static void net_up(void *ud)
+{
+    struct orch_vm *vm = ud;
+    vm->uplink = true;
+    phase(vm, "uplink");
+    check_ready(vm);
+}
+
+static void net_failed(void *ud, const struct orch_err *err)
+{
+    struct orch_err why = *err;
+    fail_or_end(ud, "network", &why);
+}
+
+static int start_net(struct orch_vm *vm, bool kvm, struct orch_err *err)
+{
+    struct orch_launcher *la = get_launcher(vm->m, err);
+    orch_netns_free(vm->netns); /* of a template that is gone */
+    vm->netns = NULL;
+    vm->netns_ready = vm->uplink = false;
+    vm->netns_kvm = kvm;
+    if (la)
+        vm->netns = orch_netns_new(vm->m->loop, la,
+                                   &(struct orch_netns_opts){ .rules = vm->o.rules,
+                                                              .uplink = true,
+                                                              .kvm = kvm,
+                                                              .ready = net_ready,
+                                                              .uplink_up = net_up,
+                                                              .failed = net_failed,
+                                                              .ud = vm },
+                                   err);
+    return vm->netns ? 0 : -1;
 }
 
 /* Comes twice when the template is being read from disk: QEMU starts while its memory is filled. */
@@ -414,8 +497,15 @@ static void template_there(void *ud, const struct orch_template *t, const struct
         return;
     }
     vm->isolation = t->kvm ? ORCH_ISOLATION_HARDWARE : ORCH_ISOLATION_EMULATED;
-    if (t->loaded)
+    if (t->loaded && !passed(vm, "template"))
         phase(vm, "template");
+    if (vm->o.rules && (!vm->netns || vm->netns_kvm != t->kvm)) {
+        if (start_net(vm, t->kvm, &why) < 0)
+            failed(vm, "network", &why);
+        return;
+    }
+    if (vm->netns && !vm->netns_ready)
+        return;
     if (vm->vmm) {
         m->backend->go(vm->vmm);
     } else if (start_vmm(vm, t, &why) < 0) {
@@ -455,14 +545,12 @@ static int check_opts(struct orch_vms *m, const struct orch_vm_opts *o,
     if ((o->network && strcmp(o->network, "none") != 0) != (o->rules != NULL))
         return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL,
                              "network: a policy's name comes with its filter, \"none\" without");
-    if (o->rules)
-        return orch_err_setc(
-            err, ORCH_CLASS_ISOLATION, ENOTSUP,
-            "network: \"%s\": microVMs with a network are not available yet; \"none\" is",
-            o->network);
-    *w = (struct orch_template_want){ o->image ? o->image : "base", ORCH_ACCEL_AUTO,
-                                      o->memory_bytes ? o->memory_bytes : MEMORY_DEFAULT,
-                                      o->vcpus ? o->vcpus : 1 };
+    *w = (struct orch_template_want){
+        .image = o->image ? o->image : "base",
+        .network = o->rules != NULL,
+        .memory_bytes = o->memory_bytes ? o->memory_bytes : MEMORY_DEFAULT,
+        .vcpus = o->vcpus ? o->vcpus : 1,
+    };
     if (parse_accel(o->accel, &w->accel, err) < 0)
         return -EINVAL;
     if (w->memory_bytes < MEMORY_MIN || w->memory_bytes > MEMORY_MAX || w->memory_bytes % (1 << 20))
@@ -493,6 +581,8 @@ struct orch_vm *orch_vm_spawn(struct orch_vms *m, const struct orch_vm_opts *o,
     vm->m = m;
     vm->o = *o;
     vm->image = orch_xstrdup(want.image);
+    vm->want = want;
+    vm->want.image = vm->image;
     vm->name = orch_xstrdup(o->name);
     vm->call = orch_xstrdup(o->call);
     vm->network = orch_xstrdup(o->rules ? o->network : "none");
@@ -508,7 +598,7 @@ struct orch_vm *orch_vm_spawn(struct orch_vms *m, const struct orch_vm_opts *o,
     vm->rundir = orch_rundir_new(m->loop, m->runtime_dir, "vm", &why);
     if (vm->rundir) {
         snprintf(vm->id, sizeof vm->id, "%s", orch_rundir_id(vm->rundir));
-        vm->wait = orch_template_want(m->templates, &want, template_there, vm);
+        vm->wait = orch_template_want(m->templates, &vm->want, template_there, vm);
     } else {
         uint32_t n = 0;
         orch_random(&n, sizeof n);
@@ -603,11 +693,7 @@ int orch_vm_counters(struct orch_vm *vm,
                      void (*fn)(void *ud, const char *label, uint64_t packets, uint64_t bytes),
                      void *ud, struct orch_err *err)
 {
-    (void)vm;
-    (void)fn;
-    (void)ud;
-    (void)err;
-    return 0;
+    return vm->netns ? orch_nft_counters(orch_netns_nft(vm->netns), fn, ud, err) : 0;
 }
 
 /* ---- the manager */

@@ -4,7 +4,7 @@
 #ifndef ORCH_VM_VMM_H
 #define ORCH_VM_VMM_H
 
-#include "../launch/launch.h"
+#include "../net/netns.h"
 #include "image.h"
 
 struct orch_vmm_host; /* the backend's programs and files on this host */
@@ -17,6 +17,8 @@ struct orch_vmm_spec {
     bool hold;  /* clone: read neither mem nor state before go() */
     uint64_t memory_bytes;
     int vcpus;
+    bool network; /* with a network device, behind netns */
+    struct orch_netns *netns; /* start: ready; the caller frees it right after the VMM */
     uint32_t tsc_khz; /* of the host; boots under emulation need it */
     int log_fd;       /* stdout, stderr and the guest's console; borrowed like the others */
     int mem_fd;       /* memfd of memory_bytes; a clone's is sealed, by go() at the latest */
