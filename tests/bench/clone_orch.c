@@ -1,10 +1,12 @@
 /* orch's clones: spawn → `true` ran in the guest → freed, ROUNDS times in one process, pool 0. Compare with
  * clone_raw.c, which does the same with bare QEMU.
+ * NETWORK=1: behind the packet filter of a policy, with an uplink.
  * usage: clone_orch LAUNCHER AGENT CACHE_DIR RUNTIME_DIR [ROUNDS [AT_ONCE]] */
 #include "base/log.h"
 #include "vm/vm.h"
 
 #include <dirent.h>
+#include <netinet/in.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -73,6 +75,20 @@ static void print(const char *name, double *v, int n)
     printf("%-10s median %7.1f  p90 %7.1f ms\n", name, v[n / 2], v[n * 9 / 10]);
 }
 
+static struct orch_rules *some_rules(void)
+{
+    static const struct orch_ports https = { 443, 443 };
+    static const struct orch_allow allow = { { 0xc6336400, 24 }, IPPROTO_TCP, &https, 1 };
+    struct orch_err err = { .code = 0 };
+    struct orch_rules *r =
+        orch_rules_new(&(struct orch_policy){ .allow = &allow, .n_allow = 1, .connections = 64 }, &err);
+    if (!r) {
+        fprintf(stderr, "%s\n", err.msg);
+        exit(1);
+    }
+    return r;
+}
+
 int main(int argc, char **argv)
 {
     if (argc < 5) {
@@ -109,6 +125,10 @@ int main(int argc, char **argv)
         left = at_once;
         for (int i = 0; i < at_once; i++) {
             struct orch_vm_opts vo = { .accel = getenv("ACCEL"), .ready = ready, .ud = &x[i] };
+            if (getenv("NETWORK")) {
+                vo.network = "bench";
+                vo.rules = some_rules();
+            }
             x[i].start_us = orch_now_us();
             x[i].vm = orch_vm_spawn(m, &vo, &err);
             if (!x[i].vm) {
