@@ -14,6 +14,8 @@
 
 enum {
     ARGS_AUDIT_BYTES = 64 * 1024,
+    NAME_AUDIT_BYTES = 256, /* of an unknown tool */
+    REASON_AUDIT_BYTES = 4096,
     SPARE_CALLS = 256,
 };
 
@@ -262,7 +264,7 @@ static void put_decision_fields(struct orch_toolcall *c, struct orch_slice name,
     if (c->tool)
         orch_json_quote(b, orch_slice_str(c->tool->name));
     else
-        orch_json_quote(b, name);
+        orch_json_quote(b, (struct orch_slice){ name.p, name.n < NAME_AUDIT_BYTES ? name.n : NAME_AUDIT_BYTES });
     if (args.n <= ARGS_AUDIT_BYTES) {
         orch_buf_str(b, ",\"args\":");
         orch_buf_slice(b, args);
@@ -278,7 +280,7 @@ static void put_decision_fields(struct orch_toolcall *c, struct orch_slice name,
     orch_buf_char(b, '"');
     if (reason) {
         orch_buf_str(b, ",\"reason\":");
-        orch_json_quote(b, orch_slice_str(reason));
+        orch_json_quote(b, (struct orch_slice){ reason, strnlen(reason, REASON_AUDIT_BYTES) });
     }
     orch_buf_str(b, ",\"rules\":");
     orch_buf_str(b, rules);

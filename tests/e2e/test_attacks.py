@@ -156,5 +156,18 @@ def secrets(env):
     expect(s.end() == 6 and "can only be joined with strings" in s.stderr() and "t0ken" not in s.stderr(), s.stderr())
 
 
+@case("a call is recorded however long its tool's name or the reason of its denial is")
+def long_texts(env):
+    env.project('return { rules = { { tool = "*", action = "allow" }, { tool = "echo", action = "deny", when = function(c) error(c.args.message) end } } }')
+    s = env.session()
+    s.initialize()
+    expect(s.request("tools/call", {"name": "n" * 2000000, "arguments": {}})["error"]["code"] == -32602)
+    expect(text_of(s.call("echo", {"message": "m" * 2000000})).startswith("denied: "))
+    expect(s.end() == 0)
+    lines = [line for line in env.audit() if line["event"] == "decision"]
+    expect([line["decision"] for line in lines] == ["deny", "deny"], lines)
+    expect(len(lines[0]["tool"]) <= 256 and len(lines[1]["reason"]) <= 4096, [len(json.dumps(line)) for line in lines])
+
+
 if __name__ == "__main__":
     main()
