@@ -247,6 +247,10 @@ bench: deps ## measure: MCP over stdio, clones, 1,000 calls; prints machine, met
 	@+$(MAKE) --no-print-directory $(JOBS) all $(patsubst tests/bench/%.c,$(B)/tests/bench/%,$(wildcard tests/bench/*.c))
 	@tests/bench/run $(B)
 
+.PHONY: conformance
+conformance: all ## the official MCP conformance suite (from npm), all sets
+	@tests/conformance/run $(B)
+
 demo: DEPS_FOR = run build demo
 demo: deps ## packages, build, then a real MCP session with a microVM, message by message
 	@+$(MAKE) --no-print-directory $(JOBS) all

@@ -603,7 +603,7 @@ static void take_result(struct orch_toolcall *c, lua_State *L, int nres)
         const char *s = lua_tolstring(L, first, &n);
         put_text_result(c, (struct orch_slice){ 0 }, (struct orch_slice){ s, n }, false);
     } else if (type == LUA_TNIL && nres >= 2) {
-        const char *code = nres >= 3 ? lua_tostring(L, first + 2) : NULL;
+        const char *code = nres >= 3 && lua_type(L, first + 2) == LUA_TSTRING ? lua_tostring(L, first + 2) : NULL;
         const char *text = lua_tostring(L, first + 1);
         set_failure(c, code && strcmp(code, "isolation") == 0 ? "not run" : "failed", text ? text : "the tool gave no reason");
         if (code && strcmp(code, "capability") == 0 && c->modern && c->missing)
