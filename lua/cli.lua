@@ -282,7 +282,7 @@ cli.VM_OPTIONS = {
   { "--image", "NAME", "guest image (default: the configured one)" },
   { "--memory", "SIZE", "64M to 4G (default: vm.memory)", kind = "size" },
   { "--vcpus", "N", "processors (default: vm.vcpus)", kind = "count" },
-  { "--network", "POLICY", "network policy; only none is available yet" },
+  { "--network", "POLICY", "a policy of policies/network.lua (default: none, no network interface)" },
   { "--kernel", "FILE", "kernel to boot instead of Debian's (bzImage or vmlinux)" },
   { "--modules", "DIR", "its /lib/modules/VERSION, when virtio is not built in" },
 }
@@ -300,14 +300,12 @@ end
 
 -- A microVM as the options ask for, or nil, message, class.
 function cli.spawn(opts)
-  if opts.network and opts.network ~= "none" then
-    return nil, "network policy " .. opts.network .. " is not available yet; only none is", "isolation"
-  end
   local ok, why, code = cli.use_kernel(opts)
   if not ok then return nil, why, code end
   local vm
   ok, vm, why, code = pcall(orch.vm.spawn,
-    { image = opts.image, memory = opts.memory, vcpus = opts.vcpus, name = opts.name })
+    { image = opts.image, memory = opts.memory, vcpus = opts.vcpus, name = opts.name,
+      network = opts.network })
   if not ok then return nil, (tostring(vm):gsub("^[^\n]-orch%.vm%.spawn: ", ""):gsub("\n.*", "")), "usage" end
   return vm, why, code
 end

@@ -785,6 +785,45 @@ static int l_network(lua_State *L)
     return 1;
 }
 
+static void push_counter(void *ud, const char *label, uint64_t packets, uint64_t bytes)
+{
+    lua_State *L = ud;
+    lua_createtable(L, 0, 3);
+    lua_pushstring(L, label);
+    lua_setfield(L, -2, "label");
+    lua_pushnumber(L, (double)packets);
+    lua_setfield(L, -2, "packets");
+    lua_pushnumber(L, (double)bytes);
+    lua_setfield(L, -2, "bytes");
+    lua_rawseti(L, -2, (int)lua_objlen(L, -2) + 1);
+}
+
+static int l_stats(lua_State *L)
+{
+    int n_results;
+    struct orch_err err = { 0 };
+    struct orch_vm_usage u;
+    struct orch_vm_handle *h = live(L, &n_results);
+    if (!h)
+        return n_results;
+    if (orch_vm_usage(h->vm, &u, &err) < 0)
+        return orch_push_err(L, &err);
+    lua_newtable(L);
+    lua_createtable(L, 0, 2);
+    lua_pushnumber(L, (double)u.vmm_bytes);
+    lua_setfield(L, -2, "vmm");
+    lua_pushnumber(L, (double)u.uplink_bytes);
+    lua_setfield(L, -2, "uplink");
+    lua_setfield(L, -2, "memory");
+    lua_pushinteger(L, (lua_Integer)u.connections);
+    lua_setfield(L, -2, "connections");
+    lua_newtable(L);
+    if (orch_vm_counters(h->vm, push_counter, L, &err) < 0)
+        return orch_push_err(L, &err);
+    lua_setfield(L, -2, "rules");
+    return 1;
+}
+
 static int l_phases(lua_State *L)
 {
     int n_results;
@@ -843,6 +882,7 @@ int orch_luaopen_vm(lua_State *L, int t)
                                           { "list_dir", l_list_dir, TS },
                                           { "logs", l_logs, TS },
                                           { "network", l_network, TS },
+                                          { "stats", l_stats, TS },
                                           { "phases", l_phases, S },
                                           { "close", l_close, TS },
                                           { "copy_in", NULL, 0 },
@@ -852,7 +892,6 @@ int orch_luaopen_vm(lua_State *L, int t)
                                           { "resume", NULL, 0 },
                                           { "snapshot", NULL, 0 },
                                           { "fork", NULL, 0 },
-                                          { "stats", NULL, 0 },
                                           { "set_network", NULL, 0 },
                                           { 0 } });
         lua_pushcclosure(L, vm_index, 1);

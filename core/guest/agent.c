@@ -1351,6 +1351,14 @@ static void networks_up(void)
         if (ioctl(fd, SIOCSIFADDR, &addr) || ioctl(fd, SIOCSIFNETMASK, &mask) ||
             ioctl(fd, SIOCSIFFLAGS, &up) || ioctl(fd, SIOCADDRT, &route))
             die("eth0");
+        /* The driver's worker sees the link, and then the kernel's opens the queue; until then what is
+         * sent is dropped, in clones too. */
+        up.ifr_flags = 0;
+        for (int i = 0; !(up.ifr_flags & IFF_RUNNING); i++) {
+            if (i == 10000 || ioctl(fd, SIOCGIFFLAGS, &up))
+                die("eth0: no link");
+            usleep(500);
+        }
     }
     close_fd(&fd);
 }

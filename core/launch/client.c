@@ -36,6 +36,7 @@ struct orch_cell {
     struct orch_cell_opts o; /* the callbacks; borrowed pointers in it are not kept */
     void (*on_net)(void *ud, int nft_fd, int route_fd, bool settings); /* until the answer */
     int ctl;                 /* -1: over */
+    int init;
     struct orch_watch *watch;
     bool fail_posted;
 };
@@ -376,6 +377,7 @@ static void cell_event(void *ud, int events)
     if (r == -EAGAIN)
         return;
     if (r == 1 && m->op == ORCH_LAUNCH_STARTED) {
+        c->init = m->status;
         if (c->o.on_started)
             c->o.on_started(c->o.ud);
         return;
@@ -519,6 +521,11 @@ int orch_cell_start(struct orch_cell *c, const struct orch_cell_opts *o, struct 
         return cannot_send(c->la, r, err);
     c->o = *o;
     return 0;
+}
+
+int orch_cell_init(const struct orch_cell *c)
+{
+    return c->ctl >= 0 ? c->init : 0;
 }
 
 void orch_cell_free(struct orch_cell *c)

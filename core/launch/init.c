@@ -7,6 +7,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/wait.h>
@@ -75,6 +76,15 @@ static void tell(enum orch_launch_op op, int status)
     orch_launch_send(ORCH_LAUNCH_SOCK, &msg, NULL, 0);
 }
 
+/* Its pid for orch: /proc is still the host's. */
+static int own_number(void)
+{
+    char text[16];
+    ssize_t n = readlink("/proc/self", text, sizeof text - 1);
+    text[n < 0 ? 0 : n] = 0;
+    return atoi(text);
+}
+
 _Noreturn void orch_init_run(uid_t uid, gid_t gid)
 {
     char map[64];
@@ -130,7 +140,7 @@ _Noreturn void orch_init_run(uid_t uid, gid_t gid)
                 orch_launch_send(ORCH_LAUNCH_SOCK, &msg, NULL, 0);
                 _exit(1);
             }
-            tell(ORCH_LAUNCH_STARTED, 0);
+            tell(ORCH_LAUNCH_STARTED, own_number());
             continue;
         }
         if (pf[2].revents) {

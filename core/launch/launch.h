@@ -58,6 +58,9 @@ struct orch_cell *orch_cell_new_net(struct orch_launcher *la, const struct orch_
 /* Adds the VMM, with the tap as ORCH_LAUNCH_FD_TAP; from now on the callbacks are o's. */
 int orch_cell_start(struct orch_cell *c, const struct orch_cell_opts *o, struct orch_err *err);
 
+/* The pid of its init, whose children are pasta, where there is an uplink, and then the VMM. 0: not started, or over. */
+int orch_cell_init(const struct orch_cell *c);
+
 /* Ends VMM and namespaces; no callback follows. Returns at once; the kernel is done within 0.1 s. */
 void orch_cell_free(struct orch_cell *c);
 

@@ -20,7 +20,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define ORCH_LAUNCH_VERSION 2
+#define ORCH_LAUNCH_VERSION 3
 #define ORCH_LAUNCH_CELLS 64 /* at once, a launcher */
 #define ORCH_LAUNCH_BLOB (48 * 1024)
 #define ORCH_LAUNCH_BINDS 512
@@ -31,7 +31,7 @@ enum orch_launch_op {
     ORCH_LAUNCH_NEW = 1, /* main, orch → launcher; fd 0: ctl. Makes the microVM's init */
     ORCH_LAUNCH_VMM,     /* ctl, orch → init; fds in enum orch_launch_fd order. Starts the VMM confined;
                             without argv it is confined and ends with status 0 (orch_launch_check) */
-    ORCH_LAUNCH_STARTED, /* ctl, init → orch: the VMM was executed */
+    ORCH_LAUNCH_STARTED, /* ctl, init → orch: the VMM was executed; `status`: init's own number in /proc */
     ORCH_LAUNCH_EXIT,    /* ctl, init → orch: the VMM ended, `status` as wait(2); the cell is over */
     ORCH_LAUNCH_ERROR,   /* ctl, → orch: `step` failed with `sys_errno`; blob: the file it was about, or
                             nothing; the cell is over. On main in place of HELLO: the launcher is */

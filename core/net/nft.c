@@ -16,6 +16,7 @@
 #include <linux/netfilter.h>
 #include <linux/netfilter/nf_tables.h>
 #include <linux/netfilter/nfnetlink.h>
+#include <linux/netfilter/nfnetlink_conntrack.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -478,18 +479,25 @@ static void take_genid(void *ud, const struct nlmsghdr *h)
         *(uint32_t *)ud = ntohl(*id);
 }
 
-static int get_genid(struct orch_nft *n, uint32_t *id, struct orch_err *err)
+/* A request without attributes, whose answer is a number. */
+static int get_number(struct orch_nft *n, uint16_t type, orch_nl_fn *fn, uint32_t *out,
+                      const char *what, struct orch_err *err)
 {
     struct orch_nl_fault f;
     struct nfgenmsg head = { .version = NFNETLINK_V0 };
     char msg[NLMSG_LENGTH(sizeof head)] __attribute__((aligned(4)));
-    struct nlmsghdr h = { sizeof msg, NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETGEN,
-                          NLM_F_REQUEST | NLM_F_ACK, 1, 0 };
+    struct nlmsghdr h = { sizeof msg, type, NLM_F_REQUEST | NLM_F_ACK, 1, 0 };
     memcpy(msg, &h, sizeof h);
     memcpy(msg + sizeof h, &head, sizeof head);
-    *id = 0;
-    int e = orch_nl_talk(n->fd, msg, sizeof msg, 1, take_genid, id, &f);
-    return e ? refuse(err, "generation", &f) : 0;
+    *out = 0;
+    int e = orch_nl_talk(n->fd, msg, sizeof msg, 1, fn, out, &f);
+    return e ? refuse(err, what, &f) : 0;
+}
+
+static int get_genid(struct orch_nft *n, uint32_t *id, struct orch_err *err)
+{
+    return get_number(n, NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETGEN, take_genid, id, "generation",
+                      err);
 }
 
 struct orch_nft *orch_nft_new(int fd, struct orch_err *err)
@@ -839,4 +847,17 @@ int orch_nft_counters(struct orch_nft *n,
 {
     struct counting c = { fn, ud };
     return dump(n, NFT_MSG_GETRULE, NULL, read_counter, &c, err);
+}
+
+static void take_entries(void *ud, const struct nlmsghdr *h)
+{
+    const uint32_t *n = orch_nl_get(h, sizeof(struct nfgenmsg), CTA_STATS_GLOBAL_ENTRIES, 4);
+    if (n)
+        *(uint32_t *)ud = ntohl(*n);
+}
+
+int orch_nft_connections(struct orch_nft *n, uint32_t *out, struct orch_err *err)
+{
+    return get_number(n, NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_GET_STATS, take_entries, out,
+                      "connections", err);
 }

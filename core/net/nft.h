@@ -35,5 +35,7 @@ bool orch_nft_owned(const struct orch_nft *n);
 int orch_nft_counters(struct orch_nft *n,
                       void (*fn)(void *ud, const char *label, uint64_t packets, uint64_t bytes),
                       void *ud, struct orch_err *err);
+/* Flows that connection tracking knows in the namespace. */
+int orch_nft_connections(struct orch_nft *n, uint32_t *out, struct orch_err *err);
 
 #endif

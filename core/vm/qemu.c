@@ -790,6 +790,11 @@ static void qemu_freeze(struct orch_vmm *v, int state_fd)
     qmp_send(v, "{\"execute\":\"migrate\",\"arguments\":{\"uri\":\"fd:state\"}}\n", -1);
 }
 
+static struct orch_cell *qemu_cell(const struct orch_vmm *v)
+{
+    return v->cell;
+}
+
 const struct orch_vmm_backend orch_vmm_qemu = {
     .name = "qemu",
     .host_new = qemu_host_new,
@@ -800,5 +805,6 @@ const struct orch_vmm_backend orch_vmm_qemu = {
     .start = qemu_start,
     .go = qemu_go,
     .freeze = qemu_freeze,
+    .cell = qemu_cell,
     .free = qemu_free,
 };

@@ -12,7 +12,9 @@
 #include "template.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 
@@ -694,6 +696,37 @@ int orch_vm_counters(struct orch_vm *vm,
                      void *ud, struct orch_err *err)
 {
     return vm->netns ? orch_nft_counters(orch_netns_nft(vm->netns), fn, ud, err) : 0;
+}
+
+/* Of a process that may have ended meanwhile: then 0. */
+static uint64_t pss_bytes(int pid)
+{
+    char path[48];
+    cleanup_buf struct orch_buf text = { 0 };
+    snprintf(path, sizeof path, "/proc/%d/smaps_rollup", pid);
+    if (pid <= 0 || orch_read_file(AT_FDCWD, path, 65536, &text) < 0)
+        return 0;
+    const char *line = strstr(text.p, "\nPss:");
+    return line ? strtoull(line + 5, NULL, 10) * 1024 : 0;
+}
+
+int orch_vm_usage(struct orch_vm *vm, struct orch_vm_usage *out, struct orch_err *err)
+{
+    char path[64];
+    int pids[2] = { 0 };
+    cleanup_buf struct orch_buf text = { 0 };
+    struct orch_cell *cell = vm->vmm ? vm->m->backend->cell(vm->vmm) : NULL;
+    int init = cell ? orch_cell_init(cell) : 0;
+    *out = (struct orch_vm_usage){ 0 };
+    snprintf(path, sizeof path, "/proc/%d/task/%d/children", init, init);
+    int r = init ? orch_read_file(AT_FDCWD, path, 4096, &text) : -ESRCH;
+    if (r < 0)
+        return orch_err_set(err, -r, "memory of microVM %s: %s: %s", vm->id, path, strerror(-r));
+    /* In the order in which they were started. */
+    int n = sscanf(text.p, "%d %d", &pids[0], &pids[1]);
+    out->vmm_bytes = n > 0 ? pss_bytes(pids[n - 1]) : 0;
+    out->uplink_bytes = n > 1 ? pss_bytes(pids[0]) : 0;
+    return vm->netns ? orch_nft_connections(orch_netns_nft(vm->netns), &out->connections, err) : 0;
 }
 
 /* ---- the manager */

@@ -86,6 +86,14 @@ int orch_vm_counters(struct orch_vm *vm,
                      void (*fn)(void *ud, const char *label, uint64_t packets, uint64_t bytes),
                      void *ud, struct orch_err *err);
 
+/* What it takes of the host, after ready. Memory is the proportional set size; the uplink's is about
+ * 20 MB, whatever it carries. */
+struct orch_vm_usage {
+    uint64_t vmm_bytes, uplink_bytes;
+    uint32_t connections;
+};
+int orch_vm_usage(struct orch_vm *vm, struct orch_vm_usage *out, struct orch_err *err);
+
 /* Each microVM of this process. */
 void orch_vms_each(struct orch_vms *m, void (*fn)(void *ud, struct orch_vm *vm), void *ud);
 

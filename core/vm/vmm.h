@@ -57,6 +57,7 @@ struct orch_vmm_backend {
                               int *agent_fd, struct orch_err *err);
     void (*go)(struct orch_vmm *v);
     void (*freeze)(struct orch_vmm *v, int state_fd); /* an empty memfd, borrowed */
+    struct orch_cell *(*cell)(const struct orch_vmm *v); /* borrowed; NULL when it is over */
     void (*free)(struct orch_vmm *v); /* ends it; no callback follows; NULL is fine */
 };
 

@@ -103,13 +103,14 @@ return cli.main("vm", {
       summary = "one microVM, one command, destroyed after",
       usage = "[options] -- CMD ARG…",
       about = "Spawns a microVM, runs CMD in it and destroys it. Standard input, output, error and the exit "
-        .. "status are CMD's.",
+        .. "status are CMD's. With --network it reaches what that policy allows, through a packet filter of its own; "
+        .. "else it has no network interface.",
       options = options({ "--user", "USER", "user that CMD runs as in the guest (default: 1000)" },
         { "--timeout", "TIME", 'CMD is ended after this ("250ms", "30s", "5m")', kind = "duration" },
         { "--json", nil,
           "print one JSON object with the output (at most 1 MiB a stream), status and isolation instead" }),
       examples = { "orch vm run -- uname -a", "tar c . | orch vm run -- sh -c 'cd /tmp && tar x && ls -l'",
-        "orch vm run --timeout 10s --memory 512M -- sh -c 'exit 3'" },
+        "orch vm run --timeout 10s --memory 512M -- sh -c 'exit 3'", "orch vm run --network packages -- wget -qO- http://198.51.100.10/" },
       status = "CMD's; 124 time-out, 126 not executable, 127 not found, 128+N signal N, 125 CMD never ran; 2 usage",
       command = "--", run = run } },
     { "spawn", spec = {

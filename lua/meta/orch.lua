@@ -127,7 +127,7 @@ orch.vm = {}
 ---@field memory? orch.size 64M to 4G in whole MiB, default vm.memory; in tools at most that
 ---@field vcpus? integer 1 to 8, default vm.vcpus; 1 where microVMs are emulated; in tools at most the default
 ---@field timeout? orch.duration life of the microVM; default: none in scripts, vm.timeout in tools
----@field network? string "none"; other policies are not available yet (scripts only)
+---@field network? string a policy of policies/network.lua, "none" unless said: no network interface (scripts only)
 ---@field backend? "auto"|"qemu" (scripts only)
 ---@field name? string a label for `orch vm list` (scripts only)
 
@@ -212,9 +212,17 @@ function Vm:list_dir(path) end
 ---@return string? text # or nil, message, code
 function Vm:logs() end
 
----What the guest can reach: "no interface". T S
+---The network policy that its packet filter enforces, or "no interface". T S
 ---@return string? # or nil, message, code
 function Vm:network() end
+
+---What it takes and does: memory of its VMM and of its way to the network (bytes, proportional set size; the
+---latter about 20 MB whatever it carries, 0 without a network), open connections, and each rule of its packet
+---filter with what it counted. T S
+---@return { memory: { vmm: number, uplink: number }, connections: integer, rules: { label: string, packets: number, bytes: number }[] }? # or nil, message, code
+---@return string? message
+---@return orch.code? code
+function Vm:stats() end
 
 ---Phases of the start with milliseconds since it was asked for. S
 ---@return { name: string, ms: number }[]?
@@ -223,7 +231,7 @@ function Vm:phases() end
 ---Ends it at once. What is under way in it returns nil, message, "closed". T S
 function Vm:close() end
 
--- Not available yet: copy_in, copy_out, changes, pause, resume, snapshot, fork, stats, set_network.
+-- Not available yet: copy_in, copy_out, changes, pause, resume, snapshot, fork, set_network.
 
 ---@class orch.image
 orch.image = {}
