@@ -120,32 +120,52 @@ static struct orch_toolcall *call_get(void *ud, uint32_t slot, uint32_t serial)
 
 struct orch_rate {
     struct orch_rate *next;
-    double tokens;
-    int64_t at_ms;
+    double tokens, limit;
+    int64_t at_ms, window_ms;
     char key[];
 };
+
+static void rate_refill(struct orch_rate *r, int64_t now)
+{
+    r->tokens = fmin(r->limit, r->tokens + (double)(now - r->at_ms) * r->limit / (double)r->window_ms);
+    r->at_ms = now;
+}
+
+/* Full buckets say nothing: they are as good as new ones. */
+static unsigned drop_full(struct orch *o, int64_t now)
+{
+    unsigned n = 0;
+    for (struct orch_rate **at = &o->rates; *at;) {
+        struct orch_rate *r = *at;
+        rate_refill(r, now);
+        if (r->tokens < r->limit) {
+            at = &r->next;
+            n++;
+            continue;
+        }
+        *at = r->next;
+        free(r);
+    }
+    return n;
+}
 
 bool orch_rate_take(struct orch *o, const char *key, double limit, int64_t window_ms)
 {
     enum { KEYS_MAX = 10000 };
     int64_t now = orch_now_us() / 1000;
     unsigned n = 0;
-    struct orch_rate **at = &o->rates;
-    while (*at && strcmp((*at)->key, key) != 0 && n++ < KEYS_MAX)
-        at = &(*at)->next;
-    struct orch_rate *r = *at;
-    if (n >= KEYS_MAX)
-        return false; /* more callers than are kept track of: fail closed */
+    struct orch_rate *r = o->rates;
+    for (; r && strcmp(r->key, key) != 0; r = r->next)
+        n++;
     if (!r) {
+        if (n >= KEYS_MAX && drop_full(o, now) >= KEYS_MAX)
+            return false; /* more callers than are kept track of: fail closed */
         r = orch_xmalloc(sizeof *r + strlen(key) + 1);
+        *r = (struct orch_rate){ .next = o->rates, .tokens = limit, .limit = limit, .at_ms = now, .window_ms = window_ms };
         strcpy(r->key, key);
-        r->next = NULL;
-        r->tokens = limit;
-        r->at_ms = now;
-        *at = r;
+        o->rates = r;
     }
-    r->tokens = fmin(limit, r->tokens + (double)(now - r->at_ms) * limit / (double)window_ms);
-    r->at_ms = now;
+    rate_refill(r, now);
     if (r->tokens < 1)
         return false;
     r->tokens -= 1;
@@ -428,7 +448,8 @@ static void call_begin(struct orch_toolcall *c, struct orch_slice name, const st
     struct judgement j = { .rules = "[]" };
     cleanup_json struct orch_json_doc rewritten = { 0 };
     c->tool = orch_generation_tool(c->gen, name);
-    if (!c->tool && o->upstream && !orch_upstream_ready(o->upstream)) {
+    if (o->upstream && !orch_upstream_ready(o->upstream)) {
+        c->tool = NULL;
         c->rpc_code = ORCH_RPC_UPSTREAM_FAILED;
         orch_buf_str(&c->text, orch_upstream_problem(o->upstream));
         j.reason = "the upstream is not running";

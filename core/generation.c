@@ -467,7 +467,8 @@ static int load_tools(struct loading *l)
 {
     struct orch *o = l->o;
     struct orch_generation *g = l->g;
-    int r = o->offer.on ? 0 : load_folders(l);
+    /* In front of one server, or of what a script offers, there are no tools but those. */
+    int r = o->offer.on || o->upstream ? 0 : load_folders(l);
     struct orch_err err = { 0 };
     for (size_t i = 0; i < o->n_c_tools; i++)
         if (orch_generation_add_tool(g, &o->c_tools[i], (struct orch_slice){ 0 }, &err) < 0) {

@@ -4,7 +4,15 @@
 #include <errno.h>
 #include <string.h>
 
-enum { PAGES_MAX = 100, TOOLS_MAX = 1000, LIST_TIMEOUT_MS = 10000, CALL_TIMEOUT_MS = 60000, GRACE_MS = 500 };
+enum {
+    PAGES_MAX = 100,
+    TOOLS_MAX = 1000,
+    QUALIFIED_MAX = 64, /* characters of SERVER__TOOL */
+    LIST_TIMEOUT_MS = 10000,
+    CALL_TIMEOUT_MS = 60000,
+    RELIST_MS = 200,
+    GRACE_MS = 500,
+};
 
 struct orch_upstream {
     struct orch *o;
@@ -13,7 +21,8 @@ struct orch_upstream {
     struct orch_buf tools;   /* JSON: [page.tools, page.tools, …] */
     struct orch_buf listing; /* the same while it is being asked for */
     unsigned pages;
-    bool settled, relisting; /* settled: ready or failed once */
+    struct orch_timer *relist;
+    bool settled, relisting, relist_wanted; /* settled: ready or failed once */
     void (*on_settled)(void *ud);
     void *ud;
     struct orch_err problem; /* class 0: none */
@@ -109,11 +118,20 @@ static void lost(void *ud, const struct orch_err *err)
         settle(u, err);
 }
 
+/* However often the server says so, the list is asked for a few times a second at most. */
 static void tools_changed(void *ud)
 {
     struct orch_upstream *u = ud;
-    if (!u->settled || u->relisting)
+    if (!u->settled || u->relisting || u->relist_wanted)
         return;
+    u->relist_wanted = true;
+    orch_timer_set(u->relist, RELIST_MS);
+}
+
+static void relist(void *ud)
+{
+    struct orch_upstream *u = ud;
+    u->relist_wanted = false;
     u->relisting = true;
     u->listing.n = 0;
     u->pages = 0;
@@ -139,6 +157,7 @@ struct orch_upstream *orch_upstream_start(struct orch *o, const char *name, cons
     env[n] = NULL;
     struct orch_upstream *u = orch_xcalloc(1, sizeof *u);
     u->o = o;
+    u->relist = orch_timer_new(o->loop, relist, u);
     u->on_settled = on_settled;
     u->ud = ud;
     u->name = orch_xstrdup(name);
@@ -164,6 +183,7 @@ void orch_upstream_free(struct orch_upstream *u)
     if (!u)
         return;
     orch_loop_unpost(u->o->loop, settled_at_start, u);
+    orch_timer_free(u->relist);
     orch_mcp_client_free(u->client, GRACE_MS);
     orch_buf_free(&u->tools);
     orch_buf_free(&u->listing);
@@ -214,8 +234,9 @@ static void add_tool(struct orch_upstream *u, struct orch_generation *g, const s
 {
     cleanup_free char *name = string_member(d, tok, "name");
     uint32_t schema = orch_json_get(d, tok, "inputSchema");
-    if (!name || !*name || strlen(name) > 128) {
-        orch_buf_printf(&g->notes, "%s: a tool without a usable name is left out\n", u->name);
+    if (!name || !*name || strlen(u->name) + 2 + strlen(name) > QUALIFIED_MAX) {
+        orch_buf_printf(&g->notes, "%s: a tool is left out: its name %s__%.64s is empty or over %d characters\n", u->name, u->name,
+                        name ? name : "", QUALIFIED_MAX);
         return;
     }
     struct orch_slice definition = orch_json_raw(d, tok), input = schema ? orch_json_raw(d, schema) : ORCH_SLICE("{}");

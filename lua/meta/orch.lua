@@ -358,9 +358,14 @@ function orch.http.request(options) end
 
 ---@class orch.firewall
 orch.firewall = {}
----Not available yet.
+---Compiles a network policy (as in policies/network.lua) to the packet filter of a microVM. Contexts: tool, script.
+---@param policy table `{ allow = { { cidr =, ports =, proto = } }, connections =, bandwidth = }`
+---@return { chain: string, rule: string, verdict: string }[]? rules in the order of evaluation; nil, message, "config"
 function orch.firewall.check(policy) end
----Not available yet.
+---Whether a new flow from a microVM with this policy would pass, and which rule decides. Contexts: tool, script.
+---@param policy table
+---@param packet { ip: string, port: integer, proto?: "tcp"|"udp" }
+---@return "allow"|"deny"|nil decision, string rule nil, message, "config" when the policy is wrong
 function orch.firewall.explain(policy, packet) end
 
 -- ---- A tool file (lua/tools/NAME.lua) returns one of these. T

@@ -113,7 +113,6 @@ good("the contract's example without what is not built", {
     eq(list_text(c.notes), [[
 llm.api_key: without effect: not available yet
 llm.provider: without effect: not available yet
-net.uplink: without effect until network policies are available
 vm.pool: spares are not available yet: taken as 0]])
 end)
 
@@ -129,7 +128,7 @@ good("paths are relative to the file", { policies = "../p//x/./y", tools = { "/a
 end)
 good("address blocks", { net = { permit_private = { "10.0.0.0/8", "192.168.1.0/24", "10.1.2.3/32", "fd00::/8", "fe80::1/128", "2001:db8:0:1:2:3:4:5/128", "::1/128", "1::/16", "255.255.255.255/32", "1:2:3:4:5:6:7::/112" } } }, function(c)
     eq(#c.net.permit_private, 10) eq(c.net.permit_private[4], "fd00::/8")
-    eq(list_text(c.notes), "net.permit_private: without effect until network policies are available")
+    eq(list_text(c.notes), "")
 end)
 good("a token comes from the environment", { http = { token = SECRET } }, function(c)
     eq(list_text(c.notes), "")
