@@ -150,7 +150,7 @@ static void start(struct stream *st)
         return;
     orch_http_sse_start(st->reply, &h, st->session ? 1 : 0);
     if (resumable(st)) /* so that the client can come back from the first moment on */
-        send_event(st, st->seq, (struct orch_slice){ 0 }, 0);
+        send_event(st, st->seq, ORCH_SLICE(""), 0);
 }
 
 static void stream_fini(struct stream *st)
