@@ -273,7 +273,13 @@ bool orch_asking_open(const struct orch_toolcall *c)
 static void park_turn(void *ud)
 {
     struct orch *o = ud;
-    struct orch_toolcall *c;
+    struct orch_toolcall *c, *in_order = NULL;
+    while ((c = o->parked.asking)) {
+        o->parked.asking = c->park_next;
+        c->park_next = in_order;
+        in_order = c;
+    }
+    o->parked.asking = in_order; /* the list stays the host's: a call that ends meanwhile leaves it */
     while ((c = o->parked.asking)) {
         o->parked.asking = c->park_next;
         c->park_next = NULL;
