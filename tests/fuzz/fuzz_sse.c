@@ -41,7 +41,8 @@ static int write_again(void *ud, const struct orch_sse_event *e)
 {
     struct again *a = ud;
     int rc = orch_sse_put(&a->stream, e);
-    MUST(rc == 0); /* a reader never yields what cannot be written */
+    MUST((rc == 0) == !(e->event.n && memchr(e->event.p, 0, e->event.n)));
+    a->faithful = a->faithful && rc == 0;
     /* "id" alone and "retry: 0" take back what was said before; orch never writes them. */
     a->faithful = a->faithful && (e->id.n || !a->had_id) && (e->retry_ms || !a->had_retry);
     a->had_id = a->had_id || e->id.n;
