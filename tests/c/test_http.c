@@ -16,6 +16,7 @@
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -620,17 +621,6 @@ static void test_half_closed(void **state)
     UNTIL(k.eof);
     assert_int_equal(count(&k, "hello"), 2);
     raw_close(&k);
-    raw_open(&k);
-    orch_watch_set(k.watch, 0);
-    say(&k, HEAD_OF("GET", "/big?20000000") "\r\n");
-    shutdown(k.fd, SHUT_WR);
-    UNTIL(n_requests == 3);
-    for (int i = 0; i < 5; i++)
-        orch_loop_step(loop, 2); /* the end is seen while most of the answer waits */
-    orch_watch_set(k.watch, ORCH_READ);
-    UNTIL(k.eof);
-    assert_true(k.in.n > 20000000);
-    raw_close(&k);
     raw_open(&k); /* while the handler has it: gone */
     say(&k, HEAD_OF("GET", "/later") "\r\n");
     UNTIL(n_kept == 1);
@@ -646,6 +636,25 @@ static void test_half_closed(void **state)
     assert_int_equal(k.in.n, 0);
     raw_close(&k);
     UNTIL(stats().connections == 0);
+
+    /* The end is seen while a part of the answer waits: more than a unix socket's buffer holds. */
+    char where[128];
+    snprintf(where, sizeof where, "unix:%s/sub/http.sock", dir);
+    orch_http_server_free(server);
+    serve_at(where, (struct orch_http_limits){ 0 });
+    raw_open(&k);
+    orch_watch_set(k.watch, 0);
+    size_t before = n_requests;
+    say(&k, HEAD_OF("GET", "/big?250000") "\r\n");
+    shutdown(k.fd, SHUT_WR);
+    UNTIL(n_requests > before);
+    for (int i = 0; i < 5; i++)
+        orch_loop_step(loop, 2);
+    assert_true(stats().buffered_bytes > 0);
+    orch_watch_set(k.watch, ORCH_READ);
+    UNTIL(k.eof);
+    assert_true(k.in.n > 250000);
+    raw_close(&k);
 }
 
 static void reset_close(struct raw *k)
@@ -1677,6 +1686,7 @@ static void test_client_tls(void **state)
     assert_int_equal(pipe2(out, O_CLOEXEC), 0);
     pid_t child = fork();
     if (child == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
         dup2(out[1], 1);
         execlp("python3", "python3", "-c", program, pem, (char *)NULL);
         _exit(127);
