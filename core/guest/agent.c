@@ -523,7 +523,12 @@ static _Noreturn void child_exec(struct plan *p)
 {
     sigset_t none;
     sigemptyset(&none);
-    signal(SIGPIPE, SIG_DFL);
+    /* By the system call: libc's sigaction refuses its own two signals. */
+    static const struct {
+        unsigned long handler, flags, restorer, mask;
+    } dfl;
+    for (int i = 1; i < NSIG; i++)
+        syscall(SYS_rt_sigaction, i, &dfl, NULL, sizeof dfl.mask);
     sigprocmask(SIG_SETMASK, &none, NULL);
     setrlimit(RLIMIT_NOFILE, &nofile);
     setsid();
