@@ -12,7 +12,7 @@ static const char *const log_levels[] = { "debug", "info", "notice", "warning", 
 /* A 2025-03-26 batch: answers are collected and sent as one array when the last one is there. */
 struct orch_mcp_batch {
     unsigned pending;
-    bool closed;
+    bool closed, awaited; /* awaited: it had a request, so its stream waits for an answer */
     void *stream;
     struct orch_buf out;
 };
@@ -189,8 +189,10 @@ struct orch_mcp_request *orch_mcp_request_new(struct orch_mcp_incoming *in, stru
     s->first = rq;
     s->in_flight++;
     s->answers = true;
-    if (in->batch)
+    if (in->batch) {
         in->batch->pending++;
+        in->batch->awaited = true;
+    }
     return rq;
 }
 
@@ -222,6 +224,8 @@ static void batch_flush(struct orch_mcp_session *s, struct orch_mcp_batch *batch
         orch_buf_slice(&s->out, (struct orch_slice){ batch->out.p, batch->out.n });
         orch_buf_char(&s->out, ']');
         orch_mcp_message_end(s, from, batch->stream, 200);
+    } else if (batch->awaited && s->send) {
+        s->send(s->sink_ud, batch->stream, ORCH_MCP_NO_DATA, 202);
     }
     orch_buf_free(&batch->out);
     free(batch);
@@ -230,6 +234,8 @@ static void batch_flush(struct orch_mcp_session *s, struct orch_mcp_batch *batch
 static void request_end(struct orch_mcp_request *rq)
 {
     struct orch_mcp_session *s = rq->session;
+    if (s->send && !rq->answered && !rq->batch)
+        s->send(s->sink_ud, rq->stream, ORCH_MCP_NO_DATA, 202);
     if (rq->asks)
         orch_mcp_ask_drop(rq, !s->ended);
     if (rq->prev)
@@ -310,6 +316,7 @@ void orch_mcp_respond_typed(struct orch_mcp_request *rq, const char *type, struc
     if (!rq->cancelled) {
         struct orch_buf *out;
         size_t from = answer_begin(s, rq->batch, &out);
+        rq->answered = true;
         put_result(out, id_of(rq), rq->modern ? type : NULL, members);
         if (!rq->batch)
             orch_mcp_message_end(s, from, rq->stream, 200);
@@ -328,6 +335,7 @@ void orch_mcp_respond_error(struct orch_mcp_request *rq, int code, struct orch_s
     if (!rq->cancelled) {
         struct orch_buf *out;
         size_t from = answer_begin(s, rq->batch, &out);
+        rq->answered = true;
         orch_rpc_error(out, id_of(rq), code, text, data);
         if (!rq->batch)
             orch_mcp_message_end(s, from, rq->stream, status_of(code, rq->modern));

@@ -73,7 +73,8 @@ void orch_mcp_session_oversized(struct orch_mcp_session *s, size_t limit);
 struct orch_buf *orch_mcp_session_out(struct orch_mcp_session *s);
 void orch_mcp_session_on_output(struct orch_mcp_session *s, void (*fn)(void *ud), void *ud);
 /* Or to the transport one by one. stream: of the request it belongs to, NULL: of none. status: 0 when more
- * will follow, else it is the stream's answer, and this its HTTP status. */
+ * will follow, else it is the stream's answer, and this its HTTP status; an empty one ends a stream whose
+ * request was cancelled. */
 typedef void orch_mcp_send_fn(void *ud, void *stream, struct orch_slice message, int status);
 /* What a transport has against a modern request (Mcp-* headers): NULL, or the text for -32020. */
 typedef const char *orch_mcp_check_fn(void *ud, void *stream, const struct orch_json_doc *d, const struct orch_rpc_msg *m);

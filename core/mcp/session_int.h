@@ -31,7 +31,7 @@ struct orch_mcp_request {
     unsigned asks; /* questions to the client under way */
     int8_t log_level; /* -1: none */
     uint8_t caps;
-    bool modern, cancelled;
+    bool modern, cancelled, answered;
 };
 
 struct orch_mcp_question {

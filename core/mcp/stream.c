@@ -15,6 +15,7 @@ enum {
     ENDED_MAX = 16,       /* ended streams kept for a client that lost the end */
     EVENTS_MAX = 256,     /* kept of one stream */
     EVENTS_MAX_BYTES = 1 << 20,
+    KEPT_MAX_BYTES = 64 << 20, /* of all streams */
     SPARE_SESSIONS = 64,
     BUCKETS = 1024,
 };
@@ -40,7 +41,7 @@ struct stream {
     uint64_t number, seq;
     struct event *events; /* a ring */
     size_t n_events, first, bytes;
-    bool started, done;
+    bool started, done, dead;
 };
 
 struct session {
@@ -58,7 +59,7 @@ struct orch_mcp_endpoint {
     struct orch_loop *loop;
     struct orch_mcp_endpoint_opts o;
     struct session *buckets[BUCKETS], *oldest, *newest;
-    size_t n_sessions, n_spare;
+    size_t n_sessions, n_spare, kept_bytes;
     struct stream *streams, *dead; /* without a session; to be freed in the next turn */
     struct spare {
         void *peer;
@@ -106,6 +107,7 @@ static void drop_oldest(struct stream *st)
 {
     struct event *ev = &st->events[st->first];
     st->bytes -= ev->data.n;
+    st->e->kept_bytes -= ev->data.n;
     orch_buf_free(&ev->data);
     st->first = (st->first + 1) % EVENTS_MAX;
     st->n_events--;
@@ -115,12 +117,15 @@ static void keep_event(struct stream *st, struct orch_slice data)
 {
     if (!st->events)
         st->events = orch_xcalloc(EVENTS_MAX, sizeof *st->events);
-    while (st->n_events && (st->n_events == EVENTS_MAX || st->bytes + data.n > EVENTS_MAX_BYTES))
+    while (st->n_events && (st->n_events == EVENTS_MAX || st->bytes + data.n > EVENTS_MAX_BYTES || st->e->kept_bytes + data.n > KEPT_MAX_BYTES))
         drop_oldest(st);
+    if (st->e->kept_bytes + data.n > KEPT_MAX_BYTES)
+        return; /* it cannot be replayed: a client that has lost it asks again */
     struct event *ev = &st->events[(st->first + st->n_events++) % EVENTS_MAX];
     *ev = (struct event){ .seq = st->seq };
     orch_buf_slice(&ev->data, data);
     st->bytes += data.n;
+    st->e->kept_bytes += data.n;
 }
 
 static void send_event(struct stream *st, uint64_t seq, struct orch_slice data, int64_t retry_ms)
@@ -211,7 +216,10 @@ static void reap(void *ud)
 static void bury(struct stream *st)
 {
     struct orch_mcp_endpoint *e = st->e;
+    if (st->dead)
+        return;
     unlink_stream(st);
+    st->dead = true;
     st->next = e->dead;
     e->dead = st;
     if (!e->reaping)
@@ -248,7 +256,7 @@ static void end_reply(struct stream *st)
     if (st->started)
         orch_http_sse_end(r);
     else
-        orch_http_reply_send(r, 503, NULL, 0, (struct orch_slice){ 0 });
+        orch_http_reply_send(r, 202, NULL, 0, (struct orch_slice){ 0 }); /* as a message that has no answer */
 }
 
 static void on_gone(void *ud, enum orch_http_gone why)
@@ -273,6 +281,11 @@ static void send_message(void *ud, void *stream, struct orch_slice message, int 
     struct stream *st = stream ? stream : s ? &s->general : NULL;
     if (!st)
         return; /* a modern session has nothing to say beside its request */
+    if (!message.n) {
+        end_reply(st);
+        finish(st);
+        return;
+    }
     if (!st->session && st->mcp && orch_mcp_session_version_agreed(st->mcp))
         make_session(st);
     if (status && !st->started && st->reply) {

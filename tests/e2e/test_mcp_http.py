@@ -288,6 +288,18 @@ def resume(env):
         expect(h.ask("GET", headers={**headers, "Last-Event-ID": bad}).status == 400, bad)
 
 
+@case("legacy: a cancelled request's stream ends, also where nothing was sent on it")
+def cancelled(env):
+    h = script(env)
+    headers = h.legacy()
+    for id in (1, 2):
+        reader = h.open(body={"jsonrpc": "2.0", "id": id, "method": "tools/call", "params": {"name": "forever"}}, headers=headers)
+        with contextlib.closing(reader):
+            until(lambda: sum(line["event"] == "decision" for line in env.audit()) == id, 5 * SLOW, "the decision")
+            expect(h.ask(body={"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": id}}, headers=headers).status == 202)
+            expect(reader.whole().status == 202 and reader.body is None, reader.status, reader.body)
+
+
 @case("legacy: the GET stream carries what belongs to no request, once at a time")
 def general(env):
     h = script(env)
