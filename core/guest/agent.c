@@ -523,12 +523,7 @@ static _Noreturn void child_exec(struct plan *p)
 {
     sigset_t none;
     sigemptyset(&none);
-    /* By the system call: libc's sigaction refuses its own two signals. */
-    static const struct {
-        unsigned long handler, flags, restorer, mask;
-    } dfl;
-    for (int i = 1; i < NSIG; i++)
-        syscall(SYS_rt_sigaction, i, &dfl, NULL, sizeof dfl.mask);
+    signal(SIGPIPE, SIG_DFL);
     sigprocmask(SIG_SETMASK, &none, NULL);
     setrlimit(RLIMIT_NOFILE, &nofile);
     setsid();
@@ -1437,6 +1432,13 @@ int main(int argc, char **argv)
     sigemptyset(&set);
     sigaddset(&set, SIGCHLD);
     sigprocmask(SIG_SETMASK, &set, NULL);
+    /* Whatever it was started with, commands start with every signal at its default. */
+    /* By the system call: libc's sigaction refuses its own two signals. */
+    static const struct {
+        unsigned long handler, flags, restorer, mask;
+    } dfl;
+    for (int i = 1; i < NSIG; i++)
+        syscall(SYS_rt_sigaction, i, &dfl, NULL, sizeof dfl.mask);
     signal(SIGPIPE, SIG_IGN);
     sig_fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
     getrlimit(RLIMIT_NOFILE, &nofile);
