@@ -135,7 +135,7 @@ build/fuzz/fuzz_%: tests/fuzz/fuzz_%.c Makefile
 	$(Q)clang -std=gnu11 -D_GNU_SOURCE -g -O1 -fsanitize=address,undefined,fuzzer -Icore $(shell pkg-config --cflags luajit) -o $@ $< build/fuzz/liborch.a $(LIBS)
 
 
-# ---- Debian packages: name, what it is needed for (run, build, demo, test, fuzz), why
+# ---- Debian packages: name, what it is needed for (run, build, demo, test, suite, fuzz), why
 define PACKAGES
 libluajit-5.1-2      run    runs policies, tools and scripts
 libevent-core-2.1-7  run    the event loop
@@ -166,6 +166,7 @@ libcmocka-dev        test   C unit tests
 iproute2             test   networks for the tests of the firewall
 nftables             test   reads the firewall back by another program
 procps               test   the host's settings before and after
+python3-pip          suite  fetches the JSON Schema test suite
 clang                fuzz   libFuzzer
 endef
 export PACKAGES
@@ -241,6 +242,21 @@ fuzz: deps ## run each fuzz target for FUZZ_SECONDS
 	@for f in $(FUZZ_BIN); do n=$${f##*/fuzz_}; mkdir -p build/fuzz/corpus/$$n; echo "  FUZZ $$n"; \
 	    $$f -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 -verbosity=0 -artifact_prefix=build/fuzz/$$n- \
 	        build/fuzz/corpus/$$n $$(ls -d tests/fuzz/corpus/$$n 2>/dev/null) 2>build/fuzz/$$n.log || { cat build/fuzz/$$n.log; exit 1; }; done
+
+# The official test suite of JSON Schema, from the source package of python's jsonschema, which carries it.
+SUITE := jsonschema-4.26.0
+SUITE_SHA256 := 0c26707e2efad8aa1bfc5b7ce170f3fccc2e4918ff85989ba9ffa9facb2be326
+build/$(SUITE):
+	@mkdir -p build
+	@python3 -m pip download -q --no-deps --no-binary jsonschema -d build $(subst -,==,$(SUITE))
+	@echo "$(SUITE_SHA256)  $@.tar.gz" | sha256sum -c --quiet
+	@tar -xzf $@.tar.gz -C build
+
+.PHONY: schema-suite
+schema-suite: DEPS_FOR = run build suite
+schema-suite: deps build/$(SUITE) ## the official JSON Schema test suite, the cases required of 2020-12
+	@+$(MAKE) --no-print-directory $(JOBS) all
+	@$(B)/orch tests/conformance/schema.lua build/$(SUITE)/json
 
 bench: DEPS_FOR = run build demo
 bench: deps ## measure: MCP over stdio, clones, 1,000 calls; prints machine, method, figures and targets (4 minutes)

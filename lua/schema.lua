@@ -1,6 +1,6 @@
 -- JSON Schema 2020-12 compiled to closures; draft-07 where the schema says so.
 --
---   local schema = chunk(deps)   deps: json { encode, null }, regex(pattern) -> matcher | nil, err,
+--   local schema = chunk(deps)   deps: json { encode, decode, null }, regex(pattern) -> matcher | nil, err,
 --                                is_array(t), is_bigint(v)
 --   schema.compile(s, opts) -> check, unknown | nil, message
 --   check(value) -> true | nil, "arguments.items[3].name: expected string, got number (type)"
@@ -15,6 +15,10 @@
 -- A compiled node returns nothing for a valid value, else message and path below the node (nil: none).
 -- Both are built on failure only. A Lua error (match limit, endless recursion) fails the whole check and
 -- not just a branch, so that `not` and `anyOf` cannot turn it into acceptance.
+--
+-- Below unevaluated* a node is also given `seen`, where it notes the keys and indexes it evaluated. Notes of
+-- a node that fails do not count: anyOf, oneOf and if, which may pass all the same, hand down a table each.
+-- Schemas without unevaluated* and $dynamicRef pay nothing for them: at the first, compiling starts anew in full.
 local deps = ...
 local json, regex, is_array, is_bigint = deps.json, deps.regex, deps.is_array, deps.is_bigint
 local null = json.null
@@ -26,6 +30,7 @@ local sort, concat = table.sort, table.concat
 
 local MAX_LEVEL = 256     -- schemas inside each other and references followed, when compiling
 local MAX_RECURSION = 256 -- reentries of recursive schemas, when checking
+local MAX_SCOPES = 64     -- dynamic scopes, in each of which a schema is compiled anew
 local EXACT = 2 ^ 53
 
 -- Values -------------------------------------------------------------------------------------------
@@ -140,13 +145,19 @@ local function never() return "nothing is allowed here (false)" end
 local function sequence(checks)
   local n = #checks
   if n < 2 then return checks[1] or pass end
-  return function(v)
+  return function(v, seen)
     for i = 1, n do
-      local m, p = checks[i](v)
+      local m, p = checks[i](v, seen)
       if m then return m, p end
     end
   end
 end
+
+local ALL = {} -- seen[ALL]: every key or index
+local function merge(seen, more) for k in pairs(more) do seen[k] = true end end
+
+local AGAIN = {} -- thrown for a schema that has to be compiled in full: c.full, and all of it indexed first
+local function need_full(c) if not c.full then error(AGAIN, 0) end end
 
 local function nodes_of(list, c, base, at)
   local out = {}
@@ -161,8 +172,24 @@ local function map_of(map, c, base, at)
   return out, names
 end
 
+-- Patterns may name a general category in full, \p{Letter}; PCRE2 knows \p{L}.
+local CATEGORIES = [[ Letter=L Cased_Letter=L& Uppercase_Letter=Lu Lowercase_Letter=Ll Titlecase_Letter=Lt
+  Modifier_Letter=Lm Other_Letter=Lo Mark=M Combining_Mark=M Nonspacing_Mark=Mn Spacing_Mark=Mc Enclosing_Mark=Me
+  Number=N Decimal_Number=Nd digit=Nd Letter_Number=Nl Other_Number=No Punctuation=P punct=P Connector_Punctuation=Pc
+  Dash_Punctuation=Pd Open_Punctuation=Ps Close_Punctuation=Pe Initial_Punctuation=Pi Final_Punctuation=Pf
+  Other_Punctuation=Po Symbol=S Math_Symbol=Sm Currency_Symbol=Sc Modifier_Symbol=Sk Other_Symbol=So Separator=Z
+  Space_Separator=Zs Line_Separator=Zl Paragraph_Separator=Zp Other=C Control=Cc cntrl=Cc Format=Cf Surrogate=Cs
+  Private_Use=Co Unassigned=Cn ]]
+
+local function short_category(escape, rest) -- rest: "{Letter}" of \p{Letter}
+  local name = find(escape, "[pP]") and match(rest, "^{([%a_]+)}$")
+  local short = name and match(CATEGORIES, "%s" .. name .. "=(%S+)")
+  return short and escape .. "{" .. short .. "}" or nil
+end
+
 local function matcher(c, pattern, at)
-  local m, err = regex(want(type(pattern) == "string", at, "a string") and pattern)
+  want(type(pattern) == "string", at, "a string")
+  local m, err = regex((gsub(pattern, "(\\.)({?[%a_]*}?)", short_category)))
   c.guarded = true
   return m or fail(at, "bad pattern: " .. tostring(err))
 end
@@ -173,9 +200,9 @@ end
 local ONE, MANY = 1, 2
 local INNER = {
   ["not"] = ONE, ["if"] = ONE, ["then"] = ONE, ["else"] = ONE, items = ONE, contains = ONE, propertyNames = ONE,
-  additionalProperties = ONE, additionalItems = ONE, allOf = MANY, anyOf = MANY, oneOf = MANY, prefixItems = MANY,
-  properties = MANY, patternProperties = MANY, dependentSchemas = MANY, dependencies = MANY, ["$defs"] = MANY,
-  definitions = MANY,
+  additionalProperties = ONE, additionalItems = ONE, unevaluatedItems = ONE, unevaluatedProperties = ONE,
+  contentSchema = ONE, allOf = MANY, anyOf = MANY, oneOf = MANY, prefixItems = MANY, properties = MANY,
+  patternProperties = MANY, dependentSchemas = MANY, dependencies = MANY, ["$defs"] = MANY, definitions = MANY,
 }
 
 local function resolve(base, ref)
@@ -201,7 +228,63 @@ local function rebase(c, s, base)
   return uri == "" and base or resolve(base, uri), name ~= "" and name
 end
 
--- Records every $id and $anchor; run at the first $ref, since most schemas have none.
+-- The dialect's own schema, for a tool that takes schemas: https://json-schema.org/draft/2020-12/schema and
+-- its vocabularies, without annotations. JSON, since it is decoded only when something refers to it.
+local DIALECT_BASE = "https://json-schema.org/draft/2020-12/"
+local METASCHEMA = [==[[{"$id":"https://json-schema.org/draft/2020-12/schema","$dynamicAnchor":"meta","allOf":[{"$ref":"meta/core"},
+{"$ref":"meta/applicator"},{"$ref":"meta/unevaluated"},{"$ref":"meta/validation"},{"$ref":"meta/meta-data"},
+{"$ref":"meta/format-annotation"},{"$ref":"meta/content"}],"type":["object","boolean"],
+"properties":{"definitions":{"type":"object","additionalProperties":{"$dynamicRef":"#meta"}},
+"dependencies":{"type":"object","additionalProperties":{"anyOf":[{"$dynamicRef":"#meta"},
+{"$ref":"meta/validation#/$defs/stringArray"}]}},"$recursiveAnchor":{"$ref":"meta/core#/$defs/anchorString"},
+"$recursiveRef":{"$ref":"meta/core#/$defs/uriReferenceString"}}},
+{"$id":"https://json-schema.org/draft/2020-12/meta/core","$dynamicAnchor":"meta","type":["object","boolean"],
+"properties":{"$id":{"$ref":"#/$defs/uriReferenceString","pattern":"^[^#]*#?$"},
+"$schema":{"$ref":"#/$defs/uriString"},"$ref":{"$ref":"#/$defs/uriReferenceString"},
+"$anchor":{"$ref":"#/$defs/anchorString"},"$dynamicRef":{"$ref":"#/$defs/uriReferenceString"},
+"$dynamicAnchor":{"$ref":"#/$defs/anchorString"},"$vocabulary":{"type":"object",
+"propertyNames":{"$ref":"#/$defs/uriString"},"additionalProperties":{"type":"boolean"}},
+"$comment":{"type":"string"},"$defs":{"type":"object","additionalProperties":{"$dynamicRef":"#meta"}}},
+"$defs":{"anchorString":{"type":"string","pattern":"^[A-Za-z_][-A-Za-z0-9._]*$"},"uriString":{"type":"string"},
+"uriReferenceString":{"type":"string"}}},
+{"$id":"https://json-schema.org/draft/2020-12/meta/applicator","$dynamicAnchor":"meta","type":["object","boolean"],
+"properties":{"prefixItems":{"$ref":"#/$defs/schemaArray"},"items":{"$dynamicRef":"#meta"},
+"contains":{"$dynamicRef":"#meta"},"additionalProperties":{"$dynamicRef":"#meta"},"properties":{"type":"object",
+"additionalProperties":{"$dynamicRef":"#meta"}},"patternProperties":{"type":"object",
+"additionalProperties":{"$dynamicRef":"#meta"},"propertyNames":{}},"dependentSchemas":{"type":"object",
+"additionalProperties":{"$dynamicRef":"#meta"}},"propertyNames":{"$dynamicRef":"#meta"},
+"if":{"$dynamicRef":"#meta"},"then":{"$dynamicRef":"#meta"},"else":{"$dynamicRef":"#meta"},
+"allOf":{"$ref":"#/$defs/schemaArray"},"anyOf":{"$ref":"#/$defs/schemaArray"},
+"oneOf":{"$ref":"#/$defs/schemaArray"},"not":{"$dynamicRef":"#meta"}},"$defs":{"schemaArray":{"type":"array",
+"minItems":1,"items":{"$dynamicRef":"#meta"}}}},
+{"$id":"https://json-schema.org/draft/2020-12/meta/unevaluated","$dynamicAnchor":"meta","type":["object","boolean"],
+"properties":{"unevaluatedItems":{"$dynamicRef":"#meta"},"unevaluatedProperties":{"$dynamicRef":"#meta"}}},
+{"$id":"https://json-schema.org/draft/2020-12/meta/validation","$dynamicAnchor":"meta","type":["object","boolean"],
+"properties":{"type":{"anyOf":[{"$ref":"#/$defs/simpleTypes"},{"type":"array",
+"items":{"$ref":"#/$defs/simpleTypes"},"minItems":1,"uniqueItems":true}]},"const":true,"enum":{"type":"array",
+"items":true},"multipleOf":{"type":"number","exclusiveMinimum":0},"maximum":{"type":"number"},
+"exclusiveMaximum":{"type":"number"},"minimum":{"type":"number"},"exclusiveMinimum":{"type":"number"},
+"maxLength":{"$ref":"#/$defs/nonNegativeInteger"},"minLength":{"$ref":"#/$defs/nonNegativeIntegerDefault0"},
+"pattern":{"type":"string"},"maxItems":{"$ref":"#/$defs/nonNegativeInteger"},
+"minItems":{"$ref":"#/$defs/nonNegativeIntegerDefault0"},"uniqueItems":{"type":"boolean"},
+"maxContains":{"$ref":"#/$defs/nonNegativeInteger"},"minContains":{"$ref":"#/$defs/nonNegativeInteger"},
+"maxProperties":{"$ref":"#/$defs/nonNegativeInteger"},"minProperties":{"$ref":"#/$defs/nonNegativeIntegerDefault0"},
+"required":{"$ref":"#/$defs/stringArray"},"dependentRequired":{"type":"object",
+"additionalProperties":{"$ref":"#/$defs/stringArray"}}},"$defs":{"nonNegativeInteger":{"type":"integer",
+"minimum":0},"nonNegativeIntegerDefault0":{"$ref":"#/$defs/nonNegativeInteger"},"simpleTypes":{"enum":["array",
+"boolean","integer","null","number","object","string"]},"stringArray":{"type":"array","items":{"type":"string"},
+"uniqueItems":true}}},
+{"$id":"https://json-schema.org/draft/2020-12/meta/meta-data","$dynamicAnchor":"meta","type":["object","boolean"],
+"properties":{"title":{"type":"string"},"description":{"type":"string"},"default":true,
+"deprecated":{"type":"boolean"},"readOnly":{"type":"boolean"},"writeOnly":{"type":"boolean"},
+"examples":{"type":"array","items":true}}},
+{"$id":"https://json-schema.org/draft/2020-12/meta/format-annotation","$dynamicAnchor":"meta","type":["object",
+"boolean"],"properties":{"format":{"type":"string"}}},
+{"$id":"https://json-schema.org/draft/2020-12/meta/content","$dynamicAnchor":"meta","type":["object","boolean"],
+"properties":{"contentEncoding":{"type":"string"},"contentMediaType":{"type":"string"},
+"contentSchema":{"$dynamicRef":"#meta"}}}]]==]
+
+-- Records every $id, $anchor and $dynamicAnchor.
 local function index(c, s, base)
   if type(s) ~= "table" or c.bases[s] then return end
   local name
@@ -210,6 +293,11 @@ local function index(c, s, base)
   c.found[base] = c.found[base] or s
   name = name or s["$anchor"]
   if type(name) == "string" then c.found[base .. "#" .. name] = s end
+  name = s["$dynamicAnchor"]
+  if type(name) == "string" then
+    c.found[base .. "#" .. name], c.dynamic[base] = s, c.dynamic[base] or {}
+    c.dynamic[base][name] = s
+  end
   for k, x in pairs(s) do
     local how = type(x) == "table" and INNER[k]
     if how == ONE and not arrayish(x) then
@@ -220,16 +308,22 @@ local function index(c, s, base)
   end
 end
 
--- The schema that a reference means.
+local function index_all(c)
+  c.bases, c.found, c.dynamic = {}, { [""] = c.root }, {}
+  index(c, c.root, "")
+end
+
+-- The schema that a reference means. Most schemas have no reference: they are indexed at the first one.
 local function lookup(c, ref, base, at)
-  if not c.bases then
-    c.bases, c.found = {}, { [""] = c.root }
-    index(c, c.root, "")
-  end
+  if not c.bases then index_all(c) end
   local uri, frag = match(ref, "^([^#]*)#?(.*)$")
   frag = gsub(frag, "%%(%x%x)", function(h) return char(tonumber(h, 16)) end)
   base = uri == "" and base or resolve(base, uri)
   local t = c.found[base]
+  if not t and find(base, DIALECT_BASE, 1, true) == 1 then
+    for _, s in pairs(json.decode(METASCHEMA)) do index(c, s, "") end
+    t = c.found[base]
+  end
   if not t then fail(at, "'" .. ref .. "' is not in this schema; remote references are never fetched") end
   if byte(frag) ~= 47 then
     return frag == "" and t or c.found[base .. "#" .. frag] or fail(at, "no $anchor '" .. frag .. "' in this schema")
@@ -247,25 +341,41 @@ local function lookup(c, ref, base, at)
   return t
 end
 
+-- A scope is what each $dynamicAnchor means from here on: its schema in the outermost of the resources that
+-- references and $id have led through. That is known when compiling, so checking need not look for it; a
+-- schema is compiled once for each scope it is reached in.
+local function new_scope(bound) return { bound = bound, after = {}, slots = {} } end
+
+-- The scope inside the resource `base`.
+local function enter(c, scope, base, at)
+  if scope.after[base] then return scope.after[base] end
+  local bound, more = {}, 0
+  for name, s in pairs(c.dynamic[base] or {}) do bound[name], more = s, scope.bound[name] and more or 1 end
+  for name, s in pairs(scope.bound) do bound[name] = s end
+  c.scopes = c.scopes + more
+  if c.scopes > MAX_SCOPES then fail(at, "more than " .. MAX_SCOPES .. " dynamic scopes") end
+  scope.after[base] = more > 0 and new_scope(bound) or scope
+  return scope.after[base]
+end
+
 -- Keywords -----------------------------------------------------------------------------------------
 
--- K[keyword](x, c, base, at, s) -> check or nil; x is s[keyword], at its pointer. ORDER is the order of
+-- K[keyword](x, c, base, at, s) -> check(v, seen) or nil; x is s[keyword], at its pointer. ORDER is the order of
 -- the checks, which decides the failure that is reported.
 local K, ORDER, KNOWN = {}, {}, {}
 for k in ([[type enum const minimum maximum exclusiveMinimum exclusiveMaximum multipleOf minLength maxLength
     pattern minItems maxItems prefixItems items contains uniqueItems properties required minProperties
     maxProperties propertyNames patternProperties additionalProperties dependentRequired dependentSchemas $ref
-    allOf anyOf oneOf not if then else $defs]]):gmatch("%S+") do
+    $dynamicRef allOf anyOf oneOf not if then else unevaluatedItems unevaluatedProperties $defs]]):gmatch("%S+") do
   ORDER[#ORDER + 1], KNOWN[k] = k, true
 end
-for k in ([[$id $anchor $schema $comment title description default examples deprecated readOnly writeOnly
-    format contentEncoding contentMediaType contentSchema minContains maxContains]]):gmatch("%S+") do
+for k in ([[$id $anchor $dynamicAnchor $schema $vocabulary $comment title description default examples deprecated
+    readOnly writeOnly format contentEncoding contentMediaType contentSchema minContains maxContains]]):gmatch("%S+") do
   KNOWN[k] = true
 end
 local TYPES = { string = 1, number = 1, integer = 1, boolean = 1, null = 1, array = 1, object = 1 }
-local TEXTS = { ["$id"] = 1, ["$anchor"] = 1, ["$ref"] = 1, ["$schema"] = 1 }
+local TEXTS = { ["$id"] = 1, ["$anchor"] = 1, ["$dynamicAnchor"] = 1, ["$ref"] = 1, ["$dynamicRef"] = 1, ["$schema"] = 1 }
 local DRAFT7 = { definitions = 1, dependencies = 1, additionalItems = 1 }
-local LATER = { ["$dynamicRef"] = 1, ["$dynamicAnchor"] = 1, unevaluatedItems = 1, unevaluatedProperties = 1 }
 local HINTS = {
   definitions = "use $defs", dependencies = "use dependentRequired or dependentSchemas", id = "use $id",
   additionalItems = "use prefixItems and items", optional = "list what is needed in `required`",
@@ -371,7 +481,11 @@ function K.prefixItems(x, c, base, at, s)
   local list, n, rest = {}, 0, pass
   if x ~= nil then list, n = nodes_of(x, c, base, at) end
   if s.items ~= nil then rest = node(c, s.items, base, gsub(at, "[^/]*$", "items")) end
-  return function(v)
+  return function(v, seen)
+    if seen and elements(v) then
+      for i = 1, n do seen[i] = true end
+      if s.items ~= nil then seen[ALL] = true end
+    end
     for i = 1, elements(v) or 0 do
       local m, p = (list[i] or rest)(v[i])
       if m then return m, element(i, p) end
@@ -382,15 +496,20 @@ end
 
 function K.items(x, c, base, at, s)
   if is_list(x) and not is_map(x) then fail(at, "a list of schemas is draft-07; use prefixItems") end
-  return s.prefixItems == nil and x ~= true and K.prefixItems(nil, c, base, at, s)
+  return s.prefixItems == nil and (x ~= true or c.full) and K.prefixItems(nil, c, base, at, s)
 end
 
 function K.contains(x, c, base, at, s)
   local f, least, most = node(c, x, base, at), count(s.minContains or 1, at), count(s.maxContains or 1e300, at)
   local word = s.minContains and " (minContains)" or " (contains)"
-  return function(v)
+  return function(v, seen)
     local n, found = elements(v), 0
-    for i = 1, n or 0 do found = f(v[i]) and found or found + 1 end
+    for i = 1, n or 0 do
+      if not f(v[i]) then
+        found = found + 1
+        if seen then seen[i] = true end
+      end
+    end
     if n and found < least then return "must contain at least " .. least .. " matching items, has " .. found .. word end
     if found <= most then return end
     return "must contain at most " .. most .. " matching items, has " .. found .. " (maxContains)"
@@ -426,7 +545,7 @@ function K.properties(x, c, base, at, s)
     need[k] = true
   end
   local n, some_needed = #names, next(need) ~= nil
-  return function(v)
+  local function check(v)
     -- A property found proves an object, since arrays have no string keys: is_array is asked last.
     if type(v) ~= "table" or not some_needed and arrayish(v) then
       return strict and mismatch(v, "object") or nil
@@ -444,6 +563,13 @@ function K.properties(x, c, base, at, s)
         if m then return m, key(k, p) end
       end
     end
+  end
+  return not c.full and check or function(v, seen)
+    for i = 1, seen and type(v) == "table" and n or 0 do
+      local k = names[i]
+      if map[k] and v[k] ~= nil then seen[k] = true end
+    end
+    return check(v)
   end
 end
 
@@ -470,14 +596,16 @@ function K.patternProperties(x, c, base, at, s)
   if x ~= nil then map, names = map_of(x, c, base, at) end
   local n, matches, known = #names, {}, s.properties or {}
   for i = 1, n do matches[i] = matcher(c, names[i], below(at, names[i])) end
-  return function(v)
+  return function(v, seen)
     if type(v) ~= "table" or arrayish(v) then return end
+    if seen and s.additionalProperties ~= nil then seen[ALL] = true end
     local unknown -- the first in order is named, whatever the order of pairs
     for k, y in pairs(v) do
       local covered, m, p = known[k] ~= nil, nil, nil
       for i = 1, n do
         if matches[i](tostring(k)) then
           covered = true
+          if seen then seen[k] = true end
           m, p = map[names[i]](y)
           if m then break end
         end
@@ -495,7 +623,7 @@ function K.patternProperties(x, c, base, at, s)
 end
 
 function K.additionalProperties(x, c, base, at, s)
-  return s.patternProperties == nil and x ~= true and K.patternProperties(nil, c, base, at, s)
+  return s.patternProperties == nil and (x ~= true or c.full) and K.patternProperties(nil, c, base, at, s)
 end
 
 function K.dependentRequired(x, c, base, at)
@@ -518,24 +646,36 @@ function K.dependentSchemas(x, c, base, at)
   local map, checks = map_of(x, c, base, at)
   for i = 1, #checks do
     local k, f = checks[i], map[checks[i]]
-    checks[i] = function(v) if is_map(v) and v[k] ~= nil then return f(v) end end
+    checks[i] = function(v, seen) if is_map(v) and v[k] ~= nil then return f(v, seen) end end
   end
   return sequence(checks)
 end
 
 K["$ref"] = function(x, c, base, at) return node(c, lookup(c, x, base, at), base, at) end
+
+K["$dynamicRef"] = function(x, c, base, at)
+  need_full(c)
+  local t, name = lookup(c, x, base, at), match(x, "#(.*)$")
+  if name and type(t) == "table" and t["$dynamicAnchor"] == name then t = c.scope.bound[name] or t end
+  return node(c, t, base, at)
+end
+
 function K.allOf(x, c, base, at) return sequence((nodes_of(x, c, base, at))) end
 
 for _, word in pairs({ "anyOf", "oneOf" }) do
   K[word] = function(x, c, base, at)
     local list, n = nodes_of(x, c, base, at)
-    return function(v)
+    return function(v, seen)
       local hit, best, path -- best: the failure furthest inside the value
       for i = 1, n do
-        local m, p = list[i](v)
+        local mine = seen and {}
+        local m, p = list[i](v, mine)
         if not m then
-          if hit then return "matches alternatives " .. hit .. " and " .. i .. ", must match one (oneOf)" end
-          if word == "anyOf" then return end
+          if seen then merge(seen, mine) end
+          if hit and word == "oneOf" then
+            return "matches alternatives " .. hit .. " and " .. i .. ", must match one (oneOf)"
+          end
+          if word == "anyOf" and not seen then return end
           hit = i
         elseif not best or p and #p > #(path or "") then
           best, path = m, p
@@ -557,9 +697,47 @@ K["if"] = function(x, c, base, at, s)
   local f, yes, no = node(c, x, base, at), pass, pass
   if s["then"] ~= nil then yes = node(c, s["then"], base, gsub(at, "if$", "then")) end
   if s["else"] ~= nil then no = node(c, s["else"], base, gsub(at, "if$", "else")) end
-  return function(v)
-    if f(v) then return no(v) end
-    return yes(v)
+  return function(v, seen)
+    local mine = seen and {}
+    if f(v, mine) then return no(v, seen) end
+    if seen then merge(seen, mine) end
+    return yes(v, seen)
+  end
+end
+
+-- Last of all, when `seen` has what the other keywords of the schema and those inside them evaluated.
+function K.unevaluatedItems(x, c, base, at)
+  need_full(c)
+  local f = node(c, x, base, at)
+  return function(v, seen)
+    local n = elements(v)
+    if not n or seen[ALL] then return end
+    for i = 1, n do
+      local m, p
+      if not seen[i] then m, p = f(v[i]) end
+      if m then return m, element(i, p) end
+    end
+    seen[ALL] = true
+  end
+end
+
+function K.unevaluatedProperties(x, c, base, at)
+  need_full(c)
+  local f = node(c, x, base, at)
+  return function(v, seen)
+    if not is_map(v) or seen[ALL] then return end
+    local unknown
+    for k, y in pairs(v) do
+      if not seen[k] and f == never then
+        k = tostring(k)
+        unknown = unknown and unknown < k and unknown or k
+      elseif not seen[k] then
+        local m, p = f(y)
+        if m then return m, key(tostring(k), p) end
+      end
+    end
+    if unknown then return "unknown property " .. show(unknown) .. " (unevaluatedProperties)" end
+    seen[ALL] = true
   end
 end
 
@@ -569,6 +747,28 @@ K["else"] = K["then"]
 K["$defs"] = function(x, c, base, at) map_of(x, c, base, at) end
 
 -- Nodes --------------------------------------------------------------------------------------------
+
+local function without(s, keys)
+  local t = {}
+  for k, x in pairs(s) do if not keys[k] then t[k] = x end end
+  return t
+end
+
+-- The keywords that are none in a dialect of the document's own: those of the vocabularies that its schema,
+-- which is inside the document, does not list.
+local function left_out(c)
+  local meta, out = is_map(c.root) and c.found[c.root["$schema"] or c], {}
+  local listed = meta and meta["$vocabulary"]
+  if not is_map(listed) then return nil end
+  local needed = without(listed, {})
+  for _, s in pairs(json.decode(METASCHEMA)) do
+    local uri = gsub(s["$id"], "/meta/", "/vocab/")
+    for k in pairs(listed[uri] == nil and not find(uri, "/core$") and s.properties or {}) do out[k] = true end
+    needed[uri] = nil
+  end
+  for uri, must in pairs(needed) do if must then fail("#/$schema", "unknown vocabulary " .. uri) end end
+  return out
+end
 
 local function check_keywords(c, s, at)
   local bad
@@ -583,11 +783,12 @@ local function check_keywords(c, s, at)
   end
   if bad and not c.unknown then
     local hint = HINTS[bad] and "; " .. HINTS[bad] or ""
-    fail(below(at, bad), LATER[bad] and "not available yet" or "unknown keyword" .. hint)
+    fail(below(at, bad), "unknown keyword" .. hint)
   end
   local dialect = s["$schema"]
-  if dialect then
+  if dialect and not (c.left_out and dialect == c.root["$schema"]) then
     dialect = DIALECTS[gsub(gsub(dialect, "^https?://", ""), "#$", "")]
+    if not dialect then need_full(c) end
     want(dialect and (dialect == 7) == c.draft7, below(at, "$schema"), dialect and "the dialect of the whole document"
         or "https://json-schema.org/draft/2020-12/schema or http://json-schema.org/draft-07/schema#")
   end
@@ -596,8 +797,7 @@ end
 -- Draft-07 in terms of 2020-12.
 local function modernise(s)
   if s["$ref"] then return { ["$ref"] = s["$ref"] } end
-  local t = {}
-  for k, x in pairs(s) do t[k] = x end
+  local t = without(s, {})
   t["$defs"] = t["$defs"] or t.definitions
   if is_list(t.items) and arrayish(t.items) then
     t.prefixItems, t.items = t.items[1] ~= nil and t.items or nil, t.additionalItems
@@ -614,7 +814,7 @@ end
 local function build(c, s, base, at)
   check_keywords(c, s, at)
   base = c.bases and c.bases[s] or rebase(c, s, base)
-  s = c.draft7 and modernise(s) or s
+  s = c.draft7 and modernise(s) or c.left_out and without(s, c.left_out) or s
   local checks = {}
   for i = 1, #ORDER do
     local k = ORDER[i]
@@ -623,27 +823,36 @@ local function build(c, s, base, at)
       checks[#checks + 1] = f ~= pass and f or nil
     end
   end
-  return sequence(checks)
+  local check = sequence(checks)
+  if s.unevaluatedItems == nil and s.unevaluatedProperties == nil then return check end
+  return function(v, seen)
+    local mine = {}
+    local m, p = check(v, mine)
+    if m then return m, p end
+    if seen then merge(seen, mine) end
+  end
 end
 
--- One node per schema table; a table met again while it is being compiled is a recursion.
+-- One node per schema table and scope; a table met again while it is being compiled is a recursion.
 function node(c, s, base, at)
   if type(s) == "boolean" then return s and pass or never end
   want(is_map(s), at, "a schema (an object, true or false), got " .. kind(s))
-  local slot = c.slots[s]
+  local outer = c.scope
+  local scope = c.full and enter(c, outer, c.bases[s] or base, at) or outer
+  local slot = scope.slots[s]
   if not slot then
     slot = {}
-    c.slots[s], c.level = slot, c.level + 1
+    scope.slots[s], c.scope, c.level = slot, scope, c.level + 1
     if c.level > MAX_LEVEL then fail(at, "schemas and references nested deeper than " .. MAX_LEVEL) end
     slot.f = build(c, s, base, at)
-    c.level = c.level - 1
+    c.scope, c.level = outer, c.level - 1
   elseif not slot.f then
     c.guarded = true
-    return function(v)
+    return function(v, seen)
       local depth = c.depth + 1
       if depth > MAX_RECURSION then error("recursion deeper than " .. MAX_RECURSION, 0) end
       c.depth = depth
-      local m, p = slot.f(v)
+      local m, p = slot.f(v, seen)
       c.depth = depth - 1
       return m, p
     end
@@ -651,18 +860,29 @@ function node(c, s, base, at)
   return slot.f
 end
 
+local function start(c)
+  if c.full then
+    index_all(c)
+    c.scope, c.scopes, c.left_out = new_scope({}), 0, left_out(c)
+  end
+  return node(c, c.root, "", "#")
+end
+
 local function compile(s, opts)
-  local root, unknown = opts and opts.root or "arguments", opts and opts.unknown == "collect" and {} or nil
-  local dialect = type(s) == "table" and s["$schema"]
-  local c = { root = s, slots = {}, level = 0, depth = 0, unknown = unknown,
-    draft7 = type(dialect) == "string" and find(dialect, "/draft-07/", 1, true) ~= nil }
-  local ok, f = pcall(node, c, s, "", "#")
+  local root, unknown, c = opts and opts.root or "arguments", nil, nil
+  local dialect, ok, f = type(s) == "table" and s["$schema"], nil, nil
+  repeat
+    unknown = opts and opts.unknown == "collect" and {} or nil
+    c = { root = s, scope = { slots = {} }, full = f == AGAIN, level = 0, depth = 0, unknown = unknown,
+      draft7 = type(dialect) == "string" and find(dialect, "/draft-07/", 1, true) ~= nil }
+    ok, f = pcall(start, c)
+  until f ~= AGAIN
   if not ok then
     return nil, type(f) == "table" and f[1] or tostring(f)
   elseif unknown then
     sort(unknown)
   end
-  c.root, c.slots, c.bases, c.found = nil, nil, nil, nil
+  c.root, c.scope, c.bases, c.found, c.dynamic = nil, nil, nil, nil, nil
 
   local function check(v)
     local m, p = f(v)

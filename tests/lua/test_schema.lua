@@ -201,6 +201,16 @@ S '{"minLength":2}':ok('"ab"', '"äöü"', "1"):no('"a"', ": must have at least 
 S '{"maxLength":2}':ok('"ab"', '"äö"', '"😀😀"'):no('"abc"', ": must have at most 2 characters (maxLength)", '"äöü"', ": must have at most 2 characters (maxLength)")
 S '{"pattern":"^a+$"}':ok('"aa"', "1"):no('"ab"', ': must match "^a+$" (pattern)')
 S '{"pattern":"b"}':ok('"abc"')
+do
+    local given -- to the regular expressions, which do not know the long names
+    local own = assert(loadfile("lua/schema.lua"))({ json = json, is_array = is_array, is_bigint = is_bigint,
+        regex = function(p) given = p end })
+    for pattern, want in pairs { ["\\p{Letter}\\P{Decimal_Number}+"] = "\\p{L}\\P{Nd}+", ["\\p{Cased_Letter}"] = "\\p{L&}",
+        ["\\\\p{Letter}"] = "\\\\p{Letter}", ["\\p{Greek}\\pL\\d{2}"] = "\\p{Greek}\\pL\\d{2}", ["\\p{L}"] = "\\p{L}", ["\\p{etter}"] = "\\p{etter}" } do
+        own.compile({ pattern = pattern })
+        report(given == want, "pattern " .. pattern, given)
+    end
+end
 S '{"pattern":"limit"}':no('"a"', ": pattern match limit")
 S '{"not":{"pattern":"limit"}}':no('"a"', ": pattern match limit")
 S '{"anyOf":[{"pattern":"limit"},true]}':no('"a"', ": pattern match limit")
@@ -262,6 +272,40 @@ S '{"if":{"type":"string"},"then":false}':ok("1"):no('"a"', ": nothing is allowe
 S '{"then":false,"else":false}':ok("1")
 S '{"type":"string","minLength":2,"pattern":"^a","enum":["ab"]}':no('"b"', ': must be one of "ab" (enum)')
 
+-- unevaluated* ---------------------------------------------------------------------------------------
+
+S '{"properties":{"a":true},"unevaluatedProperties":false}':ok('{"a":1}', "{}", "[1]", "1"):no(
+    '{"a":1,"c":1,"b":1}', ': unknown property "b" (unevaluatedProperties)')
+S '{"allOf":[{"properties":{"a":true}},{"patternProperties":{"^x":true}}],"unevaluatedProperties":{"type":"number"}}':ok(
+    '{"a":"s","xy":"s","n":1}'):no('{"a":1,"b":"s"}', ".b: expected number, got string (type)")
+S '{"$ref":"#/$defs/a","unevaluatedProperties":false,"$defs":{"a":{"properties":{"a":true},"required":["a"]}}}':ok('{"a":1}'):no(
+    '{"a":1,"b":2}', ': unknown property "b" (unevaluatedProperties)')
+S '{"anyOf":[{"properties":{"a":{"const":1}},"required":["a"]},{"properties":{"b":true},"required":["b"]}],"unevaluatedProperties":false}':ok(
+    '{"a":1}', '{"b":1}', '{"a":1,"b":1}'):no('{"a":2,"b":1}', ': unknown property "a" (unevaluatedProperties)')
+S '{"oneOf":[{"properties":{"a":true},"required":["a"]},{"properties":{"b":true},"required":["b"]}],"unevaluatedProperties":false}':ok(
+    '{"a":1}'):no('{"a":1,"b":1}', ": matches alternatives 1 and 2, must match one (oneOf)", '{"a":1,"c":1}', ': unknown property "c" (unevaluatedProperties)')
+S '{"not":{"not":{"properties":{"a":true}}},"unevaluatedProperties":false}':no('{"a":1}', ': unknown property "a" (unevaluatedProperties)')
+S '{"if":{"properties":{"k":{"const":1}},"required":["k"]},"then":{"properties":{"a":true}},"else":{"properties":{"b":true}},"unevaluatedProperties":false}':ok(
+    '{"k":1,"a":1}', '{"b":1}'):no('{"k":1,"b":1}', ': unknown property "b" (unevaluatedProperties)',
+    '{"k":2,"b":1}', ': unknown property "k" (unevaluatedProperties)')
+S '{"if":{"required":["k"],"properties":{"k":true}},"unevaluatedProperties":false}':ok('{"k":1}'):no('{"a":1}', ': unknown property "a" (unevaluatedProperties)')
+S '{"dependentSchemas":{"a":{"properties":{"a":true,"b":true}}},"unevaluatedProperties":false}':ok('{"a":1,"b":1}'):no(
+    '{"b":1}', ': unknown property "b" (unevaluatedProperties)')
+S '{"additionalProperties":true,"unevaluatedProperties":false}':ok('{"a":1}')
+S '{"allOf":[{"additionalProperties":{"type":"number"}}],"unevaluatedProperties":false}':ok('{"a":1}')
+S '{"allOf":[{"properties":{"a":true},"unevaluatedProperties":true}],"unevaluatedProperties":false}':ok('{"a":1,"b":1}')
+S '{"properties":{"a":true},"allOf":[{"unevaluatedProperties":false}]}':no('{"a":1}', ': unknown property "a" (unevaluatedProperties)')
+S '{"properties":{"a":{"properties":{"b":true}}},"unevaluatedProperties":false}':ok('{"a":{"b":1,"c":1}}'):no(
+    '{"a":1,"b":1}', ': unknown property "b" (unevaluatedProperties)')
+S '{"type":"object","properties":{"next":{"$ref":"#"}},"unevaluatedProperties":false}':ok('{"next":{"next":{}}}'):no(
+    '{"next":{"next":{"a":1}}}', '.next.next: unknown property "a" (unevaluatedProperties)')
+S '{"prefixItems":[true],"unevaluatedItems":false}':ok("[1]", "[]", "{}"):no("[1,2]", "[1]: nothing is allowed here (false)")
+S '{"allOf":[{"prefixItems":[true]},{"prefixItems":[true,true]}],"unevaluatedItems":{"type":"number"}}':ok('["a","b",1]'):no(
+    '["a","b","c"]', "[2]: expected number, got string (type)")
+S '{"contains":{"type":"string"},"unevaluatedItems":{"type":"number"}}':ok('["a",1,"b"]'):no('["a",null]', "[1]: expected number, got null (type)")
+S '{"anyOf":[{"items":true},false],"unevaluatedItems":false}':ok("[1,2]")
+S '{"unevaluatedItems":false,"unevaluatedProperties":false}':ok("[]", "{}", "1"):no("[1]", "[0]: nothing is allowed here (false)")
+
 -- References -----------------------------------------------------------------------------------------
 
 S '{"$ref":"#/$defs/a","$defs":{"a":{"type":"string"}}}':ok('"a"'):no("1", ": expected string, got number (type)")
@@ -281,6 +325,44 @@ S '{"$ref":"#"}':no("1", ": recursion deeper than 256")
 S '{"not":{"$ref":"#"}}':no("1", ": recursion deeper than 256")
 S '{"allOf":[{"$ref":"#"},{"$ref":"#"}]}':no("1", ": recursion deeper than 256")
 S '{"$defs":{"a":{"$ref":"#/$defs/b"},"b":{"$ref":"#/$defs/a"}},"anyOf":[{"$ref":"#/$defs/a"},true]}':no("1", ": recursion deeper than 256")
+
+-- $dynamicRef: what the outermost resource with the anchor says
+
+local LIST = '"list":{"$id":"list","items":{"$dynamicRef":"#item"},"$defs":{"d":{"$dynamicAnchor":"item"}}}'
+S('{"$ref":"list","$defs":{"s":{"$dynamicAnchor":"item","type":"string"},' .. LIST .. "}}"):ok('["a"]'):no(
+    "[1]", "[0]: expected string, got number (type)")
+S('{"$ref":"list","$defs":{"s":{"$anchor":"item","type":"string"},' .. LIST .. "}}"):ok("[1]")
+-- The same list means another thing on each way to it.
+S('{"properties":{"n":{"$ref":"numbers"},"s":{"$ref":"strings"},"l":{"$ref":"list"}},"$defs":{' .. LIST
+    .. ',"n":{"$id":"numbers","$ref":"list","$defs":{"i":{"$dynamicAnchor":"item","type":"number"}}}'
+    .. ',"s":{"$id":"strings","$ref":"list","$defs":{"i":{"$dynamicAnchor":"item","type":"string"}}}}}'):ok(
+    '{"n":[1],"s":["a"],"l":[1,"a"]}'):no('{"n":["a"]}', ".n[0]: expected number, got string (type)", '{"s":[1]}', ".s[0]: expected string, got number (type)")
+S '{"$id":"http://h/strict","$ref":"tree","$dynamicAnchor":"node","unevaluatedProperties":false,"$defs":{"t":{"$id":"tree","$dynamicAnchor":"node","properties":{"kids":{"items":{"$dynamicRef":"#node"}}}}}}':ok(
+    '{"kids":[{"kids":[]}]}'):no('{"kids":[{"kid":[]}]}', '.kids[0]: unknown property "kid" (unevaluatedProperties)')
+S '{"$dynamicRef":"#/$defs/a","$defs":{"a":{"type":"string"}}}':no("1", ": expected string, got number (type)")
+S '{"$dynamicRef":"#"}':no("1", ": recursion deeper than 256")
+do
+    local list = {}
+    for i = 1, 80 do
+        list[i] = ('"r%d":{"$id":"r%d","$dynamicAnchor":"a%d","$ref":"r%d"}'):format(i, i, i, i % 80 + 1)
+    end
+    local check, message = schema.compile(json.decode(
+        '{"$ref":"r1","allOf":[{"$dynamicRef":"#a"}],"$defs":{"a":{"$dynamicAnchor":"a"},' .. table.concat(list, ",") .. "}}"))
+    report(not check and message:find(": more than 64 dynamic scopes", 1, true), "dynamic scopes are bounded", message)
+end
+
+-- The dialect's own schema, and a dialect of the document's own --------------------------------------
+
+local META = "https://json-schema.org/draft/2020-12/"
+S('{"$ref":"' .. META .. 'schema"}'):ok('{"type":"string","items":{"not":true}}', "true", '{"$id":"a"}', '{"x":1}'):no(
+    '{"minLength":-1}', ".minLength: must be at least 0 (minimum)",
+    '{"properties":{"a":{"items":{"required":"a"}}}}', ".properties.a.items.required: expected array, got string (type)",
+    '{"$id":"a#b"}', '["$id"]: must match "^[^#]*#?$" (pattern)', "1", ": expected object or boolean, got number (type)")
+S('{"$ref":"' .. META .. 'meta/validation#/$defs/stringArray"}'):ok('["a"]'):no('["a","a"]', ": items 0 and 1 are equal (uniqueItems)")
+bad('{"$ref":"' .. META .. 'meta/none"}', "#/$ref: '" .. META .. "meta/none' is not in this schema; remote references are never fetched")
+S('{"$schema":"http://h/own","properties":{"a":{"minimum":1},"b":false},"required":["c"],"$defs":{"m":{"$id":"http://h/own","$vocabulary":{"'
+    .. META .. 'vocab/core":true,"' .. META .. 'vocab/applicator":true,"http://h/vocab/x":false}}}}'):ok('{"a":0}'):no(
+    '{"b":1}', ".b: nothing is allowed here (false)")
 
 -- Dialects -------------------------------------------------------------------------------------------
 
@@ -333,10 +415,13 @@ bad('{"definitions":{}}', "#/definitions: unknown keyword; use $defs")
 bad('{"dependencies":{}}', "#/dependencies: unknown keyword; use dependentRequired or dependentSchemas")
 bad('{"additionalItems":false}', "#/additionalItems: unknown keyword; use prefixItems and items")
 bad('{"id":"x"}', "#/id: unknown keyword; use $id")
-bad('{"unevaluatedProperties":false}', "#/unevaluatedProperties: not available yet")
-bad('{"unevaluatedItems":false}', "#/unevaluatedItems: not available yet")
-bad('{"$dynamicRef":"#a"}', "#/$dynamicRef: not available yet")
-bad('{"$dynamicAnchor":"a"}', "#/$dynamicAnchor: not available yet")
+bad('{"unevaluatedProperties":{"foo":1}}', "#/unevaluatedProperties/foo: unknown keyword")
+bad('{"unevaluatedItems":1}', "#/unevaluatedItems: expected a schema (an object, true or false), got number")
+bad('{"$dynamicRef":"#a"}', "#/$dynamicRef: no $anchor 'a' in this schema")
+bad('{"$dynamicRef":"http://h/s#a"}', "#/$dynamicRef: 'http://h/s#a' is not in this schema; remote references are never fetched")
+bad('{"$dynamicAnchor":5}', "#/$dynamicAnchor: expected a string")
+bad('{"$schema":"http://h/own","$defs":{"m":{"$id":"http://h/own","$vocabulary":{"http://h/vocab/x":true}}}}',
+    "#/$schema: unknown vocabulary http://h/vocab/x")
 bad('{"$schema":"http://json-schema.org/draft-04/schema#"}', "#/$schema: expected https://json-schema.org/draft/2020-12/schema or http://json-schema.org/draft-07/schema#")
 bad('{"$defs":{"a":{"$schema":"http://json-schema.org/draft-07/schema"}}}', "#/$defs/a/$schema: expected the dialect of the whole document")
 bad('{"$ref":"http://example.com/s"}', "#/$ref: 'http://example.com/s' is not in this schema; remote references are never fetched")
@@ -378,8 +463,8 @@ bad('{"then":{"foo":1}}', "#/then/foo: unknown keyword")
 
 do
     local check, unknown = schema.compile(json.decode(
-        '{"foo":1,"type":"object","properties":{"a":{"bar":2,"type":"string"}},"unevaluatedProperties":false,"x-y":1}'), { unknown = "collect" })
-    report(check and table.concat(unknown, " ") == "#/foo #/properties/a/bar #/unevaluatedProperties", "collect names unknown keywords",
+        '{"foo":1,"type":"object","properties":{"a":{"bar":2,"type":"string"}},"unevaluatedProperties":{"baz":3},"x-y":1}'), { unknown = "collect" })
+    report(check and table.concat(unknown, " ") == "#/foo #/properties/a/bar #/unevaluatedProperties/baz", "collect names unknown keywords",
         check and table.concat(unknown, " ") or unknown)
     local good, message = check({ a = 1 })
     report(not good and message == "arguments.a: expected string, got number (type)", "and checks the known ones", message)
