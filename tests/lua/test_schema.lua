@@ -299,6 +299,8 @@ S '{"properties":{"a":{"properties":{"b":true}}},"unevaluatedProperties":false}'
     '{"a":1,"b":1}', ': unknown property "b" (unevaluatedProperties)')
 S '{"type":"object","properties":{"next":{"$ref":"#"}},"unevaluatedProperties":false}':ok('{"next":{"next":{}}}'):no(
     '{"next":{"next":{"a":1}}}', '.next.next: unknown property "a" (unevaluatedProperties)')
+S '{"properties":{"a":true,"kid":{"$ref":"#","unevaluatedProperties":false}}}':ok('{"kid":{"a":1,"kid":{}},"b":1}'):no(
+    '{"kid":{"b":1}}', '.kid: unknown property "b" (unevaluatedProperties)')
 S '{"prefixItems":[true],"unevaluatedItems":false}':ok("[1]", "[]", "{}"):no("[1,2]", "[1]: nothing is allowed here (false)")
 S '{"allOf":[{"prefixItems":[true]},{"prefixItems":[true,true]}],"unevaluatedItems":{"type":"number"}}':ok('["a","b",1]'):no(
     '["a","b","c"]', "[2]: expected number, got string (type)")
@@ -332,6 +334,9 @@ local LIST = '"list":{"$id":"list","items":{"$dynamicRef":"#item"},"$defs":{"d":
 S('{"$ref":"list","$defs":{"s":{"$dynamicAnchor":"item","type":"string"},' .. LIST .. "}}"):ok('["a"]'):no(
     "[1]", "[0]: expected string, got number (type)")
 S('{"$ref":"list","$defs":{"s":{"$anchor":"item","type":"string"},' .. LIST .. "}}"):ok("[1]")
+-- A resource that adds a name does not change those that the ones outside it gave.
+S '{"$ref":"in","$defs":{"s":{"$dynamicAnchor":"a","type":"string"},"i":{"$id":"in","items":{"$dynamicRef":"#a"},"contains":{"$dynamicRef":"#b"},"$defs":{"a":{"$dynamicAnchor":"a"},"b":{"$dynamicAnchor":"b"}}}}}':ok(
+    '["a"]'):no("[1]", "[0]: expected string, got number (type)")
 -- The same list means another thing on each way to it.
 S('{"properties":{"n":{"$ref":"numbers"},"s":{"$ref":"strings"},"l":{"$ref":"list"}},"$defs":{' .. LIST
     .. ',"n":{"$id":"numbers","$ref":"list","$defs":{"i":{"$dynamicAnchor":"item","type":"number"}}}'
