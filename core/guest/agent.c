@@ -534,8 +534,9 @@ static _Noreturn void child_exec(struct plan *p)
     umask(022);
     if (p->x.flags & ORCH_WIRE_EXEC_NO_ASLR)
         personality(ADDR_NO_RANDOMIZE);
-    if (setgroups(0, NULL) < 0 || setresgid(p->u.gid, p->u.gid, p->u.gid) < 0 ||
-        setresuid(p->u.uid, p->u.uid, p->u.uid) < 0)
+    /* By the system calls: libc would tell its other threads, and this process is on the agent's memory. */
+    if (syscall(SYS_setgroups, 0, NULL) < 0 || syscall(SYS_setresgid, p->u.gid, p->u.gid, p->u.gid) < 0 ||
+        syscall(SYS_setresuid, p->u.uid, p->u.uid, p->u.uid) < 0)
         child_fail(p->fail, ORCH_WIRE_FAIL_USER);
     if (*p->cwd ? chdir(p->cwd) < 0 : (chdir(p->u.home) < 0 && chdir("/") < 0))
         child_fail(p->fail, ORCH_WIRE_FAIL_CWD);
@@ -634,6 +635,37 @@ static bool make_stdio(struct op *op, struct plan *p)
     return make_pipe(0, &op->out[0].fd, &p->out) && make_pipe(0, &op->out[1].fd, &p->err);
 }
 
+/* Makes the command's process in its cgroup, on the agent's memory and a stack of its own, the agent
+ * suspended until it executes: copying page tables is what a fork costs most, and under emulation all of
+ * that kernel code is translated first. child_exec allocates nothing and changes only `environ`. */
+static pid_t spawn_in(int cgroup, struct plan *p)
+{
+    static char stack[64 * 1024] __attribute__((aligned(16)));
+    struct clone_args a = { .flags = CLONE_INTO_CGROUP | CLONE_VM | CLONE_VFORK,
+                            .exit_signal = SIGCHLD,
+                            .stack = (uint64_t)(uintptr_t)stack,
+                            .stack_size = sizeof stack,
+                            .cgroup = (uint64_t)cgroup };
+    char **own_environ = environ;
+    register void (*fn)(struct plan *) __asm__("r12") = (void (*)(struct plan *))child_exec;
+    register struct plan *arg __asm__("r13") = p;
+    long r;
+    __asm__ volatile("syscall\n\t"
+                     "test %%rax, %%rax\n\t"
+                     "jnz 1f\n\t"
+                     "xor %%ebp, %%ebp\n\t"
+                     "mov %%r13, %%rdi\n\t"
+                     "call *%%r12\n\t"
+                     "hlt\n"
+                     "1:"
+                     : "=a"(r)
+                     : "a"(SYS_clone3), "D"(&a), "S"(sizeof a), "r"(fn), "r"(arg)
+                     : "rcx", "r11", "memory", "cc");
+    environ = own_environ;
+    errno = r < 0 ? (int)-r : 0;
+    return r < 0 ? -1 : (pid_t)r;
+}
+
 static void exec_failed(struct op *op, enum orch_wire_fail why)
 {
     op->fail[0] = why;
@@ -663,15 +695,9 @@ static void exec_start(struct op *op, struct plan *p)
     errno = EAGAIN;
     bool ok = n_execs <= MAX_EXECS && make_stdio(op, p) && (cgroup_fd < 0 || (op->group = group_take()));
     if (ok) {
-        struct clone_args a = { .exit_signal = SIGCHLD };
-        if (op->group) {
-            a.flags = CLONE_INTO_CGROUP;
-            a.cgroup = (uint64_t)op->group->dir;
-        }
-        op->pid = (pid_t)syscall(SYS_clone3, &a, sizeof a);
+        op->pid = op->group ? spawn_in(op->group->dir, p) : fork();
         if (op->pid == 0) {
-            if (!op->group)
-                supervise(p);
+            supervise(p);
             child_exec(p);
         }
     }
