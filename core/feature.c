@@ -1,5 +1,5 @@
-/* Requests beyond tools (resources, prompts, completion): answered by functions of what a script serves,
- * each in a task of its own. They are calls like a tool's, without judgement. */
+/* Requests beyond tools (resources, prompts, completion): answered by lua/serve.lua from what a script serves or
+ * the configuration's folders hold, each in a task of its own. They are calls like a tool's, without judgement. */
 #include "call.h"
 
 #include <errno.h>
@@ -84,15 +84,16 @@ void orch_feature_call(struct orch_session *s, struct orch_mcp_request *rq, cons
     if (c->caps)
         orch_asking_begin(c, method, d, p);
     orch_call_running(c);
-    lua_State *L = orch_state_lua(o->script);
-    lua_rawgeti(L, LUA_REGISTRYINDEX, o->offer.handle_ref);
+    struct orch_state *state = o->offer.on ? o->script : c->gen->tools_state;
+    lua_State *L = orch_state_lua(state);
+    lua_rawgeti(L, LUA_REGISTRYINDEX, o->offer.on ? o->offer.handle_ref : c->gen->handle_ref);
     lua_pushstring(L, method);
     if (p->all)
         orch_lua_push_json(L, d, p->all, 0);
     else
         lua_newtable(L);
     orch_push_ctx(L, c->slot, c->serial);
-    struct orch_task *task = orch_task_start(o->loop, o->script, 3, TIMEOUT_MS, task_done, c);
+    struct orch_task *task = orch_task_start(o->loop, state, 3, TIMEOUT_MS, task_done, c);
     if (!c->finished)
         c->task = task;
 }

@@ -357,8 +357,9 @@ static int read_tool(struct loading *l, struct orch_state *s, int dispatch_ref, 
     return 0;
 }
 
-static int register_tool(struct loading *l, int dispatch_ref, const char *path, const char *shown, bool shipped)
+static int register_tool(struct loading *l, void *ud, const char *path, const char *shown, bool shipped)
 {
+    int dispatch_ref = *(const int *)ud;
     struct orch_generation *g = l->g;
     struct orch_err err = { 0 };
     struct orch_tool t;
@@ -378,11 +379,13 @@ static int register_tool(struct loading *l, int dispatch_ref, const char *path, 
     return r;
 }
 
-static int load_tool_dir(struct loading *l, int dispatch_ref, const char *dir, bool product)
+/* Runs each file of a directory in the tool state and hands it over with its result on the stack. */
+typedef int each_fn(struct loading *l, void *ud, const char *path, const char *shown, bool product);
+static int load_dir(struct loading *l, const char *dir, const char *what, bool product, each_fn *each, void *ud)
 {
     struct orch_generation *g = l->g;
     lua_State *L = orch_state_lua(g->tools_state);
-    cleanup_close int dirfd = open_dir(l, dir, "tools", "");
+    cleanup_close int dirfd = open_dir(l, dir, what, "");
     if (dirfd < 0)
         return -1;
     char **names;
@@ -413,13 +416,91 @@ static int load_tool_dir(struct loading *l, int dispatch_ref, const char *dir, b
             lua_rawgeti(L, LUA_REGISTRYINDEX, env_ref);
             orch_state_freeze(L, lua_gettop(L));
             lua_pop(L, 1);
-            if (register_tool(l, dispatch_ref, path, shown, product) < 0)
+            if (each(l, ud, path, shown, product) < 0)
                 r = -1;
         }
         luaL_unref(L, LUA_REGISTRYINDEX, env_ref);
     }
     free_names(names, n);
     return r;
+}
+
+/* ---- resources and prompts: one file each in lua/resources and lua/prompts beside the configuration */
+
+struct offer_dir {
+    const char *name;
+    int n;
+    struct orch_sha256_ctx *sum;
+};
+
+/* The options for lua/serve.lua are below the file's table: options[name][n], options.where[name][n]. */
+static int take_offer_file(struct loading *l, void *ud, const char *path, const char *shown, bool product)
+{
+    struct offer_dir *dir = ud;
+    lua_State *L = orch_state_lua(l->g->tools_state);
+    (void)path;
+    (void)product;
+    const char *name = dir->name;
+    if (strcmp(name, "resources") == 0 && lua_istable(L, -1)) {
+        lua_getfield(L, -1, "uri_template");
+        name = lua_isnil(L, -1) ? name : "resource_templates";
+        lua_pop(L, 1);
+    }
+    lua_getfield(L, -2, name);
+    int n = (int)lua_objlen(L, -1) + 1;
+    lua_pushvalue(L, -2);
+    lua_rawseti(L, -2, n);
+    lua_getfield(L, -3, "where");
+    lua_getfield(L, -1, name);
+    lua_pushstring(L, shown);
+    lua_rawseti(L, -2, n);
+    lua_pop(L, 4);
+    orch_sha256_update(dir->sum, l->sha, 64);
+    dir->n++;
+    return 0;
+}
+
+static int load_offer(struct loading *l)
+{
+    static const char *const lists[] = { "resources", "resource_templates", "prompts" };
+    struct orch_generation *g = l->g;
+    lua_State *L = orch_state_lua(g->tools_state);
+    struct orch_sha256_ctx sum;
+    struct orch_err err = { 0 };
+    orch_sha256_init(&sum);
+    struct offer_dir dirs[] = { { "resources", 0, &sum }, { "prompts", 0, &sum } };
+    lua_newtable(L);
+    lua_newtable(L);
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(lists); i++) {
+        lua_newtable(L);
+        lua_setfield(L, -2, lists[i]);
+        lua_newtable(L);
+        lua_setfield(L, -3, lists[i]);
+    }
+    lua_setfield(L, -2, "where");
+    int r = 0;
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(dirs); i++) {
+        cleanup_free char *path = orch_xasprintf("%s/lua/%s", l->base, dirs[i].name);
+        if (access(path, F_OK) == 0 && load_dir(l, path, dirs[i].name, false, take_offer_file, &dirs[i]) < 0)
+            r = -1;
+    }
+    orch_sha256_final(&sum, g->offer_digest);
+    if (r < 0 || !(dirs[0].n + dirs[1].n)) {
+        lua_pop(L, 1);
+        return r;
+    }
+    if (orch_load_run_product(l, g->tools_state, "serve.lua", 0) < 0)
+        return -1;
+    lua_insert(L, -2);
+    if (orch_state_pcall(g->tools_state, 1, 2, &err) < 0) { /* tools, which it has none of here, and the handler */
+        char *end = strchr(err.msg, '\n');
+        orch_load_fail(l, ORCH_CLASS_CONFIG, "%.*s", end ? (int)(end - err.msg) : (int)strlen(err.msg), err.msg);
+        return -1;
+    }
+    g->handle_ref = luaL_ref(L, LUA_REGISTRYINDEX);
+    lua_pop(L, 1);
+    g->features = (dirs[0].n ? ORCH_MCP_RESOURCES : 0u) | (dirs[1].n ? ORCH_MCP_PROMPTS : 0u);
+    return 0;
 }
 
 /* The schema module of the tool state: few tools have an output schema, and compiling it costs a fifth of
@@ -455,9 +536,9 @@ static int load_folders(struct loading *l)
     if (dispatch_ref < 0)
         return -1;
     cleanup_free char *shipped = orch_xasprintf("%s/lua/tools", l->o->paths.share);
-    int r = load_tool_dir(l, dispatch_ref, shipped, true);
+    int r = load_dir(l, shipped, "tools", true, register_tool, &dispatch_ref);
     for (char **dir = g->cfg.tools; *dir; dir++)
-        if (strcmp(*dir, shipped) != 0 && load_tool_dir(l, dispatch_ref, *dir, false) < 0)
+        if (strcmp(*dir, shipped) != 0 && load_dir(l, *dir, "tools", false, register_tool, &dispatch_ref) < 0)
             r = -1;
     luaL_unref(orch_state_lua(g->tools_state), LUA_REGISTRYINDEX, dispatch_ref);
     return r;
@@ -469,6 +550,8 @@ static int load_tools(struct loading *l)
     struct orch_generation *g = l->g;
     /* In front of one server, or of what a script offers, there are no tools but those. */
     int r = o->offer.on || o->upstream ? 0 : load_folders(l);
+    if (!o->offer.on && !o->upstream && load_offer(l) < 0)
+        r = -1;
     struct orch_err err = { 0 };
     for (size_t i = 0; i < o->n_c_tools; i++)
         if (orch_generation_add_tool(g, &o->c_tools[i], (struct orch_slice){ 0 }, &err) < 0) {

@@ -216,13 +216,12 @@ int orch_host_reload(struct orch *o, const char *why)
         orch_generation_unref(g);
         return 0;
     } else {
-        bool list_changed = g->list.n != o->gen->list.n || memcmp(g->list.p, o->gen->list.p, g->list.n) != 0;
-        orch_generation_unref(o->gen);
+        struct orch_generation *before = o->gen;
         o->gen = g;
         o->reloads++;
         orch_host_watch(o);
-        if (list_changed)
-            orch_serve_changed(o, ORCH_MCP_TOOLS_CHANGED, (struct orch_slice){ 0 });
+        orch_serve_reloaded(o, before);
+        orch_generation_unref(before);
         orch_log(ORCH_INFO, "reloaded (%s): generation %.12s, %zu tools", why, g->hash, g->n_tools);
     }
     cleanup_buf struct orch_buf fields = { 0 };
@@ -257,6 +256,11 @@ void orch_host_watch(struct orch *o)
     orch_buf_add(&dirs, o->gen->cfg.policies, strlen(o->gen->cfg.policies) + 1);
     for (char **dir = o->gen->cfg.tools; *dir; dir++)
         orch_buf_add(&dirs, *dir, strlen(*dir) + 1);
+    for (int i = 0; i < 2; i++) {
+        cleanup_free char *dir = orch_xasprintf("%s/lua/%s", config_dir, i ? "prompts" : "resources");
+        if (access(dir, F_OK) == 0)
+            orch_buf_add(&dirs, dir, strlen(dir) + 1);
+    }
     orch_buf_printf(&dirs, "%s/lua%c%s/lua/tools", o->paths.share, 0, o->paths.share);
     dirs.n++; /* the last NUL */
     /* The same folders stay watched: what changes while they are loaded must not be missed. */

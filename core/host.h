@@ -81,6 +81,9 @@ struct orch_generation {
     struct orch_config cfg;
     struct orch_state *policy, *tools_state;
     int judge_ref, engine_ref;
+    int handle_ref;    /* tool state: answers resources and prompts of the configuration's folders */
+    unsigned features; /* ORCH_MCP_* of those */
+    uint8_t offer_digest[ORCH_SHA256_BYTES]; /* of their files */
     struct orch_tool **tools; /* sorted by wire name */
     size_t n_tools;
     struct orch_buf list; /* the JSON array of tools/list */
@@ -261,6 +264,8 @@ void orch_host_event(struct orch *o, const char *event, struct orch_slice fields
 int orch_serve(void *ud, const struct orch_serve_opts *so, struct orch_err *err);
 void orch_serve_stop(void *ud);
 void orch_serve_changed(void *ud, unsigned what, struct orch_slice uri);
+/* Another generation is in force: what is offered may have changed. */
+void orch_serve_reloaded(struct orch *o, const struct orch_generation *before);
 void orch_serve_task_changed(struct orch *o, struct orch_slice id, struct orch_slice members);
 /* Adds the tools in the list at idx (as tool files return them) to every generation. */
 int orch_script_tools(struct orch *o, lua_State *L, int idx, struct orch_err *err);

@@ -139,6 +139,11 @@ static void ops_detach(void *ud, struct orch_mcp_request *rq)
     orch_call_detach_mcp(rq);
 }
 
+static unsigned features_of(const struct orch *o)
+{
+    return (o->offer.on ? o->offer.features : o->gen->features) | ORCH_MCP_TASKS;
+}
+
 static struct orch_mcp_server_ops server_ops(const struct orch *o)
 {
     return (struct orch_mcp_server_ops){ .tools_list = ops_tools_list,
@@ -148,7 +153,7 @@ static struct orch_mcp_server_ops server_ops(const struct orch *o)
                                          .detach = ops_detach,
                                          .server_info = o->offer.server_info ? o->offer.server_info : OWN_INFO,
                                          .instructions = o->offer.instructions,
-                                         .features = o->offer.features | ORCH_MCP_TASKS,
+                                         .features = features_of(o),
                                          .max_calls = o->gen->cfg.calls };
 }
 
@@ -181,6 +186,20 @@ static void tell_all(struct orch *o, struct change c)
 void orch_serve_changed(void *ud, unsigned what, struct orch_slice uri)
 {
     tell_all(ud, (struct change){ .what = what, .uri = uri });
+}
+
+void orch_serve_reloaded(struct orch *o, const struct orch_generation *before)
+{
+    const struct orch_generation *g = o->gen;
+    bool tools = g->list.n != before->list.n || memcmp(g->list.p, before->list.p, g->list.n) != 0;
+    bool offer = memcmp(g->offer_digest, before->offer_digest, sizeof g->offer_digest) != 0;
+    unsigned either = g->features | before->features;
+    for (struct serving *v = o->serving; v; v = v->next)
+        v->ops.features = features_of(o);
+    unsigned what = (tools ? ORCH_MCP_TOOLS_CHANGED : 0u) | (offer && (either & ORCH_MCP_RESOURCES) ? ORCH_MCP_RESOURCES_CHANGED : 0u) |
+                    (offer && (either & ORCH_MCP_PROMPTS) ? ORCH_MCP_PROMPTS_CHANGED : 0u);
+    if (what)
+        orch_serve_changed(o, what, (struct orch_slice){ 0 });
 }
 
 void orch_serve_task_changed(struct orch *o, struct orch_slice id, struct orch_slice members)

@@ -1,5 +1,6 @@
--- orch.mcp.serve{…} of scripts: checks what is offered and answers resources, prompts and completion.
--- The host calls handle(method, params, ctx) in a task of its own for each request; tools it calls itself.
+-- Resources, prompts and completion: checks what is offered, by orch.mcp.serve{…} of a script or by the files in
+-- lua/resources and lua/prompts, and answers what clients ask. The host calls handle(method, params, ctx) in a
+-- task of its own for each request; tools it calls itself.
 --
 --   resources          = { { uri =, name =, read = function(uri, ctx) | text = | blob =, … }, … }
 --   resource_templates = { { uri_template =, name =, read = function(uri, ctx, variables), … }, … }
@@ -7,13 +8,13 @@
 --   complete           = function(ref, argument, ctx, context) -> list of strings | { values =, total =, hasMore = }
 -- read returns a string (text), or { text = } | { blob = base64 } with mimeType, or a list of such; get returns
 -- a string, a list of messages, or { description =, messages = }. Failing: nil, message.
-local orch = require "orch"
+local orch = orch
 
 local INVALID_PARAMS = -32602
 local PAGE = 500
 
 local function fail(where, text, ...)
-  error("orch.mcp.serve: " .. where .. ": " .. text:format(...), 0)
+  error(where .. ": " .. text:format(...), 0)
 end
 
 local function check(where, t, fields, fn)
@@ -103,11 +104,15 @@ local template_fields = { uri_template = "string", name = "string", title = "str
 local prompt_fields = { name = "string", title = "string?", description = "string?", arguments = "table?", icons = "table?", _meta = "table?",
   get = "function" }
 
+-- o.where: the files that entries come from, where they do.
 local function read_options(o)
+  local function where_of(kind, i)
+    return o.where and o.where[kind][i] or ("orch.mcp.serve: %s[%d]"):format(kind, i)
+  end
   local resources, templates, prompts = {}, {}, {}
   local resource_list, template_list, prompt_list = {}, {}, {}
   for i, r in ipairs(o.resources or {}) do
-    local where = ("resources[%d]"):format(i)
+    local where = where_of("resources", i)
     check(where, r, resource_fields)
     if not (r.read or r.text or r.blob) then fail(where, "one of read, text, blob is needed") end
     if resources[r.uri] then fail(where, "the uri %s is there already", r.uri) end
@@ -115,14 +120,14 @@ local function read_options(o)
     resource_list[#resource_list + 1] = definition(r, { read = true, text = true, blob = true })
   end
   for i, t in ipairs(o.resource_templates or {}) do
-    local where = ("resource_templates[%d]"):format(i)
+    local where = where_of("resource_templates", i)
     check(where, t, template_fields)
     local pattern, names = compile_template(where, t.uri_template)
     templates[i] = { pattern = pattern, names = names, template = t }
     template_list[#template_list + 1] = definition(t, { read = true }, { uri_template = "uriTemplate" })
   end
   for i, p in ipairs(o.prompts or {}) do
-    local where = ("prompts[%d]"):format(i)
+    local where = where_of("prompts", i)
     check(where, p, prompt_fields)
     if prompts[p.name] then fail(where, "the name %s is there already", p.name) end
     prompts[p.name] = p
@@ -135,7 +140,7 @@ local function read_options(o)
 end
 
 return function(o)
-  if o.complete ~= nil and type(o.complete) ~= "function" then fail("complete", "must be a function, got %s", type(o.complete)) end
+  if o.complete ~= nil and type(o.complete) ~= "function" then fail("orch.mcp.serve: complete", "must be a function, got %s", type(o.complete)) end
   local resources, templates, prompts, resource_list, template_list, prompt_list = read_options(o)
   local handlers = {}
 
