@@ -149,6 +149,11 @@ passt                run    pasta, the microVMs' way to the network
 qemu-system-x86      run    the virtual machine monitor
 busybox-static       run    shell and tools inside the base guest image
 lz4                  run    unpacks the guest kernel
+mmdebstrap           run    image build debian: installs packages into a folder
+erofs-utils          run    image build debian: packs that folder
+uidmap               run    image build debian for users with a range of ids, without root
+fakechroot           run    the same for users without one
+fakeroot             run    the same
 gcc                  build  C compiler
 make                 build  runs this file
 pkg-config           build  finds headers

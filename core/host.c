@@ -326,6 +326,14 @@ static struct orch_vms *env_vms(void *ud, struct orch_err *err)
     return o->vms;
 }
 
+const char *orch_host_image(struct orch *o)
+{
+    if (o->gen->cfg.vm_image)
+        return o->gen->cfg.vm_image;
+    cleanup_free char *built = orch_xasprintf("%s/images/debian/manifest", o->paths.cache);
+    return access(built, F_OK) == 0 ? "debian" : "base";
+}
+
 static int env_vm_defaults(void *ud, struct orch_vm_opts *v, struct orch_err *err)
 {
     struct orch *o = ud;
@@ -342,7 +350,7 @@ static int env_vm_defaults(void *ud, struct orch_vm_opts *v, struct orch_err *er
     if (!v->timeout_ms || (v->call && v->timeout_ms > c->vm_timeout_ms))
         v->timeout_ms = v->call ? c->vm_timeout_ms : 0;
     if (!v->image)
-        v->image = c->vm_image;
+        v->image = orch_host_image(o);
     if (!v->backend)
         v->backend = c->vm_backend;
     v->accel = c->vm_accel;

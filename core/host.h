@@ -43,7 +43,7 @@ int orch_own_dir(const char *path, struct orch_err *err);
 struct orch_config {
     char *policies, *workspace, *audit_dir;
     char **tools; /* directories, NULL-terminated */
-    char *vm_backend, *vm_accel, *vm_image;
+    char *vm_backend, *vm_accel, *vm_image; /* image: NULL when none is named */
     uint64_t vm_memory_bytes;
     int vm_vcpus, vm_max;
     int64_t vm_timeout_ms;
@@ -253,6 +253,8 @@ int orch_host_generation(struct orch *o, struct orch_err *err); /* loads the fir
 /* Runs a trusted script as a task; its exit status, or -1 with err. */
 int orch_host_run(struct orch *o, const char *name, struct orch_slice text, int argc, const char *const *argv, struct orch_err *err);
 
+/* The image of microVMs that name none: the configured one, else debian when it is built, else base. */
+const char *orch_host_image(struct orch *o);
 int orch_host_audit(struct orch *o, struct orch_err *err); /* opens the audit log of the generation in force */
 /* Loads anew and swaps; on failure the old generation stays. 0 or the errors' class as a negative number. */
 int orch_host_reload(struct orch *o, const char *why);

@@ -102,7 +102,7 @@ static int i_load(lua_State *L)
     set_string(L, "policies", g->cfg.policies);
     set_string(L, "workspace", g->cfg.workspace);
     set_string(L, "audit_dir", g->cfg.audit_dir);
-    set_string(L, "image", g->cfg.vm_image);
+    set_string(L, "image", orch_host_image(o));
     set_count(L, g, "rules");
     set_count(L, g, "tests");
     lua_newtable(L);
@@ -414,6 +414,8 @@ static void push_image(lua_State *L, const struct orch_image *i)
     lua_setfield(L, -2, "kernel");
     lua_pushstring(L, i->initrd);
     lua_setfield(L, -2, "initrd");
+    lua_pushstring(L, i->disk);
+    lua_setfield(L, -2, "disk");
     lua_pushstring(L, i->kernel_release);
     lua_setfield(L, -2, "kernel_release");
     lua_pushnumber(L, (double)i->bytes);
@@ -440,10 +442,7 @@ static void build_done(void *ud, const struct orch_image *image, const struct or
     if (err) {
         b->err = *err;
     } else {
-        b->image = *image;
-        b->image.kernel = orch_xstrdup(image->kernel);
-        b->image.initrd = orch_xstrdup(image->initrd);
-        b->image.kernel_release = orch_xstrdup(image->kernel_release);
+        orch_image_copy(&b->image, image);
     }
     orch_task_ready(b->wait, build_push, b);
 }
@@ -468,11 +467,68 @@ static struct orch_image_opts image_opts(struct orch *o, char *dir)
                                      .progress = build_progress };
 }
 
+/* recipe(file): the table that the file returns. It is data: the file runs bounded, like a policy. */
+static int i_recipe(lua_State *L)
+{
+    struct orch *o = host_of(L);
+    const char *path = luaL_checkstring(L, 1);
+    struct orch_err err = { 0 };
+    cleanup_buf struct orch_buf text = { 0 };
+    int r = orch_read_file(AT_FDCWD, path, 1 << 20, &text);
+    if (r < 0) {
+        orch_err_set(&err, -r, "%s: %s", path, strerror(-r));
+        return orch_push_err(L, &err);
+    }
+    cleanup_free char *lua_dir = orch_xasprintf("%s/lua", o->paths.share);
+    struct orch_state *s = orch_state_new(&(struct orch_state_opts){ .ctx = ORCH_CTX_POLICY,
+                                                                     .memory_bytes = 32 << 20,
+                                                                     .steps = 100 * 1000 * 1000,
+                                                                     .cpu_ms = 1000,
+                                                                     .lua_dir = lua_dir,
+                                                                     .host = &o->env }, &err);
+    if (!s)
+        return orch_push_err(L, &err);
+    lua_State *R = orch_state_lua(s);
+    orch_luaopen_orch(R);
+    lua_settop(R, 0);
+    lua_getglobal(R, "orch");
+    lua_getfield(R, 1, "json");
+    lua_getfield(R, 2, "encode");
+    size_t n = 0;
+    const char *json = NULL;
+    if (orch_state_load(s, path, (struct orch_slice){ text.p ? text.p : "", text.n }, &err) == 0 &&
+        orch_state_pcall(s, 0, 1, &err) == 0 && orch_state_pcall(s, 1, 1, &err) == 0)
+        json = lua_tolstring(R, -1, &n);
+    if (!json) {
+        orch_state_free(s);
+        orch_err_wrap(&err, "%s", path);
+        err.cls = ORCH_CLASS_CONFIG;
+        return orch_push_err(L, &err);
+    }
+    int results = push_json_text(L, (struct orch_slice){ json, n });
+    orch_state_free(s);
+    return results;
+}
+
+/* image_build(name[, { suite, options, sources, fresh }]): the table is a recipe's, as lua/recipe.lua makes it. */
 static int i_image_build(lua_State *L)
 {
     struct orch *o = host_of(L);
     cleanup_free char *dir = orch_xasprintf("%s/images", o->paths.cache);
     struct orch_image_opts opts = image_opts(o, dir);
+    struct orch_recipe recipe;
+    luaL_checkstring(L, 1);
+    if (lua_istable(L, 2)) {
+        lua_getfield(L, 2, "options");
+        recipe.options = orch_check_strings(L, -1, "options", 10000);
+        lua_getfield(L, 2, "sources");
+        recipe.sources = orch_check_strings(L, -1, "sources", 1000);
+        lua_getfield(L, 2, "suite");
+        recipe.suite = luaL_checkstring(L, -1);
+        lua_getfield(L, 2, "fresh");
+        opts.fresh = lua_toboolean(L, -1);
+        opts.recipe = &recipe;
+    }
     struct orch_err err = { 0 };
     cleanup_close int cache = orch_own_dir(o->paths.cache, &err);
     if (cache < 0)
@@ -521,6 +577,7 @@ int orch_luaopen_internal(lua_State *L)
         { "launch_check", i_launch_check },
         { "isolation", i_isolation },
         { "set_kernel", i_set_kernel },
+        { "recipe", i_recipe },
         { "image_build", i_image_build },
         { "image_find", i_image_find },
         { NULL, NULL },

@@ -1326,6 +1326,25 @@ static void load_modules(void)
         fclose(f);
 }
 
+/* Where the image has a disk, its file system with a writable layer in memory over it becomes the root,
+ * the agent's too; what is mounted already goes along. Without its driver this is not the guest that was asked for. */
+static void enter_disk(void)
+{
+    static const char *const moved[][2] = { { "/proc", "/mnt/new/proc" }, { "/sys", "/mnt/new/sys" }, { "/dev", "/mnt/new/dev" } };
+    if (!(virtio_devices() & 1ULL << 2))
+        return;
+    must_mount("/dev/vda", "/mnt/disk", "erofs", MS_RDONLY, NULL);
+    must_mount("tmpfs", "/mnt/rw", "tmpfs", 0, "mode=0755");
+    mkdir("/mnt/rw/upper", 0755);
+    mkdir("/mnt/rw/work", 0755);
+    must_mount("overlay", "/mnt/new", "overlay", 0, "lowerdir=/mnt/disk,upperdir=/mnt/rw/upper,workdir=/mnt/rw/work");
+    for (size_t i = 0; i < sizeof moved / sizeof *moved; i++)
+        if (mount(moved[i][0], moved[i][1], NULL, MS_MOVE, NULL) < 0)
+            die(moved[i][1]);
+    if (chdir("/mnt/new") < 0 || mount(".", "/", NULL, MS_MOVE, NULL) < 0 || chroot(".") < 0 || chdir("/") < 0)
+        die("the disk as root");
+}
+
 /* Opens the port, -1 while it is not there. */
 static int find_port(void)
 {
@@ -1401,6 +1420,7 @@ static void boot(void)
     if (null > 2)
         close(null);
     load_modules();
+    enter_disk();
     must_mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "mode=0620,gid=5,ptmxmode=0666");
     must_mount("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777");
     must_mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777");

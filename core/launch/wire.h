@@ -25,7 +25,7 @@
 #define ORCH_LAUNCH_BLOB (48 * 1024)
 #define ORCH_LAUNCH_BINDS 512
 #define ORCH_LAUNCH_ARGV 256
-#define ORCH_LAUNCH_FDS 8
+#define ORCH_LAUNCH_FDS 9
 
 enum orch_launch_op {
     ORCH_LAUNCH_NEW = 1, /* main, orch → launcher; fd 0: ctl. Makes the microVM's init */
@@ -50,7 +50,8 @@ enum orch_launch_fd {
     ORCH_LAUNCH_FD_MEM,
     ORCH_LAUNCH_FD_STATE,
     ORCH_LAUNCH_FD_DISK,
-    ORCH_LAUNCH_FD_EXTRA,
+    ORCH_LAUNCH_FD_KERNEL,
+    ORCH_LAUNCH_FD_INITRD,
     ORCH_LAUNCH_FD_TAP, /* init's own, never orch's */
 };
 #define ORCH_VMM_FD_BASE 10
@@ -112,7 +113,9 @@ static inline int orch_launch_recv(int sock, struct orch_launch_msg *m, int fds[
 {
     union orch_launch_control c;
     struct iovec iov = { m, sizeof *m };
-    struct msghdr h = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = c.bytes, .msg_controllen = sizeof c.bytes };
+    /* Not sizeof c.bytes: its padding would have room for one more than there is in fds. */
+    struct msghdr h = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = c.bytes,
+                        .msg_controllen = CMSG_LEN(sizeof(int) * ORCH_LAUNCH_FDS) };
     *n_fds = 0;
     ssize_t n = recvmsg(sock, &h, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
     /* The other end closed before it had read all; what it sent is still there, behind this one error. */

@@ -28,6 +28,7 @@ enum {
     TEXT_MAX = 256 * 1024, /* a child's output that is read as text */
     MAX_MODULES = 64,
     LOCK_RETRY_MS = 100,
+    DISK_CHUNK = 1 << 20,
     LIMIT_MS = 20 * 60 * 1000, /* for everything, a slow download included */
 };
 
@@ -201,7 +202,7 @@ static const struct wanted {
 } wanted[] = {
     { "virtio_ring", false, 0 }, { "virtio", false, 0 },  { "virtio_mmio", true, 0 }, { "virtio_console", true, 0 },
     { "virtio_rng", false, 0 },  { "failover", false, 1 }, { "net_failover", false, 1 }, { "virtio_net", false, 1 },
-    { "virtio_blk", false, 2 },  { "libcrc32c", false, 2 }, { "erofs", false, 2 },      { "overlay", false, 2 },
+    { "virtio_blk", false, 2 },  { "erofs", false, 2 },      { "overlay", false, 2 },
 };
 
 struct module {
@@ -240,6 +241,11 @@ struct orch_image_build {
     struct tar tar;
 
     char *package, *deb, *source, *release;
+    struct orch_recipe *recipe; /* NULL: none given */
+    char recipe_hash[65];       /* of the disk; empty: the image has none */
+    char disk_hash[65];
+    uint64_t disk_bytes;
+    struct orch_buf line; /* of the child's progress */
     struct orch_buf kernel, builtin;
     struct module modules[MAX_MODULES];
     size_t n_modules;
@@ -271,13 +277,13 @@ static void next(struct orch_image_build *b, void (*step)(struct orch_image_buil
     orch_loop_post(b->loop, on_step, b);
 }
 
-/* The folders of a build are flat. */
+/* The folders of a build are flat, but for an empty one. */
 static void remove_folder(const char *path)
 {
     DIR *d = opendir(path);
     for (struct dirent *e; d && (e = readdir(d));)
         if (strcmp(e->d_name, ".") != 0 && strcmp(e->d_name, "..") != 0)
-            unlinkat(dirfd(d), e->d_name, 0);
+            unlinkat(dirfd(d), e->d_name, strcmp(e->d_name, ORCH_DISK_WORK) == 0 ? AT_REMOVEDIR : 0);
     if (d)
         closedir(d);
     rmdir(path);
@@ -304,6 +310,8 @@ static void build_free(struct orch_image_build *b)
     for (size_t i = 0; i < b->n_modules; i++)
         orch_buf_free(&b->modules[i].data);
     orch_buf_free(&b->text);
+    orch_buf_free(&b->line);
+    free(b->recipe);
     orch_buf_free(&b->tar.longname);
     orch_buf_free(&b->kernel);
     orch_buf_free(&b->builtin);
@@ -690,6 +698,23 @@ static void on_output(void *ud, int events)
     child_over(b);
 }
 
+/* mmdebstrap's lines "I: what it does now...", without details of how. */
+static void on_said(void *ud, struct orch_slice bytes)
+{
+    struct orch_image_build *b = ud;
+    for (size_t i = 0; i < bytes.n; i++) {
+        if (bytes.p[i] != '\n') {
+            if (b->line.n < 200)
+                orch_buf_char(&b->line, bytes.p[i]);
+            continue;
+        }
+        if (b->line.n > 6 && strncmp(b->line.p, "I: ", 3) == 0 && strcmp(b->line.p + b->line.n - 3, "...") == 0 &&
+            !strstr(b->line.p, " tempdir ") && !strstr(b->line.p, "-hook "))
+            say(b, "%s", b->line.p + 3);
+        b->line.n = 0;
+    }
+}
+
 static void on_exit_status(void *ud, int status)
 {
     struct orch_image_build *b = ud;
@@ -703,25 +728,26 @@ static bool child(struct orch_image_build *b, const char *const *argv, bool tar,
                   struct orch_err *err)
 {
     static const char *const names[] = { "PATH", "http_proxy", "https_proxy", "no_proxy", "APT_CONFIG" };
-    const char *env[ORCH_ARRAY_LEN(names) + 2] = { "LC_ALL=C" };
+    const char *env[ORCH_ARRAY_LEN(names) + 4] = { "LC_ALL=C", orch_disk_env[0], orch_disk_env[1] };
     char *more[ORCH_ARRAY_LEN(names)];
     size_t n = 0;
     for (size_t i = 0; i < ORCH_ARRAY_LEN(names); i++) {
         if (!getenv(names[i]))
             continue;
         more[n] = orch_xasprintf("%s=%s", names[i], getenv(names[i]));
-        env[1 + n] = more[n];
+        env[3 + n] = more[n];
         n++;
     }
     b->in_tar = tar;
     b->at_eof = b->exited = false;
-    b->text.n = 0;
+    b->text.n = b->line.n = 0;
     orch_buf_str(&b->text, "");
     b->tar.n_head = 0;
     b->tar.left = b->tar.pad = 0;
     b->step = step;
     b->proc = orch_proc_start(b->loop, &(struct orch_proc_opts){ .argv = argv, .env = env, .cwd = b->tmp,
-                                                                 .on_exit = on_exit_status, .ud = b }, err);
+                                                                 .on_exit = on_exit_status, .on_stderr = on_said, .ud = b },
+                             err);
     for (size_t i = 0; i < n; i++)
         free(more[i]);
     if (!b->proc)
@@ -772,17 +798,47 @@ static int hash_file(const char *path, size_t max, struct orch_buf *data, char h
 
 static int check_name(const char *name, struct orch_err *err)
 {
-    if (strcmp(name, "base") == 0)
+    size_t n = strspn(name, "abcdefghijklmnopqrstuvwxyz0123456789-");
+    if (*name >= 'a' && *name <= 'z' && !name[n] && n < sizeof ((struct orch_image *)NULL)->name)
         return 0;
-    return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL, "no image named \"%.64s\"; known: base", name);
+    return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL, "no image can be named \"%.64s\": a-z, then a-z, 0-9 and -, at most 63", name);
 }
 
 void orch_image_fini(struct orch_image *i)
 {
     free(i->kernel);
     free(i->initrd);
+    free(i->disk);
     free(i->kernel_release);
     *i = (struct orch_image){ 0 };
+}
+
+void orch_image_copy(struct orch_image *to, const struct orch_image *from)
+{
+    *to = *from;
+    to->kernel = orch_xstrdup(from->kernel);
+    to->initrd = orch_xstrdup(from->initrd);
+    to->disk = orch_xstrdup(from->disk);
+    to->kernel_release = orch_xstrdup(from->kernel_release);
+}
+
+static int not_built(const char *name, struct orch_err *err)
+{
+    static const char *const shipped[] = { "base", "debian", NULL };
+    const char *near = orch_nearest(name, shipped);
+    if (near && strcmp(near, name) != 0)
+        return orch_err_setc(err, ORCH_CLASS_ISOLATION, ENOENT, "there is no image %s; did you mean %s?", name, near);
+    return orch_err_setc(err, ORCH_CLASS_ISOLATION, ENOENT, "image %s is not built yet: orch image build %s%s", name, name,
+                         near ? "" : ".lua (the file of its recipe)");
+}
+
+/* The hash of the recipe that the built image's disk was made of, whatever agent it has; NULL: no disk. */
+static char *built_recipe(const char *cache_dir, const char *name)
+{
+    cleanup_buf struct orch_buf text = { 0 };
+    cleanup_free char *path = orch_xasprintf("%s/%s/manifest", cache_dir, name);
+    cleanup_free char *hash = orch_read_file(AT_FDCWD, path, TEXT_MAX, &text) == 0 ? field(&text, "recipe") : NULL;
+    return hash && strlen(hash) == 64 ? orch_steal_ptr(&hash) : NULL;
 }
 
 /* The manifest is written last into a folder that is renamed whole: where it is, everything is. */
@@ -792,22 +848,24 @@ static int find(const char *name, const struct orch_image_opts *o, const char *a
     cleanup_free char *path = orch_xasprintf("%s/%s/manifest", o->cache_dir, name);
     cleanup_buf struct orch_buf text = { 0 };
     if (orch_read_file(AT_FDCWD, path, TEXT_MAX, &text) < 0)
-        return orch_err_set(err, ENOENT, "image %s is not built yet: orch image build %s", name, name);
+        return not_built(name, err);
     cleanup_free char *id = field(&text, "id"), *agent = field(&text, "agent"), *bytes = field(&text, "bytes");
     cleanup_free char *acpi = field(&text, "acpi"), *release = field(&text, "release"), *from = field(&text, "source");
+    cleanup_free char *disk = field(&text, "disk");
     if (strncmp(text.p, RECIPE "\n", sizeof RECIPE) != 0 || !id || strlen(id) != 64 || !agent || !bytes || !acpi || !release || !from)
-        return orch_err_set(err, ENOENT, "image %s was built by another version of orch: orch image build %s", name, name);
+        return orch_err_set(err, ESTALE, "image %s was built by another version of orch: orch image build %s", name, name);
     if (strcmp(agent, agent_hash) != 0)
-        return orch_err_set(err, ENOENT, "image %s holds another guest agent than %s: orch image build %s", name, o->agent_path, name);
+        return orch_err_set(err, ESTALE, "image %s holds another guest agent than %s: orch image build %s", name, o->agent_path, name);
     *out = (struct orch_image){ .bytes = strtoull(bytes, NULL, 10), .acpi = *acpi == '1' };
     snprintf(out->name, sizeof out->name, "%s", name);
     memcpy(out->id, id, 65);
     out->kernel = orch_xasprintf("%s/%s/vmlinux", o->cache_dir, id);
     out->initrd = orch_xasprintf("%s/%s/initrd", o->cache_dir, id);
+    out->disk = disk ? orch_xasprintf("%s/%s/disk", o->cache_dir, id) : NULL;
     out->kernel_release = orch_steal_ptr(&release);
-    if (access(out->kernel, R_OK) < 0 || access(out->initrd, R_OK) < 0) {
+    if (access(out->kernel, R_OK) < 0 || access(out->initrd, R_OK) < 0 || (disk && access(out->disk, R_OK) < 0)) {
         orch_image_fini(out);
-        return orch_err_set(err, ENOENT, "image %s is damaged: orch image build %s", name, name);
+        return orch_err_set(err, ESTALE, "image %s is damaged: orch image build %s", name, name);
     }
     if (source)
         *source = orch_steal_ptr(&from);
@@ -828,10 +886,10 @@ int orch_image_find(const char *name, const struct orch_image_opts *o, struct or
 static bool finish_found(struct orch_image_build *b, const char *source)
 {
     struct orch_image found;
-    cleanup_free char *from = NULL;
+    cleanup_free char *from = NULL, *recipe = built_recipe(b->o.cache_dir, b->name);
     if (find(b->name, &b->o, b->agent_hash, &found, &from, NULL) < 0)
         return false;
-    bool same = !source || strcmp(from, source) == 0;
+    bool same = (!source || strcmp(from, source) == 0) && strcmp(recipe ? recipe : "", b->recipe_hash) == 0;
     if (same)
         finish(b, &found, NULL);
     orch_image_fini(&found);
@@ -879,6 +937,35 @@ static int install(struct orch_image_build *b, const char *id, struct orch_slice
     return 0;
 }
 
+/* Removes what no name leads to any more. Templates in use have their disk open. */
+static void prune(const char *cache_dir)
+{
+    char used[32][65], target[66];
+    size_t n = 0;
+    DIR *d = opendir(cache_dir);
+    if (!d)
+        return;
+    for (struct dirent *e; (e = readdir(d));)
+        if (readlinkat(dirfd(d), e->d_name, target, sizeof target) == 64) {
+            if (n == ORCH_ARRAY_LEN(used)) { /* so many that it cannot be told */
+                closedir(d);
+                return;
+            }
+            snprintf(used[n++], sizeof *used, "%.64s", target);
+        }
+    rewinddir(d);
+    for (struct dirent *e; (e = readdir(d));) {
+        bool keeps = strspn(e->d_name, "0123456789abcdef") != 64 || e->d_name[64];
+        for (size_t i = 0; i < n && !keeps; i++)
+            keeps = strcmp(used[i], e->d_name) == 0;
+        if (!keeps) {
+            cleanup_free char *left = orch_xasprintf("%s/%s", cache_dir, e->d_name);
+            remove_folder(left);
+        }
+    }
+    closedir(d);
+}
+
 static void step_install(struct orch_image_build *b)
 {
     struct orch_err err;
@@ -898,8 +985,13 @@ static void step_install(struct orch_image_build *b)
     orch_sha256_hex(b->initrd.p, b->initrd.n, initrd_hash);
     orch_buf_printf(&manifest, RECIPE "\nname %s\nkernel %s\ninitrd %s\nagent %s\nacpi %d\n", b->name, kernel_hash, initrd_hash,
                     hash, acpi);
+    if (*b->disk_hash)
+        orch_buf_printf(&manifest, "disk %s\n", b->disk_hash);
     orch_sha256_hex(manifest.p, manifest.n, id);
-    orch_buf_printf(&manifest, "id %s\nrelease %s\nbytes %zu\nsource %s\n", id, b->release, b->kernel.n + b->initrd.n, b->source);
+    uint64_t bytes = b->kernel.n + b->initrd.n + b->disk_bytes;
+    orch_buf_printf(&manifest, "id %s\nrelease %s\nbytes %llu\nsource %s\n", id, b->release, (unsigned long long)bytes, b->source);
+    if (*b->disk_hash)
+        orch_buf_printf(&manifest, "recipe %s\n", b->recipe_hash);
     memcpy(b->agent_hash, hash, sizeof hash);
     int r = install(b, id, slice(&manifest));
     if (r < 0) {
@@ -907,7 +999,8 @@ static void step_install(struct orch_image_build *b)
         failed(b, &err);
         return;
     }
-    say(b, "image %s %.12s: kernel %s, %.1f MB", b->name, id, b->release, (double)(b->kernel.n + b->initrd.n) / 1e6);
+    prune(b->o.cache_dir);
+    say(b, "image %s %.12s: kernel %s, %.1f MB", b->name, id, b->release, (double)bytes / 1e6);
     if (!finish_found(b, NULL)) {
         orch_err_set(&err, EIO, "it cannot be found again in %s", b->o.cache_dir);
         failed(b, &err);
@@ -937,6 +1030,118 @@ static void step_busybox(struct orch_image_build *b)
         failed(b, &err);
 }
 
+/* ---- the disk */
+
+static int disk_hash(struct orch_image_build *b, struct orch_err *err)
+{
+    struct orch_sha256_ctx c;
+    uint8_t hash[ORCH_SHA256_BYTES];
+    cleanup_free char *path = orch_xasprintf("%s/disk", b->tmp), *buf = orch_xmalloc(DISK_CHUNK);
+    cleanup_close int fd = open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+    ssize_t n = -1;
+    orch_sha256_init(&c);
+    while (fd >= 0 && (n = read(fd, buf, DISK_CHUNK)) > 0) {
+        orch_sha256_update(&c, buf, (size_t)n);
+        b->disk_bytes += (uint64_t)n;
+    }
+    /* Root's VMM has another uid and is to read it. */
+    if (n < 0 || fchmod(fd, 0644) < 0 || fsync(fd) < 0)
+        return orch_err_set(err, errno, "%s: %s", path, strerror(errno));
+    orch_sha256_final(&c, hash);
+    orch_hex(hash, sizeof hash, b->disk_hash);
+    return 0;
+}
+
+static void disk_ready(struct orch_image_build *b)
+{
+    struct orch_err err;
+    if (disk_hash(b, &err) < 0) {
+        failed(b, &err);
+        return;
+    }
+    say(b, "disk: %.1f MB", (double)b->disk_bytes / 1e6);
+    next(b, step_busybox);
+}
+
+static void step_disk_made(struct orch_image_build *b)
+{
+    struct orch_err err;
+    char how[64];
+    cleanup_free char *work = orch_xasprintf("%s/" ORCH_DISK_WORK, b->tmp);
+    orch_proc_describe(b->status, how, sizeof how);
+    if (b->status)
+        orch_disk_explain(how, orch_proc_stderr(b->proc), &err);
+    child_end(b);
+    if (b->status) {
+        failed(b, &err);
+        return;
+    }
+    rmdir(work);
+    disk_ready(b);
+}
+
+static void disk_make(struct orch_image_build *b, enum orch_disk_way way)
+{
+    struct orch_err err;
+    cleanup_free char *work = orch_xasprintf("%s/" ORCH_DISK_WORK, b->tmp);
+    cleanup_free const char **argv = orch_disk_argv(b->recipe, way);
+    int r = orch_disk_programs(way, &err);
+    if (r == 0 && mkdir(work, 0755) < 0)
+        r = orch_err_set(&err, errno, "%s: %s", work, strerror(errno));
+    if (r < 0 || !child(b, argv, false, step_disk_made, &err))
+        failed(b, &err);
+}
+
+static void step_probed(struct orch_image_build *b)
+{
+    enum orch_disk_way way = b->status ? ORCH_DISK_FAKE : ORCH_DISK_RANGE;
+    child_end(b);
+    disk_make(b, way);
+}
+
+/* Links a file of an image that is there into the folder being made. */
+static bool keep(struct orch_image_build *b, const char *name, const char *file)
+{
+    cleanup_free char *kept = orch_xasprintf("%s/%s/%s", b->o.cache_dir, name, file);
+    cleanup_free char *here = orch_xasprintf("%s/%s", b->tmp, file);
+    return link(kept, here) == 0;
+}
+
+static void step_disk(struct orch_image_build *b)
+{
+    struct orch_err err;
+    cleanup_free char *recipe = built_recipe(b->o.cache_dir, b->name);
+    if (!*b->recipe_hash) {
+        step_busybox(b);
+    } else if (!b->o.fresh && recipe && strcmp(recipe, b->recipe_hash) == 0 && keep(b, b->name, "disk")) {
+        disk_ready(b);
+    } else if (!b->recipe) {
+        not_built(b->name, &err);
+        failed(b, &err);
+    } else if (geteuid() == 0) {
+        disk_make(b, ORCH_DISK_ROOT);
+    } else if (!child(b, orch_disk_probe, false, step_probed, &err)) {
+        failed(b, &err);
+    }
+}
+
+/* What the disk is made of: the recipe, or what the image's is made of already. */
+static int want_disk(struct orch_image_build *b, struct orch_err *err)
+{
+    bool base = strcmp(b->name, "base") == 0;
+    if (b->recipe && base)
+        return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL, "base is made without a recipe: give yours another name");
+    if (b->recipe)
+        orch_recipe_hash(b->recipe, b->recipe_hash);
+    if (b->recipe || base)
+        return 0;
+    cleanup_free char *recipe = built_recipe(b->o.cache_dir, b->name);
+    if (!recipe)
+        return not_built(b->name, err);
+    memcpy(b->recipe_hash, recipe, sizeof b->recipe_hash);
+    return 0;
+}
+
 /* b->kernel becomes the unpacked ELF; release is read from it. */
 static int kernel_unpack(struct orch_image_build *b, struct orch_err *err)
 {
@@ -961,7 +1166,7 @@ static int kernel_unpack(struct orch_image_build *b, struct orch_err *err)
 static void modules_want(struct orch_image_build *b)
 {
     for (size_t i = 0; i < ORCH_ARRAY_LEN(wanted); i++)
-        module_add(b, wanted[i].name, strlen(wanted[i].name), wanted[i].required);
+        module_add(b, wanted[i].name, strlen(wanted[i].name), wanted[i].required || (wanted[i].device == 2 && *b->recipe_hash));
 }
 
 static void step_kernel_file(struct orch_image_build *b)
@@ -985,7 +1190,7 @@ static void step_kernel_file(struct orch_image_build *b)
         failed(b, &err);
         return;
     }
-    next(b, step_busybox);
+    next(b, step_disk);
 }
 
 #if ORCH_FEATURE_APT_KERNEL
@@ -1017,7 +1222,7 @@ static void step_unpacked(struct orch_image_build *b)
     else if (r > 0)
         unpack_start(b); /* once more, for what they depend on */
     else
-        next(b, step_busybox);
+        next(b, step_disk);
 }
 
 static void package_ready(struct orch_image_build *b)
@@ -1056,11 +1261,10 @@ static void step_uris(struct orch_image_build *b)
     }
     b->deb = orch_xstrdup(file);
     b->source = orch_xasprintf("deb %s", file);
-    if (finish_found(b, b->source))
+    if (!b->o.fresh && finish_found(b, b->source))
         return;
-    /* It stays with the image, so that another agent needs no network. */
-    cleanup_free char *kept = orch_xasprintf("%s/%s/%s", b->o.cache_dir, b->name, file), *here = orch_xasprintf("%s/%s", b->tmp, file);
-    if (link(kept, here) == 0) {
+    /* It stays with the image, so that another agent, or another image, needs no network. */
+    if (keep(b, b->name, file) || keep(b, "base", file)) {
         package_ready(b);
         return;
     }
@@ -1115,7 +1319,7 @@ static void step_lock(struct orch_image_build *b)
         orch_timer_set(b->timer, LOCK_RETRY_MS);
         return;
     }
-    if (b->waited && !b->o.kernel && finish_found(b, NULL))
+    if (b->waited && !b->o.kernel && !b->o.fresh && finish_found(b, NULL))
         return;
     DIR *d = opendir(b->o.cache_dir);
     for (struct dirent *e; d && (e = readdir(d));)
@@ -1143,6 +1347,8 @@ static void step_first(struct orch_image_build *b)
     int r = check_name(b->name, &err);
     if (r == 0)
         r = hash_file(b->o.agent_path, AGENT_MAX, &agent, b->agent_hash, &err);
+    if (r == 0)
+        r = want_disk(b, &err);
     if (r == 0 && (r = orch_mkdir_p(b->o.cache_dir, 0700)) < 0)
         orch_err_set(&err, -r, "%s: %s", b->o.cache_dir, strerror(-r));
     if (r == 0 && (b->lock = open(lock, O_RDWR | O_CREAT | O_CLOEXEC, 0600)) < 0)
@@ -1182,6 +1388,8 @@ struct orch_image_build *orch_image_build_start(struct orch_loop *l, const char 
     b->o.agent_path = dup_or_null(o->agent_path);
     b->o.kernel = dup_or_null(o->kernel);
     b->o.modules = dup_or_null(o->modules);
+    b->o.recipe = NULL;
+    b->recipe = orch_recipe_dup(o->recipe);
     b->name = orch_xstrdup(name);
     b->done = done;
     b->ud = ud;

@@ -1,21 +1,25 @@
 /* Guest images: what a microVM boots from. `base` is Debian's cloud kernel, unpacked to an ELF, and
- * an initramfs of static busybox, the kernel modules it needs and the guest agent. Built once into
+ * an initramfs of static busybox, the kernel modules it needs and the guest agent. Every other image
+ * has the same two and a disk (disk.h), which becomes the guest's root. Built once into
  * $XDG_CACHE_HOME/orch/images/<content hash>/, never on the user's system; nothing needs root. */
 #ifndef ORCH_VM_IMAGE_H
 #define ORCH_VM_IMAGE_H
 
 #include "../base/loop.h"
+#include "disk.h"
 
 struct orch_image {
     char name[64];
     char id[65];      /* SHA-256 over all inputs: kernel, initrd, agent, recipe */
     char *kernel;     /* path of the unpacked ELF vmlinux */
     char *initrd;     /* path of the cpio archive */
+    char *disk;       /* path of the erofs file; NULL: none */
     char *kernel_release;
-    uint64_t bytes;
+    uint64_t bytes;   /* of all files */
     bool acpi;        /* stock kernels find virtio-mmio devices by ACPI only */
 };
 void orch_image_fini(struct orch_image *i);
+void orch_image_copy(struct orch_image *to, const struct orch_image *from);
 
 struct orch_image_opts {
     const char *cache_dir;  /* …/orch/images */
@@ -24,9 +28,13 @@ struct orch_image_opts {
     const char *modules;    /* with kernel: its /lib/modules/VERSION, or NULL when all is built in */
     void (*progress)(void *ud, const char *line); /* one line a step; may be NULL */
     void *ud;
+    /* To build an image that is not `base`. NULL: with the disk that the image of this name has already
+     * (another agent or kernel needs no other), or it fails. */
+    const struct orch_recipe *recipe;
+    bool fresh; /* with recipe: make the disk anew from today's packages, though there is one */
 };
 
-/* Finds the built image; -ENOENT when it was never built or its inputs (agent) changed. */
+/* Finds the built image; -ENOENT when it was never built, -ESTALE when its inputs (agent) changed. */
 int orch_image_find(const char *name, const struct orch_image_opts *o, struct orch_image *out, struct orch_err *err);
 typedef void orch_image_done_fn(void *ud, const struct orch_image *image, const struct orch_err *err);
 struct orch_image_build;

@@ -24,6 +24,7 @@
 #define LIST_MAX (64 * 1024)        /* bytes of ld.so's output */
 #define MAX_BINDS 128
 #define MAX_ARGV 80
+#define DISK_THREADS 8
 
 /* Relative to the root that the launcher makes for it. */
 #define GUEST_FIRMWARE_DIR "/fw"
@@ -410,11 +411,28 @@ static void add_kernel(struct args *a, const struct orch_vmm_spec *s)
     if (!s->kvm)
         orch_buf_printf(&line, " tsc_early_khz=%u tsc=reliable", s->tsc_khz);
     arg(a, "-kernel");
-    arg(a, ORCH_VMM_FD_DIR "/%d", FD(DISK));
+    arg(a, ORCH_VMM_FD_DIR "/%d", FD(KERNEL));
     arg(a, "-initrd");
-    arg(a, ORCH_VMM_FD_DIR "/%d", FD(EXTRA));
+    arg(a, ORCH_VMM_FD_DIR "/%d", FD(INITRD));
     arg(a, "-append");
     arg(a, "%s", line.p);
+}
+
+/* Read-only, so that all clones and templates may have it at once. QEMU would start up to 64 threads to
+ * read it, more than its limit of processes lets it, and would abort; and it would drop the file from the
+ * host's page cache at each clone's start, which its filter forbids. */
+static void add_disk(struct args *a)
+{
+    arg(a, "-object");
+    arg(a, "main-loop,id=loop,thread-pool-max=%d", DISK_THREADS);
+    arg(a, "-blockdev");
+    arg(a, "driver=file,node-name=file,filename=" ORCH_VMM_FD_DIR "/%d,read-only=on,auto-read-only=off,locking=off,"
+        "drop-cache=off",
+        FD(DISK));
+    arg(a, "-blockdev");
+    arg(a, "driver=raw,node-name=disk,file=file,read-only=on");
+    arg(a, "-device");
+    arg(a, "virtio-blk-device,drive=disk");
 }
 
 static void build_args(struct args *a, const char *program, const struct orch_vmm_spec *s)
@@ -466,6 +484,8 @@ static void build_args(struct args *a, const char *program, const struct orch_vm
         arg(a, "virtio-net-device,netdev=net,mac=%02x:%02x:%02x:%02x:%02x:%02x", mac[0], mac[1],
             mac[2], mac[3], mac[4], mac[5]);
     }
+    if (s->image->disk)
+        add_disk(a);
     arg(a, "-chardev");
     arg(a, "socket,id=qmp,fd=%d", FD(QMP));
     arg(a, "-mon");
@@ -743,8 +763,9 @@ static int start_cell(struct orch_vmm *v, struct program *p, struct orch_launche
     o.fds[ORCH_LAUNCH_FD_QMP] = qmp;
     o.fds[ORCH_LAUNCH_FD_MEM] = s->mem_fd;
     o.fds[ORCH_LAUNCH_FD_STATE] = s->clone ? s->state_fd : -1;
-    o.fds[ORCH_LAUNCH_FD_DISK] = kernel;
-    o.fds[ORCH_LAUNCH_FD_EXTRA] = initrd;
+    o.fds[ORCH_LAUNCH_FD_DISK] = s->disk_fd;
+    o.fds[ORCH_LAUNCH_FD_KERNEL] = kernel;
+    o.fds[ORCH_LAUNCH_FD_INITRD] = initrd;
     v->cell = s->netns ? orch_netns_start(s->netns, &o, err) : orch_cell_new(la, &o, err);
     args_free(&a);
     return v->cell ? 0 : -1;

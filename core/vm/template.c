@@ -28,6 +28,8 @@
 #define BOOT_TCG_MS 60000
 #define BOOT_KVM_MS 10000 /* short: where KVM only pretends, guests hang */
 #define FREEZE_MS 20000
+#define WARM_MS 20000
+#define WARM_SCRIPT "/etc/orch/warm" /* of a disk: what is run once before the freeze; lua/recipe.lua writes it */
 #define LOCK_MS 120000 /* another process boots the same template; about 2 s */
 #define LOCK_POLL_MS 50
 #define EXIT_GRACE_MS 500 /* from the agent stream's end to the VMM's exit */
@@ -207,6 +209,8 @@ static void source_free(struct source *s)
         s->waits = next;
     }
     orch_image_fini(&s->t.image);
+    if (s->t.disk_fd >= 0)
+        close(s->t.disk_fd);
     free(s->image_name);
     free(s);
 }
@@ -295,6 +299,19 @@ static void step_accel(struct source *s)
     step_programs(s);
 }
 
+/* The disk stays open: it is there for the template's clones even when the image is removed or built anew. */
+static void image_there(struct source *s)
+{
+    struct orch_err err;
+    const char *disk = s->t.image.disk;
+    if (disk && (s->t.disk_fd = open(disk, O_RDONLY | O_CLOEXEC)) < 0) {
+        orch_err_set(&err, errno, "%s: %s; build the image again: orch image build %s", disk, strerror(errno), s->image_name);
+        source_failed(s, &err);
+        return;
+    }
+    step_accel(s);
+}
+
 static void image_built(void *ud, const struct orch_image *image, const struct orch_err *err)
 {
     struct source *s = ud;
@@ -303,11 +320,8 @@ static void image_built(void *ud, const struct orch_image *image, const struct o
         source_failed(s, err);
         return;
     }
-    s->t.image = *image;
-    s->t.image.kernel = orch_xstrdup(image->kernel);
-    s->t.image.initrd = orch_xstrdup(image->initrd);
-    s->t.image.kernel_release = orch_xstrdup(image->kernel_release);
-    step_accel(s);
+    orch_image_copy(&s->t.image, image);
+    image_there(s);
 }
 
 static void step_image(void *ud)
@@ -315,13 +329,17 @@ static void step_image(void *ud)
     struct source *s = ud;
     struct orch_templates *ts = s->ts;
     struct orch_err err;
-    struct orch_image_opts o = { ts->image_dir, ts->agent_path, ts->kernel,
-                                 ts->modules,   ts->o.progress, ts->o.progress_ud };
+    struct orch_image_opts o = { .cache_dir = ts->image_dir,
+                                 .agent_path = ts->agent_path,
+                                 .kernel = ts->kernel,
+                                 .modules = ts->modules,
+                                 .progress = ts->o.progress,
+                                 .ud = ts->o.progress_ud };
     int r = orch_image_find(s->image_name, &o, &s->t.image, &err);
     if (r == 0) {
-        step_accel(s);
-    } else if (r != -ENOENT) {
-        source_failed(s, &err);
+        image_there(s);
+    } else if (r != -ESTALE && (r != -ENOENT || strcmp(s->image_name, "base") != 0)) {
+        source_failed(s, &err); /* a disk is made only when somebody asks for it: it takes a minute and a network */
     } else {
         progress(s, "building image %s (once)", s->image_name);
         s->build = orch_image_build_start(ts->o.loop, s->image_name, &o, image_built, s);
@@ -339,6 +357,7 @@ static struct orch_vmm_spec boot_spec(const struct source *s)
         .tsc_khz = s->ts->tsc_khz,
         .log_fd = -1,
         .mem_fd = -1,
+        .disk_fd = -1,
         .state_fd = -1,
     };
 }
@@ -664,7 +683,8 @@ static void freeze(struct source *s)
     s->ts->o.backend->freeze(s->vmm, s->frozen.state_fd);
 }
 
-/* The agent makes an exec's cgroup and reads the user list at the first exec; clones find both done. */
+/* The agent makes an exec's cgroup and reads the user list at the first exec; clones find both done. A disk
+ * says itself what its programs are: what they read of it is in the template's memory then, unpacked. */
 static void warmed(void *ud, const struct orch_exec_result *r, const struct orch_err *err)
 {
     (void)err;
@@ -673,7 +693,7 @@ static void warmed(void *ud, const struct orch_exec_result *r, const struct orch
     if (r && r->fail == 0 && r->status == 0) {
         freeze(s);
     } else if (r) {
-        orch_err_set(&why, r->sys_errno, "`true` in the guest: %s",
+        orch_err_set(&why, r->sys_errno, "the warming up in the guest: %s",
                      r->fail ? strerror(r->sys_errno) : "failed");
         boot_failed(s, &why);
     } /* else the stream ended, and agent_failed follows */
@@ -683,8 +703,8 @@ static void agent_hello(void *ud, const uint8_t epoch[16])
 {
     (void)epoch;
     struct source *s = ud;
-    static const char *const argv[] = { "true", NULL };
-    struct orch_exec_opts o = { .argv = argv, .timeout_ms = 10000, .done = warmed, .ud = s };
+    static const char *const plain[] = { "true", NULL }, *const disk[] = { "sh", WARM_SCRIPT, NULL };
+    struct orch_exec_opts o = { .argv = s->t.image.disk ? disk : plain, .timeout_ms = WARM_MS, .done = warmed, .ud = s };
     struct orch_err err;
     if (strcmp(s->phase, "booting") != 0)
         return;
@@ -720,6 +740,7 @@ static int start_vmm(struct source *s, struct orch_err *err)
     spec.log_fd = orch_rundir_log_fd(s->rundir);
     spec.mem_fd = s->frozen.mem_fd;
     spec.netns = s->netns;
+    spec.disk_fd = s->t.disk_fd;
     s->vmm = ts->o.backend->start(ts->o.host, la, &spec, &cb, &agent_fd, err);
     if (!s->vmm)
         return -1;
@@ -858,7 +879,7 @@ static struct source *new_source(struct orch_templates *ts, const struct orch_te
     s->t.memory_bytes = w->memory_bytes;
     s->t.vcpus = w->vcpus;
     s->frozen = ORCH_FROZEN_NONE;
-    s->t.mem_fd = s->t.state_fd = s->lock_fd = -1;
+    s->t.mem_fd = s->t.state_fd = s->t.disk_fd = s->lock_fd = -1;
     orch_loop_post(ts->o.loop, step_image, s);
     return s;
 }

@@ -21,6 +21,7 @@ struct orch_template {
     uint64_t memory_bytes;
     int vcpus;
     int mem_fd, state_fd;
+    int disk_fd; /* -1: the image has none */
 };
 
 struct orch_templates_opts {

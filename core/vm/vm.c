@@ -411,6 +411,7 @@ static int start_vmm(struct orch_vm *vm, const struct orch_template *t, struct o
         .vcpus = t->vcpus,
         .log_fd = orch_rundir_log_fd(vm->rundir),
         .mem_fd = t->mem_fd,
+        .disk_fd = t->disk_fd,
         .state_fd = state_fd,
         .network = t->network,
         .netns = vm->netns,

@@ -22,6 +22,7 @@ struct orch_vmm_spec {
     uint32_t tsc_khz; /* of the host; boots under emulation need it */
     int log_fd;       /* stdout, stderr and the guest's console; borrowed like the others */
     int mem_fd;       /* memfd of memory_bytes; a clone's is sealed, by go() at the latest */
+    int disk_fd;      /* of the image; -1: it has none */
     int state_fd;     /* clone: readable from its start, with an offset of its own */
 };
 

@@ -1,6 +1,7 @@
 local orch = require "orch"
 local internal = require "orch.internal"
 local cli = require "cli"
+local recipe = require "recipe"
 
 local function images_dir() return internal.paths().cache .. "/images" end
 
@@ -15,11 +16,37 @@ local function names()
   return out
 end
 
+local function shipped()
+  local out = { "base" }
+  for _, file in ipairs(orch.fs.list(internal.paths().share .. "/lua/images") or {}) do out[#out + 1] = file:match "^(.*)%.lua$" end
+  table.sort(out)
+  return out
+end
+
+-- What to build: an image's name and its recipe (nil: base), or nil, message, class.
+local function plan(word, fresh)
+  if word == "base" then return word end
+  local path = internal.paths().share .. "/lua/images/" .. word .. ".lua"
+  if word:find("/", 1, true) or word:find "%.lua$" then
+    path = cli.absolute(word)
+  elseif not word:find "^%l[%l%d-]*$" or not cli.exists(path) then
+    return nil, ("no recipe named %s; there are %s, or name the file of yours"):format(word, table.concat(shipped(), ", ")), "usage"
+  end
+  local t, why, code = internal.recipe(path)
+  if not t then return nil, why, code end
+  local p, errors = recipe.plan(t)
+  if not p then return nil, path .. ": " .. table.concat(errors, "\n" .. path .. ": "), "config" end
+  p.sources, p.fresh = recipe.sources(p.suite), fresh
+  return p.name, p
+end
+
 local function build(opts, words, _, name)
   local ok, why, code = cli.use_kernel(opts)
   if not ok then return cli.fail(name, why, code == "usage" and code or 1) end
+  local what, how, class = plan(words[1], opts.fresh)
+  if not what then return cli.fail(name, how, class) end
   local image
-  image, why, code = internal.image_build(words[1])
+  image, why, code = internal.image_build(what, how)
   if not image then return cli.fail(name, why, code) end
   cli.out(("%s  %s  kernel %s  %s\n"):format(
     image.name, image.id:sub(1, 12), cli.line(image.kernel_release), size(image.bytes)))
@@ -39,7 +66,7 @@ local function list(opts)
   elseif all[1] then
     cli.columns(rows)
   else
-    cli.out("no image is built; the first microVM builds base, or: orch image build base\n")
+    cli.out("no image is built; the first microVM builds base; for Debian: orch image build debian\n")
   end
   return 0
 end
@@ -58,7 +85,7 @@ local function inspect(opts, words, _, name)
   local image, why, code = internal.image_find(words[1])
   if not image then return cli.fail(name, why, code) end
   local rows = {}
-  for _, key in ipairs { "name", "id", "kernel_release", "kernel", "initrd" } do
+  for _, key in ipairs { "name", "id", "kernel_release", "kernel", "initrd", "disk" } do
     rows[#rows + 1] = { key, image[key] }
   end
   rows[#rows + 1] = { "size", size(image.bytes) }
@@ -109,14 +136,17 @@ return cli.main("image", {
   about = "Guest images: what a microVM boots from. They are kept in the cache directory, never on the system.",
   commands = {
     { "build", spec = {
-      summary = "build an image (base: Debian's cloud kernel and busybox)",
-      usage = "NAME [--kernel FILE [--modules DIR]]",
-      about = "Builds a guest image, or finds that it is built already. base: Debian's cloud kernel, taken "
-        .. "with apt-get download and never installed, and static busybox. Progress is on stderr; nothing "
-        .. "needs root.",
-      options = { { "--kernel", "FILE", "another kernel (bzImage or vmlinux) than Debian's" },
+      summary = "build an image: base, debian, or one by a recipe of yours",
+      usage = "NAME|FILE.lua [--fresh] [--kernel FILE [--modules DIR]]",
+      about = "Builds a guest image, or finds that it is built already. Progress is on stderr; nothing needs root.\n"
+        .. "  base      Debian's cloud kernel, taken with apt-get download and never installed, and static busybox\n"
+        .. "  debian    the same kernel and Debian 12 with git, curl, jq and python3; the default once it is built\n"
+        .. "  FILE.lua  an image by your own recipe; start from a copy of "
+        .. internal.paths().share .. "/lua/images/debian.lua",
+      options = { { "--fresh", nil, "install today's packages, though the image is built already" },
+        { "--kernel", "FILE", "another kernel (bzImage or vmlinux) than Debian's" },
         { "--modules", "DIR", "its /lib/modules/VERSION, when virtio is not built in" } },
-      examples = { "orch image build base",
+      examples = { "orch image build debian", "orch image build ./toolbox.lua",
         "orch image build base --kernel ./bzImage --modules ./lib/modules/6.1.0" },
       words = { 1, 1 }, run = build } },
     { "list", spec = { summary = "the images that are built", usage = "[--json]",
@@ -124,9 +154,9 @@ return cli.main("image", {
       words = { 0, 0 }, run = list } },
     { "inspect", spec = { summary = "an image's files and templates", usage = "NAME [--json]",
       about = "Shows what an image is made of, and its templates.",
-      options = { JSON }, examples = { "orch image inspect base" }, words = { 1, 1 }, run = inspect } },
+      options = { JSON }, examples = { "orch image inspect debian" }, words = { 1, 1 }, run = inspect } },
     { "rm", spec = { summary = "remove an image and its templates", usage = "NAME",
       about = "Removes an image and the templates made from it from the cache.",
-      examples = { "orch image rm base" }, words = { 1, 1 }, run = rm } },
+      examples = { "orch image rm debian" }, words = { 1, 1 }, run = rm } },
   },
 }, ...)

@@ -191,10 +191,7 @@ static void on_done(void *ud, const struct orch_image *image, const struct orch_
         b->err = *err;
         return;
     }
-    b->image = *image;
-    b->image.kernel = orch_xstrdup(image->kernel);
-    b->image.initrd = orch_xstrdup(image->initrd);
-    b->image.kernel_release = orch_xstrdup(image->kernel_release);
+    orch_image_copy(&b->image, image);
 }
 
 static void wait_for(struct build *b)
@@ -358,9 +355,10 @@ static void test_base(void **state)
     assert_string_equal(found.kernel, a.image.kernel);
     assert_string_equal(found.initrd, a.image.initrd);
     orch_image_fini(&found);
-    assert_int_equal(orch_image_find("nope", &a.o, &found, &err), -EINVAL);
+    assert_int_equal(orch_image_find("../nope", &a.o, &found, &err), -EINVAL);
+    assert_int_equal(orch_image_find("nope", &a.o, &found, &err), -ENOENT);
     put(a.o.agent_path, "\x7f" "ELF other", 10);
-    assert_int_equal(orch_image_find("base", &a.o, &found, &err), -ENOENT);
+    assert_int_equal(orch_image_find("base", &a.o, &found, &err), -ESTALE);
     assert_non_null(strstr(err.msg, "another guest agent"));
     char old[65];
     memcpy(old, a.image.id, 65);
@@ -369,7 +367,7 @@ static void test_base(void **state)
     must_build(&a);
     assert_string_not_equal(old, a.image.id);
     assert_int_equal(unlink(a.image.initrd), 0); /* somebody cleaned up a little */
-    assert_int_equal(orch_image_find("base", &a.o, &found, &err), -ENOENT);
+    assert_int_equal(orch_image_find("base", &a.o, &found, &err), -ESTALE);
     orch_image_fini(&a.image);
     a.done = 0;
     must_build(&a);
@@ -612,12 +610,153 @@ static void test_apt(void **state)
 }
 #endif
 
+/* ---- disks: `unshare` in PATH is a script that makes one, and counts */
+
+static void say_disk(const char *text)
+{
+    shell("mkdir -p %s/fakes && cd %s/fakes && for p in mmdebstrap mkfs.erofs fakechroot fakeroot; do "
+          "printf '#!/bin/sh\n' >$p; done && printf '#!/bin/sh\n[ \"$3\" = true ] && exit\necho made >>%s/count\n"
+          "%s\n' >unshare && chmod 755 *", dir, dir, dir, text);
+}
+
+static int disks_made(void)
+{
+    cleanup_free char *path = in_dir("count");
+    cleanup_buf struct orch_buf b = { 0 };
+    return orch_read_file(AT_FDCWD, path, 4096, &b) == 0 ? (int)(b.n / 5) : 0;
+}
+
+static void build_named(struct build *b, const char *name, const struct orch_recipe *recipe, bool fresh)
+{
+    orch_image_fini(&b->image);
+    b->done = 0;
+    b->err.code = 0;
+    b->o.recipe = recipe;
+    b->o.fresh = fresh;
+    orch_image_build_start(b->loop, name, &b->o, on_done, b);
+    wait_for(b);
+}
+
+static const char *const none[] = { NULL }, *const jq[] = { "--include=jq", NULL };
+static const struct orch_recipe some = { "bookworm", jq, none }, others = { "bookworm", none, none };
+
+static void test_disk(void **state)
+{
+    (void)state;
+    struct build b;
+    struct orch_image found;
+    struct orch_err err;
+    make_inputs();
+    make_modules("modules", "6.1.0-test", modules);
+    say_disk("echo the disk >disk");
+    cleanup_free char *before = orch_xstrdup(getenv("PATH")), *path = orch_xasprintf("%s/fakes:%s", dir, before);
+    setenv("PATH", path, 1);
+    build_init(&b, "cache-disk", "vmlinuz", NULL);
+
+    build_named(&b, "toolbox", NULL, false); /* nobody asked for its disk: it is not made by the way */
+    assert_int_equal(b.err.cls, ORCH_CLASS_ISOLATION);
+    assert_non_null(strstr(b.err.msg, "orch image build toolbox.lua"));
+    build_named(&b, "base", &some, false);
+    assert_int_equal(b.err.cls, ORCH_CLASS_USAGE);
+
+    build_named(&b, "toolbox", &some, false);
+    if (b.err.code)
+        fail_msg("%s", b.err.msg);
+    assert_int_equal(disks_made(), 1);
+    assert_int_equal(orch_image_find("toolbox", &b.o, &found, &err), 0);
+    assert_string_equal(found.disk, b.image.disk);
+    cleanup_buf struct orch_buf disk = { 0 };
+    assert_int_equal(orch_read_file(AT_FDCWD, found.disk, 100, &disk), 0);
+    assert_string_equal(disk.p, "the disk\n");
+    struct stat first, st;
+    assert_int_equal(stat(found.disk, &first), 0);
+    assert_int_equal(first.st_mode & 0777, 0644);
+    orch_image_fini(&found);
+
+    /* Another agent: the same disk, whether the recipe is at hand or not. */
+    for (int i = 0; i < 2; i++) {
+        char old[65];
+        memcpy(old, b.image.id, 65);
+        put(b.o.agent_path, i ? "\x7f" "ELF third" : "\x7f" "ELF other", 10);
+        assert_int_equal(orch_image_find("toolbox", &b.o, &found, &err), -ESTALE);
+        build_named(&b, "toolbox", i ? &some : NULL, false);
+        assert_int_equal(b.err.code, 0);
+        assert_string_not_equal(b.image.id, old);
+        assert_int_equal(disks_made(), 1);
+        assert_int_equal(stat(b.image.disk, &st), 0);
+        assert_int_equal(st.st_ino, first.st_ino);
+        assert_int_equal(count_entries(b.o.cache_dir, old), 0); /* nobody needs it any more */
+        assert_int_equal(count_entries(b.o.cache_dir, b.image.id), 1);
+    }
+    /* Another recipe, and another day: another disk. The servers they come from are all the same. */
+    const struct orch_recipe mirror = { "bookworm", jq, (const char *const[]){ "deb http://mirror bookworm main", NULL } };
+    build_named(&b, "toolbox", &mirror, false);
+    assert_int_equal(disks_made(), 1);
+    build_named(&b, "toolbox", &others, false);
+    assert_int_equal(disks_made(), 2);
+    build_named(&b, "toolbox", &others, true);
+    assert_int_equal(disks_made(), 3);
+    assert_int_equal(b.err.code, 0);
+
+    /* One that is damaged, and one that cannot be made. */
+    assert_int_equal(unlink(b.image.disk), 0);
+    assert_int_equal(orch_image_find("toolbox", &b.o, &found, &err), -ESTALE);
+    build_named(&b, "toolbox", NULL, false);
+    assert_non_null(strstr(b.err.msg, "not built yet"));
+    say_disk("echo I: trying... >&2; echo E: Could not resolve this >&2; exit 3");
+    build_named(&b, "toolbox", &others, false);
+    assert_non_null(strstr(b.err.msg, "is there a network"));
+    assert_non_null(strstr(b.err.msg, "E: Could not resolve this"));
+    assert_null(strstr(b.err.msg, "trying"));
+    assert_string_equal(b.last, "trying...");
+    say_disk("exit 0"); /* it lies */
+    build_named(&b, "toolbox", &others, false);
+    assert_non_null(strstr(b.err.msg, "/disk: No such file"));
+    assert_int_equal(count_entries(b.o.cache_dir, ".build-"), 0);
+    build_fini(&b);
+
+    /* Its kernel must be able to read a disk. */
+    build_init(&b, "cache-disk", "vmlinuz", "modules");
+    build_named(&b, "toolbox", &some, false);
+    assert_non_null(strstr(b.err.msg, "module virtio_blk is missing"));
+    build_fini(&b);
+    setenv("PATH", before, 1);
+}
+
+static void test_recipe(void **state)
+{
+    (void)state;
+    static const char *const options[] = { "--a", "b c", "", NULL }, *const more[] = { "--a", "b", "c", "", NULL };
+    static const char *const sources[] = { "deb x y z", NULL };
+    const struct orch_recipe r = { "sid", options, sources }, other = { "sid", more, none };
+    cleanup_free struct orch_recipe *copy = orch_recipe_dup(&r);
+    assert_null(orch_recipe_dup(NULL));
+    char a[65], b[65];
+    orch_recipe_hash(&r, a);
+    orch_recipe_hash(copy, b);
+    assert_string_equal(a, b);
+    orch_recipe_hash(&other, b);
+    assert_string_not_equal(a, b);
+    for (enum orch_disk_way way = ORCH_DISK_ROOT; way <= ORCH_DISK_FAKE; way++) {
+        cleanup_free const char **argv = orch_disk_argv(copy, way);
+        size_t n = 0;
+        while (argv[n])
+            n++;
+        assert_string_equal(argv[0], "unshare");
+        assert_string_equal(argv[n - 7], way == ORCH_DISK_FAKE ? "--mode=fakechroot" : "--mode=root");
+        const char *const end[] = { "--a", "b c", "", "sid", way == ORCH_DISK_FAKE ? "work/root.tar" : "work/root", "deb x y z" };
+        for (size_t i = 0; i < 6; i++)
+            assert_string_equal(argv[n - 6 + i], end[i]);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_unpack),   cmocka_unit_test(test_unpack_damaged), cmocka_unit_test(test_base),
         cmocka_unit_test(test_own_kernel), cmocka_unit_test(test_refused),      cmocka_unit_test(test_two_builders),
         cmocka_unit_test(test_cancel),   cmocka_unit_test(test_kill_9),         cmocka_unit_test(test_apt),
+        cmocka_unit_test(test_recipe),   cmocka_unit_test(test_disk),
     };
     return cmocka_run_group_tests(tests, make_dir, remove_dir);
 }

@@ -8,7 +8,7 @@
 #include <unistd.h>
 
 #define AGENT 11 /* ORCH_VMM_FD_BASE + ORCH_LAUNCH_FD_AGENT */
-#define TAP 17   /* ORCH_VMM_FD_BASE + ORCH_LAUNCH_FD_TAP */
+#define TAP 18   /* ORCH_VMM_FD_BASE + ORCH_LAUNCH_FD_TAP */
 #define HEAD 10  /* struct virtio_net_hdr */
 
 int main(int argc, char **argv)
