@@ -78,10 +78,9 @@ local function choice(v, entry)
 end
 
 local function image(v)
-  if type(v) ~= "string" or #v > 64 or not find(v, "^[%l%d][%l%d_.-]*$") then
-    return nil, "expected the name of an image (a-z, 0-9, ., _, -), got " .. show(v)
+  if type(v) ~= "string" or #v > 63 or not find(v, "^%l[%l%d-]*$") then
+    return nil, "expected the name of an image (a-z, 0-9, -), got " .. show(v)
   end
-  if v == "debian" then return nil, 'not available yet; use "base"' end
   return v
 end
 
@@ -249,7 +248,7 @@ local SPEC = {
   { "workspace", workspace },
   { "vm.backend", choice, "auto", { "auto", "qemu", "firecracker" }, { firecracker = '"auto" or "qemu"' } },
   { "vm.accel", choice, "auto", { "auto", "kvm", "tcg" } },
-  { "vm.image", image, "base" },
+  { "vm.image", image }, -- none: the host takes debian when it is built, else base
   { "vm.memory", size, "256M", "64M", "4G" },
   { "vm.vcpus", integer, 1, 1, 8 },
   { "vm.timeout", duration, "60s", "100ms", "24h" },
@@ -368,6 +367,7 @@ local function show_config(config)
       value = written
       if value == nil then value = defaults[path] end
     end
+    if path == "vm.image" and value == nil then value = "debian when built, else base" end
     out[i] = { path = path, value = text(value), origin = written ~= nil and config.file or "default" }
   end
   return out

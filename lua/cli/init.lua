@@ -8,7 +8,7 @@ return {
   policies = "policies",
   tools = { "lua/tools" },
   workspace = ".", -- the only host directory that tools may see
-  vm = { image = "base", memory = "256M", timeout = "60s" },
+  vm = { memory = "256M", timeout = "60s" },
 }
 ]] },
   { "policies/tools.lua", [[

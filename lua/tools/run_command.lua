@@ -1,7 +1,8 @@
 -- Runs a shell command in a microVM that is made for this call and destroyed after it.
 return {
   name = "run_command",
-  description = "Run a shell command in a fresh, isolated microVM (Linux, busybox). Nothing of the host is visible and "
+  description = "Run a shell command in a fresh, isolated microVM: Debian with git, curl, jq and python3, "
+    .. "or, where that image is not built, Linux with busybox alone. Nothing of the host is visible and "
     .. "nothing is kept between calls. Returns standard output and error and the exit status.",
   input = {
     type = "object",

@@ -88,7 +88,7 @@ good("an empty table gives the defaults", {}, function(c)
     eq(c.policies, "/etc/orch/policies")
     eq(#c.tools, 0)
     eq(c.workspace, "/home/u/project")
-    eq(c.vm.backend, "auto") eq(c.vm.accel, "auto") eq(c.vm.image, "base") eq(c.vm.memory, 256 * 1024 ^ 2)
+    eq(c.vm.backend, "auto") eq(c.vm.accel, "auto") eq(c.vm.image, nil) eq(c.vm.memory, 256 * 1024 ^ 2)
     eq(c.vm.vcpus, 1) eq(c.vm.timeout, 60000) eq(c.vm.pool, 0) eq(c.vm.max, 16)
     eq(#c.net.permit_private, 0) eq(c.net.uplink, "pasta")
     eq(next(c.upstreams), nil) eq(next(c.mcp_json), nil)
@@ -101,7 +101,7 @@ end)
 
 good("the contract's example without what is not built", {
     policies = "policies", tools = { "lua/tools" }, workspace = "work",
-    vm = { backend = "auto", accel = "auto", image = "base", memory = "256M", vcpus = 1, timeout = "60s", pool = 1, max = 16 },
+    vm = { backend = "auto", accel = "auto", image = "debian", memory = "256M", vcpus = 1, timeout = "60s", pool = 1, max = 16 },
     net = { permit_private = {}, uplink = "pasta" }, upstreams = {}, mcp_json = {},
     limits = { message = "16M", depth = 64, calls = 64, policy = { time = "100ms", memory = "64M" }, tool = { cpu = "2s", memory = "256M" } },
     http = { listen = "127.0.0.1:8700", token = nil }, audit = { dir = nil, sync = "none" },
@@ -175,9 +175,9 @@ bad({ vm = { backend = "firecracker" } }, 'vm.backend: not available yet; use "a
 bad({ vm = { backend = "qmeu" } }, 'vm.backend: must be one of auto, qemu, firecracker, got "qmeu"')
 bad({ vm = { accel = "hvf" } }, 'vm.accel: must be one of auto, kvm, tcg, got "hvf"')
 bad({ vm = { accel = true } }, "vm.accel: must be one of auto, kvm, tcg, got true")
-bad({ vm = { image = "debian" } }, 'vm.image: not available yet; use "base"')
-bad({ vm = { image = "../x" } }, 'vm.image: expected the name of an image (a-z, 0-9, ., _, -), got "../x"')
-bad({ vm = { image = 5 } }, "vm.image: expected the name of an image (a-z, 0-9, ., _, -), got 5")
+bad({ vm = { image = "my.image" } }, 'vm.image: expected the name of an image (a-z, 0-9, -), got "my.image"')
+bad({ vm = { image = "../x" } }, 'vm.image: expected the name of an image (a-z, 0-9, -), got "../x"')
+bad({ vm = { image = 5 } }, "vm.image: expected the name of an image (a-z, 0-9, -), got 5")
 bad({ vm = { memory = "lots" } }, 'vm.memory: expected a size like "256M" or a number of bytes, got "lots"')
 bad({ vm = { memory = true } }, 'vm.memory: expected a size like "256M" or a number of bytes, got true')
 bad({ vm = { memory = 1e8 + 0.5 } }, 'vm.memory: expected a size like "256M" or a number of bytes, got 100000000.5')
@@ -230,8 +230,8 @@ bad({ llm = { provider = "anthropic" } }, "llm.provider: not available yet; conn
 bad({ llm = { model = "m", base_url = "http://x" } }, "llm.base_url: not available yet; connect an agent with `orch mcp stdio`",
     "llm.model: not available yet; connect an agent with `orch mcp stdio`")
 bad({ llm = { api_key = "sk-1" } }, "llm.api_key: not available yet; connect an agent with `orch mcp stdio`")
-bad({ vm = { memroy = 1, vcpus = 9, image = "debian" }, tols = 1, audit = 5 }, "audit: expected a table, got 5", "tols: unknown key; did you mean 'tools'?",
-    'vm.image: not available yet; use "base"', "vm.memroy: unknown key; did you mean 'memory'?", "vm.vcpus: must be 1 to 8, got 9")
+bad({ vm = { memroy = 1, vcpus = 9, image = "Debian" }, tols = 1, audit = 5 }, "audit: expected a table, got 5", "tols: unknown key; did you mean 'tools'?",
+    'vm.image: expected the name of an image (a-z, 0-9, -), got "Debian"', "vm.memroy: unknown key; did you mean 'memory'?", "vm.vcpus: must be 1 to 8, got 9")
 bad({ vm = { accel = ("ä"):rep(200) } }, 'vm.accel: must be one of auto, kvm, tcg, got "' .. ("ä"):rep(29) .. '…"')
 
 good("started in /, workspace omitted", {}, function(c)
