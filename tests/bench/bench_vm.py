@@ -12,7 +12,7 @@ def open_session():
     env = Env()
     cache = os.environ.get("XDG_CACHE_HOME") or ("/var/cache" if os.geteuid() == 0 else os.path.expanduser("~/.cache"))
     env.environ["XDG_CACHE_HOME"] = cache
-    session = env.project(RULES, more='vm = { accel = "tcg", pool = 0 }').session()
+    session = env.project(RULES, more='vm = { image = "base", accel = "tcg", pool = 0 }').session()
     session.initialize()
     return env, session
 

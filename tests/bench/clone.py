@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Clones: bare QEMU (clone_raw), orch's rooms (clone_orch), and run_command through `orch mcp stdio`.
+"""Clones: bare QEMU (clone_raw), orch's rooms (clone_orch), and run_command through `orch mcp stdio`; of `base`,
+and for comparison of `debian`, which is built when it is not there.
 
 The three take turns, from the same template. A figure is the best round's median, the median round's beside it.
 Exit status 1 when a target is missed. usage: clone.py BUILD_DIR [ROUNDS]"""
@@ -45,9 +46,16 @@ def main():
     own = [build + "/tests/bench/clone_orch", build + "/launcher", build + "/agent", env.environ["XDG_CACHE_HOME"] + "/orch",
            env.path("run", "clone_orch"), str(EACH)]
     os.mkdir(env.path("run", "clone_orch"), 0o700)
+    built = subprocess.run([build + "/orch", "image", "build", "debian"], env=env.environ)
+    assert built.returncode == 0, "orch image build debian"
+    emulated = {**env.environ, "ACCEL": "tcg"}
+    python = own[:-1] + [str(EACH), "1", "python3", "-c", "print(1)"]
     rows = {}
     for _ in range(rounds):
-        for who, figures in (("raw", medians(raw, env.environ)), ("orch", medians(own, {**env.environ, "ACCEL": "tcg"})),
+        for who, figures in (("raw", medians(raw, env.environ)), ("orch", medians(own, emulated)),
+                             ("debian", medians(own, {**emulated, "IMAGE": "debian"})),
+                             ("python3", medians(python, {**emulated, "IMAGE": "debian"})),
+                             ("with ASLR", medians(python, {**emulated, "IMAGE": "debian", "ASLR": "1"})),
                              ("run_command", calls(session))):
             for name, ms in figures.items():
                 rows.setdefault((who, name.strip()), []).append(ms)
@@ -61,6 +69,8 @@ def main():
     print("boot_id of 10 calls: all different\n")
     ok = verdict("run_command true: orch / raw clone", best["run_command", "answered"] / best["raw", "true ran"], 1.3)
     ok &= verdict("the rooms alone: orch / raw clone", best["orch", "true ran"] / best["raw", "true ran"], 1.3)
+    ok &= verdict("a clone of debian / of base, to its first answer", best["debian", "ready"] / best["orch", "ready"], 1.25)
+    ok &= verdict("a clone of debian / of base, to `true` ran", best["debian", "true ran"] / best["orch", "true ran"], 1.25)
     ok &= verdict("raw clone / qemu-system-x86_64 -version", best["raw", "true ran"] / best["raw", "-version"], 9)
     return 0 if ok else 1
 

@@ -1,7 +1,8 @@
-/* orch's clones: spawn → `true` ran in the guest → freed, ROUNDS times in one process, pool 0. Compare with
- * clone_raw.c, which does the same with bare QEMU.
+/* orch's clones: spawn → `true` (or COMMAND) ran in the guest → freed, ROUNDS times in one process, pool 0.
+ * Compare with clone_raw.c, which does the same with bare QEMU. IMAGE, ACCEL and ASLR=1 (the guest's, which
+ * is off under emulation otherwise) are taken from the environment.
  * NETWORK=1: behind the packet filter of a policy, with an uplink.
- * usage: clone_orch LAUNCHER AGENT CACHE_DIR RUNTIME_DIR [ROUNDS [AT_ONCE]] */
+ * usage: clone_orch LAUNCHER AGENT CACHE_DIR RUNTIME_DIR [ROUNDS [AT_ONCE [COMMAND ARG…]]] */
 #include "base/log.h"
 #include "vm/vm.h"
 
@@ -22,6 +23,7 @@ struct run {
 
 static struct orch_loop *loop;
 static int left;
+static const char *const *command;
 
 static void show(void *ud, const char *line)
 {
@@ -33,7 +35,7 @@ static void executed(void *ud, const struct orch_exec_result *r, const struct or
 {
     struct run *x = ud;
     if (err || r->status != 0) {
-        fprintf(stderr, "true failed: %s\n", err ? err->msg : "status");
+        fprintf(stderr, "%s failed: %s\n", command[0], err ? err->msg : "status");
         exit(1);
     }
     x->done_ms = (double)(orch_now_us() - x->start_us) / 1000;
@@ -44,7 +46,6 @@ static void executed(void *ud, const struct orch_exec_result *r, const struct or
 static void ready(void *ud, struct orch_vm *vm, const struct orch_err *err)
 {
     struct run *x = ud;
-    static const char *const argv[] = { "true", NULL };
     if (err) {
         fprintf(stderr, "%s\n", err->msg);
         exit(1);
@@ -54,7 +55,7 @@ static void ready(void *ud, struct orch_vm *vm, const struct orch_err *err)
     for (const struct orch_vm_phase *p = orch_vm_phases(vm); p->name; p++)
         x->phases[n++] = *p;
     struct orch_exec_opts o = {
-        .argv = argv, .no_aslr = orch_vm_no_aslr(vm), .done = executed, .ud = x
+        .argv = command, .no_aslr = orch_vm_no_aslr(vm) && !getenv("ASLR"), .done = executed, .ud = x
     };
     struct orch_err why;
     if (!orch_exec_start(orch_vm_channel(vm), &o, &why)) {
@@ -93,12 +94,14 @@ int main(int argc, char **argv)
 {
     if (argc < 5) {
         fprintf(stderr,
-                "usage: clone_orch LAUNCHER AGENT CACHE_DIR RUNTIME_DIR [ROUNDS [AT_ONCE]]\n");
+                "usage: clone_orch LAUNCHER AGENT CACHE_DIR RUNTIME_DIR [ROUNDS [AT_ONCE [COMMAND ARG…]]]\n");
         return 2;
     }
     int rounds = argc > 5 ? atoi(argv[5]) : 20, at_once = argc > 6 ? atoi(argv[6]) : 1;
     if (rounds < 1 || at_once < 1 || at_once > MAX_AT_ONCE)
         return 2;
+    static const char *const just_true[] = { "true", NULL };
+    command = argc > 7 ? (const char *const *)argv + 7 : just_true;
     struct orch_err err;
     orch_log_level(getenv("VERBOSE") ? ORCH_DEBUG : ORCH_WARN);
     loop = orch_loop_new(&err);
@@ -124,7 +127,7 @@ int main(int argc, char **argv)
     for (int r = -1; r < rounds; r++) { /* the first is the template's: not counted */
         left = at_once;
         for (int i = 0; i < at_once; i++) {
-            struct orch_vm_opts vo = { .accel = getenv("ACCEL"), .ready = ready, .ud = &x[i] };
+            struct orch_vm_opts vo = { .image = getenv("IMAGE"), .accel = getenv("ACCEL"), .ready = ready, .ud = &x[i] };
             if (getenv("NETWORK")) {
                 vo.network = "bench";
                 vo.rules = some_rules();
@@ -157,7 +160,7 @@ int main(int argc, char **argv)
     }
     for (int i = 0; i < n; i++)
         print(names[i], phase[i], rounds);
-    print("true ran", done, rounds);
+    print(argc > 7 ? "done" : "true ran", done, rounds);
     for (int i = 0; i < 9; i++)
         free(phase[i]);
     free(done);

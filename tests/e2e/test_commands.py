@@ -102,7 +102,7 @@ def not_run(env):
 def vm_usage(env):
     for args, words in ((["true"], "--"), ([], "CMD"), (["--"], "CMD"), (["--memory", "12X", "--", "true"], "12X"), (["--vcpus", "two", "--", "true"], "two"),
                         (["--timeout", "soon", "--", "true"], "soon"), (["--imag", "x", "--", "true"], "--image"), (["--image"], "--image"), (["--json=yes", "--", "true"], "--json"),
-                        (["--memory", "1K", "--", "true"], "64M"), (["--image", "nope", "--", "true"], "nope"), (["--modules", "/x", "--", "true"], "--kernel")):
+                        (["--memory", "1K", "--", "true"], "64M"), (["--image", "No.pe", "--", "true"], "No.pe"), (["--modules", "/x", "--", "true"], "--kernel")):
         r = vm(env, *args)
         expect(r.status == 2 and words in r.err and not r.out, args, r)
 
@@ -224,7 +224,7 @@ def init(env):
     r = env.orch("init", "new/folder")
     expect(r.status == 0 and r.out.count("kept") == 4 and "wrote" not in r.out, r)
     r = env.orch("policy", "check", "new/folder")
-    expect(r.status == 0 and "2 rules, 3 tests, 2 tools: ok" in r.out, r)
+    expect(r.status == 0 and "2 rules, 3 tests, 5 tools: ok" in r.out, r)
     r = env.orch("init", "/proc/nowhere")
     expect(r.status == 1 and "/proc/nowhere" in r.err, r)
 
@@ -262,7 +262,7 @@ def explain(env):
     parsed = json.loads(env.orch("policy", "explain", "echo", "--json", config=True).out)
     expect(parsed["decision"] == "allow" and parsed["rules"][0]["where"].endswith("tools.lua:1"), parsed)
     parsed = json.loads(env.orch("policy", "show", "--json", config=True).out)
-    expect(parsed["rules"][0]["tool"] == "*" and {t["name"] for t in parsed["tools"]} == {"echo", "run_command"}, parsed)
+    expect(parsed["rules"][0]["tool"] == "*" and {t["name"] for t in parsed["tools"]} == {"echo", "run_command", "run_python", "read_file", "list_dir"}, parsed)
 
 
 # ---- audit
