@@ -105,6 +105,21 @@ local function machine()
     isolation == "none" and qemu and "orch spawn-vm tries it" or nil)
 end
 
+-- What microVMs with a network need besides; without a network policy nothing of it is.
+local function network()
+  if not cli.exists("/usr/bin/pasta") then
+    add("network", "warn", "pasta is missing: microVMs with a network are refused", "sudo apt-get install --no-install-recommends passt")
+    return
+  end
+  local tun = orch.fs.stat("/dev/net/tun")
+  if not tun or tun.mode % 8 < 6 then
+    add("network", "warn", "/dev/net/tun " .. (tun and "is not for everyone to use" or "is missing") .. ": microVMs with a network are refused",
+      tun and "sudo chmod 666 /dev/net/tun" or "sudo modprobe tun")
+    return
+  end
+  add("network", "ok", "pasta and /dev/net/tun are there")
+end
+
 local function images(g)
   local name = g and g.image or "base"
   local image, why = internal.image_find(name)
@@ -204,6 +219,7 @@ return cli.main("doctor", {
     local g = configuration()
     confinement()
     machine()
+    network()
     images(g)
     directory("state", paths.state)
     directory("cache", paths.cache)
