@@ -24,7 +24,7 @@ enum {
 struct orch_ask {
     struct orch_ask *next;
     struct orch_toolcall *call;
-    struct orch_task *task; /* whose deadline stands still */
+    struct orch_task *task; /* whose deadline stands still; NULL: the call is none (an upstream asks) */
     struct orch_ask_item *items;
     size_t n, left;
     void (*done)(void *ud);
@@ -190,11 +190,17 @@ static void hold(struct orch_ask *a, bool on)
     if (a->held == on)
         return;
     a->held = on;
-    if (on && c->holds++ == 0)
+    if (on && c->holds++ == 0) {
         c->held_since_us = orch_now_us();
-    else if (!on && --c->holds == 0)
+        if (c->timer)
+            orch_timer_cancel(c->timer);
+    } else if (!on && --c->holds == 0) {
         c->deadline_us += orch_now_us() - c->held_since_us;
-    orch_task_hold(a->task, on);
+        if (c->timer)
+            orch_timer_set(c->timer, (c->deadline_us - orch_now_us()) / 1000);
+    }
+    if (a->task)
+        orch_task_hold(a->task, on);
 }
 
 static void take_answer(struct orch_ask_item *it, struct orch_slice answer)

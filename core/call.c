@@ -4,13 +4,10 @@
 #include "call.h"
 
 #include "base/hash.h"
-#include "mcp/stream.h"
 
 #include <errno.h>
-#include <math.h>
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 
 enum {
     ARGS_AUDIT_BYTES = 64 * 1024,
@@ -107,69 +104,6 @@ void orch_call_free(struct orch_toolcall *c)
         c->next = o->spare;
         o->spare = c;
     }
-}
-
-static struct orch_toolcall *call_get(void *ud, uint32_t slot, uint32_t serial)
-{
-    struct orch *o = ud;
-    struct orch_toolcall *c = slot < o->n_slots ? o->slots[slot] : NULL;
-    return c && c->gen && c->serial == serial ? c : NULL;
-}
-
-/* ---- rates: a token bucket a key, kept across reloads */
-
-struct orch_rate {
-    struct orch_rate *next;
-    double tokens, limit;
-    int64_t at_ms, window_ms;
-    char key[];
-};
-
-static void rate_refill(struct orch_rate *r, int64_t now)
-{
-    r->tokens = fmin(r->limit, r->tokens + (double)(now - r->at_ms) * r->limit / (double)r->window_ms);
-    r->at_ms = now;
-}
-
-/* Full buckets say nothing: they are as good as new ones. */
-static unsigned drop_full(struct orch *o, int64_t now)
-{
-    unsigned n = 0;
-    for (struct orch_rate **at = &o->rates; *at;) {
-        struct orch_rate *r = *at;
-        rate_refill(r, now);
-        if (r->tokens < r->limit) {
-            at = &r->next;
-            n++;
-            continue;
-        }
-        *at = r->next;
-        free(r);
-    }
-    return n;
-}
-
-bool orch_rate_take(struct orch *o, const char *key, double limit, int64_t window_ms)
-{
-    enum { KEYS_MAX = 10000 };
-    int64_t now = orch_now_us() / 1000;
-    unsigned n = 0;
-    struct orch_rate *r = o->rates;
-    for (; r && strcmp(r->key, key) != 0; r = r->next)
-        n++;
-    if (!r) {
-        if (n >= KEYS_MAX && drop_full(o, now) >= KEYS_MAX)
-            return false; /* more callers than are kept track of: fail closed */
-        r = orch_xmalloc(sizeof *r + strlen(key) + 1);
-        *r = (struct orch_rate){ .next = o->rates, .tokens = limit, .limit = limit, .at_ms = now, .window_ms = window_ms };
-        strcpy(r->key, key);
-        o->rates = r;
-    }
-    rate_refill(r, now);
-    if (r->tokens < 1)
-        return false;
-    r->tokens -= 1;
-    return true;
 }
 
 /* ---- finishing */
@@ -689,27 +623,9 @@ static void upstream_done(void *ud, struct orch_slice result, const struct orch_
     orch_call_end(c);
 }
 
-/* What goes to the client before the result is redacted as the result is; false: nothing may go. */
-static bool redact_message(const struct orch_toolcall *c, struct orch_slice message, struct orch_buf *out)
-{
-    orch_buf_reserve(out, message.n);
-    orch_buf_slice(out, message);
-    return !c->n_redact || orch_redact_text(c->gen, c->redact, c->n_redact, out) >= 0;
-}
-
-static void send_progress(const struct orch_toolcall *c, double done, double total, struct orch_slice message)
-{
-    cleanup_buf struct orch_buf text = { 0 };
-    if (!c->rq || !isfinite(done))
-        return;
-    if (!redact_message(c, message, &text))
-        text.n = 0;
-    orch_mcp_progress(c->rq, done, isfinite(total) ? total : -1, (struct orch_slice){ text.p, text.n });
-}
-
 static void upstream_progress(void *ud, double done, double total, struct orch_slice message)
 {
-    send_progress(ud, done, total, message);
+    orch_call_ops.progress(ud, done, total, message);
 }
 
 static void call_run(struct orch_toolcall *c)
@@ -964,110 +880,6 @@ void orch_call_detach_mcp(struct orch_mcp_request *rq)
     c->rq = NULL;
 }
 
-/* ---- what a tool's ctx reaches */
-
-static void ctx_progress(struct orch_toolcall *c, double done, double total, struct orch_slice message)
-{
-    send_progress(c, done, total, message);
-}
-
-static const char *call_name(const struct orch_toolcall *c)
-{
-    return c->tool ? c->tool->name : c->method;
-}
-
-static void ctx_log(struct orch_toolcall *c, const char *level, struct orch_slice message)
-{
-    cleanup_buf struct orch_buf text = { 0 };
-    cleanup_buf struct orch_buf json = { 0 };
-    if (!redact_message(c, message, &text))
-        return;
-    orch_json_quote(&json, (struct orch_slice){ text.p, text.n });
-    if (c->rq)
-        orch_mcp_log(c->rq, level, orch_slice_str(call_name(c)), (struct orch_slice){ json.p, json.n });
-    orch_log(ORCH_INFO, "%s: %s: %.*s", call_name(c), level, (int)text.n, text.p);
-}
-
-static bool ctx_cancelled(const struct orch_toolcall *c)
-{
-    return c->cancelled;
-}
-
-static const char *ctx_id(const struct orch_toolcall *c)
-{
-    return c->id;
-}
-
-static const char *ctx_session(const struct orch_toolcall *c)
-{
-    return c->session->id;
-}
-
-static const char *ctx_workspace(const struct orch_toolcall *c)
-{
-    return c->gen->cfg.workspace;
-}
-
-static const char *ctx_network(const struct orch_toolcall *c)
-{
-    return c->network ? c->network : "none";
-}
-
-static int64_t ctx_left_ms(const struct orch_toolcall *c)
-{
-    return (c->deadline_us - orch_now_us()) / 1000;
-}
-
-static void ctx_adopt(struct orch_toolcall *c, struct orch_vm_handle *h)
-{
-    orch_vm_handle_adopt(&c->vms, h);
-    struct orch_vm *vm = orch_vm_handle_vm(h);
-    c->isolation = orch_vm_isolation(vm);
-    snprintf(c->vm_id, sizeof c->vm_id, "%s", orch_vm_id(vm));
-}
-
-static bool ctx_modern(const struct orch_toolcall *c)
-{
-    return c->modern;
-}
-
-static unsigned ctx_next_key(struct orch_toolcall *c)
-{
-    return ++c->keys;
-}
-
-static void ctx_release(struct orch_toolcall *c, int64_t retry_ms)
-{
-    void *stream = c->rq ? orch_mcp_request_stream(c->rq) : NULL;
-    if (stream)
-        orch_mcp_stream_release(stream, retry_ms);
-}
-
-static unsigned ctx_caps(const struct orch_toolcall *c)
-{
-    return c->caps;
-}
-
-const struct orch_env_call_ops orch_call_ops = {
-    .get = call_get,
-    .progress = ctx_progress,
-    .log = ctx_log,
-    .cancelled = ctx_cancelled,
-    .id = ctx_id,
-    .session = ctx_session,
-    .workspace = ctx_workspace,
-    .network = ctx_network,
-    .left_ms = ctx_left_ms,
-    .adopt = ctx_adopt,
-    .task = orch_job_begin,
-    .release = ctx_release,
-    .caps = ctx_caps,
-    .modern = ctx_modern,
-    .next_key = ctx_next_key,
-    .ask = orch_asking_start,
-    .ask_free = orch_asking_free,
-};
-
 void orch_calls_free(struct orch *o)
 {
     for (size_t i = 0; i < o->n_slots; i++) {
@@ -1078,11 +890,7 @@ void orch_calls_free(struct orch *o)
     }
     free(o->slots);
     orch_loop_unpost(o->loop, run_later, o);
-    while (o->rates) {
-        struct orch_rate *r = o->rates;
-        o->rates = r->next;
-        free(r);
-    }
+    orch_rates_free(o);
 }
 
 /* ---- tools written in C */

@@ -189,6 +189,7 @@ int orch_redact_text(const struct orch_generation *g, const uint16_t *patterns, 
 
 /* Whether calls to this tool's rule and caller are still within limit per window. */
 bool orch_rate_take(struct orch *o, const char *key, double limit, int64_t window_ms);
+void orch_rates_free(struct orch *o);
 
 struct orch_toolcall;
 
