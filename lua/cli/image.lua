@@ -105,25 +105,30 @@ local function remove_dir(path)
   return os.remove(path)
 end
 
+local function manifest_of(path)
+  local text, m = orch.fs.read(path .. "/manifest") or "", {}
+  for key, value in text:gmatch("([%l]+) ([^\n]+)\n") do m[key] = value end
+  return m
+end
+
 local function rm(_, words, _, name)
   local dir, image = images_dir(), words[1]
   if not image:find("^[a-z][a-z0-9-]*$") or not cli.exists(dir .. "/" .. image .. "/manifest") then
     return cli.fail(name, "no image named " .. image .. " is built; there are: "
       .. (table.concat(names(), ", "):gsub("^$", "none")), 1)
   end
-  local manifest = orch.fs.read(dir .. "/" .. image .. "/manifest") or ""
-  local id = ("\n" .. manifest):match("\nid (%x+)\n")
   local ok, why = os.remove(dir .. "/" .. image)
   if not ok then return cli.fail(name, why, 1) end
-  -- Another name may stand for the same content.
-  for _, other in ipairs(names()) do
-    local text = orch.fs.read(dir .. "/" .. other .. "/manifest") or ""
-    if id and ("\n" .. text):find("\nid " .. id .. "\n", 1, true) then id = nil end
-  end
-  if id and #id == 64 then
-    for _, t in ipairs(templates_of(id)) do remove_dir(t.path) end
-    ok, why = remove_dir(dir .. "/" .. id)
-    if not ok then return cli.fail(name, why, 1) end
+  -- Its content and what earlier builds of it left; not what another name stands for.
+  local kept = {}
+  for _, other in ipairs(names()) do kept[manifest_of(dir .. "/" .. other).id or ""] = true end
+  for _, id in ipairs(orch.fs.list(dir) or {}) do
+    local m = #id == 64 and manifest_of(dir .. "/" .. id) or {}
+    if m.id == id and m.name == image and not kept[id] then
+      for _, t in ipairs(templates_of(id)) do remove_dir(t.path) end
+      ok, why = remove_dir(dir .. "/" .. id)
+      if not ok then return cli.fail(name, why, 1) end
+    end
   end
   cli.out("removed ", image, "; microVMs that run from it go on\n")
   return 0
