@@ -1049,8 +1049,10 @@ static void test_drain_and_free(void **state)
     say(&idle, HEAD_OF("GET", "/later") "\r\n");
     say(&busy, HEAD_OF("GET", "/sse") "\r\n");
     UNTIL(n_kept == 3);
+    assert_int_equal(event(kept[2], NULL, NULL, ORCH_SLICE("not written yet")), 0);
     orch_http_server_free(server);
     server = NULL;
+    orch_loop_step(loop, 0);
     assert_int_equal(n_gone, 2);
     assert_int_equal(last_gone, ORCH_HTTP_GONE_SERVER);
     UNTIL(idle.eof && busy.eof);
@@ -1189,6 +1191,7 @@ struct result {
     enum orch_class cls; /* 0: success */
     char msg[512];
     bool pause_on_data, cancel_on_head, cancel_on_data, cancel_on_done;
+    struct result *cancel_other; /* when done */
 };
 
 static void got_head(void *ud, const struct orch_http_response *r)
@@ -1226,6 +1229,8 @@ static void got_all(void *ud, const struct orch_http_response *r, const struct o
     snprintf(t->msg, sizeof t->msg, "%.500s", e ? e->msg : "");
     if (t->cancel_on_done)
         orch_http_call_cancel(t->call);
+    if (t->cancel_other)
+        orch_http_call_cancel(t->cancel_other->call);
     t->call = NULL;
 }
 
@@ -1400,6 +1405,23 @@ static void test_client_cancel(void **state)
     int64_t started = orch_now_us();
     orch_http_call_cancel(t[0].call);
     assert_true(orch_now_us() - started < 100 * 1000);
+    /* Two have their answer, and the first that tells it cancels the other. */
+    for (size_t i = 0; i < 2; i++) {
+        start(&t[i], (struct orch_http_call_opts){ .url = url_of("/") }, false);
+        t[i].cancel_other = &t[1 - i];
+        orch_http_call_pause(t[i].call, true);
+    }
+    size_t before = n_requests;
+    UNTIL(n_requests == before + 2);
+    for (int i = 0; i < 20; i++)
+        orch_loop_step(loop, 2);
+    orch_http_call_pause(t[0].call, false);
+    orch_http_call_pause(t[1].call, false);
+    UNTIL(t[0].dones);
+    orch_loop_step(loop, 2);
+    assert_int_equal(t[1].dones, 0);
+    result_free(&t[0]);
+    result_free(&t[1]);
     /* Under way when the client is freed. */
     for (size_t i = 0; i < 3; i++)
         start(&t[i], (struct orch_http_call_opts){ .url = url_of("/later") }, false);
@@ -1649,7 +1671,7 @@ static void make_certificate(const char *path)
     EVP_PKEY *key = EVP_EC_gen("P-256");
     X509 *x = X509_new();
     X509_NAME *subject = X509_get_subject_name(x);
-    X509_EXTENSION *alt = X509V3_EXT_conf_nid(NULL, NULL, NID_subject_alt_name, "DNS:tls.orch.test");
+    X509_EXTENSION *alt = X509V3_EXT_conf_nid(NULL, NULL, NID_subject_alt_name, "DNS:tls.orch.test,IP:127.0.0.1");
     FILE *f = fopen(path, "w");
     X509_set_version(x, 2);
     ASN1_INTEGER_set(X509_get_serialNumber(x), 1);
@@ -1677,7 +1699,9 @@ static void test_client_tls(void **state)
         "while True:\n"
         "  k,_=s.accept()\n"
         "  try:\n"
-        "    t=c.wrap_socket(k,server_side=True); t.recv(4096); t.sendall(b'HTTP/1.1 200 OK\\r\\nContent-Length: 2\\r\\nConnection: close\\r\\n\\r\\nok'); t.close()\n"
+        "    t=c.wrap_socket(k,server_side=True); q=t.recv(4096)\n"
+        "    t.sendall(b'HTTP/1.1 302 Found\\r\\nLocation: '+q.split()[1][2:] if b'?' in q else b'HTTP/1.1 200 OK')\n"
+        "    t.sendall(b'\\r\\nContent-Length: 2\\r\\nConnection: close\\r\\n\\r\\nok'); t.close()\n"
         "  except (ssl.SSLError, OSError): k.close()\n";
     char pem[96], url[64], wrong[64];
     int out[2];
@@ -1710,6 +1734,18 @@ static void test_client_tls(void **state)
             fail_msg("case %zu: %s", i, t.msg);
         result_free(&t);
     }
+    /* A redirect to https is followed, one that leaves it is not. */
+    serve((struct orch_http_limits){ 0 });
+    for (int down = 0; down < 2; down++) {
+        char from[128];
+        snprintf(from, sizeof from, "https://127.0.0.1:%d/?%s", atoi(port), down ? url_of("/") : "/there");
+        start(&t, (struct orch_http_call_opts){ .url = from, .ca_file = pem, .max_redirects = 1 }, false);
+        UNTIL(t.dones);
+        if (t.cls != (down ? ORCH_CLASS_UPSTREAM : 0) || t.status != (down ? 0 : 200))
+            fail_msg("%d: %d %s", down, t.status, t.msg);
+        result_free(&t);
+    }
+    assert_int_equal(n_requests, 0);
     kill(child, SIGKILL);
     waitpid(child, NULL, 0);
 }
