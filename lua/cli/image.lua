@@ -71,12 +71,14 @@ local function list(opts)
   return 0
 end
 
+-- The templates of an image; of images that are no longer there without an id.
 local function templates_of(id)
   local out, dir = {}, internal.paths().cache .. "/templates"
   for _, key in ipairs(orch.fs.list(dir) or {}) do
     local text = orch.fs.read(dir .. "/" .. key .. "/meta.json")
     local meta = text and orch.json.decode(text)
-    if type(meta) == "table" and meta.image_id == id then out[#out + 1] = { path = dir .. "/" .. key, meta = meta } end
+    local of = type(meta) == "table" and meta.image_id
+    if of and (of == id or not id and not cli.exists(images_dir() .. "/" .. of)) then out[#out + 1] = { path = dir .. "/" .. key, meta = meta } end
   end
   return out
 end
@@ -125,11 +127,11 @@ local function rm(_, words, _, name)
   for _, id in ipairs(orch.fs.list(dir) or {}) do
     local m = #id == 64 and manifest_of(dir .. "/" .. id) or {}
     if m.id == id and m.name == image and not kept[id] then
-      for _, t in ipairs(templates_of(id)) do remove_dir(t.path) end
       ok, why = remove_dir(dir .. "/" .. id)
       if not ok then return cli.fail(name, why, 1) end
     end
   end
+  for _, t in ipairs(templates_of()) do remove_dir(t.path) end
   cli.out("removed ", image, "; microVMs that run from it go on\n")
   return 0
 end
