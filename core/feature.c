@@ -69,6 +69,22 @@ static void task_done(void *ud, lua_State *L, int nres, const struct orch_err *e
     orch_call_end(c);
 }
 
+/* What a client was given is in the audit log, before it is. */
+static int audit(struct orch_toolcall *c, struct orch_slice name, struct orch_err *err)
+{
+    struct orch_audit *log = c->o->audit;
+    cleanup_buf struct orch_buf b = { 0 };
+    orch_buf_printf(&b, "\"call\":\"%s\",", c->id);
+    orch_buf_slice(&b, (struct orch_slice){ c->session->audit_fields.p, c->session->audit_fields.n });
+    orch_buf_printf(&b, ",\"method\":\"%s\",\"name\":", c->method);
+    orch_json_quote(&b, (struct orch_slice){ name.p, name.n > 4096 ? 4096 : name.n });
+    orch_buf_slice(&b, (struct orch_slice){ c->gen->audit_field.p, c->gen->audit_field.n });
+    if (!log || orch_audit_broken(log))
+        return orch_err_set(err, EIO, "not run: the audit log cannot be written");
+    int r = orch_audit_add(log, "request", (struct orch_slice){ b.p, b.n }, false, err);
+    return r < 0 ? r : orch_audit_flush(log, err);
+}
+
 void orch_feature_call(struct orch_session *s, struct orch_mcp_request *rq, const struct orch_json_doc *d, const char *method,
                        const struct orch_mcp_params *p)
 {
@@ -84,6 +100,12 @@ void orch_feature_call(struct orch_session *s, struct orch_mcp_request *rq, cons
     if (c->caps)
         orch_asking_begin(c, method, d, p);
     orch_call_running(c);
+    struct orch_err err = { 0 };
+    if (p->name.n && audit(c, p->name, &err) < 0) {
+        orch_call_rpc_error(c, ORCH_RPC_INTERNAL_ERROR, err.msg);
+        orch_call_end(c);
+        return;
+    }
     struct orch_state *state = o->offer.on ? o->script : c->gen->tools_state;
     lua_State *L = orch_state_lua(state);
     lua_rawgeti(L, LUA_REGISTRYINDEX, o->offer.on ? o->offer.handle_ref : c->gen->handle_ref);

@@ -46,6 +46,10 @@ def offered(env):
     s.initialize()
     legacy = s.request("resources/read", {"uri": "notes://a"})["result"]
     expect(legacy == {"contents": [{"uri": "notes://a", "mimeType": "text/plain", "text": "A"}]}, legacy)
+    s.end()
+    logged = [(line["method"], line["name"]) for line in env.audit() if line["event"] == "request"]
+    expect(logged == [("resources/read", uri) for uri in ("notes://a", "notes://b", "notes://x/y/z")] + [("prompts/get", "greet"),
+                      ("resources/read", "notes://a")], logged)
 
 
 @case("what is not there, and what fails")
