@@ -258,6 +258,10 @@ orch.mcp = {}
 ---@return orch.code? code
 function orch.mcp.serve(options) end
 
+---Tells the clients of what is served that it changed: lists, or one resource by its uri. Contexts: script.
+---@param what { tools?: boolean, prompts?: boolean, resources?: boolean, uri?: string }
+function orch.mcp.changed(what) end
+
 ---@class orch.mcp.ConnectOptions
 ---@field command string[] program and arguments of a server over stdio; it runs on the host
 ---@field env? string[] "NAME=value" each; default: the environment of this process
