@@ -334,6 +334,14 @@ const char *orch_host_image(struct orch *o)
     return access(built, F_OK) == 0 ? "debian" : "base";
 }
 
+static struct orch_http_client *env_http(void *ud, struct orch_err *err)
+{
+    struct orch *o = ud;
+    if (!o->http)
+        o->http = orch_http_client_new(o->loop, err);
+    return o->http;
+}
+
 static int env_vm_defaults(void *ud, struct orch_vm_opts *v, struct orch_err *err)
 {
     struct orch *o = ud;
@@ -444,7 +452,7 @@ struct orch *orch_host_open(const char *config, const struct orch_options *opts,
         return NULL;
     }
     snprintf(o->call_prefix, sizeof o->call_prefix, "c%02x%02x%02x%02x", prefix[0], prefix[1], prefix[2], prefix[3]);
-    o->env = (struct orch_env){ .loop = o->loop, .vms = env_vms, .vm_defaults = env_vm_defaults,
+    o->env = (struct orch_env){ .loop = o->loop, .vms = env_vms, .http = env_http, .vm_defaults = env_vm_defaults,
                                 .serve = orch_serve, .serve_stop = orch_serve_stop, .changed = orch_serve_changed, .rules = env_rules,
                                 .fill_policy = env_fill_policy, .exit = env_exit, .call = &orch_call_ops, .ud = o };
     return o;
@@ -494,6 +502,7 @@ void orch_close(struct orch *o)
     end_calls(o);
     orch_upstream_free(o->upstream);
     orch_state_free(o->script);
+    orch_http_client_free(o->http);
     orch_vm_handles_close(&o->env.vm_handles);
     orch_vms_free(o->vms);
     orch_generation_unref(o->gen);
@@ -663,6 +672,8 @@ static struct orch_state *script_state(struct orch *o, const char *script_dir, s
     lua_getfield(L, -1, "preload");
     lua_pushcfunction(L, orch_luaopen_internal);
     lua_setfield(L, -2, "orch.internal");
+    lua_pushcfunction(L, orch_luaopen_transport);
+    lua_setfield(L, -2, "orch.transport");
     lua_settop(L, 0);
     return o->script;
 }

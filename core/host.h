@@ -7,6 +7,7 @@
 #include "bind/bind.h"
 #include "bind/lua_json.h"
 #include "bind/lua_regex.h"
+#include "http/client.h"
 #include "mcp/client.h"
 #include "mcp/headers.h"
 #include "mcp/session.h"
@@ -221,6 +222,7 @@ struct orch {
     struct orch_state *script;       /* trusted state, made at the first script */
     struct orch_audit *audit;
     struct orch_vms *vms;
+    struct orch_http_client *http; /* of scripts */
     struct orch_reload *reload;
     struct orch_buf watched;         /* the folders it watches, each ended by NUL */
     struct orch_buf reload_error;    /* of the last failed reload; empty when the last one went well */

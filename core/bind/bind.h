@@ -21,6 +21,7 @@ struct orch_toolcall;
 
 struct orch_task;
 struct orch_ask;
+struct orch_http_client;
 
 /* One question to a call's client, and its answer. */
 struct orch_ask_item {
@@ -83,6 +84,8 @@ struct orch_env {
     struct orch_loop *loop;
     /* The microVM manager, made at the first need; NULL with err. */
     struct orch_vms *(*vms)(void *ud, struct orch_err *err);
+    /* The HTTP client, made at the first need; NULL with err. */
+    struct orch_http_client *(*http)(void *ud, struct orch_err *err);
     /* Lowers and fills what the configuration bounds (image, accel, memory, vcpus). */
     int (*vm_defaults)(void *ud, struct orch_vm_opts *o, struct orch_err *err);
     /* A network policy's filter, for orch_vm_opts. Class CONFIG when there is no such policy. */
@@ -112,6 +115,8 @@ struct orch_api {
 };
 /* Sets the functions into the table at the top of the stack; prefix ("orch.vm.") is for messages. */
 void orch_api_set(lua_State *L, const char *prefix, const struct orch_api *api);
+/* The same for one function of scripts that a module in lua/ has under this name. */
+void orch_api_lua(lua_State *L, const char *prefix, const char *name, const char *module);
 
 /* Opens the global `orch` (and package.loaded.orch in scripts) for the state's context; freezes it in
  * bounded states. */
@@ -149,6 +154,8 @@ const char **orch_check_strings(lua_State *L, int idx, const char *what, size_t 
 int orch_luaopen_sys(lua_State *L, int orch_table); /* now, log, version, env, process, fs */
 int orch_luaopen_vm(lua_State *L, int orch_table);  /* vm, image */
 int orch_luaopen_mcp(lua_State *L, int orch_table); /* mcp */
+int orch_luaopen_transport(lua_State *L);           /* the module "orch.transport" of scripts */
+void orch_luaopen_pipe(lua_State *L);               /* its process_open, into the table at the top */
 int orch_luaopen_ctx(lua_State *L);                 /* the metatable of ctx, in tool states and scripts */
 struct orch_toolcall *orch_check_call(lua_State *L); /* of the ctx at 1; raises */
 int orch_ctx_elicit(lua_State *L), orch_ctx_sample(lua_State *L), orch_ctx_roots(lua_State *L), orch_ctx_ask(lua_State *L);

@@ -47,12 +47,18 @@ local function show_result(result, opts)
 end
 
 local function run(opts, words, cmd, name)
-  if opts.url then return cli.fail(name, "--url is not available yet; give a command after --", 2) end
   if words[1] then
     return cli.usage(name, "unexpected argument " .. words[1] .. "; the server's command comes after --")
   end
-  if not cmd or not cmd[1] then
-    return cli.usage(name, "CMD is missing: orch " .. name .. " [options] -- CMD ARG…")
+  if opts.url and cmd then return cli.usage(name, "--url and a command exclude each other") end
+  if not opts.url and (not cmd or not cmd[1]) then
+    return cli.usage(name, "CMD is missing: orch " .. name .. " [options] -- CMD ARG…, or --url URL")
+  end
+  local headers = {}
+  if opts.header then
+    local field, value = opts.header:match("^([^:%s]+):%s*(.-)%s*$")
+    if not field or not opts.url then return cli.usage(name, "--header needs NAME: VALUE, and --url") end
+    headers[field] = value
   end
   local args = orch.json.decode("{}")
   if opts.args then
@@ -63,7 +69,7 @@ local function run(opts, words, cmd, name)
       return cli.usage(name, "--args must be a JSON object: " .. (why or opts.args))
     end
   end
-  local client, why = orch.mcp.connect { command = cmd, timeout = opts.timeout }
+  local client, why = orch.mcp.connect { command = cmd, url = opts.url, headers = opts.url and headers, timeout = opts.timeout }
   if not client then return cli.fail(name, why, 7) end
   if not opts.json then
     local info = object(client.server_info)
@@ -84,13 +90,14 @@ local function run(opts, words, cmd, name)
 end
 
 return cli.main("mcp test", {
-  usage = "[--list] [--call NAME [--args JSON]] [--timeout TIME] [--json] -- CMD ARG…",
-  about = "An MCP client: starts the server CMD, connects over its stdin and stdout, lists its tools or calls "
-    .. "one, prints what it said with control characters escaped. test-mcp is the same command.",
+  usage = "[--list] [--call NAME [--args JSON]] [--timeout TIME] [--json] --url URL | -- CMD ARG…",
+  about = "An MCP client: goes to the server at URL, or starts CMD and connects over its stdin and stdout, lists its "
+    .. "tools or calls one, prints what it said with control characters escaped. test-mcp is the same command.",
   options = { { "--list", nil, "list the tools (also without --call)" }, { "--call", "NAME", "call this tool" },
     { "--args", "JSON", "with these arguments, a JSON object" },
     { "--timeout", "TIME", 'how long to wait for the server and for the call ("30s")', kind = "duration" },
-    { "--url", "URL", "not available yet" }, { "--json", nil, "print what the server answered as JSON" } },
+    { "--url", "URL", "of a server over Streamable HTTP" },
+    { "--header", "TEXT", "a header for it (\"Authorization: Bearer …\")" }, { "--json", nil, "print what the server answered as JSON" } },
   examples = { "orch mcp test -- orch mcp stdio",
     [[orch mcp test --call run_command --args '{"command":"id"}' -- orch mcp stdio]] },
   status = "0 done, 1 the tool said isError, 7 the server failed, 2 usage",

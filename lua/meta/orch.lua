@@ -263,45 +263,104 @@ function orch.mcp.serve(options) end
 function orch.mcp.changed(what) end
 
 ---@class orch.mcp.ConnectOptions
----@field command string[] program and arguments of a server over stdio; it runs on the host
+---@field command? string[] program and arguments of a server over stdio; it runs on the host
+---@field url? string of a server over Streamable HTTP
+---@field headers? table<string, string> for every HTTP request
 ---@field env? string[] "NAME=value" each; default: the environment of this process
 ---@field cwd? string
 ---@field timeout? orch.duration until the handshake is done, default 10 s
 ---@field sandbox? "host" the only one yet
+---@field protocol? string a revision, "2025-11-25"; default: asked by server/discover, then initialize. The verdict is kept, of the older era for 5 minutes
+---@field elicit? fun(params: table): table|string answers a form: { action = "accept", content = {…} }, or "decline", "cancel"; what content leaves out has the schema's defaults
+---@field elicit_url? fun(params: table): table|string the same for questions that send a person to a URL
+---@field sample? fun(params: table): table answers sampling/createMessage
+---@field roots? table[]|fun(): table[] { { uri = "file:///…", name = … } }
+---@field capabilities? table further ones to declare, extensions for example
+---@field on_log? fun(params: table) a log message
+---@field on_notification? fun(method: string, params: table) any other notification; like on_log it must not wait
+---@field auth? table OAuth for the url, see lua/mcp_auth.lua
+---@field name? string of the client, default "orch"
 
 ---@class orch.mcp.Client
 ---@field server_info { name: string, version: string }?
 ---@field capabilities table?
----@field protocol_version string?
+---@field instructions string?
+---@field protocol_version string
+---@field era "legacy"|"modern" legacy: up to 2025-11-25
 local Client = {}
 
----Starts a server and connects to it.
+---@class orch.mcp.CallOptions
+---@field timeout? orch.duration default 60 s; progress sets its clock back
+---@field max_timeout? orch.duration not longer whatever the progress, default ten times timeout
+---@field progress? fun(done: number, total: number?, message: string?) must not wait
+---@field meta? table for params._meta
+
+---Starts a server, or goes to its url, and connects to it.
 ---@param options orch.mcp.ConnectOptions
----@return orch.mcp.Client? client # or nil, message, "upstream"
+---@return orch.mcp.Client? client # or nil, message, "upstream", "timeout", "denied"
 ---@return string? message
 ---@return orch.code? code
 function orch.mcp.connect(options) end
 
----@return table[]? tools # as the server wrote them; or nil, message, code
+---Any request. Lists follow their pages; what a server asks meanwhile is answered by the functions of connect.
+---@param method string
+---@param params? table
+---@param options? orch.mcp.CallOptions
+---@return table? result # or nil, message, code, and the JSON-RPC error if the server sent one
 ---@return string? message
 ---@return orch.code? code
-function Client:list_tools() end
+---@return table? error
+function Client:request(method, params, options) end
+
+---@return true? ok # or nil, message, code
+function Client:notify(method, params) end
+
+---@return table[]? tools # as the server wrote them, but without those whose x-mcp-header is not valid; or nil, message, code
+---@return string? message
+---@return orch.code? code
+function Client:list_tools(options) end
 
 ---@param name string
 ---@param arguments? table
----@param options? { timeout?: orch.duration } default 60 s
+---@param options? orch.mcp.CallOptions
 ---@return table? result # the MCP result: content, structuredContent, isError; or nil, message, code
 ---@return string? message
 ---@return orch.code? code
 function Client:call_tool(name, arguments, options) end
 
+---@return table[]? # or nil, message, code
+function Client:list_resources(options) end
+---@return table[]? # or nil, message, code
+function Client:list_resource_templates(options) end
+---@return table? result # { contents = {…} }; or nil, message, code
+function Client:read_resource(uri, options) end
 ---@return table? # or nil, message, code
-function Client:ping() end
+function Client:subscribe(uri) end
+---@return table? # or nil, message, code
+function Client:unsubscribe(uri) end
+---@return table[]? # or nil, message, code
+function Client:list_prompts(options) end
+---@return table? result # { messages = {…} }; or nil, message, code
+function Client:get_prompt(name, arguments, options) end
+---@param ref table { type = "ref/prompt", name = … } or { type = "ref/resource", uri = … }
+---@param argument table { name =, value = }
+---@param context? table { arguments = {…} }
+---@return table? completion # { values = {…}, total =, hasMore = }; or nil, message, code
+function Client:complete(ref, argument, context, options) end
+---@param level string "debug" … "emergency"
+---@return table? # or nil, message, code
+function Client:set_log_level(level) end
 
----Ends the server.
+---Modern era: notifications of the kinds named come to on_notification until the task is cancelled.
+---@param kinds table { toolsListChanged = true, resourceSubscriptions = { uri, … }, … }
+---@return orch.Task
+function Client:listen(kinds) end
+
+---@return table? # or nil, message, code
+function Client:ping(options) end
+
+---Ends the server, or its session.
 function Client:close() end
-
--- Not available yet: list_resources, read_resource, list_prompts, get_prompt.
 
 -- ---- The host. S
 
@@ -357,7 +416,19 @@ function orch.fs.mkdir(path) end
 
 ---@class orch.http
 orch.http = {}
----Not available yet.
+---@class orch.http.Options
+---@field url string http or https, without user information; certificates are verified, proxies and cookies are not used
+---@field method? string default GET, with a body POST
+---@field headers? table<string, string>
+---@field body? string
+---@field timeout? orch.duration until the whole answer is there, default 60 s
+---@field on_data? fun(bytes: string) gets the body as it comes, of any size; without it the body is collected, at most 16 MiB
+
+---One HTTP exchange. A redirect is an answer like others. S
+---@param options orch.http.Options
+---@return { status: integer, headers: table<string, string>, body: string? }? answer # whatever its status, header names in lower case; or nil, message, code
+---@return string? message
+---@return orch.code? code # "timeout", "limit", "closed", "upstream"
 function orch.http.request(options) end
 
 ---@class orch.firewall

@@ -1,0 +1,393 @@
+/* HTTP for scripts: the verbs behind orch.http.request and the MCP client (lua/http.lua, lua/mcp_client.lua),
+ * which are written in Lua over them. The private module "orch.transport":
+ *   http_open{ url, method, headers, body, timeout }  waits for the head: stream, status, headers
+ *   stream:read(timeout)  waits for the next bytes; nil at the end; nil, message, code when it failed
+ *   stream:close()
+ *   sse()                 a reader of server-sent events: reader:feed(bytes) gives a list of events
+ *   process_open          lua_pipe.c
+ *   sha256(s) base64(s, url_safe) random(n)
+ * A stream is bounded by the reader alone: while 1 MiB waits unread nothing more is taken from the peer. */
+#include "bind.h"
+
+#include "../base/hash.h"
+#include "../http/client.h"
+
+#include <errno.h>
+#include <string.h>
+
+enum { UNREAD_BYTES = 1 << 20, RANDOM_MAX = 1024 };
+
+#define STREAM_META "orch.http.stream"
+#define SSE_META "orch.http.sse"
+
+/* ---- streams */
+
+struct stream {
+    struct orch_http_call *call; /* NULL once it is over */
+    struct orch_timer *timer;
+    struct orch_wait wait;
+    bool waiting, opening, paused, timed_out;
+    int status;
+    struct orch_buf head; /* name NUL value NUL … */
+    struct orch_buf data;
+    struct orch_err err;
+    lua_State *main;
+    int self_ref; /* while a task waits */
+    int64_t timeout_ms;
+};
+
+static void stream_stop(struct stream *s)
+{
+    if (s->call)
+        orch_http_call_cancel(s->call);
+    s->call = NULL;
+}
+
+static int stream_gc(lua_State *L)
+{
+    struct stream *s = lua_touserdata(L, 1);
+    stream_stop(s);
+    orch_timer_free(s->timer);
+    s->timer = NULL;
+    orch_buf_free(&s->head);
+    orch_buf_free(&s->data);
+    return 0;
+}
+
+static void release(struct stream *s)
+{
+    s->waiting = false;
+    orch_timer_cancel(s->timer);
+    luaL_unref(s->main, LUA_REGISTRYINDEX, s->self_ref);
+    s->self_ref = LUA_NOREF;
+}
+
+/* Names in lower case; of those that come more than once the values are joined, as HTTP says. */
+static void push_head(lua_State *L, const struct stream *s)
+{
+    lua_newtable(L);
+    for (const char *p = s->head.p, *end = p + s->head.n; p && p < end;) {
+        const char *name = p, *value = p + strlen(p) + 1;
+        p = value + strlen(value) + 1;
+        lua_getfield(L, -1, name);
+        if (lua_isnil(L, -1))
+            lua_pushstring(L, value);
+        else
+            lua_pushfstring(L, "%s, %s", lua_tostring(L, -1), value);
+        lua_setfield(L, -3, name);
+        lua_pop(L, 1);
+    }
+}
+
+/* What a read returns: bytes, the end, or why there are none. */
+static int push_bytes(lua_State *L, struct stream *s)
+{
+    if (s->data.n) {
+        lua_pushlstring(L, s->data.p, s->data.n);
+        s->data.n = 0;
+        if (s->paused && s->call)
+            orch_http_call_pause(s->call, false);
+        s->paused = false;
+        return 1;
+    }
+    if (s->timed_out) {
+        s->timed_out = false;
+        struct orch_err err = { 0 };
+        orch_err_setc(&err, ORCH_CLASS_TIMEOUT, ETIMEDOUT, "nothing came within %lld ms", (long long)s->timeout_ms);
+        return orch_push_err(L, &err);
+    }
+    if (s->err.cls)
+        return orch_push_err(L, &s->err);
+    lua_pushnil(L);
+    return 1;
+}
+
+static int stream_push(lua_State *L, void *ud)
+{
+    struct stream *s = ud;
+    lua_rawgeti(L, LUA_REGISTRYINDEX, s->self_ref);
+    bool opening = s->opening;
+    s->opening = false;
+    release(s);
+    if (!opening)
+        return push_bytes(L, s);
+    if (s->timed_out)
+        stream_stop(s);
+    if (s->timed_out || (s->err.cls && !s->status))
+        return push_bytes(L, s);
+    lua_pushinteger(L, s->status);
+    push_head(L, s);
+    return 3;
+}
+
+static void wake(struct stream *s)
+{
+    if (s->waiting)
+        orch_task_ready(s->wait, stream_push, s);
+    s->waiting = false;
+}
+
+static void on_head(void *ud, const struct orch_http_response *r)
+{
+    struct stream *s = ud;
+    s->status = r->status;
+    for (size_t i = 0; i < r->n_headers; i++) {
+        for (size_t k = 0; k < r->headers[i].name.n; k++) {
+            char c = r->headers[i].name.p[k];
+            orch_buf_char(&s->head, c >= 'A' && c <= 'Z' ? (char)(c | 0x20) : c);
+        }
+        orch_buf_char(&s->head, 0);
+        orch_buf_slice(&s->head, r->headers[i].value);
+        orch_buf_char(&s->head, 0);
+    }
+    if (s->opening)
+        wake(s);
+}
+
+static void on_data(void *ud, struct orch_slice data)
+{
+    struct stream *s = ud;
+    orch_buf_slice(&s->data, data);
+    if (s->data.n > UNREAD_BYTES && !s->paused) {
+        s->paused = true;
+        orch_http_call_pause(s->call, true);
+    }
+    if (!s->opening)
+        wake(s);
+}
+
+static void on_done(void *ud, const struct orch_http_response *r, const struct orch_err *err)
+{
+    (void)r;
+    struct stream *s = ud;
+    s->call = NULL;
+    if (err)
+        s->err = *err;
+    wake(s);
+}
+
+static void stream_late(void *ud)
+{
+    struct stream *s = ud;
+    s->timed_out = true;
+    wake(s);
+}
+
+static void stream_cancel(void *ud)
+{
+    struct stream *s = ud;
+    if (s->opening)
+        stream_stop(s);
+    release(s);
+}
+
+/* The stream is at idx. */
+static int stream_wait(lua_State *L, int idx, struct stream *s, int64_t timeout_ms)
+{
+    lua_pushvalue(L, idx);
+    s->self_ref = luaL_ref(L, LUA_REGISTRYINDEX);
+    s->waiting = true;
+    s->timeout_ms = timeout_ms;
+    if (timeout_ms >= 0)
+        orch_timer_set(s->timer, timeout_ms);
+    return orch_task_wait(L, stream_cancel, s, &s->wait);
+}
+
+static struct orch_http_header *take_headers(lua_State *L, struct orch_opts *o, size_t *n)
+{
+    *n = 0;
+    if (!orch_opt_push(o, "headers", LUA_TTABLE))
+        return NULL;
+    int t = lua_gettop(L);
+    struct orch_http_header *list = lua_newuserdata(L, ORCH_HTTP_HEADERS_MAX * sizeof *list);
+    lua_pushnil(L);
+    while (lua_next(L, t)) {
+        if (lua_type(L, -2) != LUA_TSTRING || lua_type(L, -1) != LUA_TSTRING)
+            luaL_error(L, "%s: headers must be strings by their names", o->what);
+        if (*n == ORCH_HTTP_HEADERS_MAX)
+            luaL_error(L, "%s: over %d headers", o->what, ORCH_HTTP_HEADERS_MAX);
+        struct orch_http_header *h = &list[(*n)++];
+        h->name.p = lua_tolstring(L, -2, &h->name.n);
+        h->value.p = lua_tolstring(L, -1, &h->value.n);
+        lua_pop(L, 1);
+    }
+    return list;
+}
+
+static int t_http_open(lua_State *L)
+{
+    struct orch_env *env = orch_env_of(L);
+    struct orch_opts o = orch_opts_begin(L, 1, "orch.http.request");
+    struct orch_http_call_opts c = { .url = orch_opt_string(&o, "url", NULL), .method = orch_opt_string(&o, "method", NULL),
+                                     .total_ms = -1, .idle_ms = -1, .max_body_bytes = SIZE_MAX / 2,
+                                     .on_head = on_head, .on_data = on_data, .on_done = on_done };
+    int64_t timeout = orch_opt_duration_ms(&o, "timeout", 60000);
+    if (!c.url)
+        return luaL_error(L, "orch.http.request: url is missing");
+    if (orch_opt_push(&o, "body", LUA_TSTRING))
+        c.body.p = lua_tolstring(L, -1, &c.body.n);
+    c.headers = take_headers(L, &o, &c.n_headers);
+    orch_opts_done(&o);
+
+    struct stream *s = lua_newuserdata(L, sizeof *s);
+    *s = (struct stream){ .opening = true, .main = orch_state_lua(orch_state_of(L)), .self_ref = LUA_NOREF };
+    luaL_getmetatable(L, STREAM_META);
+    lua_setmetatable(L, -2);
+    struct orch_err err = { 0 };
+    struct orch_http_client *h = env->http(env->ud, &err);
+    c.ud = s;
+    if (!h || !(s->call = orch_http_call_start(h, &c, &err)))
+        return orch_push_err(L, &err);
+    s->timer = orch_timer_new(env->loop, stream_late, s);
+    return stream_wait(L, lua_gettop(L), s, timeout);
+}
+
+static int l_stream_read(lua_State *L)
+{
+    struct stream *s = luaL_checkudata(L, 1, STREAM_META);
+    int64_t timeout = lua_isnoneornil(L, 2) ? -1 : orch_check_duration_ms(L, 2, "timeout");
+    if (s->self_ref != LUA_NOREF)
+        return luaL_error(L, "the stream is being read by another task");
+    if (s->data.n || !s->call)
+        return push_bytes(L, s);
+    return stream_wait(L, 1, s, timeout);
+}
+
+static int l_stream_close(lua_State *L)
+{
+    struct stream *s = luaL_checkudata(L, 1, STREAM_META);
+    stream_stop(s);
+    if (!s->err.cls)
+        orch_err_setc(&s->err, ORCH_CLASS_CLOSED, ECANCELED, "the stream was closed");
+    wake(s);
+    return 0;
+}
+
+/* ---- server-sent events */
+
+static struct orch_sse_reader *check_sse(lua_State *L)
+{
+    return luaL_checkudata(L, 1, SSE_META);
+}
+
+static int sse_gc(lua_State *L)
+{
+    orch_sse_reader_fini(lua_touserdata(L, 1));
+    return 0;
+}
+
+static int t_sse(lua_State *L)
+{
+    struct orch_sse_reader *r = lua_newuserdata(L, sizeof *r);
+    *r = (struct orch_sse_reader){ 0 };
+    luaL_getmetatable(L, SSE_META);
+    lua_setmetatable(L, -2);
+    return 1;
+}
+
+static int sse_event(void *ud, const struct orch_sse_event *e)
+{
+    lua_State *L = ud;
+    if (!e->has_data)
+        return 0;
+    lua_pushlstring(L, e->data.p ? e->data.p : "", e->data.n);
+    lua_rawseti(L, -2, (int)lua_objlen(L, -2) + 1);
+    return 0;
+}
+
+/* The events' data, the last id (nil for none) and the last `retry` in seconds (nil). */
+static int l_sse_feed(lua_State *L)
+{
+    struct orch_sse_reader *r = check_sse(L);
+    struct orch_slice bytes;
+    bytes.p = luaL_checklstring(L, 2, &bytes.n);
+    lua_newtable(L);
+    if (orch_sse_feed(r, bytes, sse_event, L) < 0) {
+        struct orch_err err = { 0 };
+        orch_err_setc(&err, ORCH_CLASS_LIMIT, EMSGSIZE, "an event of the stream is over 16 MiB");
+        return orch_push_err(L, &err);
+    }
+    if (r->id.n)
+        lua_pushlstring(L, r->id.p, r->id.n);
+    else
+        lua_pushnil(L);
+    if (r->retry_ms > 0)
+        lua_pushnumber(L, (double)r->retry_ms / 1000);
+    else
+        lua_pushnil(L);
+    return 3;
+}
+
+/* ---- small functions */
+
+static int t_sha256(lua_State *L)
+{
+    size_t n;
+    const char *s = luaL_checklstring(L, 1, &n);
+    uint8_t out[ORCH_SHA256_BYTES];
+    orch_sha256(s, n, out);
+    lua_pushlstring(L, (const char *)out, sizeof out);
+    return 1;
+}
+
+static int t_base64(lua_State *L)
+{
+    size_t n;
+    const uint8_t *s = (const uint8_t *)luaL_checklstring(L, 1, &n);
+    bool url = lua_toboolean(L, 2);
+    static const char plain[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    static const char safe[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    const char *digits = url ? safe : plain;
+    cleanup_buf struct orch_buf out = { 0 };
+    for (size_t i = 0; i < n; i += 3) {
+        size_t left = n - i;
+        uint32_t v = (uint32_t)s[i] << 16 | (left > 1 ? (uint32_t)s[i + 1] << 8 : 0) | (left > 2 ? s[i + 2] : 0u);
+        size_t put = left > 2 ? 4 : left + 1;
+        for (size_t k = 0; k < 4; k++) {
+            if (k < put)
+                orch_buf_char(&out, digits[v >> (18 - 6 * k) & 63]);
+            else if (!url)
+                orch_buf_char(&out, '=');
+        }
+    }
+    lua_pushlstring(L, out.n ? out.p : "", out.n);
+    return 1;
+}
+
+static int t_random(lua_State *L)
+{
+    char bytes[RANDOM_MAX];
+    lua_Integer n = luaL_checkinteger(L, 1);
+    luaL_argcheck(L, n > 0 && n <= RANDOM_MAX, 1, "1 to 1024");
+    if (orch_random(bytes, (size_t)n) < 0)
+        return luaL_error(L, "the kernel gives no random bytes");
+    lua_pushlstring(L, bytes, (size_t)n);
+    return 1;
+}
+
+static void class_new(lua_State *L, const char *name, const luaL_Reg *methods, lua_CFunction gc)
+{
+    luaL_newmetatable(L, name);
+    lua_newtable(L);
+    luaL_setfuncs(L, methods, 0);
+    lua_setfield(L, -2, "__index");
+    lua_pushcfunction(L, gc);
+    lua_setfield(L, -2, "__gc");
+    lua_pushboolean(L, 0);
+    lua_setfield(L, -2, "__metatable");
+    lua_pop(L, 1);
+}
+
+int orch_luaopen_transport(lua_State *L)
+{
+    static const luaL_Reg stream[] = { { "read", l_stream_read }, { "close", l_stream_close }, { NULL, NULL } };
+    static const luaL_Reg sse[] = { { "feed", l_sse_feed }, { NULL, NULL } };
+    static const luaL_Reg functions[] = { { "http_open", t_http_open }, { "sse", t_sse }, { "sha256", t_sha256 },
+                                          { "base64", t_base64 }, { "random", t_random }, { NULL, NULL } };
+    class_new(L, STREAM_META, stream, stream_gc);
+    class_new(L, SSE_META, sse, sse_gc);
+    lua_newtable(L);
+    luaL_setfuncs(L, functions, 0);
+    orch_luaopen_pipe(L);
+    return 1;
+}

@@ -1,0 +1,58 @@
+-- The client that the official conformance suite runs: orch tests/conformance/client.lua URL, with the
+-- scenario, the protocol version and its credentials in the environment.
+local orch = require "orch"
+local url = arg[#arg]
+local scenario = orch.env("MCP_CONFORMANCE_SCENARIO") or ""
+local context = orch.json.decode(orch.env("MCP_CONFORMANCE_CONTEXT") or "{}") or {}
+
+local function must(ok, why, code)
+  if ok == nil then
+    io.stderr:write(scenario, ": ", tostring(why), " (", tostring(code), ")\n")
+    os.exit(1)
+  end
+  return ok
+end
+
+local options = { url = url, protocol = orch.env("MCP_CONFORMANCE_PROTOCOL_VERSION"), timeout = 20 }
+options.elicit = function() return { action = "accept", content = {} } end
+options.sample = function() return { role = "assistant", model = "none", content = { type = "text", text = "nothing" } } end
+options.roots = { { uri = "file:///workspace", name = "workspace" } }
+
+if scenario:find("^auth/") then
+  options.auth = { client_id = context.client_id, client_secret = context.client_secret,
+    client_metadata_url = "https://conformance-test.local/client-metadata.json",
+    redirect_uri = "http://localhost:3000/callback", follow = true, keep = false }
+end
+
+local client = must(orch.mcp.connect(options))
+local tools = must(client:list_tools())
+
+local run = {}
+
+run["http-standard-headers"] = function()
+  for _, t in ipairs(tools) do client:call_tool(t.name, {}) end
+  for _, r in ipairs(must(client:list_resources())) do client:read_resource(r.uri) end
+  for _, p in ipairs(must(client:list_prompts())) do client:get_prompt(p.name, {}) end
+end
+
+run["http-custom-headers"] = function()
+  for _, call in ipairs(context.toolCalls) do must(client:call_tool(call.name, call.arguments)) end
+end
+
+run["json-schema-2020-12-preservation"] = function()
+  for _, t in ipairs(tools) do
+    if t.name == "json_schema_2020_12_tool" then must(client:call_tool("json_schema_echo", { schema = t.inputSchema })) end
+  end
+end
+
+run["tools_call"] = function() must(client:call_tool("add_numbers", { a = 5, b = 3 })) end
+
+run["json-schema-ref-no-deref"] = function() end -- listing is all: its server answers no calls
+
+local function call_all()
+  for _, t in ipairs(tools) do must(client:call_tool(t.name, {})) end
+end
+
+(run[scenario] or call_all)()
+client:close()
+return 0
