@@ -128,6 +128,13 @@ $(B)/tests/wire: tests/e2e/wire.c Makefile
 	$(Q)$(CC) -std=gnu11 $(WARN) -O1 -g -D_GNU_SOURCE -static -o $@ $<
 $(B)/tests/test_netns: $(B)/launcher $(B)/tests/wire
 
+# Runs inside microVMs.
+$(B)/tests/attack: tests/e2e/attack.c Makefile
+	$(call say,CC,$@)
+	@mkdir -p $(@D)
+	$(Q)$(CC) -std=gnu11 $(WARN) -Os -D_GNU_SOURCE -static -s -o $@ $<
+$(B)/tests/test_net_attacks: $(B)/launcher $(B)/agent $(B)/tests/attack
+
 build/fuzz/fuzz_%: tests/fuzz/fuzz_%.c Makefile
 	$(call say,FUZZ,$@)
 	@mkdir -p $(@D)
@@ -225,7 +232,7 @@ uninstall: ## remove what install put there
 
 # ---- test
 JOBS := -j$(shell nproc)
-.PHONY: tests-c asan test check-layers fuzz demo bench
+.PHONY: tests-c asan test net-mutation check-layers fuzz demo bench
 tests-c: $(TEST_BIN)
 
 asan: ## build and run the C tests with address and undefined behaviour sanitizers
@@ -236,6 +243,10 @@ test: deps ## everything: packages, release and sanitizer builds, all tests
 	@+$(MAKE) --no-print-directory $(JOBS) all
 	@+$(MAKE) --no-print-directory $(JOBS) VARIANT=asan all tests-c
 	@KNOWN_FEATURES="$(KNOWN_FEATURES)" tests/run
+
+net-mutation: deps ## each attack on the firewall against a filter without the rule that stops it: all red
+	@+$(MAKE) --no-print-directory $(JOBS) all $(B)/tests/test_net_attacks
+	@$(B)/tests/test_net_attacks --mutate
 
 check-layers: ## includes point downwards, each library has one user, feature macros are declared
 	@KNOWN_FEATURES="$(KNOWN_FEATURES)" tests/check-layers

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #define WAIT_MS 5000
+#define REASON_MS 100 /* from a failure to what the launcher says of it */
 
 struct orch_netns {
     struct orch_loop *loop;
@@ -17,7 +18,8 @@ struct orch_netns {
     struct orch_watch *watch;
     struct orch_link_events ev;
     bool settings; /* to be made by device */
-    bool ready;
+    bool ready, failing;
+    struct orch_err err; /* failing */
 };
 
 static void check_uplink(void *ud);
@@ -38,10 +40,23 @@ static void fail(struct orch_netns *n, const struct orch_err *err)
     n->o.failed(n->o.ud, err);
 }
 
+/* When pasta ends at once, the namespace goes in the midst of what is done to it; the launcher then
+ * knows more. */
+static void fail_soon(struct orch_netns *n, const struct orch_err *err)
+{
+    n->failing = true;
+    n->err = *err;
+    orch_timer_set(n->deadline, REASON_MS);
+}
+
 static void late(void *ud)
 {
     struct orch_netns *n = ud;
     struct orch_err err;
+    if (n->failing) {
+        fail(n, &n->err);
+        return;
+    }
     orch_err_setc(
         &err, ORCH_CLASS_ISOLATION, ETIMEDOUT,
         n->ready ? "network: pasta made no default route within %d s; is the host's own network up?"
@@ -59,7 +74,7 @@ static void check_uplink(void *ud)
     stop_waiting(n);
     if (orch_link_uplink(n->route_fd, n->ev.uplink, n->o.rules->bandwidth_bits, n->settings, &n->ev,
                          &err))
-        fail(n, &err);
+        fail_soon(n, &err);
     else
         n->o.uplink_up(n->o.ud);
 }
@@ -83,7 +98,7 @@ static void on_net(void *ud, int nft_fd, int route_fd, bool settings)
     n->nft = orch_nft_new(nft_fd, &err);
     if (!n->nft || orch_nft_commit(n->nft, n->o.rules, &err) ||
         orch_link_tap(route_fd, n->o.rules->bandwidth_bits, n->settings, &n->ev, &err)) {
-        fail(n, &err);
+        fail_soon(n, &err);
         return;
     }
     n->ready = true;

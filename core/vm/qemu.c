@@ -796,7 +796,9 @@ static struct orch_vmm *qemu_start(struct orch_vmm_host *h, struct orch_launcher
         v,
         "{\"execute\":\"qmp_capabilities\"}\n"
         "{\"execute\":\"migrate-set-capabilities\",\"arguments\":{\"capabilities\":["
-        "{\"capability\":\"x-ignore-shared\",\"state\":true},{\"capability\":\"events\",\"state\":true}]}}\n",
+        "{\"capability\":\"x-ignore-shared\",\"state\":true},{\"capability\":\"events\",\"state\":true}]}}\n"
+        /* Else a clone's VMM announces its address by RARP, which the packet filter stops. */
+        "{\"execute\":\"migrate-set-parameters\",\"arguments\":{\"announce-rounds\":0}}\n",
         -1);
     if (s->clone && !s->hold)
         qemu_go(v);
