@@ -180,6 +180,7 @@ nftables             test   reads the firewall back by another program
 procps               test   the host's settings before and after
 python3-pip          suite  fetches the JSON Schema test suite
 clang                fuzz   libFuzzer
+npm                  conformance  installs the official MCP suite
 endef
 export PACKAGES
 DEPS_FOR ?= run build demo test
@@ -281,6 +282,7 @@ bench: deps ## measure: MCP over stdio, clones, 1,000 calls; prints machine, met
 
 .PHONY: conformance
 conformance: all ## the official MCP conformance suite (from npm), all sets
+	@command -v npm >/dev/null || $(MAKE) --no-print-directory deps DEPS_FOR=conformance
 	@tests/conformance/run $(B)
 
 demo: DEPS_FOR = run build demo

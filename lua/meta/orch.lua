@@ -245,13 +245,60 @@ function orch.image.list() end
 ---@class orch.mcp
 orch.mcp = {}
 
+---Without tools, resources, resource_templates, prompts and complete it serves what is configured; with any of
+---them just those, in this script's state.
 ---@class orch.mcp.ServeOptions
----@field transport? "stdio" the only one yet
----@field command? string[] a server to put behind the policy, its tools unprefixed on the wire
+---@field transport? "stdio"|"http" default stdio
+---@field listen? string http: "HOST:PORT" or "unix:PATH"; default: http.listen of the configuration
+---@field token? string http: at least 16 characters; default: http.token of the configuration, else a made one
+---@field name? string
+---@field version? string
+---@field instructions? string for the model
+---@field tools? orch.Tool[]
+---@field resources? orch.Resource[]
+---@field resource_templates? orch.ResourceTemplate[]
+---@field prompts? orch.Prompt[]
+---@field complete? fun(ref: table, argument: { name: string, value: string }, ctx: orch.Ctx, context: table?): string[]|table
+---@field command? string[] stdio: a server to put behind the policy, its tools unprefixed on the wire
 ---@field as? string its name in policies, default "cmd"
 
----Serves the configured tools on standard input and output until the input ends. Every call is judged and
----audited.
+---lua/resources/*.lua beside the configuration return one of these, or an orch.ResourceTemplate.
+---@class orch.Resource
+---@field uri string
+---@field name string
+---@field title? string
+---@field description? string
+---@field mimeType? string
+---@field size? integer
+---@field annotations? table
+---@field icons? table[]
+---@field _meta? table
+---@field text? string its content; or blob, or read
+---@field blob? string base64
+---@field read? fun(uri: string, ctx: orch.Ctx): string|table|nil, string? text, { text = } or { blob = }, or a list of such; nil: not there; nil, message: failed
+
+---@class orch.ResourceTemplate
+---@field uri_template string "notes://{id}"; {+path} and {path*} may hold "/"
+---@field name string
+---@field title? string
+---@field description? string
+---@field mimeType? string
+---@field annotations? table
+---@field icons? table[]
+---@field _meta? table
+---@field read fun(uri: string, ctx: orch.Ctx, variables: table<string, string>): string|table|nil, string?
+
+---lua/prompts/*.lua beside the configuration return one of these.
+---@class orch.Prompt
+---@field name string
+---@field title? string
+---@field description? string
+---@field arguments? { name: string, title?: string, description?: string, required?: boolean }[]
+---@field icons? table[]
+---@field _meta? table
+---@field get fun(args: table<string, string>, ctx: orch.Ctx): string|table|nil, string? text, messages, or { description =, messages = }
+
+---Serves MCP until the input ends (stdio) or it is interrupted. Every tool call is judged and audited.
 ---@param options? orch.mcp.ServeOptions
 ---@return integer? status # and why it ended; or nil, message, code
 ---@return string? why
@@ -454,6 +501,7 @@ function orch.firewall.explain(policy, packet) end
 ---@field annotations? { title?: string, readOnlyHint?: boolean, destructiveHint?: boolean, idempotentHint?: boolean, openWorldHint?: boolean }
 ---@field timeout? orch.duration default "60s"
 ---@field run fun(args: table, ctx: orch.Ctx): orch.ToolResult?, string?, orch.code? runs in a task of its own; nil, message, code: failed
+---@field task? "optional"|"required" a task of the tasks extension where the client can; required: only so
 
 ---@class orch.ToolResult
 ---@field text? string bytes that are not UTF-8 become U+FFFD
@@ -464,6 +512,7 @@ function orch.firewall.explain(policy, packet) end
 ---@class orch.Ctx
 ---@field session { id: string }
 ---@field workspace string? the only host directory that tools may see
+---@field client { elicit: boolean, elicit_url: boolean, sample: boolean, sample_tools: boolean, roots: boolean } what it can be asked
 local Ctx = {}
 
 ---A microVM for this call, with the network the deciding rules say; closed after the call.
@@ -500,7 +549,66 @@ function Ctx:read_file(path) end
 ---@return orch.code? code
 function Ctx:list_dir(path) end
 
--- Not available yet: http, elicit, sample, roots, call.
+---@class orch.Elicit
+---@field message string
+---@field schema? table JSON Schema of a flat object, a form; default: none, just yes or no
+---@field url? string a page to show instead of a form
+---@field key? string name of the question in the modern era; default: made up
+
+---Asks the client's user. Waits up to 10 minutes; the tool's timeout stands still meanwhile. The same code serves
+---both eras: a client of 2026-07-28 gets `input_required` and repeats its call with the answer.
+---@param question orch.Elicit
+---@return { action: "accept"|"decline"|"cancel", content: table? }? answer # or nil, message, code ("capability": cannot be asked)
+---@return string? message
+---@return string? code
+function Ctx:elicit(question) end
+
+---@class orch.Sample
+---@field prompt? string one message of the user; or messages
+---@field messages? table[]
+---@field max_tokens? integer default 1000
+---@field system? string
+---@field temperature? number
+---@field stop? string[]
+---@field model? table modelPreferences
+---@field tools? table[]
+---@field tool_choice? table
+---@field metadata? table
+---@field key? string
+
+---Asks the client's model.
+---@param question orch.Sample
+---@return { role: string, content: table, model: string, stopReason: string? }? answer # or nil, message, code
+---@return string? message
+---@return string? code
+function Ctx:sample(question) end
+
+---The folders that the client works in.
+---@param options? { key?: string }
+---@return { uri: string, name: string? }[]? roots # or nil, message, code
+---@return string? message
+---@return string? code
+function Ctx:roots(options) end
+
+---Several questions at once, by name.
+---@param questions table<string, { elicit?: orch.Elicit, sample?: orch.Sample, roots?: true }>
+---@return table<string, table>? answers # by the same names; or nil, message, code
+---@return string? message
+---@return string? code
+function Ctx:ask(questions) end
+
+---From here on the call is a task (extension io.modelcontextprotocol/tasks): the client has its id and asks for the rest.
+---@return true? ok # or nil, message, code ("capability": the client has no tasks)
+---@return string? message
+---@return string? code
+function Ctx:task() end
+
+---For long calls over HTTP: ends the connection of a legacy client, which comes back for the answer after `retry`. Elsewhere
+---without effect.
+---@param retry? orch.duration
+function Ctx:release(retry) end
+
+-- Not available yet: http, call.
 
 -- ---- policies/tools.lua returns one of these. P
 
