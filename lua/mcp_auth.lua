@@ -7,6 +7,11 @@
 --   authorize = fn(url)          shows the URL to a person, returns the URL that the answer came to
 --   follow = true                instead: asks the URL itself; for servers that agree at once
 --   scope                        asked for when the server names none
+--   grant = "client_credentials" no person: the client itself, by client_secret or private_key (PEM, ES256)
+--   grant = "jwt_bearer"         no person: assertion (a JWT, or fn(issuer, resource) → JWT) names a workload
+--   grant = "enterprise"         the same, with a grant that the identity provider gives for id_token:
+--                                idp_token_endpoint, idp_client_id
+--   dpop = true                  tokens bound to a key of this process (RFC 9449), where the issuer knows that
 --   keep = false                 do not store tokens and registrations in the state directory
 -- Tokens are written to the state directory (0600), never to a log nor into a message.
 local orch = require "orch"
@@ -18,7 +23,7 @@ local Auth = {}
 Auth.__index = Auth
 
 -- How often one request may lead to a new authorization, and how long a step may take.
-local ATTEMPTS, STEP_S = 3, 20
+local ATTEMPTS, STEP_S, ASSERTION_S = 3, 20, 300
 
 local function b64(s) return verbs.base64(s, true) end
 
@@ -57,10 +62,11 @@ local function secure(url)
   return url:find("^https://[^/?#@]+") ~= nil or host == "localhost" or host == "127.0.0.1" or host == "[::1]"
 end
 
--- The parameters of the Bearer challenge in a WWW-Authenticate header.
+-- The parameters of the Bearer or DPoP challenge in a WWW-Authenticate header.
 function M.challenge(value)
   local out = {}
-  if not value or not value:lower():find("bearer", 1, true) then return out end
+  local lower = (value or ""):lower()
+  if not lower:find("bearer", 1, true) and not lower:find("dpop", 1, true) then return out end
   for k, v in value:gmatch('([%w_-]+)%s*=%s*"([^"]*)"') do out[k:lower()] = out[k:lower()] or v end
   for k, v in value:gmatch("([%w_-]+)=([^%s\",]+)") do out[k:lower()] = out[k:lower()] or v end
   return out
@@ -99,7 +105,7 @@ local function load(self)
 end
 
 local function save(self)
-  if self.o.keep == false then return end
+  if self.o.keep == false or self.o.dpop then return end -- a bound token is of no use without its key, which stays here
   local dir, name = store_path(self)
   local ok, why = orch.fs.mkdir(dir, { mode = 448 })
   if ok then
@@ -109,6 +115,9 @@ local function save(self)
 end
 
 function M.new(url, o, timeout)
+  if o.grant ~= nil and o.grant ~= "client_credentials" and o.grant ~= "jwt_bearer" and o.grant ~= "enterprise" then
+    error("auth.grant is unknown: " .. tostring(o.grant), 0)
+  end
   local self = setmetatable({ url = url, o = o, clients = {}, step_s = http.seconds(timeout, STEP_S) }, Auth)
   load(self)
   return self
@@ -116,8 +125,26 @@ end
 
 function Auth:token() return self.tokens and self.tokens.access_token end
 
-function Auth:sign(headers)
-  if self.tokens then headers.Authorization = "Bearer " .. self.tokens.access_token end
+local function jwt(key, header, claims)
+  header.alg = "ES256"
+  claims.iat, claims.jti = os.time(), b64(verbs.random(16))
+  local text = b64(orch.json.encode(header)) .. "." .. b64(orch.json.encode(claims))
+  return text .. "." .. b64(assert(key:sign(text)))
+end
+
+-- Proves possession of the key for one request (RFC 9449, section 4.2).
+local function proof(self, method, url, nonce, access_token)
+  local point = assert(self.key:public())
+  local jwk = { kty = "EC", crv = "P-256", x = b64(point:sub(1, 32)), y = b64(point:sub(33)) }
+  return jwt(self.key, { typ = "dpop+jwt", jwk = jwk }, { htm = method, htu = url:match("^[^?#]*"), nonce = nonce,
+    ath = access_token and b64(verbs.sha256(access_token)) or nil })
+end
+
+function Auth:sign(headers, method, url)
+  local t = self.tokens
+  if not t then return end
+  headers.Authorization = (t.dpop and "DPoP " or "Bearer ") .. t.access_token
+  if t.dpop then headers.DPoP = proof(self, method, url, self.nonce, t.access_token) end
 end
 
 function Auth:budget() return { left = ATTEMPTS } end
@@ -206,7 +233,8 @@ end
 
 -- ---- who the client is
 
-local function post(self, url, body, headers)
+local post
+function post(self, url, body, headers, again)
   if not secure(url) then return nil, "an endpoint of the authorization server is missing or not https" end
   local all = { ["Content-Type"] = "application/x-www-form-urlencoded", Accept = "application/json" }
   for k, v in pairs(headers or {}) do all[k] = v end
@@ -214,6 +242,10 @@ local function post(self, url, body, headers)
   if not r then return nil, why, code end
   local doc = orch.json.decode(r.body)
   doc = type(doc) == "table" and doc or {}
+  if doc.error == "use_dpop_nonce" and all.DPoP and r.headers["dpop-nonce"] and not again then
+    all.DPoP = proof(self, "POST", url, r.headers["dpop-nonce"])
+    return post(self, url, body, all, true)
+  end
   if r.status < 200 or r.status > 299 then
     return nil, ("%s: HTTP %d %s %s"):format(url, r.status, tostring(doc.error or ""), tostring(doc.error_description or "")), "denied", doc, r
   end
@@ -251,8 +283,15 @@ local function client_of(self, server, scope)
 end
 
 -- Adds the client's credentials to a request for a token, as its issuer wants them.
-local function authenticate(server, client, fields, headers)
+local function authenticate(self, server, client, fields, headers)
   local supported, method = server.token_endpoint_auth_methods_supported, client.method
+  if self.o.private_key then
+    local key, why = verbs.es256(self.o.private_key)
+    if not key then return nil, why end
+    fields.client_assertion_type = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
+    fields.client_assertion = jwt(key, {}, { iss = client.client_id, sub = client.client_id, aud = server.issuer, exp = os.time() + ASSERTION_S })
+    return true
+  end
   if not client.client_secret then
     method = "none"
   elseif not method or (supported and not has(supported, method)) then
@@ -261,23 +300,30 @@ local function authenticate(server, client, fields, headers)
   end
   if method == "client_secret_basic" then
     headers.Authorization = "Basic " .. verbs.base64(escape(client.client_id) .. ":" .. escape(client.client_secret))
-    return
+    return true
   end
   fields.client_id = client.client_id
   if method == "client_secret_post" then fields.client_secret = client.client_secret end
+  return true
 end
 
 local function token(self, server, client, fields, scope)
   local headers = {}
   fields.resource = self.resource
-  authenticate(server, client, fields, headers)
+  local ok, wrong = authenticate(self, server, client, fields, headers)
+  if not ok then return nil, wrong end
+  if self.o.dpop and type(server.dpop_signing_alg_values_supported) == "table" and has(server.dpop_signing_alg_values_supported, "ES256") then
+    self.key = self.key or assert(verbs.es256())
+    headers.DPoP = proof(self, "POST", server.token_endpoint)
+  end
   local doc, why, code = post(self, server.token_endpoint, form(fields), headers)
   if not doc then return nil, "no token: " .. why, code end
-  if type(doc.access_token) ~= "string" or doc.access_token:find("[%c ]") or tostring(doc.token_type or "Bearer"):lower() ~= "bearer" then
-    return nil, "the authorization server's answer has no bearer token"
+  local kind = tostring(doc.token_type or "Bearer"):lower()
+  if type(doc.access_token) ~= "string" or doc.access_token:find("[%c ]") or not (kind == "bearer" or (kind == "dpop" and headers.DPoP)) then
+    return nil, "the authorization server's answer has no token of a kind that was asked for"
   end
   local old = self.tokens
-  self.tokens = { access_token = doc.access_token, issuer = server.issuer, client_id = client.client_id,
+  self.tokens = { access_token = doc.access_token, issuer = server.issuer, client_id = client.client_id, dpop = kind == "dpop" or nil,
     refresh_token = type(doc.refresh_token) == "string" and doc.refresh_token or old and old.issuer == server.issuer and old.refresh_token or nil,
     scope = type(doc.scope) == "string" and doc.scope or scope, asked = scope,
     till = tonumber(doc.expires_in) and os.time() + tonumber(doc.expires_in) or nil }
@@ -340,6 +386,41 @@ local function authorize(self, server, client, scope)
     code_verifier = verifier }, scope)
 end
 
+-- ---- without a person
+
+local JWT_BEARER = "urn:ietf:params:oauth:grant-type:jwt-bearer"
+local TYPE = "urn:ietf:params:oauth:token-type:"
+
+-- The identity provider's grant for this issuer and this server, in exchange for who the user is.
+local function exchange(self, server)
+  local o = self.o
+  local doc, why, code = post(self, o.idp_token_endpoint, form { grant_type = "urn:ietf:params:oauth:grant-type:token-exchange",
+    requested_token_type = TYPE .. "id-jag", subject_token = o.id_token, subject_token_type = TYPE .. "id_token",
+    audience = server.issuer, resource = self.resource, client_id = o.idp_client_id })
+  if not doc then return nil, "the identity provider gives no grant: " .. why, code end
+  if type(doc.access_token) ~= "string" or doc.issued_token_type ~= TYPE .. "id-jag" then return nil, "the identity provider's answer has no grant" end
+  return doc.access_token
+end
+
+local GRANTS = {}
+
+function GRANTS.client_credentials(self, server, client, scope)
+  return token(self, server, client, { grant_type = "client_credentials", scope = scope ~= "" and scope or nil }, scope)
+end
+
+function GRANTS.jwt_bearer(self, server, client, scope)
+  local assertion = self.o.assertion
+  if type(assertion) == "function" then assertion = assertion(server.issuer, self.resource) end
+  if type(assertion) ~= "string" then return nil, "auth.assertion gives no JWT" end
+  return token(self, server, client, { grant_type = JWT_BEARER, assertion = assertion, scope = scope ~= "" and scope or nil }, scope)
+end
+
+function GRANTS.enterprise(self, server, client, scope)
+  local assertion, why, code = exchange(self, server)
+  if not assertion then return nil, why, code end
+  return token(self, server, client, { grant_type = JWT_BEARER, assertion = assertion, scope = scope ~= "" and scope or nil }, scope)
+end
+
 -- What to ask for: what the challenge names, else what the resource supports, else what the options say;
 -- on a step-up together with what was asked before; offline_access where the issuer knows it.
 local function scope_of(self, challenge, resource, server)
@@ -347,7 +428,7 @@ local function scope_of(self, challenge, resource, server)
   if not scope and type(resource.scopes_supported) == "table" then scope = table.concat(resource.scopes_supported, " ") end
   scope = scope or self.o.scope or ""
   if challenge.error == "insufficient_scope" and self.tokens then scope = union(self.tokens.asked, scope) end
-  if has(server.scopes_supported, "offline_access") then scope = union(scope, "offline_access") end
+  if not self.o.grant and has(server.scopes_supported, "offline_access") then scope = union(scope, "offline_access") end
   return scope
 end
 
@@ -360,6 +441,10 @@ function Auth:challenged(status, headers, budget)
     return nil, ("still refused (HTTP %d) after %d authorizations"):format(status, ATTEMPTS), "denied"
   end
   budget.left = budget.left - 1
+  if challenge.error == "use_dpop_nonce" and headers["dpop-nonce"] and self.nonce ~= headers["dpop-nonce"] then
+    self.nonce = headers["dpop-nonce"]
+    return true
+  end
   local server, why, resource = discover(self, challenge)
   if not server then return nil, why or "no authorization server is known", "denied" end
   self.resource = resource.resource or self.url -- as it names itself
@@ -379,7 +464,7 @@ function Auth:challenged(status, headers, budget)
     if token(self, server, client, { grant_type = "refresh_token", refresh_token = old.refresh_token }, old.asked or scope) then return true end
     old.refresh_token = nil
   end
-  local ok, why3, code3 = authorize(self, server, client, scope)
+  local ok, why3, code3 = (GRANTS[self.o.grant] or authorize)(self, server, client, scope)
   if not ok then return nil, why3, code3 or "denied" end
   return true
 end

@@ -6,9 +6,11 @@
  *   sse()                 a reader of server-sent events: reader:feed(bytes) gives a list of events
  *   process_open          lua_pipe.c
  *   sha256(s) base64(s, url_safe) random(n)
+ *   es256(pem)            a key of P-256, a new one without pem: key:sign(text) and key:public(), 64 bytes each
  * A stream is bounded by the reader alone: while 1 MiB waits unread nothing more is taken from the peer. */
 #include "bind.h"
 
+#include "../base/es256.h"
 #include "../base/hash.h"
 #include "../http/client.h"
 
@@ -365,6 +367,56 @@ static int t_random(lua_State *L)
     return 1;
 }
 
+/* ---- keys */
+
+#define KEY_META "orch.es256"
+
+static int key_gc(lua_State *L)
+{
+    struct orch_es256 **k = lua_touserdata(L, 1);
+    orch_es256_free(*k);
+    *k = NULL;
+    return 0;
+}
+
+static int t_es256(lua_State *L)
+{
+    struct orch_slice pem = { "", 0 };
+    struct orch_err err = { 0 };
+    if (!lua_isnoneornil(L, 1))
+        pem.p = luaL_checklstring(L, 1, &pem.n);
+    struct orch_es256 **k = lua_newuserdata(L, sizeof *k);
+    *k = NULL;
+    luaL_getmetatable(L, KEY_META);
+    lua_setmetatable(L, -2);
+    *k = orch_es256_new(pem, &err);
+    return *k ? 1 : orch_push_err(L, &err);
+}
+
+static int l_key_sign(lua_State *L)
+{
+    struct orch_es256 **k = luaL_checkudata(L, 1, KEY_META);
+    struct orch_slice text;
+    uint8_t out[ORCH_ES256_BYTES];
+    struct orch_err err = { 0 };
+    text.p = luaL_checklstring(L, 2, &text.n);
+    if (orch_es256_sign(*k, text, out, &err) < 0)
+        return orch_push_err(L, &err);
+    lua_pushlstring(L, (const char *)out, sizeof out);
+    return 1;
+}
+
+static int l_key_public(lua_State *L)
+{
+    struct orch_es256 **k = luaL_checkudata(L, 1, KEY_META);
+    uint8_t out[ORCH_ES256_BYTES];
+    struct orch_err err = { 0 };
+    if (orch_es256_public(*k, out, &err) < 0)
+        return orch_push_err(L, &err);
+    lua_pushlstring(L, (const char *)out, sizeof out);
+    return 1;
+}
+
 static void class_new(lua_State *L, const char *name, const luaL_Reg *methods, lua_CFunction gc)
 {
     luaL_newmetatable(L, name);
@@ -382,10 +434,12 @@ int orch_luaopen_transport(lua_State *L)
 {
     static const luaL_Reg stream[] = { { "read", l_stream_read }, { "close", l_stream_close }, { NULL, NULL } };
     static const luaL_Reg sse[] = { { "feed", l_sse_feed }, { NULL, NULL } };
+    static const luaL_Reg key[] = { { "sign", l_key_sign }, { "public", l_key_public }, { NULL, NULL } };
     static const luaL_Reg functions[] = { { "http_open", t_http_open }, { "sse", t_sse }, { "sha256", t_sha256 },
-                                          { "base64", t_base64 }, { "random", t_random }, { NULL, NULL } };
+                                          { "base64", t_base64 }, { "random", t_random }, { "es256", t_es256 }, { NULL, NULL } };
     class_new(L, STREAM_META, stream, stream_gc);
     class_new(L, SSE_META, sse, sse_gc);
+    class_new(L, KEY_META, key, key_gc);
     lua_newtable(L);
     luaL_setfuncs(L, functions, 0);
     orch_luaopen_pipe(L);

@@ -289,7 +289,10 @@ static int l_fs_stat(lua_State *L)
 static int l_fs_mkdir(lua_State *L)
 {
     const char *path = luaL_checkstring(L, 1);
-    int r = orch_mkdir_p(path, 0777);
+    struct orch_opts o = orch_opts_begin(L, 2, "orch.fs.mkdir");
+    mode_t mode = (mode_t)orch_opt_number(&o, "mode", 0777, 0, 0777);
+    orch_opts_done(&o);
+    int r = orch_mkdir_p(path, mode);
     if (r < 0)
         return fs_fail(L, path, -r);
     lua_pushboolean(L, 1);

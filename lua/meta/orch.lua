@@ -456,10 +456,11 @@ function orch.fs.stat(path) end
 
 ---Makes a directory and those above it that are missing.
 ---@param path string
+---@param options? { mode?: integer } of those it makes, default 0777 less the umask
 ---@return true? ok # or nil, message, code
 ---@return string? message
 ---@return orch.code? code
-function orch.fs.mkdir(path) end
+function orch.fs.mkdir(path, options) end
 
 ---@class orch.http
 orch.http = {}

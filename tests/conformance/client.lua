@@ -22,6 +22,13 @@ if scenario:find("^auth/") then
   options.auth = { client_id = context.client_id, client_secret = context.client_secret,
     client_metadata_url = "https://conformance-test.local/client-metadata.json",
     redirect_uri = "http://localhost:3000/callback", follow = true, keep = false }
+  local more = ({ ["auth/client-credentials-jwt"] = { grant = "client_credentials", private_key = context.private_key_pem },
+    ["auth/client-credentials-basic"] = { grant = "client_credentials" },
+    ["auth/wif-jwt-bearer"] = { grant = "jwt_bearer", assertion = context.valid_jwt },
+    ["auth/enterprise-managed-authorization"] = { grant = "enterprise", id_token = context.idp_id_token,
+      idp_client_id = context.idp_client_id, idp_token_endpoint = context.idp_token_endpoint },
+    ["auth/dpop"] = { dpop = true }, ["auth/dpop-nonce"] = { dpop = true } })[scenario]
+  for k, v in pairs(more or {}) do options.auth[k] = v end
 end
 
 local client = must(orch.mcp.connect(options))
