@@ -131,7 +131,7 @@ local function images(g)
     add("image", "ok", ("%s, kernel %s"):format(name, image.kernel_release))
     add("template", "ok", n > 0 and n .. " in the cache" or "none yet; the first microVM makes one")
   else
-    add("image", "warn", why .. "; the first microVM builds it", "orch image build " .. name)
+    add("image", "warn", name == "base" and why .. "; the first microVM builds it" or why, "orch image build " .. name)
   end
   local needed = image and "warn" or "error"
   local busybox = orch.fs.stat("/bin/busybox") and io.open("/bin/busybox", "rb")
@@ -153,6 +153,20 @@ local function images(g)
       "orch image build base --kernel FILE --modules DIR")
   else
     add("apt-get", "ok", "takes the guest's kernel; installs nothing")
+  end
+  if name ~= "debian" and not internal.image_find("debian") then
+    add("debian", "ok", "the image with git, curl, jq and python3 is not built; guests have busybox alone: "
+      .. "orch image build debian")
+  end
+  local lacking = {}
+  for program, package in pairs { mmdebstrap = "mmdebstrap", ["mkfs.erofs"] = "erofs-utils",
+    fakechroot = "fakechroot", fakeroot = "fakeroot" } do
+    if not in_path(program) and not first_file { "/usr/sbin/" .. program } then lacking[#lacking + 1] = package end
+  end
+  table.sort(lacking)
+  if lacking[1] then
+    add("mmdebstrap", "warn", table.concat(lacking, ", ") .. " not found; image build debian needs it",
+      "sudo apt-get install --no-install-recommends " .. table.concat(lacking, " "))
   end
   if not in_path("lz4") then
     add("lz4", needed, "not found; image build unpacks Debian's kernel with it", "sudo apt-get install lz4")
