@@ -34,7 +34,7 @@ struct orch_task {
     struct orch_meter own, *meter; /* meter: own, or that of the ancestor it shares */
     int64_t timeout_ms, deadline_ms, held_left_ms;
     unsigned holds; /* while not 0 the deadline does not come nearer */
-    bool deadline_armed;
+    bool deadline_armed, spawned;
     struct orch_timer *deadline, *sleep;
     struct orch_wait sleeping;
 
@@ -50,7 +50,7 @@ struct orch_tasks {
     struct orch_loop *loop;
     struct orch_task *alive, *spare;
     struct orch_task *first, **last; /* run queue */
-    size_t n_alive;
+    size_t n_alive, n_spawned;
     bool posted;
 };
 
@@ -106,10 +106,10 @@ static struct orch_tasks *room_of(struct orch_state *s, struct orch_loop *l)
     return s->tasks;
 }
 
-static struct orch_task *take(struct orch_tasks *room, struct orch_err *err)
+static struct orch_task *take(struct orch_tasks *room, bool spawned, struct orch_err *err)
 {
-    if (room->n_alive >= ORCH_TASKS_MAX) {
-        orch_err_setc(err, ORCH_CLASS_LIMIT, EAGAIN, "limit: %d tasks are running", ORCH_TASKS_MAX);
+    if (room->n_alive >= ORCH_TASKS_MAX || (spawned && room->n_spawned >= ORCH_TASKS_SPAWNED_MAX)) {
+        orch_err_setc(err, ORCH_CLASS_LIMIT, EAGAIN, "limit: %d tasks are running", spawned ? ORCH_TASKS_SPAWNED_MAX : ORCH_TASKS_MAX);
         return NULL;
     }
     struct orch_task *t = room->spare;
@@ -136,6 +136,8 @@ static struct orch_task *take(struct orch_tasks *room, struct orch_err *err)
         t->next->prev = t;
     room->alive = t;
     room->n_alive++;
+    t->spawned = spawned;
+    room->n_spawned += spawned;
     return t;
 }
 
@@ -210,6 +212,7 @@ static void finish(struct orch_task *t, int nres, const struct orch_err *err)
     if (t->next)
         t->next->prev = t->prev;
     room->n_alive--;
+    room->n_spawned -= t->spawned;
     t->next = room->spare;
     room->spare = t;
 }
@@ -342,7 +345,7 @@ struct orch_task *orch_task_start(struct orch_loop *l, struct orch_state *s, int
     if (nargs > ORCH_TASK_ARGS_MAX)
         orch_err_set(&err, E2BIG, "a task is started with %d arguments; at most %d", nargs, ORCH_TASK_ARGS_MAX);
     else
-        t = take(room_of(s, l), &err);
+        t = take(room_of(s, l), false, &err);
     if (!t) {
         lua_pop(s->L, nargs + 1);
         done(ud, s->L, 0, &err);
@@ -601,7 +604,7 @@ static int task_spawn(lua_State *L)
     lua_insert(L, 1);
 
     struct orch_err err;
-    struct orch_task *t = take(room, &err);
+    struct orch_task *t = take(room, true, &err);
     if (!t) {
         lua_pushnil(L);
         lua_pushstring(L, err.msg);

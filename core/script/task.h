@@ -20,7 +20,8 @@
 
 struct orch_task;
 
-#define ORCH_TASKS_MAX 16384 /* alive in one state */
+#define ORCH_TASKS_MAX 16384        /* alive in one state; most may wait for people */
+#define ORCH_TASKS_SPAWNED_MAX 1023 /* of them by orch.task.spawn */
 #define ORCH_TASK_ARGS_MAX 16
 
 /* The task ended. ok: results are at the top of L, nres of them (L is the task's thread; popped
