@@ -54,12 +54,15 @@ local function has(list, value)
   return false
 end
 
--- Credentials travel encrypted, or stay on this machine.
-local function secure(url)
-  if type(url) ~= "string" then return false end
+local function loopback(url)
   local host = url:match("^http://([^/?#]+)")
   host = host and host:gsub(":%d+$", "")
-  return url:find("^https://[^/?#@]+") ~= nil or host == "localhost" or host == "127.0.0.1" or host == "[::1]"
+  return host == "localhost" or host == "127.0.0.1" or host == "[::1]"
+end
+
+-- Credentials travel encrypted, or stay on this machine; and a server elsewhere sends nobody to this one.
+local function secure(self, url)
+  return type(url) == "string" and (url:find("^https://[^/?#@]+") ~= nil or (loopback(self.url) and loopback(url)))
 end
 
 -- The parameters of the Bearer or DPoP challenge in a WWW-Authenticate header.
@@ -152,7 +155,7 @@ function Auth:budget() return { left = ATTEMPTS } end
 -- ---- discovery
 
 local function fetch(self, url)
-  if not secure(url) then return nil, "it is not https" end
+  if not secure(self, url) then return nil, "it is not https" end
   local r, why, code = http.request { url = url, headers = { Accept = "application/json" }, timeout = self.step_s }
   if not r then return nil, why, code end
   local doc = r.status == 200 and orch.json.decode(r.body)
@@ -187,7 +190,7 @@ end
 -- The issuer's metadata, which must name exactly that issuer.
 local function issuer_metadata(self, issuer)
   local origin, path = split(issuer)
-  if not origin or not secure(issuer) then return nil, "the authorization server " .. tostring(issuer) .. " is not https" end
+  if not origin or not secure(self, issuer) then return nil, "the authorization server " .. tostring(issuer) .. " is not https" end
   path = path:gsub("/$", "")
   local places = { origin .. "/.well-known/oauth-authorization-server" .. path, origin .. "/.well-known/openid-configuration" .. path }
   if path ~= "" then places[3] = origin .. path .. "/.well-known/openid-configuration" end
@@ -198,7 +201,7 @@ local function issuer_metadata(self, issuer)
         return nil, ("the metadata at %s is of issuer %s, not of %s"):format(place, tostring(doc.issuer), issuer)
       end
       for _, key in ipairs { "authorization_endpoint", "token_endpoint", "registration_endpoint" } do
-        if doc[key] ~= nil and not secure(doc[key]) then return nil, ("the %s of %s is not https"):format(key, issuer) end
+        if doc[key] ~= nil and not secure(self, doc[key]) then return nil, ("the %s of %s is not https"):format(key, issuer) end
       end
       return doc
     end
@@ -235,7 +238,7 @@ end
 
 local post
 function post(self, url, body, headers, again)
-  if not secure(url) then return nil, "an endpoint of the authorization server is missing or not https" end
+  if not secure(self, url) then return nil, "an endpoint of the authorization server is missing or not https" end
   local all = { ["Content-Type"] = "application/x-www-form-urlencoded", Accept = "application/json" }
   for k, v in pairs(headers or {}) do all[k] = v end
   local r, why, code = http.request { url = url, method = "POST", headers = all, body = body, timeout = self.step_s }
@@ -352,7 +355,7 @@ end
 local function authorize(self, server, client, scope)
   if server.code_challenge_methods_supported == nil or not has(server.code_challenge_methods_supported, "S256") then
     return nil, "the authorization server " .. server.issuer .. " does not offer PKCE with S256"
-  elseif not secure(server.authorization_endpoint) then
+  elseif not secure(self, server.authorization_endpoint) then
     return nil, "the authorization server has no authorization endpoint"
   end
   local verifier, state = b64(verbs.random(48)), b64(verbs.random(16))

@@ -10,7 +10,7 @@ local http = require "http"
 local verbs = require "orch.transport"
 local M = {}
 
-local NOTE_S, LISTEN_S, RETRIES = 30, 2, 5
+local NOTE_S, LISTEN_S, RETRY_MOST_S, RETRIES = 30, 2, 600, 5
 
 function M.has(list, value)
   for _, v in ipairs(list) do
@@ -313,7 +313,7 @@ function Http:listen()
       else
         tries = tries + 1
       end
-      orch.sleep(retry or math.min(2 ^ tries, 30))
+      orch.sleep(math.min(retry or 2 ^ tries, RETRY_MOST_S))
     end
   end)
   opening:join()

@@ -1,0 +1,380 @@
+# orch.mcp.connect and orch.http.request: scripts against servers that are written here, good and bad, over
+# Streamable HTTP and stdio, of both eras; OAuth with the tokens kept.
+# as: user asan
+import http.server, socketserver, stat, threading, urllib.parse
+
+from orch_e2e import *
+
+JSON = "application/json"
+INFO = {"name": "fixture", "version": "1"}
+
+
+class Server:
+    """answer(message, request) gives a result, or writes to the request itself and returns None."""
+
+    def __init__(self, answer, get=None):
+        self.seen, self.errors = [], []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def reply(self, status, body=b"", type=JSON, **headers):
+                body = body if isinstance(body, bytes) else json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", type)
+                self.send_header("Content-Length", str(len(body)))
+                for k, v in headers.items():
+                    self.send_header(k.replace("_", "-"), v)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def stream(self, *events):
+                self.send_response(200)
+                self.send_header("Content-Type", "text/event-stream")
+                self.send_header("Connection", "close")
+                self.end_headers()
+                for e in events:
+                    self.event(e)
+
+            def event(self, e):
+                self.wfile.write((e if isinstance(e, str) else "data: %s\n\n" % json.dumps(e)).encode())
+                self.wfile.flush()
+
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if self.headers["Content-Type"] != JSON:
+                    self.form = dict(urllib.parse.parse_qsl(body.decode()))
+                    outer.seen.append((self.path, self.form))
+                    return get(self)
+                message = json.loads(body)
+                if "method" not in message:  # an answer to what the server asked
+                    outer.seen.append(("answer", message))
+                    return self.reply(202)
+                outer.seen.append((message["method"], message))
+                try:
+                    result = answer(message, self)
+                except Exception as e:
+                    outer.errors.append(repr(e))
+                    result = None
+                if result is not None and "id" in message:
+                    self.reply(200, {"jsonrpc": "2.0", "id": message["id"], "result": result}, Mcp_Session_Id="s1")
+                elif result is not None:
+                    self.reply(202)
+
+            def do_GET(self):
+                outer.seen.append(("GET", dict(self.headers)))
+                if get:
+                    return get(self)
+                self.reply(405)
+
+            def do_DELETE(self):
+                outer.seen.append(("DELETE", dict(self.headers)))
+                self.reply(200)
+
+        class Threads(socketserver.ThreadingMixIn, http.server.HTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *_):  # a client that went away
+                pass
+
+        self.http = Threads(("127.0.0.1", 0), Handler)
+        self.url = "http://127.0.0.1:%d/mcp" % self.http.server_port
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def methods(self):
+        return [m for m, _ in self.seen]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+def handshake(message):
+    method = message["method"]
+    if method == "initialize":
+        return {"protocolVersion": LEGACY, "capabilities": {"tools": {}}, "serverInfo": INFO}
+    return {} if method.startswith("notifications/") or method == "ping" else None
+
+
+def text(s):
+    return {"content": [{"type": "text", "text": s}]}
+
+
+SAY = """local orch = require "orch"
+local function say(...)
+  local list = { n = select("#", ...), ... }
+  for i = 1, list.n do list[i] = tostring(list[i]) end
+  io.write(table.concat(list, "\\t"), "\\n")
+end
+"""
+
+
+def script(env, server, body, options="", deadline_s=20, **more):
+    """Runs a script whose `client` is connected to the server; what it prints."""
+    path = env.write("script.lua", SAY + 'local url = arg[1]\n'
+                     'local client, why, code = orch.mcp.connect { url = url, %s }\n' % options + body + "\nif client then client:close() end\nreturn 0\n")
+    r = env.orch(path, server.url if isinstance(server, Server) else server, deadline_s=deadline_s * SLOW, **more)
+    expect(r.status == 0 and not getattr(server, "errors", None), r, getattr(server, "errors", None))
+    return r
+
+
+@case("without a word about eras a server of the older one is found: probe, handshake, pages, session ended")
+def legacy_found(env):
+    def answer(m, q):
+        if m["method"] == "server/discover":
+            return q.reply(400, {"jsonrpc": "2.0", "id": None, "error": {"code": -32600, "message": "no session"}})
+        if m["method"] == "tools/list":
+            page = m.get("params", {}).get("cursor")
+            return {"tools": [{"name": "b" if page else "a", "inputSchema": {"type": "object"}}], **({} if page else {"nextCursor": "2"})}
+        return handshake(m)
+
+    with Server(answer) as server:
+        r = script(env, server, 'for _, t in ipairs(client:list_tools()) do io.write(t.name, "\\n") end say(client.era, client.protocol_version, client.server_info.name)')
+        expect(r.out.split() == ["a", "b", "legacy", LEGACY, "fixture"], r)
+        expect(server.methods() == ["server/discover", "initialize", "notifications/initialized", "GET", "tools/list", "tools/list", "DELETE"], server.methods())
+        meta = server.seen[0][1]["params"]["_meta"]
+        expect(meta[META + "protocolVersion"] == MODERN and meta[META + "clientInfo"]["name"] == "orch", meta)
+        expect("Mcp-Session-Id" in server.seen[3][1] and server.seen[3][1]["MCP-Protocol-Version"] == LEGACY, server.seen[3])
+
+
+@case("a failing server is no evidence of its era")
+def no_evidence(env):
+    for status in (401, 403, 500, 503):
+        with Server(lambda m, q: q.reply(status)) as server:
+            r = script(env, server, "say(client, code, why)")
+            expect(r.out.startswith("nil\tupstream") and str(status) in r.out and server.methods() == ["server/discover"], r, server.methods())
+
+
+@case("an answer as a stream: questions are answered meanwhile, progress is told, the defaults of a form filled in")
+def streamed(env):
+    answered = threading.Event()
+
+    def answer(m, q):
+        if m["method"] == "tools/call":
+            token = m["params"]["_meta"]["progressToken"]
+            q.stream({"jsonrpc": "2.0", "method": "notifications/progress", "params": {"progressToken": token, "progress": 1, "total": 2, "message": "half"}},
+                     {"jsonrpc": "2.0", "id": "q1", "method": "elicitation/create", "params": {"message": "who?", "requestedSchema": {
+                         "type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer", "default": 30}}}}},
+                     {"jsonrpc": "2.0", "id": "q2", "method": "sampling/createMessage", "params": {}})
+            until(lambda: [x for x in server.seen if x[0] == "answer"][1:], 10, "two answers")
+            return q.event({"jsonrpc": "2.0", "id": m["id"], "result": text("done")})
+        return handshake(m)
+
+    with Server(answer) as server:
+        r = script(env, server, '''
+local result = client:call_tool("t", {}, { progress = function(done, total, message) say(done, total, message) end })
+say(result.content[1].text)''', 'protocol = "2025-11-25", elicit = function(p) return { action = "accept", content = { name = "Ada" } } end')
+        answers = {m["id"]: m for k, m in server.seen if k == "answer"}
+        expect(r.out == "1\t2\thalf\ndone\n", r)
+        expect(answers["q1"]["result"] == {"action": "accept", "content": {"name": "Ada", "age": 30}}, answers)
+        expect(answers["q2"]["error"]["code"] == -32601, answers)
+        expect(server.seen[0][1]["params"]["capabilities"] == {"elicitation": {"form": {}}}, server.seen[0])
+
+
+@case("a stream that breaks off is taken up after its retry time, with the last event's id")
+def resumed(env):
+    times = {}
+
+    def get(q):
+        if "Last-Event-ID" not in q.headers:
+            return q.reply(405)
+        times["again"] = time.monotonic()
+        times["id"] = q.headers["Last-Event-ID"]
+        q.stream({"jsonrpc": "2.0", "id": times["call"], "result": text("late")})
+        q.close_connection = True
+
+    def answer(m, q):
+        if m["method"] == "tools/call":
+            times["call"] = m["id"]
+            q.stream("id: e7\nretry: 300\ndata: \n\n")
+            q.close_connection = True
+            times["cut"] = time.monotonic()
+            return None
+        return handshake(m)
+
+    with Server(answer, get) as server:
+        r = script(env, server, 'say(client:call_tool("t").content[1].text)', 'protocol = "2025-11-25"')
+        expect(r.out == "late\n" and times["id"] == "e7" and times["again"] - times["cut"] >= 0.29, r, times)
+
+
+@case("a session that the server forgot is begun anew, once")
+def forgotten(env):
+    state = {"lost": True}
+
+    def answer(m, q):
+        if m["method"] == "tools/call":
+            if state.pop("lost", None):
+                return q.reply(404)
+            return text("again")
+        return handshake(m)
+
+    with Server(answer) as server:
+        r = script(env, server, 'say(client:call_tool("t").content[1].text)', 'protocol = "2025-11-25"')
+        expect(r.out == "again\n" and server.methods().count("initialize") == 2 and server.methods().count("tools/call") == 2, r, server.methods())
+
+
+@case("a call that takes too long ends with timeout, and the server is told; progress sets the clock back, but not for ever")
+def slow(env):
+    def answer(m, q):
+        if m["method"] == "tools/call":
+            q.stream()
+            for i in range(200):
+                if m["params"]["name"] == "steps":
+                    q.event({"jsonrpc": "2.0", "method": "notifications/progress", "params": {"progressToken": m["params"]["_meta"]["progressToken"], "progress": i}})
+                if [x for x in server.seen if x[0] == "notifications/cancelled" and x[1]["params"]["requestId"] == m["id"]]:
+                    return None
+                time.sleep(0.05)
+            return None
+        return handshake(m)
+
+    with Server(answer) as server:
+        r = script(env, server, '''
+for _, name in ipairs { "silent", "steps" } do
+  local t = orch.now()
+  local result, why, code = client:call_tool(name, {}, { timeout = 0.3, max_timeout = 0.9, progress = function() end })
+  say(result, code, orch.now() - t < 0.8 and "soon" or orch.now() - t < 5 and "later")
+end
+orch.sleep(0.3)''', 'protocol = "2025-11-25"')
+        expect(r.out == "nil\ttimeout\tsoon\nnil\ttimeout\tlater\n", r)
+        expect(server.methods().count("notifications/cancelled") == 2, server.methods())
+
+
+@case("the modern era: headers, arguments as headers, bad tools left out, questions as results, states kept apart")
+def modern(env):
+    def tool(name, **properties):
+        return {"name": name, "inputSchema": {"type": "object", "properties": properties}}
+
+    def answer(m, q):
+        p, headers = m.get("params", {}), dict(q.headers)
+        if headers.get("MCP-Protocol-Version") != MODERN or headers.get("Mcp-Method") != m["method"] or p["_meta"][META + "protocolVersion"] != MODERN or "Mcp-Session-Id" in headers:
+            server.errors.append(headers)
+        if m["method"] == "server/discover":
+            return {"resultType": "complete", "supportedVersions": [MODERN], "capabilities": {}, "_meta": {META + "serverInfo": INFO}}
+        if m["method"] == "tools/list":
+            return {"tools": [tool("good", region={"type": "string", "x-mcp-header": "Region"}, n={"type": "integer", "x-mcp-header": "N"}),
+                              tool("bad", x={"type": "number", "x-mcp-header": "X"}), tool("deep", x={"type": "array", "items": {"type": "string", "x-mcp-header": "X"}})]}
+        if "inputResponses" in p:
+            return text(json.dumps([p["inputResponses"], p.get("requestState"), p["arguments"], p["name"]]))
+        server.seen.append(("param", (headers.get("Mcp-Name"), headers.get("Mcp-Param-Region"), headers.get("Mcp-Param-N"))))
+        return {"resultType": "input_required", "requestState": "opaque", "inputRequests": {"who": {"method": "elicitation/create", "params": {"requestedSchema": {}}}}}
+
+    with Server(answer) as server:
+        r = script(env, server, '''
+local names = {}
+for _, t in ipairs(client:list_tools()) do names[#names + 1] = t.name end
+say(table.concat(names, " "), client.era, client.server_info.name)
+say(client:call_tool("good", { region = "Zürich", n = 42 }).content[1].text)''', 'elicit = function() return "decline" end')
+        lines = r.out.splitlines()
+        expect(lines[0] == "good\tmodern\tfixture", r)
+        expect(json.loads(lines[1]) == [{"who": {"action": "decline"}}, "opaque", {"region": "Zürich", "n": 42}, "good"], r)
+        expect(("param", ("good", "=?base64?WsO8cmljaA==?=", "42")) in server.seen, server.seen)
+        ids = [m["id"] for k, m in server.seen if k == "tools/call"]
+        expect(len(set(ids)) == 2, ids)
+
+
+@case("what a server answers wrongly is said, never an error in Lua")
+def wrong(env):
+    for body in (b"", b"[]", b"{", b'{"jsonrpc":"2.0","id":1,"result":7}', b'{"jsonrpc":"2.0","id":99,"result":{}}', b'{"jsonrpc":"2.0","id":1,"error":"x"}'):
+        with Server(lambda m, q: q.reply(200, body)) as server:
+            for protocol in (LEGACY, MODERN):
+                r = script(env, server, "say(client, code, why)", 'protocol = "%s"' % protocol)
+                expect(r.out.startswith("nil\tupstream\thttp://127.0.0.1"), body, r)
+
+
+@case("orch's own servers, each era over each transport: listed and called")
+def own(env):
+    env.project()
+    for protocol in (LEGACY, MODERN):
+        path = env.write("s.lua", SAY + '''local c = assert(orch.mcp.connect { command = { "%s", "--config", "%s", "mcp", "stdio" }, protocol = "%s" })
+say(c.era, c:list_tools()[1].name, c:call_tool("echo", { message = "hi" }).content[1].text)
+c:close() return 0''' % (ORCH, env.config, protocol))
+        r = env.orch(path, deadline_s=20 * SLOW)
+        expect(r.status == 0 and r.out.split() == ["legacy" if protocol == LEGACY else "modern", "echo", "hi"], r)
+    s = env.session(argv=[ORCH, "--config", env.config, "mcp", "http", "--listen", "127.0.0.1:0"])
+    url = until(lambda: re.search(r"http://\S+/mcp", s.stderr()), 10 * SLOW, "the address").group(0)
+    with open(env.path("state", "orch", "http.token")) as f:
+        token = f.read().strip()
+    for protocol in (LEGACY, MODERN):
+        r = script(env, url, 'say(client.era, client:list_tools()[1].name, client:call_tool("echo", { message = "hi" }).content[1].text)',
+                   'protocol = "%s", headers = { Authorization = "Bearer %s" }' % (protocol, token))
+        expect(r.out.split() == ["legacy" if protocol == LEGACY else "modern", "echo", "hi"], r)
+    r = env.orch("mcp", "test", "--url", url, "--header", "Authorization: Bearer " + token, "--call", "echo", "--args", '{"message":"over http"}')
+    expect(r.status == 0 and "over http" in r.out and MODERN in r.err, r)
+    s.kill()
+
+
+@case("OAuth: the flow once, the token kept 0600 and used by the next run, refreshed when refused, in no log")
+def oauth(env):
+    state = {"valid": "secret-1", "asked": []}
+
+    def get(q):
+        base = server.url[:-4]
+        if q.path == "/.well-known/oauth-protected-resource/mcp":
+            return q.reply(200, {"resource": server.url, "authorization_servers": [base], "scopes_supported": ["a"]})
+        if q.path == "/.well-known/oauth-authorization-server":
+            return q.reply(200, {"issuer": base, "authorization_endpoint": base + "/authorize", "token_endpoint": base + "/token",
+                                 "code_challenge_methods_supported": ["S256"], "token_endpoint_auth_methods_supported": ["none"]})
+        if q.path.startswith("/authorize"):
+            p = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(q.path).query))
+            state["asked"].append(p)
+            return q.reply(302, Location=p["redirect_uri"] + "?" + urllib.parse.urlencode({"code": "c0de", "state": p["state"]}))
+        if q.path == "/token":
+            state["asked"].append(q.form)
+            return q.reply(200, {"access_token": state["valid"], "token_type": "Bearer", "expires_in": 3600, "refresh_token": "secret-r"})
+        q.reply(405)
+
+    def answer(m, q):
+        if q.headers["Authorization"] != "Bearer " + state["valid"]:
+            return q.reply(401, WWW_Authenticate="Bearer")
+        return text("in") if m["method"] == "tools/call" else handshake(m)
+
+    with Server(answer, get) as server:
+        ask = lambda: script(env, server, 'say(client and client:call_tool("t").content[1].text, why)', 'protocol = "2025-11-25", auth = { client_id = "me", follow = true }')
+        r = ask()
+        expect(r.out.startswith("in") and "secret" not in r.out + r.err, r)
+        first, second = state["asked"]
+        expect(first["resource"] == second["resource"] == server.url and first["scope"] == "a" and first["code_challenge_method"] == "S256", state)
+        expect(second["grant_type"] == "authorization_code" and second["client_id"] == "me" and len(second["code_verifier"]) >= 43, state)
+        files = [os.path.join(d, f) for d, _, fs in os.walk(env.path()) for f in fs if d.endswith("/oauth")]
+        expect(len(files) == 1 and stat.S_IMODE(os.stat(files[0]).st_mode) == 0o600 and stat.S_IMODE(os.stat(os.path.dirname(files[0])).st_mode) == 0o700, files)
+        expect(ask().out.startswith("in") and len(state["asked"]) == 2, state)
+        state["valid"] = "secret-2"
+        expect(ask().out.startswith("in") and state["asked"][2]["grant_type"] == "refresh_token" and len(state["asked"]) == 3, state)
+
+
+@case("orch.http.request: status and headers, a body in pieces, what fails, what is refused")
+def request(env):
+    def get(q):
+        if q.path == "/slow":
+            q.stream("x" * 10)
+            time.sleep(1.5)
+            return None
+        q.reply(418, q.path.encode() * 3, "text/plain", X_One="1")
+
+    with Server(lambda m, q: {}, get) as server:
+        path = env.write("s.lua", SAY + '''local base = arg[1]:gsub("/mcp$", "")
+local r = orch.http.request { url = base .. "/a" }
+say(r.status, r.headers["x-one"], r.body)
+local parts = {}
+r = orch.http.request { url = base .. "/b", on_data = function(s) parts[#parts + 1] = s end }
+say(r.status, r.body, table.concat(parts))
+say(select(3, orch.http.request { url = base .. "/slow", timeout = 0.2 }))
+say(select(3, orch.http.request { url = "http://127.0.0.1:1/" }))
+say(pcall(orch.http.request, { url = base, tiemout = 1 }))
+say(select(2, orch.http.request { url = "file:///etc/passwd" }))
+return 0''')
+        r = env.orch(path, server.url, deadline_s=20 * SLOW)
+        lines = r.out.splitlines()
+        expect(r.status == 0 and lines[:4] == ["418\t1\t/a/a/a", "418\tnil\t/b/b/b", "timeout", "upstream"], r)
+        expect("tiemout" in lines[4] and lines[4].startswith("false") and "not an http" in lines[5], r)
+
+
+if __name__ == "__main__":
+    main()
