@@ -1133,7 +1133,7 @@ static void test_spawn(void **state)
         { "return select('#', orch.task.spawn(function() end):join())", "0" },
         { "local ok, e = pcall(orch.sleep, 'soon') return e", "orch.sleep: not a duration: \"soon\"; seconds, or text like "
                                                               "\"250ms\" \"30s\" \"5m\"" },
-        { "local n, e, c = 0 repeat local t, m, k = orch.task.spawn(orch.sleep, 50) n, e, c = n + 1, m, k until not t return n, c", "1023 limit" },
+        { "local n, e, c = 0 repeat local t, m, k = orch.task.spawn(orch.sleep, 50) n, e, c = n + 1, m, k until not t return n, c", "1024 limit" },
         { "return orch.task.spawn(select, '#', 1, 2, 3):join()", "3" },
         { "return pcall(orch.task.spawn, select, unpack({}, 1, 17))", "false bad argument #18 to '?' (too many arguments)" },
     };
