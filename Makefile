@@ -133,7 +133,7 @@ $(B)/tests/attack: tests/e2e/attack.c Makefile
 	$(call say,CC,$@)
 	@mkdir -p $(@D)
 	$(Q)$(CC) -std=gnu11 $(WARN) -Os -D_GNU_SOURCE -static -s -o $@ $<
-$(B)/tests/test_net_attacks: $(B)/launcher $(B)/agent $(B)/tests/attack
+$(B)/tests/test_net_attacks: $(B)/orch $(B)/launcher $(B)/agent $(B)/tests/attack
 
 build/fuzz/fuzz_%: tests/fuzz/fuzz_%.c Makefile
 	$(call say,FUZZ,$@)

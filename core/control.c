@@ -83,7 +83,7 @@ static void put_status(struct orch *o, struct orch_buf *out)
     orch_json_free(j);
 }
 
-static void put_vm(void *ud, struct orch_vm *vm)
+static struct orch_json *about_vm(struct orch_vm *vm)
 {
     struct orch_json *j = orch_json_object();
     orch_json_set_str(j, "id", orch_vm_id(vm));
@@ -91,15 +91,44 @@ static void put_vm(void *ud, struct orch_vm *vm)
     orch_json_set_str(j, "image", orch_vm_image(vm));
     orch_json_set_str(j, "backend", orch_vm_backend(vm));
     orch_json_set_str(j, "isolation", orch_isolation_name(orch_vm_isolation(vm)));
+    orch_json_set_str(j, "network", orch_vm_network(vm));
     orch_json_set_num(j, "spawn_ms", orch_vm_spawn_ms(vm));
+    return j;
+}
+
+static void put_vm(void *ud, struct orch_vm *vm)
+{
+    orch_json_add_take(ud, about_vm(vm));
+}
+
+static void put_rule(void *ud, const char *label, uint64_t packets, uint64_t bytes)
+{
+    struct orch_json *j = orch_json_object();
+    orch_json_set_str(j, "label", label);
+    orch_json_set_num(j, "packets", (double)packets);
+    orch_json_set_num(j, "bytes", (double)bytes);
     orch_json_add_take(ud, j);
 }
 
-static void put_vms(struct orch *o, struct orch_buf *out)
+static void put_vm_stats(void *ud, struct orch_vm *vm)
+{
+    struct orch_json *j = about_vm(vm), *rules = orch_json_array();
+    struct orch_vm_usage u;
+    struct orch_err err = { .code = 0 };
+    if (orch_vm_usage(vm, &u, &err) < 0 || orch_vm_counters(vm, put_rule, rules, &err) < 0)
+        orch_json_set_str(j, "error", err.msg);
+    orch_json_set_num(j, "vmm_bytes", (double)u.vmm_bytes);
+    orch_json_set_num(j, "uplink_bytes", (double)u.uplink_bytes);
+    orch_json_set_num(j, "connections", u.connections);
+    orch_json_set_take(j, "rules", rules);
+    orch_json_add_take(ud, j);
+}
+
+static void put_vms(struct orch *o, void (*put)(void *ud, struct orch_vm *vm), struct orch_buf *out)
 {
     struct orch_json *list = orch_json_array();
     if (o->vms)
-        orch_vms_each(o->vms, put_vm, list);
+        orch_vms_each(o->vms, put, list);
     orch_json_print(list, false, out);
     orch_json_free(list);
 }
@@ -115,7 +144,9 @@ static void answer(struct client *k)
     if (op && orch_json_string_eq(&d, op, "status")) {
         put_status(o, &out);
     } else if (op && orch_json_string_eq(&d, op, "vms")) {
-        put_vms(o, &out);
+        put_vms(o, put_vm, &out);
+    } else if (op && orch_json_string_eq(&d, op, "stats")) {
+        put_vms(o, put_vm_stats, &out);
     } else if (op && orch_json_string_eq(&d, op, "reload")) {
         if (orch_is_descendant(k->pid, getpid()))
             orch_buf_str(&out, "{\"ok\":false,\"error\":\"refused: asked by a process that orch started\"}");

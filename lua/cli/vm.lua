@@ -68,28 +68,55 @@ local function hold(opts, _, _, name)
   return cli.fail(name, why, code)
 end
 
-local function list(opts, _, _, name)
-  local answers = internal.control('{"op":"vms"}', opts.pid)
-  local rows, all = { { "ID", "PID", "IMAGE", "BACKEND", "ISOLATION", "SPAWN", "NAME" } }, {}
+-- Asks every process for its microVMs; `head` and `row` are the table of them.
+local function show(opts, name, request, id, head, row)
+  local answers = internal.control(request, opts.pid)
+  local rows, all = { head }, {}
   for _, a in ipairs(answers) do
     if a.error then cli.err(("orch %s: pid %d: %s"):format(name, a.pid, a.error)) end
     for _, vm in ipairs(a.answer or {}) do
       vm.pid = a.pid
-      all[#all + 1] = vm
-      rows[#rows + 1] = { vm.id, a.pid, vm.image, vm.backend, vm.isolation,
-        ("%.1f ms"):format(vm.spawn_ms), vm.name or "" }
+      if not id or vm.id == id then
+        all[#all + 1] = vm
+        rows[#rows + 1] = row(vm)
+      end
     end
   end
   if opts.json then
     cli.json(orch.json.array(all))
   elseif all[1] then
     cli.columns(rows)
+    if id then
+      rows = { { "PACKETS", "BYTES", "RULE" } }
+      for _, r in ipairs(all[1].rules) do rows[#rows + 1] = { r.packets, r.bytes, r.label } end
+      if rows[2] then
+        cli.out("\n")
+        cli.columns(rows)
+      end
+    end
+  elseif id and answers[1] then
+    return cli.fail(name, "no microVM " .. id .. " is running; orch vm list shows them", "failed")
   elseif answers[1] then
     cli.out("no microVM is running\n")
   else
     cli.none_running(opts.pid)
   end
   return 0
+end
+
+local function list(opts, _, _, name)
+  return show(opts, name, '{"op":"vms"}', nil,
+    { "ID", "PID", "IMAGE", "BACKEND", "ISOLATION", "NETWORK", "SPAWN", "NAME" }, function(vm)
+      return { vm.id, vm.pid, vm.image, vm.backend, vm.isolation, vm.network, ("%.1f ms"):format(vm.spawn_ms), vm.name or "" }
+    end)
+end
+
+local function stats(opts, words, _, name)
+  local function mb(bytes) return ("%.1f MB"):format(bytes / 1e6) end
+  return show(opts, name, '{"op":"stats"}', words[1], { "ID", "PID", "NETWORK", "VMM", "UPLINK", "CONNECTIONS", "NAME" },
+    function(vm)
+      return { vm.id, vm.pid, vm.network, mb(vm.vmm_bytes), mb(vm.uplink_bytes), vm.connections, vm.name or "" }
+    end)
 end
 
 local JSON = { "--json", nil, "print one JSON object" }
@@ -123,7 +150,14 @@ return cli.main("vm", {
       usage = "[--pid N] [--json]", about = "Lists the microVMs of every running orch process of this user.",
       options = { { "--pid", "N", "only of this process", kind = "count" }, { "--json", nil, "print a JSON array" } },
       words = { 0, 0 }, run = list } },
-    { "exec", later = LATER }, { "logs", later = LATER }, { "stats", later = LATER }, { "kill", later = LATER },
+    { "stats", spec = {
+      summary = "memory and connections of the running microVMs; with ID, what its packet filter counted",
+      usage = "[--pid N] [--json] [ID]",
+      about = "Shows what each microVM takes: memory of its VMM and of its way to the network (proportional set size; "
+        .. "the latter is a process of its own, about 20 MB whatever it carries), and its open connections.",
+      options = { { "--pid", "N", "only of this process", kind = "count" }, { "--json", nil, "print a JSON array" } },
+      words = { 0, 1 }, run = stats } },
+    { "exec", later = LATER }, { "logs", later = LATER }, { "kill", later = LATER },
     { "pool", later = "every microVM is cloned when it is needed" },
   },
 }, ...)
