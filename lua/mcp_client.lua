@@ -296,6 +296,9 @@ function Client:complete(ref, argument, context, opts)
   return result.completion
 end
 
+function Client:list_skills(opts) return list(self, "skills/list", "skills", opts) end
+function Client:read_skill(entry, uri, opts) return require("mcp_skills").read(self, entry, uri, opts) end
+
 function Client:ping(opts)
   if self.era == "modern" then return self:request("server/discover", nil, opts) end
   return self:request("ping", nil, opts)

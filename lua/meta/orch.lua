@@ -394,6 +394,16 @@ function Client:get_prompt(name, arguments, options) end
 ---@param context? table { arguments = {…} }
 ---@return table? completion # { values = {…}, total =, hasMore = }; or nil, message, code
 function Client:complete(ref, argument, context, options) end
+---The skills extension.
+---@return table[]? skills # entries: uri, frontmatter, resources; or nil, message, code
+function Client:list_skills(options) end
+---A file of a skill, by default SKILL.md, if it is what the entry says: size, digest, front matter.
+---@param entry table of list_skills
+---@param uri? string
+---@return string? text # or nil, message, code: "denied" when it is another
+---@return string? message
+---@return orch.code? code
+function Client:read_skill(entry, uri, options) end
 ---@param level string "debug" … "emergency"
 ---@return table? # or nil, message, code
 function Client:set_log_level(level) end

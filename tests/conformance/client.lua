@@ -31,6 +31,8 @@ if scenario:find("^auth/") then
   for k, v in pairs(more or {}) do options.auth[k] = v end
 end
 
+if scenario:find("^sep%-2640%-") then options.capabilities = { extensions = { ["io.modelcontextprotocol/skills"] = orch.json.decode("{}") } } end
+
 local client = must(orch.mcp.connect(options))
 local tools = must(client:list_tools())
 
@@ -55,6 +57,16 @@ end
 run["tools_call"] = function() must(client:call_tool("add_numbers", { a = 5, b = 3 })) end
 
 run["json-schema-ref-no-deref"] = function() end -- listing is all: its server answers no calls
+
+-- A skill is loaded and, if it is what its entry says, its other files are read.
+local function load_skill()
+  for _, skill in ipairs(must(client:list_skills())) do
+    must(client:read_skill(skill))
+    for _, file in ipairs(skill.resources) do must(client:read_skill(skill, file.uri)) end
+  end
+end
+run["sep-2640-client-no-prefetch"] = function() must(client:list_skills()) end
+for _, what in ipairs { "digest", "size", "frontmatter" } do run["sep-2640-client-verify-" .. what] = load_skill end
 
 local function call_all()
   for _, t in ipairs(tools) do must(client:call_tool(t.name, {})) end

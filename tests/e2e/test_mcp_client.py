@@ -1,7 +1,7 @@
 # orch.mcp.connect and orch.http.request: scripts against servers that are written here, good and bad, over
 # Streamable HTTP and stdio, of both eras; OAuth with the tokens kept.
 # as: user asan
-import http.server, socketserver, stat, threading, urllib.parse
+import hashlib, http.server, socketserver, stat, threading, urllib.parse
 
 from orch_e2e import *
 
@@ -308,6 +308,58 @@ c:close() return 0''' % (ORCH, env.config, protocol))
     r = env.orch("mcp", "test", "--url", url, "--header", "Authorization: Bearer " + token, "--call", "echo", "--args", '{"message":"over http"}')
     expect(r.status == 0 and "over http" in r.out and MODERN in r.err, r)
     s.kill()
+
+
+FRAGILE = """import json, sys
+first = json.loads(sys.stdin.readline())
+if first["method"] != "initialize":
+    sys.exit("not initialized")
+def put(m): print(json.dumps(m), flush=True)
+put({"jsonrpc": "2.0", "id": first["id"], "result": {"protocolVersion": "2025-06-18", "capabilities": {}, "serverInfo": {"name": "fragile", "version": "1"}}})
+calls = []
+for line in sys.stdin:
+    m = json.loads(line)
+    if m.get("method") == "tools/call":
+        calls.append(m)
+        put({"jsonrpc": "2.0", "id": "r", "method": "roots/list"})
+    elif m.get("id") == "r" and len(calls) == 2:  # both at once, the later one first
+        while calls:
+            m2 = calls.pop()
+            put({"jsonrpc": "2.0", "id": m2["id"], "result": {"content": [{"type": "text", "text": m["result"]["roots"][0]["uri"] + str(m2["params"]["arguments"]["big"])}]}})
+"""
+
+
+@case("stdio: a server that ends at a request it does not know is started again; roots are answered, numbers kept, two calls at once")
+def fragile(env):
+    server = env.write("fragile.py", FRAGILE)
+    path = env.write("s.lua", SAY + """
+local c = assert(orch.mcp.connect { command = { "%s", "%s" }, roots = { { uri = "file:///w" } } })
+local big = orch.json.decode("9007199254740993")
+local tasks = {}
+for i = 1, 2 do tasks[i] = orch.task.spawn(function() return c:call_tool("t", { big = big, i = i }).content[1].text end) end
+say(c.era, c.protocol_version, (tasks[1]:join()), (tasks[2]:join()))
+c:close() return 0""" % (PY, server))
+    r = env.orch(path, deadline_s=20 * SLOW)
+    expect(r.status == 0 and r.out.split() == ["legacy", "2025-06-18", "file:///w9007199254740993", "file:///w9007199254740993"], r)
+
+
+@case("a skill's files are used only when they are what its entry says")
+def skills(env):
+    main = "---\nname: a\ndescription: \"What it is\"\nmetadata:\n  version: 1\n---\nBody\n"
+    entry = lambda text, **front: {"uri": "skill://a/SKILL.md", "frontmatter": {"name": "a", "description": "What it is", "metadata": {"version": 1}, **front},
+                                   "resources": [{"uri": "skill://a/SKILL.md", "size": len(text), "digest": "sha256:" + hashlib.sha256(text.encode()).hexdigest()}]}
+    entries = [entry(main), entry(main.replace("B", "C")), entry(main + "x"), entry(main, description="Other"), entry(main, more="x")]
+
+    def answer(m, q):
+        if m["method"] == "skills/list":
+            return {"skills": entries}
+        return {"contents": [{"uri": m["params"]["uri"], "text": main}]} if m["method"] == "resources/read" else handshake(m)
+
+    with Server(answer) as server:
+        r = script(env, server, """
+for _, s in ipairs(client:list_skills()) do local text, why, code = client:read_skill(s) say(text and #text, code) end
+say(client:read_skill(client:list_skills()[1], "skill://a/other"))""", 'protocol = "2025-11-25"')
+        expect(r.out.splitlines()[:5] == ["%d\tnil" % len(main)] + ["nil\tdenied"] * 4 and "not a file" in r.out.splitlines()[5], r)
 
 
 @case("OAuth: the flow once, the token kept 0600 and used by the next run, refreshed when refused, in no log")
