@@ -1,7 +1,7 @@
 -- Recipes of images (see images/debian.lua): checks one and makes of it what the builder passes to mmdebstrap.
 --
 --   local plan, errors = recipe.plan(t)   plan: { name, suite, options }; errors: a list of texts
---   recipe.sources(suite)                 this machine's way to the suite's packages; {}: Debian's own servers
+--   recipe.sources(suite)                 this machine's way to the suite's packages; {}: mmdebstrap's own
 local orch = require "orch"
 
 local recipe = {}
@@ -20,11 +20,10 @@ local function write(path, text, mode)
 end
 
 -- What every image has, whatever the machine it was made on: mmdebstrap copies that one's name and servers.
-local function common(suite)
-  local function deb(server, name) return ("deb http://deb.debian.org/%s %s main\n"):format(server, name) end
+local function common()
   return {
     hook "rm -rf /etc/apt/sources.list.d/* /etc/apt/apt.conf.d/99mmdebstrap",
-    write("/etc/apt/sources.list", deb("debian", suite) .. deb("debian", suite .. "-updates") .. deb("debian-security", suite .. "-security")),
+    write("/etc/apt/sources.list", "# No server: a microVM reaches what its network policy allows. A recipe can write this file.\n"),
     write("/etc/hostname", "orch\n"),
     write("/etc/hosts", "127.0.0.1 localhost orch\n::1 localhost\n"),
     write("/etc/resolv.conf", ""),
@@ -84,7 +83,7 @@ function recipe.plan(t)
   local function add(option) options[#options + 1] = option end
   if t.packages and t.packages[1] then add("--include=" .. table.concat(t.packages, ",")) end
   for _, path in ipairs(t.leave_out or {}) do add("--dpkgopt=path-exclude=" .. path) end
-  for _, each in ipairs(common(suite)) do add(each) end
+  for _, each in ipairs(common()) do add(each) end
   for _, file in ipairs(t.files or {}) do add(write(file.path, file.text, file.mode)) end
   for _, command in ipairs(t.commands or {}) do add(hook(command)) end
   local warm = { "exec >/dev/null 2>&1 </dev/null" }
