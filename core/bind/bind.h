@@ -161,7 +161,6 @@ struct orch_toolcall *orch_check_call(lua_State *L); /* of the ctx at 1; raises 
 int orch_ctx_elicit(lua_State *L), orch_ctx_sample(lua_State *L), orch_ctx_roots(lua_State *L), orch_ctx_ask(lua_State *L);
 
 /* A microVM as Lua holds it: outlives neither its owner (a call, or the host for scripts) nor close(). */
-struct orch_vm_handle *orch_vm_handle_next(const struct orch_vm_handle *h);
 struct orch_vm *orch_vm_handle_vm(const struct orch_vm_handle *h);
 void orch_vm_handles_close(struct orch_vm_handle **list);
 void orch_vm_handle_adopt(struct orch_vm_handle **list, struct orch_vm_handle *h);

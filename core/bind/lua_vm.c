@@ -65,11 +65,6 @@ struct operation {
     int (*push)(lua_State *L, struct operation *op);
 };
 
-struct orch_vm_handle *orch_vm_handle_next(const struct orch_vm_handle *h)
-{
-    return h->next;
-}
-
 struct orch_vm *orch_vm_handle_vm(const struct orch_vm_handle *h)
 {
     return h->vm;

@@ -33,7 +33,7 @@ struct orch_mcp_client {
     char *name;
     struct orch_proc *proc;
     struct orch_watch *in, *out;
-    struct orch_buf inbuf, outbuf, server;
+    struct orch_buf inbuf, outbuf;
     size_t scanned;
     struct orch_json_doc doc;
     struct orch_mcp_client_call *calls;
@@ -290,6 +290,7 @@ static void on_readable(void *ud, int events)
 
 static void initialized(void *ud, struct orch_slice result, const struct orch_err *err)
 {
+    (void)result;
     struct orch_mcp_client *c = ud;
     if (err) {
         c->o.ready(c->o.ud, err);
@@ -297,7 +298,6 @@ static void initialized(void *ud, struct orch_slice result, const struct orch_er
             client_fail(c, err);
         return;
     }
-    orch_buf_slice(&c->server, result);
     c->ready = true;
     orch_buf_str(&c->outbuf, "{\"jsonrpc\":\"2.0\",\"method\":\"notifications/initialized\"}\n");
     flush_soon(c);
@@ -358,14 +358,8 @@ void orch_mcp_client_free(struct orch_mcp_client *c, int64_t grace_ms)
     orch_json_doc_free(&c->doc);
     orch_buf_free(&c->inbuf);
     orch_buf_free(&c->outbuf);
-    orch_buf_free(&c->server);
     free(c->name);
     free(c);
-}
-
-struct orch_slice orch_mcp_client_server(const struct orch_mcp_client *c)
-{
-    return (struct orch_slice){ c->server.p, c->server.n };
 }
 
 bool orch_mcp_client_alive(const struct orch_mcp_client *c)

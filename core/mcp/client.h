@@ -30,8 +30,6 @@ struct orch_mcp_client *orch_mcp_client_new(struct orch_loop *l, const struct or
 /* Closes stdin, gives the child grace_ms to end, then ends its process group. No callbacks follow. */
 void orch_mcp_client_free(struct orch_mcp_client *c, int64_t grace_ms);
 
-/* The initialize result as JSON; empty before ready. */
-struct orch_slice orch_mcp_client_server(const struct orch_mcp_client *c);
 bool orch_mcp_client_alive(const struct orch_mcp_client *c);
 
 /* result: the whole JSON value of "result" as it came; err: a JSON-RPC error or a failure (class

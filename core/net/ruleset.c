@@ -11,7 +11,10 @@
 #define IP(a, b, c, d) \
     ((uint32_t)(a) << 24 | (uint32_t)(b) << 16 | (uint32_t)(c) << 8 | (uint32_t)(d))
 
-static const struct orch_never never[] = {
+static const struct {
+    struct orch_cidr cidr;
+    const char *what;
+} never[] = {
     { { IP(0, 0, 0, 0), 8 }, "this network" },
     { { IP(10, 0, 0, 0), 8 }, "private" },
     { { IP(100, 64, 0, 0), 10 }, "carrier-grade NAT" },
@@ -27,12 +30,6 @@ static const struct orch_never never[] = {
 };
 /* The namespace's own addresses, whatever permit_private says of 10/8. */
 static const struct orch_cidr internal = { IP(10, 255, 0, 0), 23 };
-
-const struct orch_never *orch_never_list(size_t *n)
-{
-    *n = ORCH_ARRAY_LEN(never);
-    return never;
-}
 
 /* ---- addresses and ports */
 

@@ -70,13 +70,6 @@ struct orch_policy {
     size_t n_host;
 };
 
-/* The never-allowed ranges with what they are, for checks of policies. */
-struct orch_never {
-    struct orch_cidr cidr;
-    const char *what;
-};
-const struct orch_never *orch_never_list(size_t *n);
-
 /* What the never-allowed range is that all of c lies in, permit taken into account; NULL: none. */
 const char *orch_policy_never(const struct orch_policy *p, struct orch_cidr c);
 /* Whether a new flow to this address would pass, as the filter decides it; the rule that decides. */

@@ -439,11 +439,6 @@ void orch_task_hold(struct orch_task *t, bool on)
     }
 }
 
-struct orch_loop *orch_task_loop(const struct orch_task *t)
-{
-    return t->room->loop;
-}
-
 /* ---- Waiting ----------------------------------------------------------------------------------- */
 
 int orch_task_wait(lua_State *L, orch_loop_fn *cancel_fn, void *ud, struct orch_wait *w)

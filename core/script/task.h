@@ -47,7 +47,6 @@ int64_t orch_task_left_ms(const struct orch_task *t); /* until the deadline, ≥
 /* Stops the deadline's clock of the task and those it belongs to while it waits for what has a time of its
  * own (a person's answer). Each on is matched by an off, before done. */
 void orch_task_hold(struct orch_task *t, bool on);
-struct orch_loop *orch_task_loop(const struct orch_task *t);
 
 /* A wait in progress, refused when stale. Zero-initialised: refused as well. */
 struct orch_wait {
