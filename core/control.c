@@ -38,21 +38,24 @@ static void address(struct sockaddr_un *a, int dirfd, const char *name)
     snprintf(a->sun_path, sizeof a->sun_path, "/proc/self/fd/%d/%.64s", dirfd, name);
 }
 
+int orch_parent_pid(int pid)
+{
+    char path[64];
+    cleanup_buf struct orch_buf stat = { 0 };
+    snprintf(path, sizeof path, "/proc/%d/stat", pid);
+    if (orch_read_file(AT_FDCWD, path, 4096, &stat) < 0)
+        return 0;
+    const char *after = strrchr(stat.p, ')'); /* the name before it may hold anything */
+    int parent;
+    return after && sscanf(after + 1, " %*c %d", &parent) == 1 ? parent : 0;
+}
+
 bool orch_is_descendant(int pid, int of)
 {
-    for (int depth = 0; pid > 1 && depth < 64; depth++) {
-        char path[64];
-        cleanup_buf struct orch_buf stat = { 0 };
-        snprintf(path, sizeof path, "/proc/%d/stat", pid);
-        if (orch_read_file(AT_FDCWD, path, 4096, &stat) < 0)
-            return false;
-        const char *after = strrchr(stat.p, ')');
-        int parent = 0;
-        if (!after || sscanf(after + 1, " %*c %d", &parent) != 1)
-            return false;
-        if (parent == of)
+    for (int depth = 0; pid > 1 && depth < ORCH_ANCESTORS_MAX; depth++) {
+        pid = orch_parent_pid(pid);
+        if (pid == of)
             return true;
-        pid = parent;
     }
     return false;
 }

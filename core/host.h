@@ -284,7 +284,9 @@ void orch_control_free(struct orch_control *c);
 /* Sends one request to each running orch process of this user (or to pid); answers as a JSON array of
  * {"pid":…,"answer":…} or {"pid":…,"error":…}. Waits at most 3 s for each. */
 void orch_control_ask(struct orch *o, int pid, struct orch_slice request, struct orch_buf *out);
-bool orch_is_descendant(int pid, int of); /* by /proc */
+enum { ORCH_ANCESTORS_MAX = 64 };        /* looked at */
+int orch_parent_pid(int pid);             /* by /proc; 0: unknown */
+bool orch_is_descendant(int pid, int of);
 
 /* ---- the thin proxy: one server behind the policy (core/upstream.c) */
 /* on_settled is called once, from the loop: its tools are known, or it failed (orch_upstream_ready). */

@@ -228,11 +228,10 @@ static int i_trust(lua_State *L)
 /* Refused where an agent could reach it: below a process that an orch started. */
 static int i_below_orch(lua_State *L)
 {
-    cleanup_buf struct orch_buf status = { 0 };
     char self[4096], exe[4096];
     ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
     self[n < 0 ? 0 : n] = 0;
-    for (int pid = getppid(), depth = 0; pid > 1 && depth < 64; depth++) {
+    for (int pid = getppid(), depth = 0; pid > 1 && depth < ORCH_ANCESTORS_MAX; depth++, pid = orch_parent_pid(pid)) {
         char path[64];
         snprintf(path, sizeof path, "/proc/%d/exe", pid);
         n = readlink(path, exe, sizeof exe - 1);
@@ -241,13 +240,6 @@ static int i_below_orch(lua_State *L)
             lua_pushinteger(L, pid);
             return 1;
         }
-        snprintf(path, sizeof path, "/proc/%d/stat", pid);
-        status.n = 0;
-        if (orch_read_file(AT_FDCWD, path, 4096, &status) < 0)
-            break;
-        const char *after = strrchr(status.p, ')');
-        if (!after || sscanf(after + 1, " %*c %d", &pid) != 1)
-            break;
     }
     return 0;
 }
