@@ -146,20 +146,9 @@ void orch_buf_hex(struct orch_buf *b, const void *p, size_t n)
     b->p[b->n] = 0;
 }
 
-int orch_read_file(int dirfd, const char *path, size_t max_bytes, struct orch_buf *out)
+int orch_read_fd(int fd, size_t max_bytes, struct orch_buf *out)
 {
-    cleanup_close int fd = openat(dirfd, path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0)
-        return -errno;
-    struct stat st;
-    if (fstat(fd, &st) < 0)
-        return -errno;
-    if (S_ISDIR(st.st_mode))
-        return -EISDIR;
-    if (st.st_size > 0 && (uint64_t)st.st_size > max_bytes)
-        return -EFBIG;
     size_t start = out->n;
-    orch_buf_reserve(out, st.st_size > 0 ? (size_t)st.st_size : 4096);
     for (;;) {
         orch_buf_reserve(out, 4096);
         ssize_t r = read(fd, out->p + out->n, out->cap - out->n - 1);
@@ -174,6 +163,22 @@ int orch_read_file(int dirfd, const char *path, size_t max_bytes, struct orch_bu
         if (r == 0)
             return 0;
     }
+}
+
+int orch_read_file(int dirfd, const char *path, size_t max_bytes, struct orch_buf *out)
+{
+    cleanup_close int fd = openat(dirfd, path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0)
+        return -errno;
+    struct stat st;
+    if (fstat(fd, &st) < 0)
+        return -errno;
+    if (S_ISDIR(st.st_mode))
+        return -EISDIR;
+    if (st.st_size > 0 && (uint64_t)st.st_size > max_bytes)
+        return -EFBIG;
+    orch_buf_reserve(out, st.st_size > 0 ? (size_t)st.st_size : 4096);
+    return orch_read_fd(fd, max_bytes, out);
 }
 
 int orch_write_all(int fd, const void *p, size_t n)

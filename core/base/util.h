@@ -92,6 +92,7 @@ void orch_buf_hex(struct orch_buf *b, const void *p, size_t n); /* lower-case he
 
 /* Whole files and paths. Each returns 0 or a negative errno. */
 int orch_read_file(int dirfd, const char *path, size_t max_bytes, struct orch_buf *out); /* -EFBIG */
+int orch_read_fd(int fd, size_t max_bytes, struct orch_buf *out); /* from where it stands to its end */
 int orch_write_file(int dirfd, const char *path, const void *p, size_t n, mode_t mode); /* by rename */
 int orch_mkdir_p(const char *path, mode_t mode);
 int orch_write_all(int fd, const void *p, size_t n);

@@ -135,17 +135,9 @@ static int l_read_file(lua_State *L)
         return file_fail(L, path, EFBIG);
     cleanup_buf struct orch_buf b = { 0 };
     orch_buf_reserve(&b, (size_t)st.st_size);
-    for (;;) {
-        orch_buf_reserve(&b, 4096);
-        ssize_t r = read(fd, b.p + b.n, b.cap - b.n - 1);
-        if (r < 0)
-            return file_fail(L, path, errno);
-        if (r == 0)
-            break;
-        b.n += (size_t)r;
-        if (b.n > FILE_MAX_BYTES)
-            return file_fail(L, path, EFBIG);
-    }
+    int r = orch_read_fd(fd, FILE_MAX_BYTES, &b);
+    if (r < 0)
+        return file_fail(L, path, -r);
     lua_pushlstring(L, b.p, b.n);
     return 1;
 }
