@@ -144,12 +144,14 @@ void orch_call_end(struct orch_toolcall *c)
     call_end(c);
 }
 
+/* By c->decision; a call that was not judged is denied. */
+static const char *const decision_words[] = { "deny", "allow", "ask", "deny" };
+
 static void put_meta(struct orch_toolcall *c)
 {
-    static const char *const words[] = { "deny", "allow", "ask", "deny" };
     struct orch_buf *b = &c->text;
     orch_buf_str(b, ",\"_meta\":{\"orch/decision\":\"");
-    orch_buf_str(b, words[c->decision]);
+    orch_buf_str(b, decision_words[c->decision]);
     orch_buf_str(b, "\",\"orch/call\":\"");
     orch_buf_str(b, c->id);
     orch_buf_char(b, '"');
@@ -209,7 +211,6 @@ void orch_call_rpc_error(struct orch_toolcall *c, int code, const char *text)
 static void put_decision_fields(struct orch_toolcall *c, struct orch_slice name, struct orch_slice args, struct orch_slice canonical,
                                 const char *reason, const char *rules, struct orch_buf *b)
 {
-    static const char *const words[] = { "deny", "allow", "ask", "deny" };
     orch_buf_str(b, "\"call\":\"");
     orch_buf_str(b, c->id);
     orch_buf_str(b, "\",");
@@ -230,7 +231,7 @@ static void put_decision_fields(struct orch_toolcall *c, struct orch_slice name,
     orch_buf_str(b, ",\"args_digest\":\"");
     orch_buf_str(b, digest);
     orch_buf_str(b, "\",\"decision\":\"");
-    orch_buf_str(b, words[c->decision]);
+    orch_buf_str(b, decision_words[c->decision]);
     orch_buf_char(b, '"');
     if (reason) {
         orch_buf_str(b, ",\"reason\":");
