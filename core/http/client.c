@@ -34,6 +34,7 @@ struct orch_http_call {
     CURL *easy;
     struct curl_slist *headers, *connect_to;
     struct orch_timer *timer;
+    char *location; /* of the answer's head, absolute */
     char *label; /* "POST https://host:port", for messages: path and query may hold secrets */
     struct orch_http_call_opts o; /* functions, times and bounds; its other pointers are the caller's, not used after the start */
     int64_t last_ms, total_at;
@@ -123,6 +124,7 @@ static void call_free(struct orch_http_call *c)
     orch_buf_free(&c->head);
     orch_buf_free(&c->body);
     free(c->fields);
+    free(c->location);
     free(c->label);
     free(c);
 }
@@ -181,7 +183,7 @@ static void resume_curl(struct orch_http_call *c)
 static struct orch_http_response response(const struct orch_http_call *c)
 {
     return (struct orch_http_response){ .status = c->head_whole ? c->status : 0, .headers = c->fields,
-                                        .n_headers = c->head_whole ? c->n_fields : 0 };
+                                        .n_headers = c->head_whole ? c->n_fields : 0, .location = c->location };
 }
 
 /* What the call has to say; false when its function cancelled it. */
@@ -273,6 +275,30 @@ static void split_head(struct orch_http_call *c)
     }
 }
 
+static bool redirects(int status)
+{
+    return status == 301 || status == 302 || status == 303 || status == 307 || status == 308;
+}
+
+/* The Location of the head against the URL that was asked for. */
+static char *find_location(const struct orch_http_call *c)
+{
+    char *url = NULL, *found = NULL;
+    for (size_t i = 0; redirects(c->status) && !found && i < c->n_fields; i++) {
+        if (!orch_http_name_eq(c->fields[i].name, "location"))
+            continue;
+        cleanup_free char *to = orch_xasprintf("%.*s", (int)c->fields[i].value.n, c->fields[i].value.p);
+        CURLU *u = cu.url();
+        if (u && cu.easy_getinfo(c->easy, CURLINFO_EFFECTIVE_URL, &url) == CURLE_OK && cu.url_set(u, CURLUPART_URL, url, 0) == CURLUE_OK &&
+            cu.url_set(u, CURLUPART_URL, to, 0) == CURLUE_OK && cu.url_get(u, CURLUPART_URL, &url, 0) == CURLUE_OK) {
+            found = orch_xstrdup(url);
+            cu.free(url);
+        }
+        cu.url_cleanup(u);
+    }
+    return found;
+}
+
 static size_t header_line(char *p, size_t size, size_t n, void *ud)
 {
     struct orch_http_call *c = ud;
@@ -296,8 +322,7 @@ static size_t header_line(char *p, size_t size, size_t n, void *ud)
     }
     if (n > 2 || (n && p[0] != '\r' && p[0] != '\n')) {
         orch_buf_add(&c->head, p, n);
-        bool redirect = c->status == 301 || c->status == 302 || c->status == 303 || c->status == 307 || c->status == 308;
-        if (redirect && c->o.max_redirects && n > 9 && orch_http_name_eq((struct orch_slice){ p, 9 }, "location:"))
+        if (redirects(c->status) && c->o.max_redirects && n > 9 && orch_http_name_eq((struct orch_slice){ p, 9 }, "location:"))
             for (size_t i = 9; i < n; i++)
                 c->following |= (unsigned char)p[i] > ' '; /* an empty one leads nowhere */
         return n;
@@ -305,6 +330,7 @@ static size_t header_line(char *p, size_t size, size_t n, void *ud)
     if (c->status < 200 || c->following)
         return n;
     split_head(c);
+    c->location = find_location(c);
     c->head_whole = true;
     queue(c);
     return n;
@@ -328,6 +354,18 @@ static size_t received(char *p, size_t size, size_t n, void *ud)
     if (c->o.on_data)
         queue(c);
     return n;
+}
+
+static curl_socket_t open_socket(void *ud, curlsocktype purpose, struct curl_sockaddr *to)
+{
+    struct orch_http_call *c = ud;
+    struct orch_err err = { 0 };
+    (void)purpose;
+    if (!c->o.may_connect(c->o.ud, &to->addr, &err)) {
+        fail(c, err.cls, err.code, err.msg);
+        return CURL_SOCKET_BAD;
+    }
+    return socket(to->family, to->socktype | SOCK_CLOEXEC, to->protocol);
 }
 
 /* ---- libcurl on the loop */
@@ -443,6 +481,7 @@ static int check_url(struct orch_http_call *c, const struct orch_http_call_opts 
 {
     CURLU *u = cu.url();
     char *scheme = NULL, *host = NULL, *port = NULL, *user = NULL;
+    struct in_addr four;
     int r = 0;
     if (!u || !o->url || cu.url_set(u, CURLUPART_URL, o->url, 0) != CURLUE_OK || cu.url_get(u, CURLUPART_SCHEME, &scheme, 0) != CURLUE_OK ||
         cu.url_get(u, CURLUPART_HOST, &host, 0) != CURLUE_OK ||
@@ -450,6 +489,9 @@ static int check_url(struct orch_http_call *c, const struct orch_http_call_opts 
         r = orch_err_set(err, EINVAL, "http: not an http or https URL");
     else if (cu.url_get(u, CURLUPART_USER, &user, 0) == CURLUE_OK)
         r = orch_err_set(err, EINVAL, "http: the URL for %s has user information in it: give it as a header", host);
+    else if (o->may_connect && inet_pton(AF_INET, host, &four) != 1)
+        r = orch_err_setc(err, ORCH_CLASS_DENIED, EACCES,
+                          "http: %s is not an IPv4 address; network policies do not judge names yet, and none is looked up", host);
     else
         c->label = orch_xasprintf("%s %s://%s:%s", c->o.method, scheme, host, port);
     cu.free(scheme);
@@ -463,6 +505,8 @@ static int check_url(struct orch_http_call *c, const struct orch_http_call_opts 
 static int check_address(struct orch_http_call *c, const struct orch_http_call_opts *o, struct orch_err *err)
 {
     uint8_t binary[16];
+    if (o->may_connect && (o->address || o->max_redirects || o->unix_path))
+        return orch_err_set(err, EINVAL, "http: judged connections exclude redirects, unix sockets and a pinned address");
     if (!o->address)
         return 0;
     bool six = inet_pton(AF_INET6, o->address, binary) == 1;
@@ -508,6 +552,12 @@ static bool set_options(struct orch_http_call *c, const struct orch_http_call_op
         SET(UNIX_SOCKET_PATH, o->unix_path);
     if (c->connect_to)
         SET(CONNECT_TO, c->connect_to);
+    if (o->may_connect) {
+        SET(OPENSOCKETFUNCTION, open_socket);
+        SET(OPENSOCKETDATA, c);
+        SET(FRESH_CONNECT, 1L); /* neither one that somebody else opened, nor left to others */
+        SET(FORBID_REUSE, 1L);
+    }
     const char *plain = "GET"; /* what curl would say by itself */
     if (o->body.n || strcmp(c->o.method, "POST") == 0) {
         plain = "POST";

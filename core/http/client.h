@@ -12,6 +12,8 @@
 #include "../base/loop.h"
 #include "wire.h"
 
+#include <sys/socket.h>
+
 struct orch_http_client;
 struct orch_http_call;
 
@@ -19,6 +21,7 @@ struct orch_http_response { /* valid during the function it is given to */
     int status; /* 0: none came */
     const struct orch_http_header *headers;
     size_t n_headers;
+    const char *location;   /* where a redirect leads, absolute; NULL: it is none */
     struct orch_slice body; /* in on_done, without on_data */
 };
 
@@ -28,6 +31,10 @@ struct orch_http_call_opts {
     const char *unix_path; /* connect there instead; the URL gives Host and path */
     const char *address;   /* numeric: connect there instead of asking DNS (TLS still verifies the URL's
                               name); excludes redirects, whose hosts nobody would have checked */
+    /* Asked before each connection, from inside libcurl: it must not touch calls. false: the call fails with the
+     * err it set. The connection is this call's alone. The URL must hold an IPv4 address: who looks a name up
+     * tells it to others. Excludes address, unix_path and redirects. */
+    bool (*may_connect)(void *ud, const struct sockaddr *to, struct orch_err *err);
     const char *ca_file;   /* PEM, instead of the system's authorities */
     const struct orch_http_header *headers;
     size_t n_headers;

@@ -1188,6 +1188,7 @@ struct result {
     struct orch_http_call *call;
     int status, heads, dones;
     struct orch_buf body, headers;
+    char *location;
     enum orch_class cls; /* 0: success */
     char msg[512];
     bool pause_on_data, cancel_on_head, cancel_on_data, cancel_on_done;
@@ -1199,6 +1200,7 @@ static void got_head(void *ud, const struct orch_http_response *r)
     struct result *t = ud;
     t->heads++;
     t->status = r->status;
+    t->location = orch_xstrdup(r->location);
     for (size_t i = 0; i < r->n_headers; i++)
         orch_buf_printf(&t->headers, "%.*s=%.*s;", (int)r->headers[i].name.n, r->headers[i].name.p, (int)r->headers[i].value.n,
                         r->headers[i].value.p);
@@ -1238,6 +1240,7 @@ static void result_free(struct result *t)
 {
     orch_buf_free(&t->body);
     orch_buf_free(&t->headers);
+    free(t->location);
     *t = (struct result){ 0 };
 }
 
@@ -1639,6 +1642,63 @@ static void test_client_pinned(void **state)
     assert_int_equal(n_requests, 1);
 }
 
+static int n_asked;
+
+/* 127.0.0.1, once. */
+static bool only_first(void *ud, const struct sockaddr *to, struct orch_err *why)
+{
+    (void)ud;
+    if (!n_asked++ && to->sa_family == AF_INET && ((const struct sockaddr_in *)(const void *)to)->sin_addr.s_addr == htonl(INADDR_LOOPBACK))
+        return true;
+    orch_err_setc(why, ORCH_CLASS_DENIED, EACCES, "not there");
+    return false;
+}
+
+static void test_client_judged(void **state)
+{
+    (void)state;
+    struct result t = { 0 };
+    serve((struct orch_http_limits){ 0 });
+    n_asked = 0;
+    for (int i = 0; i < 2; i++) { /* the first one's connection is not kept */
+        start(&t, (struct orch_http_call_opts){ .url = url_of("/"), .may_connect = only_first }, false);
+        UNTIL(t.dones);
+        assert_int_equal(t.cls, i ? ORCH_CLASS_DENIED : 0);
+        result_free(&t);
+    }
+    assert_int_equal(n_requests, 1);
+    assert_int_equal(n_asked, 2);
+    start(&t, (struct orch_http_call_opts){ .url = url_of("/") }, false); /* nor is an unjudged one's used */
+    UNTIL(t.dones);
+    result_free(&t);
+    start(&t, (struct orch_http_call_opts){ .url = url_of("/"), .may_connect = only_first }, false);
+    UNTIL(t.dones);
+    assert_int_equal(t.cls, ORCH_CLASS_DENIED);
+    result_free(&t);
+    err = (struct orch_err){ 0 };
+    assert_null(orch_http_call_start(client, &(struct orch_http_call_opts){ .url = "http://localhost/", .may_connect = only_first }, &err));
+    assert_int_equal(err.cls, ORCH_CLASS_DENIED);
+    assert_int_equal(n_asked, 3);
+}
+
+static void test_client_location(void **state)
+{
+    (void)state;
+    static const char *const cases[][2] = { { "/redirect?/end", "/end" }, { "/redirect?//other.invalid/x", "http://other.invalid/x" },
+                                            { "/redirect?https://a.invalid/%20", "https://a.invalid/%20" }, { "/", NULL } };
+    struct result t = { 0 };
+    serve((struct orch_http_limits){ 0 });
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(cases); i++) {
+        start(&t, (struct orch_http_call_opts){ .url = url_of(cases[i][0]) }, false);
+        UNTIL(t.dones);
+        if (cases[i][1])
+            assert_string_equal(t.location, cases[i][1][0] == '/' ? url_of(cases[i][1]) : cases[i][1]);
+        else
+            assert_null(t.location);
+        result_free(&t);
+    }
+}
+
 static void test_client_options(void **state)
 {
     (void)state;
@@ -1649,6 +1709,9 @@ static void test_client_options(void **state)
         { .url = "http://h/", .headers = &split, .n_headers = 1 }, { .url = "http://h/", .headers = &name, .n_headers = 1 },
         { .url = "http://h/", .address = "localhost" }, { .url = "http://h/", .address = "127.0.0.1", .max_redirects = 1 },
         { .url = "http://h/", .address = "127.0.0.1", .unix_path = "/x" },
+        { .url = "http://127.0.0.1/", .may_connect = only_first, .max_redirects = 1 },
+        { .url = "http://127.0.0.1/", .may_connect = only_first, .address = "127.0.0.1" },
+        { .url = "http://127.0.0.1/", .may_connect = only_first, .unix_path = "/x" },
     };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(bad); i++) {
         err = (struct orch_err){ 0 };
@@ -1763,7 +1826,7 @@ int main(void)
 #undef S
 #define S(name) cmocka_unit_test_setup_teardown(name, client_setup, client_teardown)
         S(test_client), S(test_client_unix), S(test_client_stream), S(test_client_pause), S(test_client_cancel),
-        S(test_client_hostile), S(test_client_time), S(test_client_redirects), S(test_client_redirect_loop), S(test_client_pinned),
+        S(test_client_hostile), S(test_client_time), S(test_client_redirects), S(test_client_redirect_loop), S(test_client_pinned), S(test_client_judged), S(test_client_location),
         S(test_client_options), S(test_client_tls),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
