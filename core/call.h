@@ -32,6 +32,7 @@ struct orch_toolcall {
     uint16_t *redact;
     size_t n_redact;
     char *network; /* of the deciding rules; NULL: none */
+    unsigned refused; /* connections that it did not allow */
     struct orch_task *task;
     struct orch_mcp_client_call *upstream;
     struct orch_timer *timer; /* deadline of calls that are no task */

@@ -3,8 +3,13 @@
 
 #include "mcp/stream.h"
 
+#include <arpa/inet.h>
+#include <errno.h>
 #include <math.h>
 #include <stdio.h>
+#include <string.h>
+
+enum { REFUSED_MAX = 20 }; /* connections of one call that the audit log names */
 
 static struct orch_toolcall *call_get(void *ud, uint32_t slot, uint32_t serial)
 {
@@ -73,6 +78,40 @@ static const char *ctx_network(const struct orch_toolcall *c)
     return c->network ? c->network : "none";
 }
 
+static void audit_refused(struct orch_toolcall *c, const char *dst, unsigned port, const char *rule)
+{
+    cleanup_buf struct orch_buf f = { 0 };
+    if (c->refused++ >= REFUSED_MAX)
+        return;
+    orch_buf_printf(&f, "\"call\":\"%s\",\"rule\":", c->id);
+    orch_json_quote(&f, orch_slice_str(rule));
+    orch_buf_printf(&f, ",\"dst\":\"%s\",\"proto\":\"tcp\",\"port\":%u", dst, port);
+    orch_host_event(c->o, "net_deny", (struct orch_slice){ f.p, f.n });
+}
+
+/* By the policies in force now, as a microVM started now would be. */
+static bool ctx_may_connect(struct orch_toolcall *c, const struct sockaddr *to, struct orch_err *err)
+{
+    const struct sockaddr_in *in = (const void *)to;
+    char rule[128] = "not an IPv4 address", dst[INET_ADDRSTRLEN] = "?";
+    bool allowed = false;
+    unsigned port = 0;
+    if (to->sa_family == AF_INET) {
+        inet_ntop(AF_INET, &in->sin_addr, dst, sizeof dst);
+        port = ntohs(in->sin_port);
+        if (strcmp(ctx_network(c), "none") == 0)
+            snprintf(rule, sizeof rule, "the rule that allows this call names no network");
+        else if (orch_generation_explain_packet(c->o->gen, c->network, ntohl(in->sin_addr.s_addr), IPPROTO_TCP, (uint16_t)port, &allowed, rule,
+                                                sizeof rule, err) < 0)
+            return false;
+    }
+    if (allowed)
+        return true;
+    audit_refused(c, dst, port, rule);
+    orch_err_setc(err, ORCH_CLASS_DENIED, EACCES, "network %s: %s port %u: %s", ctx_network(c), dst, port, rule);
+    return false;
+}
+
 static int64_t ctx_left_ms(const struct orch_toolcall *c)
 {
     return (c->deadline_us - orch_now_us()) / 1000;
@@ -117,6 +156,7 @@ const struct orch_env_call_ops orch_call_ops = {
     .session = ctx_session,
     .workspace = ctx_workspace,
     .network = ctx_network,
+    .may_connect = ctx_may_connect,
     .left_ms = ctx_left_ms,
     .adopt = ctx_adopt,
     .task = orch_job_begin,

@@ -1,9 +1,11 @@
--- orch.http.request: one HTTP exchange over orch.transport's streams.
-local orch = require "orch"
-local transport = require "orch.transport"
+-- orch.http.request and ctx:http: HTTP exchanges over streams. transport is orch.transport, or in tool states the
+-- part of it that belongs to a call.
+local orch = orch
+local transport = type(...) == "table" and ... or require "orch.transport"
 local http = {}
 
 local MAX_BODY = 16 * 1024 * 1024
+local MAX_REDIRECTS = 5
 
 -- A duration as the API takes it, in seconds.
 function http.seconds(v, default)
@@ -15,8 +17,8 @@ function http.seconds(v, default)
   return tonumber(n) * factor
 end
 
--- What is left of a stream, as one string. Closes it.
-function http.collect(stream, deadline)
+-- What is left of a stream: as one string, or piece by piece to on_data and then "". Closes it.
+function http.collect(stream, deadline, on_data)
   local parts, n = {}, 0
   while true do
     local bytes, why, code = stream:read(math.max(deadline - orch.now(), 0))
@@ -25,45 +27,86 @@ function http.collect(stream, deadline)
       if why then return nil, why, code end
       return table.concat(parts)
     end
-    n = n + #bytes
-    if n > MAX_BODY then
-      stream:close()
-      return nil, "the answer's body is over 16 MiB", "limit"
+    if on_data then
+      on_data(bytes)
+    else
+      n = n + #bytes
+      if n > MAX_BODY then
+        stream:close()
+        return nil, "the answer's body is over 16 MiB", "limit"
+      end
+      parts[#parts + 1] = bytes
     end
-    parts[#parts + 1] = bytes
   end
 end
 
 local KNOWN = { url = true, method = true, headers = true, body = true, timeout = true, on_data = true }
 
-function http.request(o)
-  if type(o) ~= "table" then error("orch.http.request: an option table is needed", 2) end
+-- The deadline.
+local function check(what, o)
+  if type(o) ~= "table" then error(what .. ": an option table is needed", 3) end
   for key in pairs(o) do
-    if not KNOWN[key] then error("orch.http.request: unknown option '" .. tostring(key) .. "'", 2) end
+    if not KNOWN[key] then error(what .. ": unknown option '" .. tostring(key) .. "'", 3) end
   end
-  if o.on_data ~= nil and type(o.on_data) ~= "function" then error("orch.http.request: on_data must be a function", 2) end
-  local timeout = http.seconds(o.timeout, 60)
-  local deadline = orch.now() + timeout
-  local stream, status, headers = transport.http_open {
-    url = o.url, method = o.method, headers = o.headers, body = o.body, timeout = timeout }
+  if o.on_data ~= nil and type(o.on_data) ~= "function" then error(what .. ": on_data must be a function", 3) end
+  return orch.now() + http.seconds(o.timeout, 60)
+end
+
+local function request_of(o, deadline)
+  return { url = o.url, method = o.method, headers = o.headers, body = o.body, timeout = math.max(deadline - orch.now(), 0) }
+end
+
+local function answer_of(stream, status, headers, o, deadline)
+  local body, why, code = http.collect(stream, deadline, o.on_data)
+  if not body then return nil, why, code end
+  return { status = status, headers = headers, body = not o.on_data and body or nil }
+end
+
+function http.request(o)
+  local deadline = check("orch.http.request", o)
+  local stream, status, headers = transport.http_open(request_of(o, deadline))
   if not stream then return nil, status, headers end
-  local answer = { status = status, headers = headers }
-  if not o.on_data then
-    local body, why, code = http.collect(stream, deadline)
-    if not body then return nil, why, code end
-    answer.body = body
-    return answer
+  return answer_of(stream, status, headers, o, deadline)
+end
+
+local function origin(url)
+  return url:match("^%a[%w+.-]*://[^/?#]*"):lower()
+end
+
+local CREDENTIALS = { authorization = true, cookie = true, ["proxy-authorization"] = true }
+
+-- The request that a redirect asks for (RFC 9110, 15.4), or nil and why it is not made.
+local function redirected(o, status, location)
+  local from, to = origin(o.url), origin(location)
+  if from:find("^https:") and not to:find("^https:") then return nil, location .. ": a redirect from https to http is not followed" end
+  local method, body = o.method or (o.body and "POST" or "GET"), o.body
+  local dropped = status == 303 and method ~= "HEAD" or status < 303 and method == "POST"
+  if dropped then method, body = "GET", nil end
+  local headers = {}
+  for name, value in pairs(o.headers or {}) do
+    local lower = name:lower()
+    if not (from ~= to and CREDENTIALS[lower]) and not (dropped and lower:find("^content%-")) then headers[name] = value end
   end
-  while true do
-    local bytes, why, code = stream:read(math.max(deadline - orch.now(), 0))
-    if bytes then
-      o.on_data(bytes)
-    else
-      stream:close()
-      if why then return nil, why, code end
-      return answer
+  return { url = location, method = method, headers = headers, body = body, on_data = o.on_data }
+end
+
+-- ctx:http(o): every connection, those of redirects too, is one that the call's network policy allows.
+function http.fetch(ctx, o)
+  local deadline = check("ctx:http", o)
+  for _ = 0, MAX_REDIRECTS do
+    local stream, status, headers, location = transport.call_open(ctx, request_of(o, deadline))
+    if not stream then return nil, status, headers end
+    if not location then
+      local answer, why, code = answer_of(stream, status, headers, o, deadline)
+      if answer then answer.url = o.url end
+      return answer, why, code
     end
+    stream:close()
+    local why
+    o, why = redirected(o, status, location)
+    if not o then return nil, why, "denied" end
   end
+  return nil, "over 5 redirects, the last to " .. o.url, "limit"
 end
 
 return http

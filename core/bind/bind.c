@@ -39,7 +39,7 @@ void orch_api_set(lua_State *L, const char *prefix, const struct orch_api *api)
 }
 
 /* A function that waits for several things is Lua's: C cannot go on after a wait. Loaded at its first use. */
-void orch_api_lua(lua_State *L, const char *prefix, const char *name, const char *module)
+void orch_api_lua(lua_State *L, const char *prefix, const char *name, const char *module, const char *function)
 {
     if (orch_state_context(L) != ORCH_CTX_SCRIPT) {
         orch_api_set(L, prefix, (struct orch_api[]){ { name, wrong_context, ORCH_CTX_SCRIPT }, { 0 } });
@@ -49,7 +49,7 @@ void orch_api_lua(lua_State *L, const char *prefix, const char *name, const char
         lua_error(L);
     lua_getglobal(L, "require");
     lua_pushstring(L, module);
-    lua_pushstring(L, name);
+    lua_pushstring(L, function);
     lua_call(L, 3, 1);
     lua_setfield(L, -2, name);
 }
@@ -74,7 +74,7 @@ int orch_luaopen_orch(lua_State *L)
         lua_pop(L, 1);
     }
     lua_newtable(L);
-    orch_api_lua(L, "orch.http.", "request", "http");
+    orch_api_lua(L, "orch.http.", "request", "http", "request");
     lua_setfield(L, t, "http");
     orch_luaopen_firewall(L, t);
     orch_api_set(L, "orch.", (struct orch_api[]){ { "on", NULL, 0 }, { 0 } });

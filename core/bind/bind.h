@@ -12,6 +12,7 @@
 #include "../script/task.h"
 #include <lauxlib.h>
 
+struct sockaddr;
 struct orch_policy;
 struct orch_vms;
 struct orch_vm_opts;
@@ -46,6 +47,9 @@ struct orch_env_call_ops {
     const char *(*session)(const struct orch_toolcall *c);
     const char *(*workspace)(const struct orch_toolcall *c);
     const char *(*network)(const struct orch_toolcall *c); /* as the deciding rules say; "none" */
+    /* Whether a request of the call's tool may connect there; false with err (class DENIED), and the audit log
+     * says so. */
+    bool (*may_connect)(struct orch_toolcall *c, const struct sockaddr *to, struct orch_err *err);
     /* The call's time is over in this many milliseconds. */
     int64_t (*left_ms)(const struct orch_toolcall *c);
     /* A microVM of the call: closed when the call ends; its isolation goes into answer and audit. */
@@ -115,8 +119,8 @@ struct orch_api {
 };
 /* Sets the functions into the table at the top of the stack; prefix ("orch.vm.") is for messages. */
 void orch_api_set(lua_State *L, const char *prefix, const struct orch_api *api);
-/* The same for one function of scripts that a module in lua/ has under this name. */
-void orch_api_lua(lua_State *L, const char *prefix, const char *name, const char *module);
+/* The same for one function of scripts that a module in lua/ has. */
+void orch_api_lua(lua_State *L, const char *prefix, const char *name, const char *module, const char *function);
 
 /* Opens the global `orch` (and package.loaded.orch in scripts) for the state's context; freezes it in
  * bounded states. */
@@ -155,8 +159,10 @@ int orch_luaopen_sys(lua_State *L, int orch_table); /* now, log, version, env, p
 int orch_luaopen_vm(lua_State *L, int orch_table);  /* vm, image */
 int orch_luaopen_mcp(lua_State *L, int orch_table); /* mcp */
 int orch_luaopen_transport(lua_State *L);           /* the module "orch.transport" of scripts */
+int orch_luaopen_call_transport(lua_State *L);      /* what lua/http.lua needs of it in tool states */
 void orch_luaopen_pipe(lua_State *L);               /* its process_open, into the table at the top */
 int orch_luaopen_ctx(lua_State *L);                 /* the metatable of ctx, in tool states and scripts */
+void orch_ctx_set_http(lua_State *L);               /* ctx:http, which is Lua's, from the top of the stack (popped) */
 struct orch_toolcall *orch_check_call(lua_State *L); /* of the ctx at 1; raises */
 int orch_ctx_elicit(lua_State *L), orch_ctx_sample(lua_State *L), orch_ctx_roots(lua_State *L), orch_ctx_ask(lua_State *L);
 

@@ -207,6 +207,17 @@ static int ctx_index(lua_State *L)
     return 1;
 }
 
+/* The table of ctx's methods lies in the registry under this name. */
+#define METHODS "orch.ctx.methods"
+
+void orch_ctx_set_http(lua_State *L)
+{
+    lua_getfield(L, LUA_REGISTRYINDEX, METHODS);
+    lua_insert(L, -2);
+    lua_setfield(L, -2, "http");
+    lua_pop(L, 1);
+}
+
 int orch_luaopen_ctx(lua_State *L)
 {
     enum { T = ORCH_CTX_TOOL | ORCH_CTX_SCRIPT };
@@ -222,13 +233,16 @@ int orch_luaopen_ctx(lua_State *L)
                                       { "task", l_task, T },
                                       { "read_file", l_read_file, T },
                                       { "list_dir", l_list_dir, T },
-                                      { "http", NULL, 0 },
                                       { "elicit", orch_ctx_elicit, T },
                                       { "sample", orch_ctx_sample, T },
                                       { "roots", orch_ctx_roots, T },
                                       { "ask", orch_ctx_ask, T },
                                       { "call", NULL, 0 },
                                       { 0 } });
+    lua_pushvalue(L, -1);
+    lua_setfield(L, LUA_REGISTRYINDEX, METHODS);
+    if (orch_state_context(L) == ORCH_CTX_SCRIPT)
+        orch_api_lua(L, "ctx:", "http", "http", "fetch");
     lua_pushcclosure(L, ctx_index, 1);
     lua_setfield(L, -2, "__index");
     lua_pushboolean(L, 0);

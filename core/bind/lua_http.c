@@ -1,6 +1,7 @@
 /* HTTP for scripts: the verbs behind orch.http.request and the MCP client (lua/http.lua, lua/mcp_client.lua),
  * which are written in Lua over them. The private module "orch.transport":
- *   http_open{ url, method, headers, body, timeout }  waits for the head: stream, status, headers
+ *   http_open{ url, method, headers, body, timeout }  waits for the head: stream, status, headers, where it redirects
+ *   call_open(ctx, …)     the same for a tool's call: each connection is judged by its network policy
  *   stream:read(timeout)  waits for the next bytes; nil at the end; nil, message, code when it failed
  *   stream:close()
  *   sse()                 a reader of server-sent events: reader:feed(bytes) gives a list of events
@@ -29,7 +30,9 @@ struct stream {
     struct orch_timer *timer;
     struct orch_wait wait;
     bool waiting, opening, paused, timed_out;
+    struct orch_toolcall *judge; /* of a tool's call; asked while opening, which the call waits for */
     int status;
+    char *location;
     struct orch_buf head; /* name NUL value NUL … */
     struct orch_buf data;
     struct orch_err err;
@@ -51,6 +54,8 @@ static int stream_gc(lua_State *L)
     stream_stop(s);
     orch_timer_free(s->timer);
     s->timer = NULL;
+    free(s->location);
+    s->location = NULL;
     orch_buf_free(&s->head);
     orch_buf_free(&s->data);
     return 0;
@@ -119,7 +124,8 @@ static int stream_push(lua_State *L, void *ud)
         return push_bytes(L, s);
     lua_pushinteger(L, s->status);
     push_head(L, s);
-    return 3;
+    lua_pushstring(L, s->location);
+    return 4;
 }
 
 static void wake(struct stream *s)
@@ -133,6 +139,7 @@ static void on_head(void *ud, const struct orch_http_response *r)
 {
     struct stream *s = ud;
     s->status = r->status;
+    s->location = orch_xstrdup(r->location);
     for (size_t i = 0; i < r->n_headers; i++) {
         for (size_t k = 0; k < r->headers[i].name.n; k++) {
             char c = r->headers[i].name.p[k];
@@ -166,6 +173,12 @@ static void on_done(void *ud, const struct orch_http_response *r, const struct o
     if (err)
         s->err = *err;
     wake(s);
+}
+
+static bool may_connect(void *ud, const struct sockaddr *to, struct orch_err *err)
+{
+    struct stream *s = ud;
+    return orch_env_of(s->main)->call->may_connect(s->judge, to, err);
 }
 
 static void stream_late(void *ud)
@@ -216,23 +229,29 @@ static struct orch_http_header *take_headers(lua_State *L, struct orch_opts *o, 
     return list;
 }
 
-static int t_http_open(lua_State *L)
+/* The option table is at idx. call: NULL in scripts. */
+static int http_open(lua_State *L, int idx, const char *what, struct orch_toolcall *call)
 {
     struct orch_env *env = orch_env_of(L);
-    struct orch_opts o = orch_opts_begin(L, 1, "orch.http.request");
+    struct orch_opts o = orch_opts_begin(L, idx, what);
     struct orch_http_call_opts c = { .url = orch_opt_string(&o, "url", NULL), .method = orch_opt_string(&o, "method", NULL),
                                      .total_ms = -1, .idle_ms = -1, .max_body_bytes = SIZE_MAX / 2,
                                      .on_head = on_head, .on_data = on_data, .on_done = on_done };
     int64_t timeout = orch_opt_duration_ms(&o, "timeout", 60000);
     if (!c.url)
-        return luaL_error(L, "orch.http.request: url is missing");
+        return luaL_error(L, "%s: url is missing", what);
     if (orch_opt_push(&o, "body", LUA_TSTRING))
         c.body.p = lua_tolstring(L, -1, &c.body.n);
     c.headers = take_headers(L, &o, &c.n_headers);
     orch_opts_done(&o);
+    if (call) {
+        int64_t left = env->call->left_ms(call);
+        c.may_connect = may_connect;
+        c.total_ms = left > 1 ? left : 1; /* what it leaves unread ends with the call's time */
+    }
 
     struct stream *s = lua_newuserdata(L, sizeof *s);
-    *s = (struct stream){ .opening = true, .main = orch_state_lua(orch_state_of(L)), .self_ref = LUA_NOREF };
+    *s = (struct stream){ .opening = true, .main = orch_state_lua(orch_state_of(L)), .self_ref = LUA_NOREF, .judge = call };
     luaL_getmetatable(L, STREAM_META);
     lua_setmetatable(L, -2);
     struct orch_err err = { 0 };
@@ -242,6 +261,16 @@ static int t_http_open(lua_State *L)
         return orch_push_err(L, &err);
     s->timer = orch_timer_new(env->loop, stream_late, s);
     return stream_wait(L, lua_gettop(L), s, timeout);
+}
+
+static int t_http_open(lua_State *L)
+{
+    return http_open(L, 1, "orch.http.request", NULL);
+}
+
+static int t_call_open(lua_State *L)
+{
+    return http_open(L, 2, "ctx:http", orch_check_call(L));
 }
 
 static int l_stream_read(lua_State *L)
@@ -430,14 +459,29 @@ static void class_new(lua_State *L, const char *name, const luaL_Reg *methods, l
     lua_pop(L, 1);
 }
 
-int orch_luaopen_transport(lua_State *L)
+static void open_streams(lua_State *L)
 {
     static const luaL_Reg stream[] = { { "read", l_stream_read }, { "close", l_stream_close }, { NULL, NULL } };
+    class_new(L, STREAM_META, stream, stream_gc);
+}
+
+int orch_luaopen_call_transport(lua_State *L)
+{
+    open_streams(L);
+    lua_newtable(L);
+    lua_pushcfunction(L, t_call_open);
+    lua_setfield(L, -2, "call_open");
+    return 1;
+}
+
+int orch_luaopen_transport(lua_State *L)
+{
     static const luaL_Reg sse[] = { { "feed", l_sse_feed }, { NULL, NULL } };
     static const luaL_Reg key[] = { { "sign", l_key_sign }, { "public", l_key_public }, { NULL, NULL } };
-    static const luaL_Reg functions[] = { { "http_open", t_http_open }, { "sse", t_sse }, { "sha256", t_sha256 },
-                                          { "base64", t_base64 }, { "random", t_random }, { "es256", t_es256 }, { NULL, NULL } };
-    class_new(L, STREAM_META, stream, stream_gc);
+    static const luaL_Reg functions[] = { { "http_open", t_http_open }, { "call_open", t_call_open }, { "sse", t_sse },
+                                          { "sha256", t_sha256 }, { "base64", t_base64 }, { "random", t_random }, { "es256", t_es256 },
+                                          { NULL, NULL } };
+    open_streams(L);
     class_new(L, SSE_META, sse, sse_gc);
     class_new(L, KEY_META, key, key_gc);
     lua_newtable(L);

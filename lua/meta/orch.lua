@@ -619,7 +619,16 @@ function Ctx:task() end
 ---@param retry? orch.duration
 function Ctx:release(retry) end
 
--- Not available yet: http, call.
+---One HTTP exchange from this host. Each connection, those of redirects (at most 5) too, must be to an address and port that
+---the network of the rules which allow the call lets pass; what is refused is in the audit log (`net_deny`). The URL must
+---hold an IPv4 address: names are not looked up yet.
+---@param options orch.http.Options timeout: no longer than what is left of the call's
+---@return { status: integer, headers: table<string, string>, body: string?, url: string }? answer # of the last redirect; or nil, message, code
+---@return string? message
+---@return orch.code? code # "denied", "timeout", "limit", "closed", "upstream"
+function Ctx:http(options) end
+
+-- Not available yet: call.
 
 -- ---- policies/tools.lua returns one of these. P
 
@@ -632,7 +641,7 @@ function Ctx:release(retry) end
 ---@field action "allow"|"ask"|"deny"
 ---@field when? fun(call: orch.Call): any the rule counts when it is truthy; its error denies
 ---@field reason? string shown to the client
----@field network? "none" of the call's microVMs
+---@field network? string "none" or a policy of policies/network.lua: of the call's microVMs and of ctx:http
 ---@field rewrite? fun(args: table): table changes the arguments; the result is checked and judged again
 ---@field redact? string[] PCRE2 patterns, replaced in results and audit log
 ---@field rate? string "30/min": 1 to 1000000 per s, min, h or day, for each caller

@@ -230,7 +230,7 @@ def init(env):
     r = env.orch("init", "new/folder")
     expect(r.status == 0 and r.out.count("kept") == 4 and "wrote" not in r.out, r)
     r = env.orch("policy", "check", "new/folder")
-    expect(r.status == 0 and "2 rules, 3 tests, 5 tools: ok" in r.out, r)
+    expect(r.status == 0 and "2 rules, 3 tests, 6 tools: ok" in r.out, r)
     r = env.orch("init", "/proc/nowhere")
     expect(r.status == 1 and "/proc/nowhere" in r.err, r)
 
@@ -268,7 +268,7 @@ def explain(env):
     parsed = json.loads(env.orch("policy", "explain", "echo", "--json", config=True).out)
     expect(parsed["decision"] == "allow" and parsed["rules"][0]["where"].endswith("tools.lua:1"), parsed)
     parsed = json.loads(env.orch("policy", "show", "--json", config=True).out)
-    expect(parsed["rules"][0]["tool"] == "*" and {t["name"] for t in parsed["tools"]} == {"echo", "run_command", "run_python", "read_file", "list_dir"}, parsed)
+    expect(parsed["rules"][0]["tool"] == "*" and {t["name"] for t in parsed["tools"]} == {"echo", "run_command", "run_python", "read_file", "list_dir", "fetch_url"}, parsed)
 
 
 # ---- audit
