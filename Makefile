@@ -175,7 +175,7 @@ libseccomp-dev       build  headers
 libnftnl-dev         build  headers
 python3              demo   examples/client.py and the end-to-end tests
 libcmocka-dev        test   C unit tests
-iproute2             test   networks for the tests of the firewall
+iproute2             demo   the network namespace that plays the internet
 nftables             test   reads the firewall back by another program
 procps               test   the host's settings before and after
 python3-pip          suite  fetches the JSON Schema test suite
