@@ -1,7 +1,9 @@
-/* The thin proxy's upstream: one MCP server behind the policy. Its tools join every generation. */
-#include "host.h"
+/* The thin proxy's upstream: one MCP server behind the policy. Its tools join every generation; what it asks during a
+ * call goes to that call's client. */
+#include "call.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <string.h>
 
 enum {
@@ -12,6 +14,16 @@ enum {
     CALL_TIMEOUT_MS = 60000,
     RELIST_MS = 200,
     GRACE_MS = 500,
+    QUESTIONS_MAX = 64,
+    ID_MAX_BYTES = 256,
+};
+
+/* What the server asks the client's user or model, until it is answered. */
+struct question {
+    struct question *next;
+    struct orch_upstream *u;
+    char *id; /* the server's, as JSON */
+    struct orch_ask *ask;
 };
 
 struct orch_upstream {
@@ -21,6 +33,8 @@ struct orch_upstream {
     struct orch_buf tools;   /* JSON: [page.tools, page.tools, …] */
     struct orch_buf listing; /* the same while it is being asked for */
     unsigned pages;
+    struct question *questions;
+    unsigned n_questions;
     struct orch_timer *relist;
     bool settled, relisting, relist_wanted; /* settled: ready or failed once */
     void (*on_settled)(void *ud);
@@ -138,6 +152,104 @@ static void relist(void *ud)
     list_page(u, (struct orch_slice){ 0 });
 }
 
+/* ---- what the server asks */
+
+static void forward_answer(void *ud);
+
+static void question_free(struct question *q)
+{
+    struct orch_upstream *u = q->u;
+    for (struct question **at = &u->questions; *at; at = &(*at)->next)
+        if (*at == q) {
+            *at = q->next;
+            u->n_questions--;
+            break;
+        }
+    orch_loop_unpost(u->o->loop, forward_answer, q);
+    orch_asking_free(q->ask);
+    free(q->id);
+    free(q);
+}
+
+static void forward_answer(void *ud)
+{
+    struct question *q = ud;
+    size_t n;
+    const struct orch_ask_item *it = orch_asking_items(q->ask, &n);
+    if (it->failed)
+        orch_mcp_client_refuse(q->u->client, orch_slice_str(q->id), ORCH_RPC_INTERNAL_ERROR, it->error.p);
+    else
+        orch_mcp_client_reply(q->u->client, orch_slice_str(q->id), (struct orch_slice){ it->answer.p, it->answer.n });
+    question_free(q);
+}
+
+static void answered(void *ud) /* in the midst of the call's own affairs */
+{
+    struct question *q = ud;
+    orch_loop_post(q->u->o->loop, forward_answer, q);
+}
+
+/* The call that the server asks for: it does not say. A legacy client is asked on its connection, whichever call it is;
+ * a modern one gets the question as a call's answer, so it must be the only one. */
+static struct orch_toolcall *asking_call(struct orch_upstream *u, const char **why)
+{
+    struct orch_toolcall *found = NULL;
+    unsigned n = 0;
+    for (struct orch_toolcall *c = u->o->running; c; c = c->next)
+        if (c->upstream && !c->cancelled) {
+            found = c;
+            n++;
+        }
+    *why = !n ? "nobody can be asked outside a call" : "several calls are under way, and it cannot be told for which of them this is asked";
+    return n == 1 || (n && !found->modern) ? found : NULL;
+}
+
+static unsigned needs_of(const char *method, const struct orch_json_doc *d, uint32_t params)
+{
+    if (strcmp(method, "sampling/createMessage") == 0)
+        return ORCH_MCP_CAP_SAMPLING | (orch_json_get(d, params, "tools") ? ORCH_MCP_CAP_SAMPLING_TOOLS : 0);
+    uint32_t mode = orch_json_get(d, params, "mode");
+    return mode && orch_json_string_eq(d, mode, "url") ? ORCH_MCP_CAP_URL : ORCH_MCP_CAP_FORM;
+}
+
+static void asked(void *ud, struct orch_slice id, const char *method, const struct orch_json_doc *d, uint32_t params)
+{
+    struct orch_upstream *u = ud;
+    struct orch_err err = { 0 };
+    const char *why = "too many questions wait for their answers";
+    struct orch_toolcall *c = u->n_questions < QUESTIONS_MAX && id.n <= ID_MAX_BYTES ? asking_call(u, &why) : NULL;
+    if (!c || d->toks[params].type != ORCH_JSON_OBJECT) {
+        orch_mcp_client_refuse(u->client, id, c ? ORCH_RPC_INVALID_PARAMS : ORCH_RPC_INTERNAL_ERROR, c ? "params must be an object" : why);
+        return;
+    }
+    struct question *q = orch_xcalloc(1, sizeof *q);
+    *q = (struct question){ .next = u->questions, .u = u, .id = orch_xstrndup(id.p, id.n) };
+    struct orch_ask_item *item = orch_xcalloc(1, sizeof *item);
+    *item = (struct orch_ask_item){ .key = orch_xasprintf("%s-%u", u->name, ++c->keys), .method = method, .needs = needs_of(method, d, params) };
+    orch_buf_slice(&item->params, orch_json_raw(d, params));
+    q->ask = orch_asking_start(c, item, 1, NULL, answered, q, &err);
+    if (!q->ask) {
+        orch_mcp_client_refuse(u->client, id, err.code == ENOTSUP ? ORCH_RPC_METHOD_NOT_FOUND : ORCH_RPC_INTERNAL_ERROR, err.msg);
+        free(q->id);
+        free(q);
+        return;
+    }
+    u->questions = q;
+    u->n_questions++;
+    if (orch_asking_done(q->ask))
+        answered(q);
+}
+
+static void withdrawn(void *ud, struct orch_slice id)
+{
+    struct orch_upstream *u = ud;
+    for (struct question *q = u->questions; q; q = q->next)
+        if (orch_slice_eq(id, q->id)) {
+            question_free(q);
+            return;
+        }
+}
+
 static void settled_at_start(void *ud)
 {
     struct orch_upstream *u = ud;
@@ -169,6 +281,8 @@ struct orch_upstream *orch_upstream_start(struct orch *o, const char *name, cons
                                                                     .ready = ready,
                                                                     .lost = lost,
                                                                     .tools_changed = tools_changed,
+                                                                    .asked = asked,
+                                                                    .withdrawn = withdrawn,
                                                                     .ud = u },
                                     &u->start_error);
     while (n)
@@ -184,6 +298,8 @@ void orch_upstream_free(struct orch_upstream *u)
         return;
     orch_loop_unpost(u->o->loop, settled_at_start, u);
     orch_timer_free(u->relist);
+    while (u->questions)
+        question_free(u->questions);
     orch_mcp_client_free(u->client, GRACE_MS);
     orch_buf_free(&u->tools);
     orch_buf_free(&u->listing);

@@ -214,26 +214,26 @@ static void take_notification(struct orch_mcp_client *c, const struct orch_rpc_m
                     (struct orch_slice){ text.p, text.n });
     } else if (orch_json_string_eq(d, m->method, "notifications/tools/list_changed") && c->o.tools_changed) {
         c->o.tools_changed(c->o.ud);
+    } else if (orch_json_string_eq(d, m->method, "notifications/cancelled") && c->o.withdrawn && m->params) {
+        uint32_t id = orch_json_get(d, m->params, "requestId");
+        if (id)
+            c->o.withdrawn(c->o.ud, orch_json_raw(d, id));
     }
 }
 
-/* The server asks something of us: only ping is answered in this era's minimal client. */
+/* The server asks something of us. */
 static void take_request(struct orch_mcp_client *c, const struct orch_rpc_msg *m)
 {
-    if (orch_json_string_eq(&c->doc, m->method, "ping")) {
-        orch_rpc_result_head(&c->outbuf, m->id);
-        orch_buf_str(&c->outbuf, "{}}");
-    } else {
-        orch_rpc_error(&c->outbuf, m->id, ORCH_RPC_METHOD_NOT_FOUND, ORCH_SLICE("not offered by this client"), (struct orch_slice){ 0 });
-    }
-    orch_buf_char(&c->outbuf, '\n');
-    flush_soon(c);
-    if (c->outbuf.n > OUT_MAX_BYTES) {
-        struct orch_err err = { 0 };
-        orch_err_setc(&err, ORCH_CLASS_UPSTREAM, ENOBUFS, "%s: the server asks but does not read its input (%zu bytes wait)", c->name,
-                      c->outbuf.n);
-        client_fail(c, &err);
-    }
+    static const char *const questions[] = { "elicitation/create", "sampling/createMessage" };
+    for (size_t i = 0; c->o.asked && m->params && i < ORCH_ARRAY_LEN(questions); i++)
+        if (orch_json_string_eq(&c->doc, m->method, questions[i])) {
+            c->o.asked(c->o.ud, m->id, questions[i], &c->doc, m->params);
+            return;
+        }
+    if (orch_json_string_eq(&c->doc, m->method, "ping"))
+        orch_mcp_client_reply(c, m->id, ORCH_SLICE("{}"));
+    else
+        orch_mcp_client_refuse(c, m->id, ORCH_RPC_METHOD_NOT_FOUND, "not offered by this client");
 }
 
 static void take_line(struct orch_mcp_client *c, struct orch_slice line)
@@ -324,11 +324,14 @@ struct orch_mcp_client *orch_mcp_client_new(struct orch_loop *l, const struct or
     }
     c->in = orch_watch_new(l, orch_proc_stdout(c->proc), ORCH_READ, on_readable, c);
     c->out = orch_watch_new(l, orch_proc_stdin(c->proc), 0, on_writable, c);
+    /* No roots: a server that takes its folders from them would leave those of its command line. */
+    const char *capabilities = o->asked ? "{\"elicitation\":{\"form\":{},\"url\":{}},\"sampling\":{}}" : "{}";
+    cleanup_free char *params = orch_xasprintf("{\"protocolVersion\":\"2025-11-25\",\"capabilities\":%s,\"clientInfo\":{\"name\":\"orch\","
+                                               "\"version\":\"" ORCH_VERSION "\"}}", capabilities);
     orch_mcp_client_call(c,
                          &(struct orch_mcp_client_request){
                              .method = "initialize",
-                             .params = ORCH_SLICE("{\"protocolVersion\":\"2025-11-25\",\"capabilities\":{},\"clientInfo\":{\"name\":\"orch\","
-                                                  "\"version\":\"" ORCH_VERSION "\"}}"),
+                             .params = orch_slice_str(params),
                              .timeout_ms = o->start_timeout_ms ? o->start_timeout_ms : 10000,
                              .done = initialized,
                              .ud = c },
@@ -430,6 +433,36 @@ struct orch_mcp_client_call *orch_mcp_client_call(struct orch_mcp_client *c, con
     }
     flush_soon(c);
     return k;
+}
+
+static void reply_end(struct orch_mcp_client *c)
+{
+    orch_buf_char(&c->outbuf, '\n');
+    flush_soon(c);
+    if (c->outbuf.n > OUT_MAX_BYTES) {
+        struct orch_err err = { 0 };
+        orch_err_setc(&err, ORCH_CLASS_UPSTREAM, ENOBUFS, "%s: the server asks but does not read its input (%zu bytes wait)", c->name,
+                      c->outbuf.n);
+        client_fail(c, &err);
+    }
+}
+
+void orch_mcp_client_reply(struct orch_mcp_client *c, struct orch_slice id, struct orch_slice result)
+{
+    if (c->dead)
+        return;
+    orch_rpc_result_head(&c->outbuf, id);
+    orch_buf_slice(&c->outbuf, result);
+    orch_buf_char(&c->outbuf, '}');
+    reply_end(c);
+}
+
+void orch_mcp_client_refuse(struct orch_mcp_client *c, struct orch_slice id, int code, const char *why)
+{
+    if (c->dead)
+        return;
+    orch_rpc_error(&c->outbuf, id, code, orch_slice_str(why), (struct orch_slice){ 0 });
+    reply_end(c);
 }
 
 void orch_mcp_client_cancel(struct orch_mcp_client_call *k, const char *why)

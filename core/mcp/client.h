@@ -23,6 +23,11 @@ struct orch_mcp_client_opts {
     void (*ready)(void *ud, const struct orch_err *err);
     void (*lost)(void *ud, const struct orch_err *err);
     void (*tools_changed)(void *ud); /* notifications/tools/list_changed; may be NULL */
+    /* NULL: the server is told that nobody can be asked. Else its elicitation/create and sampling/createMessage
+     * come here (from the loop, all borrowed), each to be answered once under that id (orch_mcp_client_reply, _refuse),
+     * unless withdrawn says that the server no longer waits. */
+    void (*asked)(void *ud, struct orch_slice id, const char *method, const struct orch_json_doc *d, uint32_t params);
+    void (*withdrawn)(void *ud, struct orch_slice id);
     void *ud;
 };
 
@@ -51,5 +56,9 @@ struct orch_mcp_client_call *orch_mcp_client_call(struct orch_mcp_client *c, con
                                                   struct orch_err *err);
 /* Sends notifications/cancelled and forgets it; done is not called. */
 void orch_mcp_client_cancel(struct orch_mcp_client_call *call, const char *why);
+
+/* Answers what the server asked, by a JSON value or by a JSON-RPC error. */
+void orch_mcp_client_reply(struct orch_mcp_client *c, struct orch_slice id, struct orch_slice result);
+void orch_mcp_client_refuse(struct orch_mcp_client *c, struct orch_slice id, int code, const char *why);
 
 #endif

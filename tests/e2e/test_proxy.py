@@ -237,6 +237,91 @@ def flood(env):
     expect(s.request("ping")["result"] == {})
 
 
+ASK_RULES = 'return { rules = { { tool = "cmd__*", action = "allow", redact = { [[sk-\\w+]] } } } }'
+
+
+def asking(env, capabilities):
+    s = proxy(env, "ask", env.path("cancelled"), rules=ASK_RULES)
+    s.request("initialize", {"protocolVersion": LEGACY, "capabilities": capabilities, "clientInfo": {"name": "e2e", "version": "1"}})
+    s.notify("notifications/initialized")
+    s.request("tools/list")
+    return s
+
+
+def question(s, method="elicitation/create"):
+    m = s.recv()
+    expect(m.get("method") == method and "id" in m, m)
+    return m
+
+
+def came_back(answer):
+    return json.loads(text_of(answer["result"]))
+
+
+@case("the server asks the client's user: forwarded as it came but for redaction, and so is the answer")
+def elicit(env):
+    s = asking(env, {"elicitation": {}, "sampling": {}})
+    id = s.start("tools/call", {"name": "echo", "arguments": {"message": "x"}})
+    q = question(s)
+    expect(q["params"]["message"] == "Really? [redacted]" and q["params"]["x-big"] == 9007199254740993 and q["params"]["requestedSchema"], q)
+    s.send_raw(b'{"jsonrpc":"2.0","id":%d,"result":{"action":"accept","content":{"n":9007199254740993}}}\n' % q["id"])
+    expect(came_back(s.answer(id)) == {"jsonrpc": "2.0", "id": "q-1", "result": {"action": "accept", "content": {"n": 9007199254740993}}})
+    id = s.start("tools/call", {"name": "echo", "arguments": {"message": "x"}})
+    s.send({"jsonrpc": "2.0", "id": question(s)["id"], "error": {"code": -1, "message": "go away"}})
+    got = came_back(s.answer(id))
+    expect(got["id"] == "q-1" and got["error"]["code"] == -32603 and "go away" in got["error"]["message"], got)
+    id = s.start("tools/call", {"name": "echo", "arguments": {"message": "sample"}})
+    s.send({"jsonrpc": "2.0", "id": question(s, "sampling/createMessage")["id"],
+            "result": {"role": "assistant", "model": "m", "content": {"type": "text", "text": "yes"}}})
+    expect(came_back(s.answer(id))["result"]["content"]["text"] == "yes")
+    expect(s.end() == 0)
+
+
+@case("a client that cannot be asked: the server is told so")
+def elicit_none(env):
+    s = asking(env, {"sampling": {}})
+    got = came_back(s.request("tools/call", {"name": "echo", "arguments": {"message": "x"}}))
+    expect(got["error"]["code"] == -32601 and "elicitation" in got["error"]["message"], got)
+    expect(s.end() == 0)
+
+
+@case("a question is withdrawn, a call is cancelled: nobody waits for the answer")
+def elicit_withdrawn(env):
+    s = asking(env, {"elicitation": {}})
+    id = s.start("tools/call", {"name": "echo", "arguments": {"message": "withdraw"}})
+    q = question(s)
+    m = s.recv()
+    expect(m.get("method") == "notifications/cancelled" and m["params"]["requestId"] == q["id"], m)
+    expect(text_of(s.answer(id)["result"]) == "withdrawn")
+    s.send({"jsonrpc": "2.0", "id": q["id"], "result": {"action": "accept"}})
+    id = s.start("tools/call", {"name": "echo", "arguments": {"message": "x"}})
+    question(s)
+    s.notify("notifications/cancelled", {"requestId": id})
+    until(lambda: os.path.exists(env.path("cancelled")), 2, "notifications/cancelled at the server")
+    expect(s.recv()["method"] == "notifications/cancelled" and s.request("ping")["result"] == {})
+    expect(s.end() == 0)
+
+
+@case("a modern client gets the server's question as input_required; with two calls under way it cannot be told whose it is")
+def elicit_modern(env):
+    s = proxy(env, "ask", rules=ASK_RULES)
+    meta = modern_meta()
+    meta[META + "clientCapabilities"] = {"elicitation": {}}
+    params = {"name": "echo", "arguments": {"message": "x"}, "_meta": meta}
+    first = s.request("tools/call", params)["result"]
+    expect(first["resultType"] == "input_required" and list(first["inputRequests"]) == ["cmd-1"], first)
+    expect(first["inputRequests"]["cmd-1"]["params"]["message"] == "Really? [redacted]", first)
+    answer = s.request("tools/call", {**params, "requestState": first["requestState"], "inputResponses": {"cmd-1": {"action": "decline"}}})
+    expect(answer["result"]["resultType"] == "complete" and came_back(answer)["result"] == {"action": "decline"}, answer)
+    first = s.request("tools/call", params)["result"]
+    expect(first["resultType"] == "input_required", first)
+    second = s.request("tools/call", {**params, "arguments": {"message": "y"}})
+    expect("several calls" in came_back(second)["error"]["message"], second)
+    answer = s.request("tools/call", {**params, "requestState": first["requestState"], "inputResponses": {"cmd-1": {"action": "cancel"}}})
+    expect(came_back(answer)["result"] == {"action": "cancel"}, answer)
+    expect(s.end() == 0)
+
+
 @case("CMD without a configuration: exit 6 and a tools.lua to paste")
 def unconfigured(env):
     r = run([ORCH, "mcp", "stdio", "--", PY, UPSTREAM, "good"], env.environ, env.path("p"))

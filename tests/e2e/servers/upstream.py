@@ -10,6 +10,8 @@ chatty    sends log and list_changed notifications around every answer
 flood     answers a call with 20 MiB in one line
 stderr    writes 10 MiB to stderr during a call
 request   asks the client something (roots/list) before it answers
+ask       asks the client's user (elicitation/create) and answers with what came back; the message is its id and
+          what it does: "withdraw" takes the question back, "sample" asks the model instead
 stubborn  ignores end of input and SIGTERM
 nobody    the same, and has a child that does so too
 """
@@ -24,6 +26,9 @@ TOOLS = [
 ]
 BIG = ('{"content":[{"type":"text","text":"\\u00e9\\/","annotations":{"audience":["user"],"priority":1.0}},{"type":"x-new","data":[1e2,-0,9007199254740993]}],'
        '"structuredContent":{"n":9007199254740993,"f":0.10,"z":1.0,"empty":[],"none":{}},"unknownMember":{"a":null},"_meta":{"vendor/x":12345678901234567890}}')
+
+
+asking = {}  # the calls that wait, by the ids of their questions
 
 
 def put(text):
@@ -48,6 +53,17 @@ def call(message):
     if mode == "stderr":
         sys.stderr.write(("noise " * 20 + "\n") * 90000)
         sys.stderr.flush()
+    if mode == "ask":
+        question, what = "q-%d" % (len(asking) + 1), args.get("message")
+        asking[question] = message["id"]
+        method, params = "elicitation/create", {"message": "Really? sk-12345678", "requestedSchema": {"type": "object", "properties": {"n": {"type": "integer"}}}, "x-big": 9007199254740993}
+        if what == "sample":
+            method, params = "sampling/createMessage", {"messages": [{"role": "user", "content": {"type": "text", "text": "hi"}}], "maxTokens": 10}
+        put(json.dumps({"jsonrpc": "2.0", "id": question, "method": method, "params": params}))
+        if what == "withdraw":
+            note("notifications/cancelled", {"requestId": question})
+            result(asking.pop(question), json.dumps({"content": [{"type": "text", "text": "withdrawn"}]}))
+        return
     if mode == "request":
         put('{"jsonrpc":"2.0","id":"server-1","method":"roots/list"}')
     if name == "big":
@@ -87,6 +103,8 @@ for line in sys.stdin:
         call(message)
     elif method == "ping":
         result(message["id"], "{}")
+    elif method is None and message.get("id") in asking:
+        result(asking.pop(message["id"]), json.dumps({"content": [{"type": "text", "text": line.strip()}]}))
     elif method == "notifications/cancelled" and file:
         with open(file, "a") as f:
             f.write(line)
