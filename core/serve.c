@@ -33,6 +33,7 @@ struct caller {
     struct caller *next;
     struct orch *o;
     struct orch_session *session;
+    unsigned in_flight; /* requests of its modern HTTP clients */
 };
 
 struct serving {
@@ -66,7 +67,7 @@ static struct caller *caller_of(struct serving *v, const char *name)
     if (c)
         return c;
     c = orch_xmalloc(sizeof *c);
-    *c = (struct caller){ v->callers, v->o, orch_session_new(v->o, name) };
+    *c = (struct caller){ v->callers, v->o, orch_session_new(v->o, name), 0 };
     v->callers = c;
     return c;
 }
@@ -371,6 +372,12 @@ static void *http_peer(void *ud, const struct orch_http_peer *peer)
     return caller_of(ud, name);
 }
 
+static unsigned *http_in_flight(void *peer)
+{
+    struct caller *k = peer;
+    return &k->in_flight;
+}
+
 static void http_handled(void *ud)
 {
     struct serving *v = ud;
@@ -446,6 +453,7 @@ static int serve_http(struct serving *v, const struct orch_serve_opts *so, const
         return -EIO;
     v->endpoint = orch_mcp_endpoint_new(o->loop, &(struct orch_mcp_endpoint_opts){ .ops = &v->ops,
                                                                                    .peer = http_peer,
+                                                                                   .in_flight = http_in_flight,
                                                                                    .handled = http_handled,
                                                                                    .check_params = http_check_params,
                                                                                    .ud = v,

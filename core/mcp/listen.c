@@ -130,7 +130,7 @@ void orch_mcp_listen(struct orch_mcp_incoming *in)
         return;
     }
     struct orch_mcp_request *rq = orch_mcp_request_new(in, ORCH_MCP_NO_DATA);
-    s->in_flight--;
+    orch_mcp_count(s, -1);
     s->listening++;
     rq->filter = orch_xmalloc(sizeof f);
     *rq->filter = f;

@@ -113,6 +113,18 @@ unsigned orch_mcp_session_in_flight(const struct orch_mcp_session *s)
     return s->in_flight;
 }
 
+void orch_mcp_count(struct orch_mcp_session *s, int n)
+{
+    s->in_flight += (unsigned)n;
+    if (s->shared)
+        *s->shared += (unsigned)n;
+}
+
+void orch_mcp_session_share(struct orch_mcp_session *s, unsigned *in_flight)
+{
+    s->shared = in_flight;
+}
+
 /* ---- output */
 
 static void announce(struct orch_mcp_session *s)
@@ -187,7 +199,7 @@ struct orch_mcp_request *orch_mcp_request_new(struct orch_mcp_incoming *in, stru
     if (s->first)
         s->first->prev = rq;
     s->first = rq;
-    s->in_flight++;
+    orch_mcp_count(s, 1);
     s->answers = true;
     if (in->batch) {
         in->batch->pending++;
@@ -249,7 +261,7 @@ static void request_end(struct orch_mcp_request *rq)
         orch_mcp_filter_fini(rq->filter);
         free(rq->filter);
     } else {
-        s->in_flight--;
+        orch_mcp_count(s, -1);
     }
     if (rq->batch) {
         rq->batch->pending--;
@@ -587,7 +599,7 @@ static struct orch_mcp_request *accept(struct orch_mcp_incoming *in, const char 
 {
     struct orch_mcp_session *s = in->s;
     const struct orch_json_doc *d = in->d;
-    if (s->in_flight >= s->ops->max_calls) {
+    if ((s->shared ? *s->shared : s->in_flight) >= s->ops->max_calls) {
         orch_mcp_refuse(in, ORCH_RPC_TOO_MANY_CALLS, ORCH_MCP_NO_DATA, "too many calls in flight (limit %u; limits.calls)", s->ops->max_calls);
         return NULL;
     }

@@ -90,6 +90,9 @@ bool orch_mcp_session_version_agreed(const struct orch_mcp_session *s); /* initi
 bool orch_mcp_session_unused(const struct orch_mcp_session *s);         /* as new: nothing in flight, nothing agreed */
 unsigned orch_mcp_session_in_flight(const struct orch_mcp_session *s);  /* without subscriptions */
 
+/* Its requests are counted in *in_flight too, and limited by that: of a caller with many sessions. */
+void orch_mcp_session_share(struct orch_mcp_session *s, unsigned *in_flight);
+
 /* Tells clients that asked for it. */
 enum orch_mcp_change { ORCH_MCP_TOOLS_CHANGED = 1, ORCH_MCP_PROMPTS_CHANGED = 2, ORCH_MCP_RESOURCES_CHANGED = 4 };
 void orch_mcp_session_changed(struct orch_mcp_session *s, enum orch_mcp_change what);

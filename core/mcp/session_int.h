@@ -53,6 +53,7 @@ struct orch_mcp_session {
     void *stream; /* of the message being handled */
     struct orch_mcp_request *first, *spare;
     unsigned in_flight, listening;
+    unsigned *shared; /* in flight of all sessions of its caller; NULL: it is counted alone */
     const char *version; /* legacy, after initialize */
     bool initialized_seen, ended, feeding, answers;
     int8_t log_level;
@@ -79,6 +80,7 @@ struct orch_mcp_incoming {
 
 void orch_mcp_refuse(struct orch_mcp_incoming *in, int code, struct orch_slice data, const char *fmt, ...) ORCH_PRINTF(4, 5);
 void orch_mcp_answer(struct orch_mcp_incoming *in, struct orch_slice members);
+void orch_mcp_count(struct orch_mcp_session *s, int n); /* requests in flight: more, or less */
 struct orch_mcp_request *orch_mcp_request_new(struct orch_mcp_incoming *in, struct orch_slice token);
 /* A message that is no answer: begin gives where it starts in the output, end sends it. */
 size_t orch_mcp_note_begin(struct orch_mcp_session *s, const char *method);

@@ -125,7 +125,7 @@ static void output_appeared(void *ud)
 /* Hands every complete line to the session; keeps the rest. */
 static void take_lines(struct orch_mcp_stdio *t)
 {
-    if (t->held)
+    if (t->held || !t->buf.n)
         return;
     char *start = t->buf.p, *end = t->buf.p + t->buf.n, *nl;
     char *from = start + t->scanned;

@@ -490,6 +490,7 @@ static struct orch_mcp_session *take_modern(struct orch_mcp_endpoint *e, void *p
         return e->spare[--e->n_spare].mcp;
     struct orch_mcp_session *mcp = orch_mcp_session_new(e->o.ops, peer, &e->o.limits);
     orch_mcp_session_sink(mcp, send_message, check_headers, NULL);
+    orch_mcp_session_share(mcp, e->o.in_flight(peer));
     return mcp;
 }
 

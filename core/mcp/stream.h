@@ -16,6 +16,8 @@ struct orch_mcp_endpoint_opts {
     const struct orch_mcp_server_ops *ops; /* borrowed */
     /* What the sessions of this peer give to the ops; lives as long as the endpoint. */
     void *(*peer)(void *ud, const struct orch_http_peer *peer);
+    /* Where the requests in flight of a peer's modern clients, which have no sessions, are counted together. */
+    unsigned *(*in_flight)(void *peer);
     /* A message was handled: what the host deferred should run soon. */
     void (*handled)(void *ud);
     /* What the headers Mcp-Param-* have against this tools/call: NULL or the text of -32020. */

@@ -161,8 +161,8 @@ def call(tool, arguments=None, **more):
     return modern("tools/call", {"name": tool, "arguments": arguments or {}}, **more)
 
 
-def script(env, listen="127.0.0.1:0"):
-    env.project()
+def script(env, listen="127.0.0.1:0", more=""):
+    env.project(more=more)
     path = env.write("server.lua", SERVER)
     return Http(env, ORCH, "--config", env.config, path, listen)
 
@@ -357,6 +357,20 @@ def concurrent(env):
         expect(text_of(h.ask(**call("hello")).body["result"]) == "hello")
         expect(not select.select([slow.s], [], [], 0)[0], "the slow one is done already")
         expect(text_of(slow.whole().body["result"]) == "slow")
+
+
+@case("limits.calls holds for a caller without sessions over all its connections")
+def limit(env):
+    h = script(env, more="limits = { calls = 3 }")
+    readers = [h.open(**call("forever")) for _ in range(3)]
+    until(lambda: sum(line["event"] == "decision" for line in env.audit()) == 3, 5 * SLOW, "the decisions")
+    r = h.ask(**call("hello"))
+    expect(r.body["error"]["code"] == -31001 and "limits.calls" in r.body["error"]["message"], r.body)
+    readers.pop().close()
+    until(lambda: any(line["event"] == "outcome" for line in env.audit()), 5 * SLOW, "the outcome")
+    expect(text_of(h.ask(**call("hello")).body["result"]) == "hello")
+    for reader in readers:
+        reader.close()
 
 
 @case("orch mcp http: a token is made, 0600, and kept; without it nothing is served")

@@ -1,6 +1,6 @@
 # The thin proxy: `orch mcp stdio -- CMD` in front of good and bad servers, and a client that is as simple
 # as an earlier Python client was: no notifications/initialized, one line read for each request.
-# as: user
+# as: user asan
 import json, re
 
 from orch_e2e import *
