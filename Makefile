@@ -275,8 +275,8 @@ schema-suite: deps build/$(SUITE) ## the official JSON Schema test suite, the ca
 	@+$(MAKE) --no-print-directory $(JOBS) all
 	@$(B)/orch tests/conformance/schema.lua build/$(SUITE)/json
 
-bench: DEPS_FOR = run build demo
-bench: deps ## measure: MCP over stdio, clones, 1,000 calls; prints machine, method, figures and targets (4 minutes)
+bench: DEPS_FOR = run build demo test
+bench: deps ## measure: MCP over stdio, clones, packets, 1,000 calls; prints machine, method, figures and targets (4 minutes)
 	@+$(MAKE) --no-print-directory $(JOBS) all $(patsubst tests/bench/%.c,$(B)/tests/bench/%,$(wildcard tests/bench/*.c))
 	@tests/bench/run $(B)
 
