@@ -61,9 +61,20 @@ local function clean(v)
   return v
 end
 
+-- A character as JSON escapes it, when a terminal would obey it.
+local function escape_json(char)
+  if char ~= "\127" and internal.escape(char, false) == char then return char end
+  local a, b, c, d = char:byte(1, 4)
+  local code = d and (a % 8) * 262144 + (b % 64) * 4096 + (c % 64) * 64 + d % 64 or c and (a % 16) * 4096 + (b % 64) * 64 + c % 64
+    or b and (a % 32) * 64 + b % 64 or a
+  if code < 65536 then return ("\\u%04x"):format(code) end
+  code = code - 65536
+  return ("\\u%04x\\u%04x"):format(0xd800 + math.floor(code / 1024), 0xdc00 + code % 1024)
+end
+
 -- One JSON value on stdout. Strings in it that are not UTF-8 are changed in place.
 function cli.json(v)
-  cli.out(orch.json.encode(clean(v)), "\n")
+  cli.out((orch.json.encode(clean(v)):gsub("[\127\194-\244][\128-\191]*", escape_json)), "\n")
 end
 
 -- Rows of strings in columns.

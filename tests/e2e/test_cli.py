@@ -278,6 +278,15 @@ def mcp_test(env):
     expect(r.status == 0 and "echo" in r.out, r)
 
 
+@case("--json: what a terminal would obey is escaped as JSON does it, and stays the same value")
+def json_escaped(env):
+    text = "x\x9by\u202ez\x7f\u200b\U000e0001 \xe9\u20ac\U0001f600\x1b[31m"
+    code = 'require "cli".json({ text = "%s" })' % "".join("\\%03d" % b for b in text.encode())
+    r = env.orch("-e", code)
+    expect(r.status == 0 and json.loads(r.out) == {"text": text}, r)
+    expect(not re.search("[\x1b\x7f\x80-\x9f\u200b\u202e\U000e0001]", r.out) and "\xe9\u20ac\U0001f600" in r.out, repr(r.out))
+
+
 @case("mcp test: what a server wrote is shown with control and bidi characters escaped")
 def mcp_test_escapes(env):
     r = env.orch("mcp", "test", "--call", "echo", "--args", '{"message":"a\\u001b[31mb\\u202ec\\u200bd"}', "--", PY, os.path.join(SERVERS, "upstream.py"), "good")
