@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """1,000 run_command calls one after the other through one `orch mcp stdio`: what grows?
 
-Memory (proportional, of orch and its launcher), descriptors, processes, mounts and files are counted after
+Memory (anonymous, of orch and its launcher: what other processes share or unshare does not move it), descriptors, processes, mounts and files are counted after
 WARM calls and again every quarter. Exit status 1 when something grew. usage: leak.py [CALLS]"""
 import sys
 
@@ -11,9 +11,9 @@ WARM = 50
 GROWTH_KB = 256  # malloc's and the kernel's rounding; a leak of 300 bytes a call would pass it
 
 
-def pss_kb(pid):
+def anonymous_kb(pid):
     with open("/proc/%d/smaps_rollup" % pid) as f:
-        return int(re.search(r"^Pss: +(\d+)", f.read(), re.M).group(1))
+        return sum(map(int, re.findall(r"^(?:Anonymous|Swap): +(\d+)", f.read(), re.M)))
 
 
 def count_files(env):
@@ -33,7 +33,7 @@ def count(env, session, processes):
     if processes:
         until(lambda: len(tree()) <= processes, 10, "processes end")
     pids = tree()
-    return {"memory KiB": sum(map(pss_kb, pids)), "descriptors": sum(len(os.listdir("/proc/%d/fd" % p)) for p in pids),
+    return {"memory KiB": sum(map(anonymous_kb, pids)), "descriptors": sum(len(os.listdir("/proc/%d/fd" % p)) for p in pids),
             "processes": len(pids), "mounts": sum(map(mounts, pids)), "files": count_files(env)}
 
 

@@ -230,6 +230,23 @@ def time_limits(env):
         expect(text_of(fetch(s, good.url + "/after")) == "hello from /after")
 
 
+@case("a tool that a script serves is held to the same policy")
+def served(env):
+    with fetching(env, rules='return { rules = { { tool = "get", action = "allow", network = "web" } } }') as (_, good, bad):
+        script = env.write("server.lua", """orch.mcp.serve { transport = "stdio", tools = { {
+          name = "get", description = "Gets", input = { type = "object", properties = { url = { type = "string" } } },
+          run = function(args, ctx)
+            local r, why, code = ctx:http { url = args.url }
+            if not r then return nil, why, code end
+            return r.body
+          end } } }""")
+        s = env.session(argv=[ORCH, "--config", env.config, script])
+        s.initialize()
+        expect(text_of(fetch(s, good.url + "/x", tool="get")) == "hello from /x")
+        refused(env, fetch(s, bad.url + "/x", tool="get"), "never allowed: loopback")
+        expect(bad.accepted == 0)
+
+
 @case("a tool that tries many addresses: each is refused, 20 are named in the audit log")
 def many(env):
     scan = POST.replace('"post"', '"scan"').replace("local r, why", """for i = 1, 100 do
