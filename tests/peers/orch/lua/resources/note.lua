@@ -1,0 +1,1 @@
+return { uri = "peer://note", name = "note", text = "a note" }
