@@ -181,6 +181,7 @@ procps               test   the host's settings before and after
 python3-pip          suite  fetches the JSON Schema test suite
 clang                fuzz   libFuzzer
 npm                  conformance  installs the official MCP suite
+cargo-web            peers  builds the Rust peer
 endef
 export PACKAGES
 DEPS_FOR ?= run build demo test
@@ -284,6 +285,12 @@ bench: deps ## measure: MCP over stdio, clones, packets, 1,000 calls; prints mac
 conformance: all ## the official MCP conformance suite (from npm), all sets
 	@command -v npm >/dev/null || $(MAKE) --no-print-directory deps DEPS_FOR=conformance
 	@tests/conformance/run $(B)
+
+.PHONY: peers
+peers: all ## real MCP SDKs (TypeScript, Python, Go, Rust), server-everything and the inspector against orch
+	@command -v npm >/dev/null && command -v cargo >/dev/null && python3 -m pip --version >/dev/null 2>&1 || \
+	    $(MAKE) --no-print-directory deps DEPS_FOR="conformance suite peers"
+	@tests/peers/run $(B)
 
 demo: DEPS_FOR = run build demo
 demo: deps ## packages, build, then a real MCP session with a microVM, message by message
