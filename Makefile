@@ -178,7 +178,7 @@ libcmocka-dev        test   C unit tests
 iproute2             demo   the network namespace that plays the internet
 nftables             test   reads the firewall back by another program
 procps               test   the host's settings before and after
-python3-pip          suite  fetches the JSON Schema test suite
+python3-pip          suite  fetches the JSON Schema test suite, and Python peers
 clang                fuzz   libFuzzer
 npm                  conformance  installs the official MCP suite
 cargo-web            peers  builds the Rust peer

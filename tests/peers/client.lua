@@ -31,7 +31,8 @@ for i, call in ipairs(plan.calls) do
   local r, why = client:call_tool(call[1], call[2], { progress = function() seen.progress = seen.progress + 1 end })
   local text = {}
   for j, item in ipairs(r and r.content or {}) do text[j] = item.text end
-  seen.calls[i] = r and { text = table.concat(text), structured = r.structuredContent, isError = r.isError or false } or { error = why }
+  seen.calls[i] = r and { text = table.concat(text), structured = r.structuredContent, isError = r.isError or false }
+    or { error = why }
 end
 client:close()
 io.write(orch.json.encode(seen), "\n")

@@ -1,5 +1,6 @@
--- A gateway by script: one orch in front of every peer's server, over stdio and HTTP, each in its newest era. Tools
--- are NAME.tool; what a server asks, and its progress, go to the client. arg: { NAME: { command | url } } and where to listen.
+-- A gateway by script: one orch in front of every peer's server, over stdio and HTTP, each in its newest era.
+-- Tools are NAME.tool; what a server asks, and its progress, go to the client.
+-- arg: { NAME: { command or url } } as JSON, and where to listen.
 local tools, busy, caller = {}, {}, {}
 
 local function forward(client, name, tool, args, ctx)
@@ -26,8 +27,12 @@ for name, where in pairs(orch.json.decode(arg[1])) do
       return answer
     end })
   for _, tool in ipairs(assert(client:list_tools())) do
-    tools[#tools + 1] = { name = name .. "." .. tool.name, description = tool.description or tool.name, input = tool.inputSchema,
-      run = function(args, ctx) return forward(client, name, tool.name, args, ctx) end }
+    tools[#tools + 1] = {
+      name = name .. "." .. tool.name, description = tool.description or tool.name, input = tool.inputSchema,
+      run = function(args, ctx) return forward(client, name, tool.name, args, ctx) end,
+    }
   end
 end
-return orch.mcp.serve { transport = "http", listen = arg[2], token = orch.env "ORCH_TOKEN", name = "gateway", tools = tools }
+return orch.mcp.serve {
+  transport = "http", listen = arg[2], token = orch.env "ORCH_TOKEN", name = "gateway", tools = tools,
+}

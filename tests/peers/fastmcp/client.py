@@ -34,7 +34,8 @@ async def main():
         for name, args in plan["calls"]:
             try:
                 r = await client.call_tool(name, args, raise_on_error=False)
-                seen["calls"].append({"text": "".join(c.text for c in r.content), "structured": r.structured_content, "isError": r.is_error})
+                text = "".join(c.text for c in r.content)
+                seen["calls"].append({"text": text, "structured": r.structured_content, "isError": r.is_error})
             except Exception as error:
                 seen["calls"].append({"error": str(error)})
 

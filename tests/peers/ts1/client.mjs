@@ -14,10 +14,10 @@ client.setRequestHandler(ElicitRequestSchema, async ({ params }) => {
 const transport = plan.url
   ? new StreamableHTTPClientTransport(new URL(plan.url), { requestInit: { headers: plan.headers } })
   : new StdioClientTransport({ command: plan.command[0], args: plan.command.slice(1), stderr: 'inherit' });
-let version;
-transport.setProtocolVersion = ((set) => (v) => { version = v; set?.call(transport, v); })(transport.setProtocolVersion);
+// The client tells its transport alone what was agreed on.
+const set = transport.setProtocolVersion?.bind(transport);
+transport.setProtocolVersion = (version) => { seen.version = version; set?.(version); };
 await client.connect(transport);
-seen.version = version;
 seen.server = client.getServerVersion().name;
 seen.tools = (await client.listTools()).tools.map((t) => t.name);
 if (plan.lists) {
@@ -29,7 +29,8 @@ if (plan.lists) {
 for (const [name, args] of plan.calls) {
   try {
     const r = await client.callTool({ name, arguments: args }, undefined, { onprogress: () => seen.progress++ });
-    seen.calls.push({ text: r.content.map((c) => c.text).join(''), structured: r.structuredContent, isError: !!r.isError });
+    const text = r.content.map((c) => c.text).join('');
+    seen.calls.push({ text, structured: r.structuredContent, isError: !!r.isError });
   } catch (error) {
     seen.calls.push({ error: String(error) });
   }

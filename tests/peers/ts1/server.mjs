@@ -15,8 +15,9 @@ function peer() {
   s.registerTool('echo', { inputSchema: { message: z.string() } }, async ({ message }) => text(message));
   s.registerTool('fail', {}, async () => { throw new Error('broken on purpose'); });
   s.registerTool('steps', {}, async ({ _meta, sendNotification }) => {
-    for (let progress = 1; _meta?.progressToken !== undefined && progress <= 3; progress++)
-      await sendNotification({ method: 'notifications/progress', params: { progressToken: _meta.progressToken, progress, total: 3 } });
+    const progressToken = _meta?.progressToken;
+    for (let progress = 1; progressToken !== undefined && progress <= 3; progress++)
+      await sendNotification({ method: 'notifications/progress', params: { progressToken, progress, total: 3 } });
     return text('stepped');
   });
   s.registerTool('ask', {}, async ({ requestId }) => {

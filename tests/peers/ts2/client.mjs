@@ -29,7 +29,8 @@ for (const [name, args] of plan.calls) {
     // The SDK reports rounds of questions as progress too, without a total.
     const onprogress = ({ total }) => { if (total) seen.progress++; };
     const r = await client.callTool({ name, arguments: args }, { onprogress });
-    seen.calls.push({ text: r.content.map((c) => c.text).join(''), structured: r.structuredContent, isError: !!r.isError });
+    const text = r.content.map((c) => c.text).join('');
+    seen.calls.push({ text, structured: r.structuredContent, isError: !!r.isError });
   } catch (error) {
     seen.calls.push({ error: String(error) });
   }

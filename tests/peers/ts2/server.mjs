@@ -9,7 +9,8 @@ const text = (text) => ({ content: [{ type: 'text', text }] });
 
 function peer() {
   const s = new McpServer({ name: 'ts2', version: '1' });
-  s.registerTool('add', { inputSchema: z.object({ a: z.number(), b: z.number() }), outputSchema: z.object({ sum: z.number() }) },
+  const inputSchema = z.object({ a: z.number(), b: z.number() });
+  s.registerTool('add', { inputSchema, outputSchema: z.object({ sum: z.number() }) },
     async ({ a, b }) => ({ ...text(JSON.stringify({ sum: a + b })), structuredContent: { sum: a + b } }));
   s.registerTool('echo', { inputSchema: z.object({ message: z.string() }) }, async ({ message }) => text(message));
   s.registerTool('fail', {}, async () => { throw new Error('broken on purpose'); });
@@ -22,7 +23,8 @@ function peer() {
   s.registerTool('ask', {}, async ({ mcpReq }) => {
     const who = z.object({ name: z.string() });
     const answer = acceptedContent(mcpReq.inputResponses, 'who', who);
-    if (!answer) return inputRequired({ inputRequests: { who: inputRequired.elicit({ message: 'Who?', requestedSchema: who }) } });
+    const question = inputRequired.elicit({ message: 'Who?', requestedSchema: who });
+    if (!answer) return inputRequired({ inputRequests: { who: question } });
     return text(`Hello, ${answer.name}`);
   });
   s.registerResource('note', 'peer://note', {}, async (uri) => ({ contents: [{ uri: uri.href, text: 'a note' }] }));

@@ -20,7 +20,8 @@ struct Peer {
 impl ClientHandler for Peer {
     fn get_info(&self) -> ClientConfig {
         let capabilities = ClientCapabilities::builder().enable_elicitation().build();
-        ClientConfig::new(capabilities, Implementation::new("rust", "1")).with_protocol_version(ProtocolVersion::V_2025_11_25)
+        ClientConfig::new(capabilities, Implementation::new("rust", "1"))
+            .with_protocol_version(ProtocolVersion::V_2025_11_25)
     }
 
     async fn create_elicitation(
@@ -82,7 +83,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         calls.push(match client.call_tool(params).await {
             Ok(result) => {
                 let r = json!(result);
-                json!({ "text": text(&r["content"]), "structured": r["structuredContent"], "isError": r["isError"] == true })
+                let structured = &r["structuredContent"];
+                json!({ "text": text(&r["content"]), "structured": structured, "isError": r["isError"] == true })
             }
             Err(error) => json!({ "error": error.to_string() }),
         });

@@ -82,9 +82,13 @@ impl Peer {
             Some(answers) => json!(answers["who"]),
             None if modern => {
                 let who = InputRequest::Elicitation(ElicitRequest::new(question));
-                return Ok(InputRequiredResult::new(Some([("who".to_string(), who)].into_iter().collect()), None).into());
+                let questions = [("who".to_string(), who)].into_iter().collect();
+                return Ok(InputRequiredResult::new(Some(questions), None).into());
             }
-            None => json!(context.peer.create_elicitation(question).await.map_err(|e| ErrorData::internal_error(e.to_string(), None))?),
+            None => match context.peer.create_elicitation(question).await {
+                Ok(answer) => json!(answer),
+                Err(error) => return Err(ErrorData::internal_error(error.to_string(), None)),
+            },
         };
         let name = answer["content"]["name"].as_str().unwrap_or("nobody");
         Ok(CallToolResult::success(vec![ContentBlock::text(format!("Hello, {name}"))]).into())
