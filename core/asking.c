@@ -14,10 +14,11 @@
 
 enum {
     PARKED_MAX = 10000,
-    PARKED_MS = 10 * 60 * 1000,
+    PARKED_MS = 10 * 60 * 1000, /* and a legacy client's time to answer */
     REQUESTS_MAX_BYTES = 1 << 20, /* all questions of one call */
 };
 
+#define TOO_LATE "the client did not answer within 10 minutes"
 #define BAD_STATE \
     "requestState is not valid: it was altered, has expired, was used already or belongs to another call; send the call again without it"
 
@@ -29,6 +30,7 @@ struct orch_ask {
     size_t n, left;
     void (*done)(void *ud);
     void *ud;
+    struct orch_timer *timer; /* of a legacy client's answer; a modern one's call is parked instead */
     bool held;
 };
 
@@ -86,7 +88,7 @@ static void park_expired(void *ud)
         if (c->answered)
             orch_call_free(c);
         else
-            orch_call_cancel(c, "the client did not answer within 10 minutes");
+            orch_call_cancel(c, TOO_LATE);
     }
     if (c)
         orch_timer_set(o->parked.timer, (c->park_ends_us - now) / 1000 + 1);
@@ -208,6 +210,8 @@ static void take_answer(struct orch_ask_item *it, struct orch_slice answer)
     orch_buf_slice(&it->answer, answer);
     it->answered = true;
     if (--it->ask->left == 0 && it->ask->held) {
+        if (it->ask->timer)
+            orch_timer_cancel(it->ask->timer);
         hold(it->ask, false);
         it->ask->done(it->ask->ud);
     }
@@ -228,6 +232,23 @@ static void legacy_reply(void *ud, const struct orch_json_doc *d, uint32_t resul
     it->failed = true;
     orch_buf_printf(&it->error, "the client refused %s: %.*s", it->method, text.n > 500 ? 500 : (int)text.n, text.p);
     take_answer(it, (struct orch_slice){ 0 });
+}
+
+static void legacy_late(void *ud)
+{
+    struct orch_ask *a = ud;
+    for (size_t left = a->left, i = 0; left && i < a->n; i++) { /* with the last one a may be gone */
+        struct orch_ask_item *it = &a->items[i];
+        if (it->answered)
+            continue;
+        if (a->call->rq)
+            orch_mcp_ask_cancel(a->call->rq, it->question);
+        it->question = 0;
+        it->failed = true;
+        orch_buf_str(&it->error, TOO_LATE);
+        take_answer(it, (struct orch_slice){ 0 });
+        left--;
+    }
 }
 
 /* Takes the answers that came with the request at hand. */
@@ -392,6 +413,7 @@ void orch_asking_free(struct orch_ask *a)
             orch_mcp_ask_cancel(c->rq, a->items[i].question);
     if (c)
         hold(a, false);
+    orch_timer_free(a->timer);
     items_free(a->items, a->n);
     free(a);
 }
@@ -433,6 +455,8 @@ struct orch_ask *orch_asking_start(struct orch_toolcall *c, struct orch_ask_item
         want_park(c);
     if (c->modern)
         return a;
+    a->timer = orch_timer_new(c->o->loop, legacy_late, a);
+    orch_timer_set(a->timer, PARKED_MS);
     for (size_t i = 0; i < n; i++) {
         items[i].question = orch_mcp_ask(c->rq, items[i].method, buf_slice(&items[i].params), legacy_reply, &items[i]);
         if (items[i].question)
@@ -513,6 +537,8 @@ void orch_asking_end(struct orch_toolcall *c)
     while (c->asks) {
         struct orch_ask *a = c->asks;
         c->asks = a->next;
+        if (a->timer)
+            orch_timer_cancel(a->timer);
         if (a->held) {
             hold(a, false);
             for (size_t i = 0; i < a->n; i++) {

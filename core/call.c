@@ -85,6 +85,7 @@ void orch_call_free(struct orch_toolcall *c)
         luaL_unref(orch_state_lua(c->tool->state), LUA_REGISTRYINDEX, c->args_ref);
     orch_timer_free(c->timer);
     orch_vm_handles_close(&c->vms);
+    orch_http_streams_close(&c->streams);
     orch_generation_unref(c->gen);
     orch_session_unref(c->session);
     free(c->redact);
@@ -129,6 +130,7 @@ static void call_end(struct orch_toolcall *c)
     c->finished = true;
     orch_asking_end(c);
     orch_vm_handles_close(&c->vms);
+    orch_http_streams_close(&c->streams);
     list_push(&c->o->ended, c);
     orch_calls_want(c->o);
 }
@@ -272,6 +274,7 @@ static int audit_decision(struct orch_toolcall *c, struct orch_slice name, const
         reason = n < c->gen->n_redact || orch_redact_text(c->gen, all, n, &why) < 0 ? "[withheld: redaction limit]" : why.p;
     }
     put_decision_fields(c, name, shown, (struct orch_slice){ canonical.p, canonical.n }, reason, rules, &fields);
+    orch_json_one_line(&fields, 0);
     int r = orch_audit_add(c->o->audit, "decision", (struct orch_slice){ fields.p, fields.n }, true, err);
     c->reserved = r == 0;
     return r;

@@ -37,6 +37,7 @@ struct orch_toolcall {
     struct orch_mcp_client_call *upstream;
     struct orch_timer *timer; /* deadline of calls that are no task */
     struct orch_vm_handle *vms;
+    struct orch_http_stream *streams;
     enum orch_isolation isolation;
     char vm_id[32];
 

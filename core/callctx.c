@@ -9,7 +9,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { REFUSED_MAX = 20 }; /* connections of one call that the audit log names */
+enum { REFUSED_MAX = 20 }; /* connections of one call that the audit log names; the last says that it is */
 
 static struct orch_toolcall *call_get(void *ud, uint32_t slot, uint32_t serial)
 {
@@ -81,9 +81,9 @@ static const char *ctx_network(const struct orch_toolcall *c)
 static void audit_refused(struct orch_toolcall *c, const char *dst, unsigned port, const char *rule)
 {
     cleanup_buf struct orch_buf f = { 0 };
-    if (c->refused++ >= REFUSED_MAX)
+    if (++c->refused > REFUSED_MAX)
         return;
-    orch_buf_printf(&f, "\"call\":\"%s\",\"rule\":", c->id);
+    orch_buf_printf(&f, "\"call\":\"%s\",%s\"rule\":", c->id, c->refused == REFUSED_MAX ? "\"last\":true," : "");
     orch_json_quote(&f, orch_slice_str(rule));
     orch_buf_printf(&f, ",\"dst\":\"%s\",\"proto\":\"tcp\",\"port\":%u", dst, port);
     orch_host_event(c->o, "net_deny", (struct orch_slice){ f.p, f.n });
@@ -110,6 +110,11 @@ static bool ctx_may_connect(struct orch_toolcall *c, const struct sockaddr *to, 
     audit_refused(c, dst, port, rule);
     orch_err_setc(err, ORCH_CLASS_DENIED, EACCES, "network %s: %s port %u: %s", ctx_network(c), dst, port, rule);
     return false;
+}
+
+static struct orch_http_stream **ctx_streams(struct orch_toolcall *c)
+{
+    return &c->streams;
 }
 
 static int64_t ctx_left_ms(const struct orch_toolcall *c)
@@ -156,6 +161,7 @@ const struct orch_env_call_ops orch_call_ops = {
     .session = ctx_session,
     .workspace = ctx_workspace,
     .network = ctx_network,
+    .streams = ctx_streams,
     .may_connect = ctx_may_connect,
     .left_ms = ctx_left_ms,
     .adopt = ctx_adopt,

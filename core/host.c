@@ -502,10 +502,10 @@ void orch_close(struct orch *o)
     end_calls(o);
     orch_upstream_free(o->upstream);
     orch_state_free(o->script);
-    orch_http_client_free(o->http);
     orch_vm_handles_close(&o->env.vm_handles);
     orch_vms_free(o->vms);
     orch_generation_unref(o->gen);
+    orch_http_client_free(o->http); /* streams of Lua states are on it */
     orch_calls_free(o);
     for (size_t i = 0; i < o->n_c_tools; i++)
         orch_tool_fini(&o->c_tools[i]);

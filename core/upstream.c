@@ -189,8 +189,8 @@ static void answered(void *ud) /* in the midst of the call's own affairs */
     orch_loop_post(q->u->o->loop, forward_answer, q);
 }
 
-/* The call that the server asks for: it does not say. A legacy client is asked on its connection, whichever call it is;
- * a modern one gets the question as a call's answer, so it must be the only one. */
+/* The call that the server asks for. It does not say, and the call's rules say what is redacted: so it must be the only
+ * one. */
 static struct orch_toolcall *asking_call(struct orch_upstream *u, const char **why)
 {
     struct orch_toolcall *found = NULL;
@@ -200,8 +200,8 @@ static struct orch_toolcall *asking_call(struct orch_upstream *u, const char **w
             found = c;
             n++;
         }
-    *why = !n ? "nobody can be asked outside a call" : "several calls are under way, and it cannot be told for which of them this is asked";
-    return n == 1 || (n && !found->modern) ? found : NULL;
+    *why = n ? "several calls are under way, and it cannot be told for which of them this is asked" : "nobody can be asked outside a call";
+    return n == 1 ? found : NULL;
 }
 
 static unsigned needs_of(const char *method, const struct orch_json_doc *d, uint32_t params)
@@ -216,10 +216,10 @@ static void asked(void *ud, struct orch_slice id, const char *method, const stru
 {
     struct orch_upstream *u = ud;
     struct orch_err err = { 0 };
-    const char *why = "too many questions wait for their answers";
+    const char *why = id.n > ID_MAX_BYTES ? "the id is too long" : "too many questions wait for their answers";
     struct orch_toolcall *c = u->n_questions < QUESTIONS_MAX && id.n <= ID_MAX_BYTES ? asking_call(u, &why) : NULL;
-    if (!c || d->toks[params].type != ORCH_JSON_OBJECT) {
-        orch_mcp_client_refuse(u->client, id, c ? ORCH_RPC_INVALID_PARAMS : ORCH_RPC_INTERNAL_ERROR, c ? "params must be an object" : why);
+    if (!c) {
+        orch_mcp_client_refuse(u->client, id, ORCH_RPC_INTERNAL_ERROR, why);
         return;
     }
     struct question *q = orch_xcalloc(1, sizeof *q);

@@ -46,16 +46,21 @@ def world():
 def open_tun():
     """Where only root may open the device, one that everybody may, in this mount namespace."""
     if not os.stat(TUN).st_mode & stat.S_IWOTH:
-        path = tempfile.mktemp(prefix="tun-")
-        os.mknod(path, stat.S_IFCHR, os.makedev(10, 200))
-        os.chmod(path, 0o666)
-        subprocess.run(["mount", "--bind", path, TUN], check=True)
-        os.unlink(path)
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "tun")
+            os.mknod(path, stat.S_IFCHR, os.makedev(10, 200))
+            os.chmod(path, 0o666)
+            subprocess.run(["mount", "--bind", path, TUN], check=True)
+
+
+def heard(child, word):
+    if child.stdout.readline() != word + "\n":
+        sys.exit("internet.py: the namespace that plays the internet is not %s; see above" % word)
 
 
 def inside(uid, gid, command):
     child = subprocess.Popen(["unshare", "--net", sys.executable, __file__, "--world"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    child.stdout.readline()
+    heard(child, "made")
     open_tun()
     ip("link", "add", "uplink", "type", "veth", "peer", "name", "world", "netns", str(child.pid))
     ip("address", "add", "198.51.100.1/24", "dev", "uplink")
@@ -64,9 +69,9 @@ def inside(uid, gid, command):
     ip("route", "add", "default", "via", SERVERS[0])
     child.stdin.write("\n")
     child.stdin.flush()
-    child.stdout.readline()
+    heard(child, "ready")
     try:
-        return subprocess.call(command) if uid == "0" else subprocess.call(["setpriv", "--reuid", uid, "--regid", gid, "--clear-groups", *command])
+        return subprocess.call(command) if uid == "0" else subprocess.call(["setpriv", "--reuid", uid, "--regid", gid, "--init-groups", *command])
     finally:
         child.stdin.close()
         child.wait()

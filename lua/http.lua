@@ -17,18 +17,24 @@ function http.seconds(v, default)
   return tonumber(n) * factor
 end
 
--- What is left of a stream: as one string, or piece by piece to on_data and then "". Closes it.
-function http.collect(stream, deadline, on_data)
+-- What is left of a stream: as one string, or piece by piece to on_data and then "". Closes it. The deadline is
+-- `seconds` after its beginning.
+function http.collect(stream, deadline, seconds, on_data)
   local parts, n = {}, 0
   while true do
     local bytes, why, code = stream:read(math.max(deadline - orch.now(), 0))
     if not bytes then
       stream:close()
+      if code == "timeout" and seconds then why = ("not done within %g s"):format(seconds) end
       if why then return nil, why, code end
       return table.concat(parts)
     end
     if on_data then
-      on_data(bytes)
+      local ok, fault = pcall(on_data, bytes)
+      if not ok then
+        stream:close()
+        error(fault, 0)
+      end
     else
       n = n + #bytes
       if n > MAX_BODY then
@@ -42,62 +48,65 @@ end
 
 local KNOWN = { url = true, method = true, headers = true, body = true, timeout = true, on_data = true }
 
--- The deadline.
+-- The deadline, and the seconds until it.
 local function check(what, o)
   if type(o) ~= "table" then error(what .. ": an option table is needed", 3) end
   for key in pairs(o) do
     if not KNOWN[key] then error(what .. ": unknown option '" .. tostring(key) .. "'", 3) end
   end
   if o.on_data ~= nil and type(o.on_data) ~= "function" then error(what .. ": on_data must be a function", 3) end
-  return orch.now() + http.seconds(o.timeout, 60)
+  local timeout = http.seconds(o.timeout, 60)
+  return orch.now() + timeout, timeout
 end
 
 local function request_of(o, deadline)
   return { url = o.url, method = o.method, headers = o.headers, body = o.body, timeout = math.max(deadline - orch.now(), 0) }
 end
 
-local function answer_of(stream, status, headers, o, deadline)
-  local body, why, code = http.collect(stream, deadline, o.on_data)
+local function answer_of(stream, status, headers, o, deadline, timeout)
+  local body, why, code = http.collect(stream, deadline, timeout, o.on_data)
   if not body then return nil, why, code end
   return { status = status, headers = headers, body = not o.on_data and body or nil }
 end
 
 function http.request(o)
-  local deadline = check("orch.http.request", o)
+  local deadline, timeout = check("orch.http.request", o)
   local stream, status, headers = transport.http_open(request_of(o, deadline))
   if not stream then return nil, status, headers end
-  return answer_of(stream, status, headers, o, deadline)
+  return answer_of(stream, status, headers, o, deadline, timeout)
 end
 
+-- A URL that was asked for with success has this form; the slashes may be fewer or more than two.
 local function origin(url)
-  return url:match("^%a[%w+.-]*://[^/?#]*"):lower()
+  local scheme, authority = url:match("^(%a[%w+.-]*):/*([^/?#]*)")
+  return (scheme .. "://" .. authority):lower()
 end
 
-local CREDENTIALS = { authorization = true, cookie = true, ["proxy-authorization"] = true }
+local OF_ORIGIN = { authorization = true, cookie = true, ["proxy-authorization"] = true, host = true }
 
 -- The request that a redirect asks for (RFC 9110, 15.4), or nil and why it is not made.
 local function redirected(o, status, location)
   local from, to = origin(o.url), origin(location)
-  if from:find("^https:") and not to:find("^https:") then return nil, location .. ": a redirect from https to http is not followed" end
+  if from:find("^https:") and not to:find("^https:") then return nil, to .. ": a redirect from https to http is not followed" end
   local method, body = o.method or (o.body and "POST" or "GET"), o.body
   local dropped = status == 303 and method ~= "HEAD" or status < 303 and method == "POST"
   if dropped then method, body = "GET", nil end
   local headers = {}
   for name, value in pairs(o.headers or {}) do
     local lower = name:lower()
-    if not (from ~= to and CREDENTIALS[lower]) and not (dropped and lower:find("^content%-")) then headers[name] = value end
+    if not (from ~= to and OF_ORIGIN[lower]) and not (dropped and lower:find("^content%-")) then headers[name] = value end
   end
   return { url = location, method = method, headers = headers, body = body, on_data = o.on_data }
 end
 
 -- ctx:http(o): every connection, those of redirects too, is one that the call's network policy allows.
 function http.fetch(ctx, o)
-  local deadline = check("ctx:http", o)
+  local deadline, timeout = check("ctx:http", o)
   for _ = 0, MAX_REDIRECTS do
     local stream, status, headers, location = transport.call_open(ctx, request_of(o, deadline))
     if not stream then return nil, status, headers end
     if not location then
-      local answer, why, code = answer_of(stream, status, headers, o, deadline)
+      local answer, why, code = answer_of(stream, status, headers, o, deadline, timeout)
       if answer then answer.url = o.url end
       return answer, why, code
     end
@@ -106,7 +115,7 @@ function http.fetch(ctx, o)
     o, why = redirected(o, status, location)
     if not o then return nil, why, "denied" end
   end
-  return nil, "over 5 redirects, the last to " .. o.url, "limit"
+  return nil, ("over %d redirects, the last to %s"):format(MAX_REDIRECTS, origin(o.url)), "limit"
 end
 
 return http

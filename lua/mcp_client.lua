@@ -344,9 +344,9 @@ function handshake.legacy(self, timeout)
   local _ = self._
   local version = _.o.protocol and KNOWN_LEGACY[_.o.protocol] and _.o.protocol or LEGACY
   self.protocol_version = nil
-  local result, why, code = once(self, "initialize",
+  local result, why, code, err = once(self, "initialize",
     { protocolVersion = version, capabilities = _.capabilities, clientInfo = _.info }, { timeout = timeout })
-  if not result then return nil, why, code end
+  if not result then return nil, why, code, err end
   if type(result.protocolVersion) ~= "string" or not KNOWN_LEGACY[result.protocolVersion] then
     return nil, ("%s: the server speaks protocol %s, which orch does not"):format(_.name, tostring(result.protocolVersion)), "upstream"
   end
@@ -415,7 +415,12 @@ local function negotiate(self)
   elseif known.modern then
     return handshake.modern(self, timeout)
   end
-  return handshake.legacy(self, timeout)
+  local ok, why, code, err = handshake.legacy(self, timeout)
+  if not ok and err and err.code == -32022 then -- it was slow to start, and has taken the probe for its opening
+    verdicts[key] = nil
+    return handshake.modern(self, timeout)
+  end
+  return ok, why, code
 end
 
 local KNOWN = { command = "table", url = "string", headers = "table", env = "table", cwd = "string", timeout = true, sandbox = "string",

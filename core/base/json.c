@@ -808,6 +808,45 @@ struct orch_slice orch_json_raw(const struct orch_json_doc *d, uint32_t tok)
     return (struct orch_slice){ d->text + t->start - quote, t->end - t->start + 2 * quote };
 }
 
+/* The length of what some take for a line end. */
+static size_t line_end(const char *p, size_t n)
+{
+    if (n >= 2 && memcmp(p, "\xc2\x85", 2) == 0)
+        return 2;
+    return n >= 3 && (memcmp(p, "\xe2\x80\xa8", 3) == 0 || memcmp(p, "\xe2\x80\xa9", 3) == 0) ? 3 : 0;
+}
+
+static void escape_line_ends(struct orch_buf *b, size_t from)
+{
+    cleanup_buf struct orch_buf whole = { 0 };
+    orch_buf_add(&whole, b->p + from, b->n - from);
+    b->n = from;
+    for (size_t i = 0; i < whole.n;) {
+        size_t n = line_end(whole.p + i, whole.n - i);
+        if (!n)
+            orch_buf_char(b, whole.p[i++]);
+        else
+            orch_buf_str(b, n == 2 ? "\\u0085" : whole.p[i + 2] == '\xa8' ? "\\u2028" : "\\u2029");
+        i += n;
+    }
+}
+
+void orch_json_one_line(struct orch_buf *b, size_t from)
+{
+    char *p, *end = b->p + b->n;
+    if (b->n == from)
+        return;
+    for (int end_of_line = 0; end_of_line < 2; end_of_line++)
+        for (p = b->p + from; (p = memchr(p, "\r\n"[end_of_line], (size_t)(end - p))); p++)
+            *p = ' ';
+    for (int lead = 0; lead < 2; lead++)
+        for (p = b->p + from; (p = memchr(p, "\xc2\xe2"[lead], (size_t)(end - p))); p++)
+            if (line_end(p, (size_t)(end - p))) {
+                escape_line_ends(b, from);
+                return;
+            }
+}
+
 int orch_json_string(const struct orch_json_doc *d, uint32_t tok, struct orch_buf *out)
 {
     const struct orch_json_tok *t = &d->toks[tok];

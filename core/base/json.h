@@ -69,6 +69,11 @@ void orch_json_doc_free(struct orch_json_doc *d);
 uint32_t orch_json_get(const struct orch_json_doc *d, uint32_t obj, const char *key);
 /* The value's bytes as they came (a string with its quotes). */
 struct orch_slice orch_json_raw(const struct orch_json_doc *d, uint32_t tok);
+/* What was written to b from byte `from` on, JSON whose parts are as they came, becomes one line for every
+ * reader: line ends between tokens become spaces; U+0085, U+2028 and U+2029 in strings, which some readers
+ * take for line ends, are escaped. The values stay the same. Else who reads otherwise than we do would be
+ * told messages that nobody judged. */
+void orch_json_one_line(struct orch_buf *b, size_t from);
 /* Unescaped text of a string token appended to out; 0, or -EINVAL when it is not a string. */
 int orch_json_string(const struct orch_json_doc *d, uint32_t tok, struct orch_buf *out);
 bool orch_json_string_eq(const struct orch_json_doc *d, uint32_t tok, const char *s);

@@ -43,13 +43,14 @@ int orch_log_parse_level(const char *name)
     return -1;
 }
 
-/* Length of a UTF-8 sequence that must not reach a terminal: C1 controls, zero-width and bidi. */
+/* Length of a UTF-8 sequence that must not reach a terminal: C1 controls, zero-width, bidi and other format
+ * characters (Unicode's Cf). */
 static size_t unsafe_sequence(const unsigned char *s, size_t n)
 {
     if (n >= 2 && s[0] == 0xc2 && s[1] >= 0x80 && s[1] < 0xa0)
         return 2; /* C1 */
-    if (n >= 2 && s[0] == 0xd8 && s[1] == 0x9c)
-        return 2; /* U+061C */
+    if (n >= 2 && s[0] == 0xd8 && ((s[1] >= 0x80 && s[1] <= 0x85) || s[1] == 0x9c))
+        return 2; /* U+0600–0605, U+061C */
     if (n >= 2 && s[0] == 0xc2 && s[1] == 0xad)
         return 2; /* soft hyphen */
     if (n < 3)
@@ -58,8 +59,14 @@ static size_t unsafe_sequence(const unsigned char *s, size_t n)
         return 3; /* U+200B–200F, U+2028–202E */
     if (s[0] == 0xe2 && s[1] == 0x81 && s[2] >= 0xa0 && s[2] <= 0xaf)
         return 3; /* U+2060–206F */
-    if (s[0] == 0xef && s[1] == 0xbb && s[2] == 0xbf)
-        return 3; /* U+FEFF */
+    if ((s[0] == 0xef && s[1] == 0xbb && s[2] == 0xbf) || (s[0] == 0xe1 && s[1] == 0xa0 && s[2] == 0x8e))
+        return 3; /* U+FEFF, U+180E */
+    if (s[0] == 0xef && s[1] == 0xbf && s[2] >= 0xb9 && s[2] <= 0xbb)
+        return 3; /* U+FFF9–FFFB */
+    if (n >= 4 && s[0] == 0xf0 && s[1] == 0x9d && s[2] == 0x85 && s[3] >= 0xb3 && s[3] <= 0xba)
+        return 4; /* U+1D173–1D17A */
+    if (n >= 4 && s[0] == 0xf0 && s[1] == 0x93 && s[2] == 0x90 && s[3] >= 0xb0)
+        return 4; /* U+13430–1343F */
     if (n >= 4 && s[0] == 0xf3 && s[1] == 0xa0 && (s[2] == 0x80 || s[2] == 0x81))
         return 4; /* tags */
     return 0;

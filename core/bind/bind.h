@@ -23,6 +23,7 @@ struct orch_toolcall;
 struct orch_task;
 struct orch_ask;
 struct orch_http_client;
+struct orch_http_stream;
 
 /* One question to a call's client, and its answer. */
 struct orch_ask_item {
@@ -47,6 +48,7 @@ struct orch_env_call_ops {
     const char *(*session)(const struct orch_toolcall *c);
     const char *(*workspace)(const struct orch_toolcall *c);
     const char *(*network)(const struct orch_toolcall *c); /* as the deciding rules say; "none" */
+    struct orch_http_stream **(*streams)(struct orch_toolcall *c); /* the call's list */
     /* Whether a request of the call's tool may connect there; false with err (class DENIED), and the audit log
      * says so. */
     bool (*may_connect)(struct orch_toolcall *c, const struct sockaddr *to, struct orch_err *err);
@@ -165,6 +167,9 @@ int orch_luaopen_ctx(lua_State *L);                 /* the metatable of ctx, in 
 void orch_ctx_set_http(lua_State *L);               /* ctx:http, which is Lua's, from the top of the stack (popped) */
 struct orch_toolcall *orch_check_call(lua_State *L); /* of the ctx at 1; raises */
 int orch_ctx_elicit(lua_State *L), orch_ctx_sample(lua_State *L), orch_ctx_roots(lua_State *L), orch_ctx_ask(lua_State *L);
+
+/* The HTTP requests of a tool's call end with it. */
+void orch_http_streams_close(struct orch_http_stream **list);
 
 /* A microVM as Lua holds it: outlives neither its owner (a call, or the host for scripts) nor close(). */
 struct orch_vm *orch_vm_handle_vm(const struct orch_vm_handle *h);

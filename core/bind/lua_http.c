@@ -8,7 +8,8 @@
  *   process_open          lua_pipe.c
  *   sha256(s) base64(s, url_safe) random(n)
  *   es256(pem)            a key of P-256, a new one without pem: key:sign(text) and key:public(), 64 bytes each
- * A stream is bounded by the reader alone: while 1 MiB waits unread nothing more is taken from the peer. */
+ * A stream is bounded by the reader alone: while 1 MiB waits unread nothing more is taken from the peer. Those of
+ * a tool's call also by the call: so many at once, less unread, and they end with it. */
 #include "bind.h"
 
 #include "../base/es256.h"
@@ -18,19 +19,20 @@
 #include <errno.h>
 #include <string.h>
 
-enum { UNREAD_BYTES = 1 << 20, RANDOM_MAX = 1024 };
+enum { UNREAD_BYTES = 1 << 20, CALL_UNREAD_BYTES = 256 << 10, CALL_STREAMS_MAX = 16, RANDOM_MAX = 1024 };
 
 #define STREAM_META "orch.http.stream"
 #define SSE_META "orch.http.sse"
 
 /* ---- streams */
 
-struct stream {
+struct orch_http_stream {
+    struct orch_http_stream *next, **link; /* in its tool call's list, as long as judge */
+    struct orch_toolcall *judge;           /* decides on connections; NULL: a script's, or the call has ended */
     struct orch_http_call *call; /* NULL once it is over */
     struct orch_timer *timer;
     struct orch_wait wait;
     bool waiting, opening, paused, timed_out;
-    struct orch_toolcall *judge; /* of a tool's call; asked while opening, which the call waits for */
     int status;
     char *location;
     struct orch_buf head; /* name NUL value NUL … */
@@ -39,19 +41,31 @@ struct stream {
     lua_State *main;
     int self_ref; /* while a task waits */
     int64_t timeout_ms;
+    size_t unread_max;
 };
 
-static void stream_stop(struct stream *s)
+static void stream_stop(struct orch_http_stream *s)
 {
     if (s->call)
         orch_http_call_cancel(s->call);
     s->call = NULL;
 }
 
+static void stream_unlink(struct orch_http_stream *s)
+{
+    if (!s->judge)
+        return;
+    s->judge = NULL;
+    *s->link = s->next;
+    if (s->next)
+        s->next->link = s->link;
+}
+
 static int stream_gc(lua_State *L)
 {
-    struct stream *s = lua_touserdata(L, 1);
+    struct orch_http_stream *s = lua_touserdata(L, 1);
     stream_stop(s);
+    stream_unlink(s);
     orch_timer_free(s->timer);
     s->timer = NULL;
     free(s->location);
@@ -61,7 +75,7 @@ static int stream_gc(lua_State *L)
     return 0;
 }
 
-static void release(struct stream *s)
+static void release(struct orch_http_stream *s)
 {
     s->waiting = false;
     orch_timer_cancel(s->timer);
@@ -70,7 +84,7 @@ static void release(struct stream *s)
 }
 
 /* Names in lower case; of those that come more than once the values are joined, as HTTP says. */
-static void push_head(lua_State *L, const struct stream *s)
+static void push_head(lua_State *L, const struct orch_http_stream *s)
 {
     lua_newtable(L);
     for (const char *p = s->head.p, *end = p + s->head.n; p && p < end;) {
@@ -87,7 +101,7 @@ static void push_head(lua_State *L, const struct stream *s)
 }
 
 /* What a read returns: bytes, the end, or why there are none. */
-static int push_bytes(lua_State *L, struct stream *s)
+static int push_bytes(lua_State *L, struct orch_http_stream *s)
 {
     if (s->data.n) {
         lua_pushlstring(L, s->data.p, s->data.n);
@@ -111,7 +125,7 @@ static int push_bytes(lua_State *L, struct stream *s)
 
 static int stream_push(lua_State *L, void *ud)
 {
-    struct stream *s = ud;
+    struct orch_http_stream *s = ud;
     lua_rawgeti(L, LUA_REGISTRYINDEX, s->self_ref);
     bool opening = s->opening;
     s->opening = false;
@@ -128,7 +142,7 @@ static int stream_push(lua_State *L, void *ud)
     return 4;
 }
 
-static void wake(struct stream *s)
+static void wake(struct orch_http_stream *s)
 {
     if (s->waiting)
         orch_task_ready(s->wait, stream_push, s);
@@ -137,7 +151,7 @@ static void wake(struct stream *s)
 
 static void on_head(void *ud, const struct orch_http_response *r)
 {
-    struct stream *s = ud;
+    struct orch_http_stream *s = ud;
     s->status = r->status;
     s->location = orch_xstrdup(r->location);
     for (size_t i = 0; i < r->n_headers; i++) {
@@ -155,9 +169,9 @@ static void on_head(void *ud, const struct orch_http_response *r)
 
 static void on_data(void *ud, struct orch_slice data)
 {
-    struct stream *s = ud;
+    struct orch_http_stream *s = ud;
     orch_buf_slice(&s->data, data);
-    if (s->data.n > UNREAD_BYTES && !s->paused) {
+    if (s->data.n > s->unread_max && !s->paused) {
         s->paused = true;
         orch_http_call_pause(s->call, true);
     }
@@ -168,7 +182,7 @@ static void on_data(void *ud, struct orch_slice data)
 static void on_done(void *ud, const struct orch_http_response *r, const struct orch_err *err)
 {
     (void)r;
-    struct stream *s = ud;
+    struct orch_http_stream *s = ud;
     s->call = NULL;
     if (err)
         s->err = *err;
@@ -177,27 +191,63 @@ static void on_done(void *ud, const struct orch_http_response *r, const struct o
 
 static bool may_connect(void *ud, const struct sockaddr *to, struct orch_err *err)
 {
-    struct stream *s = ud;
-    return orch_env_of(s->main)->call->may_connect(s->judge, to, err);
+    struct orch_http_stream *s = ud;
+    return orch_env_of(s->main)->call->may_connect(s->judge, to, err); /* a call that ends stops its streams */
 }
 
 static void stream_late(void *ud)
 {
-    struct stream *s = ud;
+    struct orch_http_stream *s = ud;
     s->timed_out = true;
     wake(s);
 }
 
 static void stream_cancel(void *ud)
 {
-    struct stream *s = ud;
+    struct orch_http_stream *s = ud;
     if (s->opening)
         stream_stop(s);
     release(s);
 }
 
+/* Nothing more comes, and what was not read is forgotten. */
+static void stream_close(struct orch_http_stream *s, const char *why)
+{
+    stream_stop(s);
+    stream_unlink(s);
+    orch_buf_free(&s->data);
+    if (!s->err.cls)
+        orch_err_setc(&s->err, ORCH_CLASS_CLOSED, ECANCELED, "%s", why);
+    wake(s);
+}
+
+void orch_http_streams_close(struct orch_http_stream **list)
+{
+    while (*list)
+        stream_close(*list, "the call it belongs to has ended");
+}
+
+/* false: the call has too many. */
+static bool stream_adopt(struct orch_http_stream *s, struct orch_toolcall *call, struct orch_http_stream **list, struct orch_err *err)
+{
+    unsigned n = 0;
+    for (struct orch_http_stream *other = *list; other; other = other->next)
+        n++;
+    if (n >= CALL_STREAMS_MAX) {
+        orch_err_setc(err, ORCH_CLASS_LIMIT, EMFILE, "the call has %d requests under way", CALL_STREAMS_MAX);
+        return false;
+    }
+    s->judge = call;
+    s->next = *list;
+    s->link = list;
+    if (s->next)
+        s->next->link = &s->next;
+    *list = s;
+    return true;
+}
+
 /* The stream is at idx. */
-static int stream_wait(lua_State *L, int idx, struct stream *s, int64_t timeout_ms)
+static int stream_wait(lua_State *L, int idx, struct orch_http_stream *s, int64_t timeout_ms)
 {
     lua_pushvalue(L, idx);
     s->self_ref = luaL_ref(L, LUA_REGISTRYINDEX);
@@ -247,18 +297,21 @@ static int http_open(lua_State *L, int idx, const char *what, struct orch_toolca
     if (call) {
         int64_t left = env->call->left_ms(call);
         c.may_connect = may_connect;
-        c.total_ms = left > 1 ? left : 1; /* what it leaves unread ends with the call's time */
+        c.total_ms = left > 1 ? left : 1;
     }
 
-    struct stream *s = lua_newuserdata(L, sizeof *s);
-    *s = (struct stream){ .opening = true, .main = orch_state_lua(orch_state_of(L)), .self_ref = LUA_NOREF, .judge = call };
+    struct orch_http_stream *s = lua_newuserdata(L, sizeof *s);
+    *s = (struct orch_http_stream){ .opening = true, .main = orch_state_lua(orch_state_of(L)), .self_ref = LUA_NOREF,
+                                    .unread_max = call ? CALL_UNREAD_BYTES : UNREAD_BYTES };
     luaL_getmetatable(L, STREAM_META);
     lua_setmetatable(L, -2);
     struct orch_err err = { 0 };
     struct orch_http_client *h = env->http(env->ud, &err);
     c.ud = s;
-    if (!h || !(s->call = orch_http_call_start(h, &c, &err)))
+    if (!h || (call && !stream_adopt(s, call, env->call->streams(call), &err)) || !(s->call = orch_http_call_start(h, &c, &err))) {
+        stream_unlink(s);
         return orch_push_err(L, &err);
+    }
     s->timer = orch_timer_new(env->loop, stream_late, s);
     return stream_wait(L, lua_gettop(L), s, timeout);
 }
@@ -275,7 +328,7 @@ static int t_call_open(lua_State *L)
 
 static int l_stream_read(lua_State *L)
 {
-    struct stream *s = luaL_checkudata(L, 1, STREAM_META);
+    struct orch_http_stream *s = luaL_checkudata(L, 1, STREAM_META);
     int64_t timeout = lua_isnoneornil(L, 2) ? -1 : orch_check_duration_ms(L, 2, "timeout");
     if (s->self_ref != LUA_NOREF)
         return luaL_error(L, "the stream is being read by another task");
@@ -286,11 +339,7 @@ static int l_stream_read(lua_State *L)
 
 static int l_stream_close(lua_State *L)
 {
-    struct stream *s = luaL_checkudata(L, 1, STREAM_META);
-    stream_stop(s);
-    if (!s->err.cls)
-        orch_err_setc(&s->err, ORCH_CLASS_CLOSED, ECANCELED, "the stream was closed");
-    wake(s);
+    stream_close(luaL_checkudata(L, 1, STREAM_META), "the stream was closed");
     return 0;
 }
 

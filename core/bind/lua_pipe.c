@@ -8,6 +8,7 @@
 #include "bind.h"
 
 #include "../base/log.h"
+#include "../base/json.h"
 #include "../base/proc.h"
 
 #include <errno.h>
@@ -242,7 +243,9 @@ static int l_pipe_send(lua_State *L)
         orch_err_setc(&err, ORCH_CLASS_UPSTREAM, ENOBUFS, "%s: the server does not read its input (%zu bytes wait)", p->name, p->outbuf.n);
         return orch_push_err(L, &err);
     }
+    size_t from = p->outbuf.n;
     orch_buf_add(&p->outbuf, text, n);
+    orch_json_one_line(&p->outbuf, from);
     orch_buf_char(&p->outbuf, '\n');
     flush(p);
     lua_pushboolean(L, 1);

@@ -158,6 +158,9 @@ static void curl_failed(struct orch_http_call *c, CURLcode rc)
     case CURLE_SEND_ERROR:
         fail(c, ORCH_CLASS_CLOSED, ECONNRESET, what);
         break;
+    case CURLE_OUT_OF_MEMORY: /* what libcurl says of a header line over its own limit */
+        fail(c, ORCH_CLASS_LIMIT, EMSGSIZE, "a header of the answer is too long, or memory is short");
+        break;
     case CURLE_COULDNT_CONNECT:
         fail(c, ORCH_CLASS_UPSTREAM, ECONNREFUSED, what);
         break;
@@ -284,8 +287,10 @@ static bool redirects(int status)
 static char *find_location(const struct orch_http_call *c)
 {
     char *url = NULL, *found = NULL;
-    for (size_t i = 0; redirects(c->status) && !found && i < c->n_fields; i++) {
-        if (!orch_http_name_eq(c->fields[i].name, "location"))
+    if (!redirects(c->status))
+        return NULL;
+    for (size_t i = 0; !found && i < c->n_fields; i++) {
+        if (!orch_http_name_eq(c->fields[i].name, "location") || !c->fields[i].value.n)
             continue;
         cleanup_free char *to = orch_xasprintf("%.*s", (int)c->fields[i].value.n, c->fields[i].value.p);
         CURLU *u = cu.url();
@@ -326,6 +331,10 @@ static size_t header_line(char *p, size_t size, size_t n, void *ud)
             for (size_t i = 9; i < n; i++)
                 c->following |= (unsigned char)p[i] > ' '; /* an empty one leads nowhere */
         return n;
+    }
+    if (c->status == 101) {
+        fail(c, ORCH_CLASS_UPSTREAM, EPROTO, "the server changes to another protocol, which nobody asked for");
+        return 0;
     }
     if (c->status < 200 || c->following)
         return n;

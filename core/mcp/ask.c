@@ -57,7 +57,7 @@ uint64_t orch_mcp_ask(struct orch_mcp_request *rq, const char *method, struct or
 {
     struct orch_mcp_session *s = rq->session;
     size_t slot = 0;
-    if (rq->cancelled || s->ended || s->n_asked >= QUESTIONS_MAX)
+    if (rq->cancelled || s->ended || s->n_asked >= QUESTIONS_MAX || s->out.n > ORCH_MCP_NOTES_MAX_BYTES)
         return 0;
     while (slot < s->n_questions && s->questions[slot].rq)
         slot++;

@@ -44,6 +44,23 @@ struct orch_mcp_client {
 };
 
 static void client_fail(struct orch_mcp_client *c, const struct orch_err *err);
+static void flush(void *ud);
+
+static void flush_soon(struct orch_mcp_client *c)
+{
+    if (c->flush_posted)
+        return;
+    c->flush_posted = true;
+    orch_loop_post(c->loop, flush, c);
+}
+
+/* What stands in outbuf from byte `from` on becomes a message. */
+static void message_end(struct orch_mcp_client *c, size_t from)
+{
+    orch_json_one_line(&c->outbuf, from);
+    orch_buf_char(&c->outbuf, '\n');
+    flush_soon(c);
+}
 
 static void flush(void *ud)
 {
@@ -61,14 +78,6 @@ static void flush(void *ud)
     }
     if (c->out)
         orch_watch_set(c->out, c->outbuf.n ? ORCH_WRITE : 0);
-}
-
-static void flush_soon(struct orch_mcp_client *c)
-{
-    if (c->flush_posted)
-        return;
-    c->flush_posted = true;
-    orch_loop_post(c->loop, flush, c);
 }
 
 static void on_writable(void *ud, int events)
@@ -225,9 +234,12 @@ static void take_notification(struct orch_mcp_client *c, const struct orch_rpc_m
 static void take_request(struct orch_mcp_client *c, const struct orch_rpc_msg *m)
 {
     static const char *const questions[] = { "elicitation/create", "sampling/createMessage" };
-    for (size_t i = 0; c->o.asked && m->params && i < ORCH_ARRAY_LEN(questions); i++)
+    for (size_t i = 0; c->o.asked && i < ORCH_ARRAY_LEN(questions); i++)
         if (orch_json_string_eq(&c->doc, m->method, questions[i])) {
-            c->o.asked(c->o.ud, m->id, questions[i], &c->doc, m->params);
+            if (m->params)
+                c->o.asked(c->o.ud, m->id, questions[i], &c->doc, m->params);
+            else
+                orch_mcp_client_refuse(c, m->id, ORCH_RPC_INVALID_PARAMS, "params are missing");
             return;
         }
     if (orch_json_string_eq(&c->doc, m->method, "ping"))
@@ -247,9 +259,10 @@ static void take_line(struct orch_mcp_client *c, struct orch_slice line)
     const char *why = NULL;
     if (orch_json_scan(&c->doc, line, &c->o.limits, &fault) < 0)
         why = fault.rule;
-    else if (orch_rpc_read(&c->doc, 0, &m, &why) < 0)
-        ;
-    else if (m.kind == ORCH_RPC_RESPONSE)
+    else if (orch_rpc_read(&c->doc, 0, &m, &why) < 0) {
+        if (m.method && m.id.n) /* it waits for an answer */
+            orch_mcp_client_refuse(c, m.id, ORCH_RPC_INVALID_REQUEST, why);
+    } else if (m.kind == ORCH_RPC_RESPONSE)
         take_response(c, &m);
     else if (m.kind == ORCH_RPC_REQUEST)
         take_request(c, &m);
@@ -413,6 +426,7 @@ struct orch_mcp_client_call *orch_mcp_client_call(struct orch_mcp_client *c, con
         k->next->at = &k->next;
     c->calls = k;
     struct orch_buf *b = &c->outbuf;
+    size_t from = b->n;
     orch_buf_printf(b, "{\"jsonrpc\":\"2.0\",\"id\":%lld,\"method\":\"%s\"", (long long)k->id, r->method ? r->method : "tools/call");
     if (!r->method) {
         orch_buf_str(b, ",\"params\":{\"name\":");
@@ -426,19 +440,18 @@ struct orch_mcp_client_call *orch_mcp_client_call(struct orch_mcp_client *c, con
         orch_buf_str(b, ",\"params\":");
         orch_buf_slice(b, r->params);
     }
-    orch_buf_str(b, "}\n");
+    orch_buf_char(b, '}');
+    message_end(c, from);
     if (r->timeout_ms) {
         k->timer = orch_timer_new(c->loop, call_timed_out, k);
         orch_timer_set(k->timer, r->timeout_ms);
     }
-    flush_soon(c);
     return k;
 }
 
-static void reply_end(struct orch_mcp_client *c)
+static void reply_end(struct orch_mcp_client *c, size_t from)
 {
-    orch_buf_char(&c->outbuf, '\n');
-    flush_soon(c);
+    message_end(c, from);
     if (c->outbuf.n > OUT_MAX_BYTES) {
         struct orch_err err = { 0 };
         orch_err_setc(&err, ORCH_CLASS_UPSTREAM, ENOBUFS, "%s: the server asks but does not read its input (%zu bytes wait)", c->name,
@@ -449,31 +462,34 @@ static void reply_end(struct orch_mcp_client *c)
 
 void orch_mcp_client_reply(struct orch_mcp_client *c, struct orch_slice id, struct orch_slice result)
 {
+    size_t from = c->outbuf.n;
     if (c->dead)
         return;
     orch_rpc_result_head(&c->outbuf, id);
     orch_buf_slice(&c->outbuf, result);
     orch_buf_char(&c->outbuf, '}');
-    reply_end(c);
+    reply_end(c, from);
 }
 
 void orch_mcp_client_refuse(struct orch_mcp_client *c, struct orch_slice id, int code, const char *why)
 {
+    size_t from = c->outbuf.n;
     if (c->dead)
         return;
     orch_rpc_error(&c->outbuf, id, code, orch_slice_str(why), (struct orch_slice){ 0 });
-    reply_end(c);
+    reply_end(c, from);
 }
 
 void orch_mcp_client_cancel(struct orch_mcp_client_call *k, const char *why)
 {
     struct orch_mcp_client *c = k->client;
     if (!c->dead) {
+        size_t from = c->outbuf.n;
         orch_buf_printf(&c->outbuf, "{\"jsonrpc\":\"2.0\",\"method\":\"notifications/cancelled\",\"params\":{\"requestId\":%lld,\"reason\":",
                         (long long)k->id);
         orch_json_quote(&c->outbuf, orch_slice_str(why));
-        orch_buf_str(&c->outbuf, "}}\n");
-        flush_soon(c);
+        orch_buf_str(&c->outbuf, "}}");
+        message_end(c, from);
     }
     call_unlink(k);
     free(k);

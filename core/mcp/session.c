@@ -122,7 +122,11 @@ void orch_mcp_count(struct orch_mcp_session *s, int n)
 
 void orch_mcp_session_share(struct orch_mcp_session *s, unsigned *in_flight)
 {
+    if (s->shared)
+        *s->shared -= s->in_flight;
     s->shared = in_flight;
+    if (in_flight)
+        *in_flight += s->in_flight;
 }
 
 /* ---- output */
@@ -136,6 +140,7 @@ static void announce(struct orch_mcp_session *s)
 /* The message at from is whole: a line of the output, or handed to the transport at once. */
 void orch_mcp_message_end(struct orch_mcp_session *s, size_t from, void *stream, int status)
 {
+    orch_json_one_line(&s->out, from);
     if (s->send) {
         s->send(s->sink_ud, stream, (struct orch_slice){ s->out.p + from, s->out.n - from }, status);
         s->out.n = from;

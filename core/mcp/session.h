@@ -90,7 +90,7 @@ bool orch_mcp_session_version_agreed(const struct orch_mcp_session *s); /* initi
 bool orch_mcp_session_unused(const struct orch_mcp_session *s);         /* as new: nothing in flight, nothing agreed */
 unsigned orch_mcp_session_in_flight(const struct orch_mcp_session *s);  /* without subscriptions */
 
-/* Its requests are counted in *in_flight too, and limited by that: of a caller with many sessions. */
+/* Its requests are counted in *in_flight too, and limited by that: of a caller with many sessions. NULL: alone again. */
 void orch_mcp_session_share(struct orch_mcp_session *s, unsigned *in_flight);
 
 /* Tells clients that asked for it. */

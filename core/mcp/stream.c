@@ -480,6 +480,7 @@ static void make_session(struct stream *st)
     st->number = ++s->next_number;
     link_stream(st);
     orch_mcp_session_sink(s->mcp, send_message, check_headers, s);
+    orch_mcp_session_share(s->mcp, NULL);
 }
 
 /* ---- requests */

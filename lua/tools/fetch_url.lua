@@ -14,7 +14,8 @@ return {
     type = "object",
     properties = {
       url = { type = "string", description = "http://ADDRESS[:PORT]/… or https://…", minLength = 1, maxLength = 8192 },
-      offset = { type = "integer", description = "First byte of the text to return, counted from 0", minimum = 0 },
+      offset = { type = "integer", description = "First byte of the text to return, counted from 0", minimum = 0,
+        maximum = 16777216 },
       timeout = { type = "number", description = "Seconds for all of it", exclusiveMinimum = 0, maximum = 60 },
     },
     required = { "url" },
@@ -33,6 +34,7 @@ return {
         is_error = r.status >= 400 }
     end
     local text = r.body:sub(from + 1, from + MAX_TEXT)
+    if from + #text < #r.body then text = text:gsub("[\192-\247][\128-\191]*$", "") end -- a character goes as a whole
     structured.more = from + #text < #r.body
     return {
       text = text .. (structured.more and ("\n[more: offset %d]"):format(from + #text) or ""),

@@ -959,6 +959,30 @@ static void work_is_charged(void **state)
     (void)state;
 }
 
+static void one_line_for_every_reader(void **state)
+{
+    static const char *const cases[][2] = {
+        { "", "" },
+        { "{\"a\":1}", "{\"a\":1}" },
+        { "{\r\n\"a\":\r1\n}", "{  \"a\": 1 }" },
+        { "[\"\xc2\x85 \xe2\x80\xa8\xe2\x80\xa9\"]", "[\"\\u0085 \\u2028\\u2029\"]" },
+        { "[\"\xc3\xa9\xe2\x82\xac\xe2\x80\xaa\xc2\x84\xc2\xa0\"]", "[\"\xc3\xa9\xe2\x82\xac\xe2\x80\xaa\xc2\x84\xc2\xa0\"]" },
+        { "\xe2\x80", "\xe2\x80" },
+        { "\xc2", "\xc2" },
+    };
+    (void)state;
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(cases); i++) {
+        struct orch_buf b = { 0 };
+        orch_buf_str(&b, "before\n");
+        orch_buf_str(&b, cases[i][0]);
+        orch_json_one_line(&b, 7);
+        assert_int_equal(b.n, 7 + strlen(cases[i][1]));
+        assert_memory_equal(b.p, "before\n", 7);
+        assert_string_equal(b.p + 7, cases[i][1]);
+        orch_buf_free(&b);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -984,6 +1008,7 @@ int main(void)
         cmocka_unit_test(deep_documents_become_lua),
         cmocka_unit_test(memory_may_end_anywhere),
         cmocka_unit_test(work_is_charged),
+        cmocka_unit_test(one_line_for_every_reader),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -55,6 +55,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body = json.dumps([self.command, body.decode(), {k.lower(): v for k, v in self.headers.items()}]).encode()
         elif path == "/slow":
             server.release.wait(20)
+        elif path == "/drip": # a head, and a body that does not end
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while not server.release.wait(0.05):
+                    self.wfile.write(b"x" * 1000)
+            return
+        elif path == "/101":
+            self.send_response(101)
+            self.end_headers()
+            return
         else:
             body = b"hello from " + path.encode()
         self.send_response(status)
@@ -228,6 +239,61 @@ def time_limits(env):
                 return not any(line.split()[1].endswith(":%04X" % port) and line.split()[3] == "01" for line in f.readlines()[1:])
         until(closed, 5, "the connection's end")
         expect(text_of(fetch(s, good.url + "/after")) == "hello from /after")
+        r = fetch(s, good.url + "/101")
+        expect(r["isError"] and "another protocol" in text_of(r), r)
+
+
+def established(server):
+    """How many connections to it are open."""
+    with open("/proc/net/tcp") as f:
+        return sum(line.split()[2].endswith(":%04X" % server.server_address[1]) and line.split()[3] == "01" for line in f.readlines()[1:])
+
+
+@case("a body that does not end: its time-out, a cancelled call, a function that raises, the end of input; nothing stays open")
+def bodies(env):
+    with fetching(env) as (s, good, _):
+        r = fetch(s, good.url + "/drip", timeout=0.3)
+        expect(r["isError"] and "not done within 0.3 s" in text_of(r), r)
+        until(lambda: established(good) == 0, 5, "the connection's end")
+        id = s.start("tools/call", {"name": "fetch_url", "arguments": {"url": good.url + "/drip"}})
+        until(lambda: established(good) == 1, 5, "the connection")
+        s.notify("notifications/cancelled", {"requestId": id})
+        until(lambda: established(good) == 0, 5, "the connection's end")
+        env.write("lua/tools/raise.lua", STREAM.replace('"stream"', '"raise"').replace("n, pieces = n", 'error("enough") n, pieces = n'))
+        env.write("policies/tools.lua", RULES.replace("} }", '{ tool = "raise", action = "allow", network = "web" } } }'))
+        until(lambda: "raise" in [t["name"] for t in s.request("tools/list")["result"]["tools"]], 5, "the tool")
+        r = fetch(s, good.url + "/drip", tool="raise")
+        expect(r["isError"] and "enough" in text_of(r), r)
+        until(lambda: established(good) == 0, 5, "the connection's end")
+        s.start("tools/call", {"name": "fetch_url", "arguments": {"url": good.url + "/drip"}})
+        until(lambda: established(good) == 1, 5, "the connection")
+        expect(s.end(5) == 0)
+        until(lambda: established(good) == 0, 5, "the connection's end")
+        expect(env.orch("audit", "verify", config=True).status == 0)
+
+
+@case("many requests at once: 16 of a call, one more is refused; they end with the call, in a script's tools too")
+def at_once(env):
+    many = """
+      local refused, tasks = 0, {}
+      for i = 1, 20 do
+        tasks[i] = orch.task.spawn(function()
+          local r, why, code = ctx:http { url = args.url, on_data = function() end, timeout = 5 }
+          if code == "limit" then refused = refused + 1 end
+        end)
+      end
+      orch.sleep(0.3)
+      return tostring(refused)"""
+    tool = '{ name = "many", description = "d", input = { type = "object", properties = { url = { type = "string" } } }, run = function(args, ctx) %s end }' % many
+    with fetching(env, rules='return { rules = { { tool = "many", action = "allow", network = "web" } } }') as (_, good, bad):
+        env.write("lua/tools/many.lua", "return " + tool)
+        script = env.write("server.lua", "orch.mcp.serve { transport = 'stdio', tools = { %s } }" % tool)
+        for argv in (env.argv("mcp", "stdio"), [ORCH, "--config", env.config, script]):
+            s = env.session(argv=argv)
+            s.initialize()
+            expect(text_of(fetch(s, good.url + "/drip", tool="many")) == "4")
+            until(lambda: established(good) == 0, 3, "the connections' end")
+            expect(s.end(5) == 0)
 
 
 @case("a tool that a script serves is held to the same policy")

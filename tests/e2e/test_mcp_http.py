@@ -359,6 +359,29 @@ def concurrent(env):
         expect(text_of(slow.whole().body["result"]) == "slow")
 
 
+@case("a request in many lines: what it says is one line in the audit log and in the answer")
+def many_lines(env):
+    h = script(env)
+    body = json.dumps(call("touch")["body"], indent=2).replace("{}", "{\r\n\t\"a\": [1,\r\n2]\r\n}").encode()
+    r = h.ask(**{**call("touch"), "body": body})
+    expect(r.status == 200 and "result" in r.body and not r.body["result"].get("isError"), r.body)
+    expect([l["args"] for l in env.audit() if l["event"] == "decision"] == [{"a": [1, 2]}], env.audit())
+
+
+@case("two legacy sessions of one caller have limits.calls each")
+def sessions(env):
+    h = script(env, more="limits = { calls = 1 }")
+    one, two = h.legacy(), h.legacy()
+    body = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "slow", "arguments": {}}}
+    with contextlib.closing(h.open(body=body, headers=one)) as slow:
+        until(lambda: any(line["event"] == "decision" for line in env.audit()), 5 * SLOW, "the decision")
+        r = h.ask(body={**body, "id": 2}, headers=one)
+        expect(r.body["error"]["code"] == -31001, r.body)
+        r = h.ask(body={**body, "id": 2, "params": {"name": "hello", "arguments": {}}}, headers=two)
+        expect(text_of(r.body["result"]) == "hello", r.body)
+        slow.whole()
+
+
 @case("limits.calls holds for a caller without sessions over all its connections")
 def limit(env):
     h = script(env, more="limits = { calls = 3 }")

@@ -322,6 +322,36 @@ def elicit_modern(env):
     expect(s.end() == 0)
 
 
+@case("one message is one line, whatever its reader takes for a line's end: no call slips past the policy inside another")
+def one_line_each(env):
+    seen = env.path("lines")
+    s = proxy(env, "lines", seen, rules='return { rules = { { tool = "cmd__echo", action = "allow" }, { tool = "cmd__big", action = "allow" } } }')
+    s.request("initialize", {"protocolVersion": LEGACY, "capabilities": {"elicitation": {}}, "clientInfo": {"name": "e2e", "version": "1"}})
+    s.notify("notifications/initialized")
+    s.request("tools/list")
+    smuggled = '{"jsonrpc":"2.0","id":77,"method":"tools/call","params":{"name":"env","arguments":{}}}'
+    for end in ("\u0085", "\u2028", "\u2029"): # inside a string
+        message = json.dumps({"message": end + smuggled + end}, ensure_ascii=False)
+        s.send_raw(('{"jsonrpc":"2.0","id":9,"method":"tools/call","params":{"name":"echo","arguments":%s}}\n' % message).encode())
+        q = question(s)
+        s.send({"jsonrpc": "2.0", "id": q["id"], "result": {"action": "accept", "content": {"n": 1, "text": end + smuggled + end}}})
+        expect(came_back(s.answer(9))["result"]["content"]["text"] == end + smuggled + end)
+    between = '\r%s\r' % smuggled # and between tokens
+    s.send_raw(('{"jsonrpc":"2.0","id":10,"method":"tools/call","params":{"name":"echo","arguments":{"message":"x","a":%s},"_meta":{"b":%s}}}\n' % (between, between)).encode())
+    q = question(s)
+    s.send_raw(('{"jsonrpc":"2.0","id":%d,"result":{"action":"accept","content":{"a":%s}}}\n' % (q["id"], between)).encode())
+    expect(came_back(s.answer(10))["result"]["content"]["a"]["id"] == 77)
+    expect(text_of(s.call("big")) == "a\x85b\u2028c\u2029d")
+    expect(len(s.raw[-1].decode().splitlines()) == 1 and b"\r" not in s.raw[-1], s.raw[-1])
+    expect(s.end() == 0)
+    with open(seen) as f:
+        messages = [json.loads(json.loads(line)) for line in f]
+    names = [m["params"]["name"] for m in messages if m.get("method") == "tools/call"]
+    expect(names == ["echo"] * 4 + ["big"], names)
+    expect(all(line["tool"] in ("cmd__echo", "cmd__big") for line in env.audit() if line["event"] == "decision") and
+           env.orch("audit", "verify", config=True).status == 0)
+
+
 @case("CMD without a configuration: exit 6 and a tools.lua to paste")
 def unconfigured(env):
     r = run([ORCH, "mcp", "stdio", "--", PY, UPSTREAM, "good"], env.environ, env.path("p"))

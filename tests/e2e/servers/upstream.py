@@ -12,10 +12,11 @@ stderr    writes 10 MiB to stderr during a call
 request   asks the client something (roots/list) before it answers
 ask       asks the client's user (elicitation/create) and answers with what came back; the message is its id and
           what it does: "withdraw" takes the question back, "sample" asks the model instead
+lines     as ask, but reads lines as text tools do: CR, U+0085 and U+2028 end one too; each goes to FILE
 stubborn  ignores end of input and SIGTERM
 nobody    the same, and has a child that does so too
 """
-import json, os, signal, subprocess, sys
+import io, json, os, signal, subprocess, sys
 
 mode, file = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None
 STRING = {"type": "object", "properties": {"message": {"type": "string", "x-unknown-keyword": 1}}, "required": ["message"]}
@@ -53,7 +54,9 @@ def call(message):
     if mode == "stderr":
         sys.stderr.write(("noise " * 20 + "\n") * 90000)
         sys.stderr.flush()
-    if mode == "ask":
+    if name == "big" and mode == "lines":
+        return put('{"jsonrpc":"2.0",\r"id":%s,"result":{"content":[\r{"type":"text","text":"a\u0085b\u2028c\u2029d"}]\r}}' % json.dumps(message["id"]))
+    if mode in ("ask", "lines"):
         question, what = "q-%d" % (len(asking) + 1), args.get("message")
         asking[question] = message["id"]
         method, params = "elicitation/create", {"message": "Really? sk-12345678", "requestedSchema": {"type": "object", "properties": {"n": {"type": "integer"}}}, "x-big": 9007199254740993}
@@ -85,7 +88,17 @@ if mode == "nobody":
     subprocess.Popen([sys.executable, "-c", "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.pause()"])
 sys.stderr.write("upstream ready\n")
 sys.stderr.flush()
-for line in sys.stdin:
+def lines():
+    if mode != "lines":
+        yield from sys.stdin
+    for chunk in io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", newline=None):
+        for line in chunk.splitlines():
+            with open(file, "a") as f:
+                f.write(json.dumps(line) + "\n")
+            yield line
+
+
+for line in lines():
     message = json.loads(line)
     method = message.get("method")
     if mode == "silent":
