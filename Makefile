@@ -173,6 +173,7 @@ libcurl4-openssl-dev build  headers
 libssl-dev           build  libcrypto.a: SHA-256, linked statically
 libseccomp-dev       build  headers
 libnftnl-dev         build  headers
+libsqlite3-dev       build  headers
 python3              demo   examples/client.py and the end-to-end tests
 libcmocka-dev        test   C unit tests
 iproute2             demo   the network namespace that plays the internet
