@@ -288,7 +288,8 @@ conformance: all ## the official MCP conformance suite (from npm), all sets
 	@tests/conformance/run $(B)
 
 .PHONY: peers
-peers: all ## real MCP SDKs (TypeScript, Python, Go, Rust), server-everything and the inspector against orch
+peers: ## real MCP SDKs (TypeScript, Python, Go, Rust), server-everything and the inspector against orch
+	@+$(MAKE) --no-print-directory $(JOBS) all
 	@command -v npm >/dev/null && command -v cargo >/dev/null && python3 -m pip --version >/dev/null 2>&1 || \
 	    $(MAKE) --no-print-directory deps DEPS_FOR="conformance suite peers"
 	@tests/peers/run $(B)
