@@ -114,6 +114,7 @@ end
 -- Anything that is no answer to a request of ours.
 local function take(self, msg, call)
   local _ = self._
+  if msg.id ~= nil and msg.id == _.probe then _.late = true end
   if type(msg.method) ~= "string" then return end
   local params = is_object(msg.params) and msg.params or {}
   if msg.id ~= nil and msg.id ~= null then
@@ -361,6 +362,7 @@ end
 -- true; false for a server of the legacy era; nil, message, code when neither can be told.
 function handshake.modern(self, timeout)
   self.era, self.protocol_version = "modern", MODERN
+  self._.probe = self._.next_id + 1
   local result, why, code, err, status = once(self, "server/discover", nil, { timeout = timeout })
   if result then
     if not is_object(result.supportedVersions) or not transport.has(result.supportedVersions, MODERN) then
@@ -416,7 +418,7 @@ local function negotiate(self)
     return handshake.modern(self, timeout)
   end
   local ok, why, code, err = handshake.legacy(self, timeout)
-  if not ok and err and err.code == -32022 then -- it was slow to start, and has taken the probe for its opening
+  if not ok and err and (_.late or err.code == -32022) then -- slow to start, it has taken the probe for its opening
     verdicts[key] = nil
     return handshake.modern(self, timeout)
   end
