@@ -111,15 +111,13 @@ int orch_generation_explain_packet(struct orch_generation *g, const char *networ
 
 int orch_generation_rules_text(struct orch_generation *g, const char *network, struct orch_buf *out, struct orch_err *err)
 {
-    static const char *const chains[] = { "netdev o_tap", "inet o_forward", "inet o_input", "inet o_output",
-                                          "inet o_nat",   "inet o_guest",   "inet o_allow", "inet o_flow" };
-    static const char *const verdicts[] = { "drop", "accept", "goto", "masquerade" };
     struct orch_rules *r = orch_generation_rules(g, network, err);
     if (!r)
         return -EINVAL;
     for (size_t i = 0; i < r->n_rules; i++) {
         const struct orch_rule *rule = &r->rules[i];
-        orch_buf_printf(out, "%-15s  %-10s  %s\n", chains[rule->chain], verdicts[rule->verdict], rule->label);
+        orch_buf_printf(out, "%-6s %-9s  %-10s  %s\n", orch_chain_family(rule->chain), orch_chain_names[rule->chain],
+                        orch_verdict_names[rule->verdict], rule->label);
     }
     orch_rules_free(r);
     return 0;

@@ -17,11 +17,18 @@ struct signal_watch {
     void *ud;
 };
 
+struct closing {
+    struct closing *next, **link;
+    struct event *ev;
+    int fd;
+};
+
 struct orch_loop {
     struct event_base *base;
     struct event *wake; /* active while something is posted */
     struct posted *first, **last, *spare;
     struct signal_watch *signals;
+    struct closing *closing;
     int64_t now_ms; /* 0: read the clock again */
     bool stopped;
 };
@@ -105,10 +112,22 @@ struct orch_loop *orch_loop_new(struct orch_err *err)
     return l;
 }
 
+static void close_now(struct closing *c)
+{
+    *c->link = c->next;
+    if (c->next)
+        c->next->link = c->link;
+    event_free(c->ev);
+    close(c->fd);
+    free(c);
+}
+
 void orch_loop_free(struct orch_loop *l)
 {
     if (!l)
         return;
+    while (l->closing)
+        close_now(l->closing);
     while (l->signals) {
         struct signal_watch *s = l->signals;
         l->signals = s->next;
@@ -279,6 +298,29 @@ void orch_timer_free(struct orch_timer *t)
         return;
     event_free(t->ev);
     free(t);
+}
+
+static void closing_fired(evutil_socket_t fd, short what, void *ud)
+{
+    (void)fd;
+    (void)what;
+    close_now(ud);
+}
+
+void orch_loop_close(struct orch_loop *l, int fd, int64_t ms)
+{
+    if (fd < 0)
+        return;
+    struct timeval tv = { ms / 1000, (ms % 1000) * 1000 };
+    struct closing *c = orch_xcalloc(1, sizeof *c);
+    *c = (struct closing){ .next = l->closing, .link = &l->closing, .fd = fd };
+    if (c->next)
+        c->next->link = &c->next;
+    l->closing = c;
+    c->ev = event_new(l->base, -1, 0, closing_fired, c);
+    if (!c->ev)
+        abort();
+    event_add(c->ev, &tv);
 }
 
 static void signal_fired(evutil_socket_t fd, short what, void *ud)

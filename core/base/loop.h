@@ -42,6 +42,10 @@ void orch_timer_set(struct orch_timer *t, int64_t ms); /* one shot, replaces an 
 void orch_timer_cancel(struct orch_timer *t);
 void orch_timer_free(struct orch_timer *t);
 
+/* Takes fd (-1: nothing) and closes it in ms milliseconds, or with the loop: for one whose close
+ * would wait now. */
+void orch_loop_close(struct orch_loop *l, int fd, int64_t ms);
+
 /* Calls fn when the signal arrives; for the program, not for embedders. Freed with the loop. */
 int orch_loop_signal(struct orch_loop *l, int signo, orch_loop_fn *fn, void *ud);
 

@@ -142,8 +142,6 @@ static int push_bad_policy(lua_State *L, struct orch_policy_box *b, const struct
 /* check(policy) -> { { chain =, rule =, verdict = }… } in the order of evaluation */
 static int l_check(lua_State *L)
 {
-    static const char *const verdicts[] = { "drop", "accept", "goto", "masquerade" };
-    static const char *const chains[] = { "o_tap", "o_forward", "o_input", "o_output", "o_nat", "o_guest", "o_allow", "o_flow" };
     struct orch_env *env = orch_env_of(L);
     struct orch_policy_box b;
     struct orch_err err = { 0 };
@@ -158,11 +156,11 @@ static int l_check(lua_State *L)
     lua_newtable(L);
     for (size_t i = 0; i < r->n_rules; i++) {
         lua_newtable(L);
-        lua_pushstring(L, chains[r->rules[i].chain]);
+        lua_pushstring(L, orch_chain_names[r->rules[i].chain]);
         lua_setfield(L, -2, "chain");
         lua_pushstring(L, r->rules[i].label);
         lua_setfield(L, -2, "rule");
-        lua_pushstring(L, verdicts[r->rules[i].verdict]);
+        lua_pushstring(L, orch_verdict_names[r->rules[i].verdict]);
         lua_setfield(L, -2, "verdict");
         lua_rawseti(L, -2, (int)i + 1);
     }

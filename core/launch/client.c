@@ -2,6 +2,7 @@
  * launcher's HELLO. */
 #include "launch.h"
 
+#include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
 #include <spawn.h>
@@ -12,6 +13,9 @@
 
 #define VMM_UID 60001 /* what a VMM runs as when orch is root */
 #define WAIT_MS INT64_C(5000)
+/* The kernel closes a dead process's descriptors from the highest down, and is some 10 ms about each
+ * microVM's nf_tables socket: the launcher is to hear of orch's end before these. */
+#define MAIN_FD 512
 
 /* The running helper program. pid 0: none. */
 struct helper {
@@ -241,6 +245,11 @@ static int helper_start(struct helper *h, const char *path, struct orch_launch_m
         close(sv[0]);
         snprintf(text, sizeof text, "%s; reinstall orch, or give its path", strerror(r));
         return refuse(err, r, path, text);
+    }
+    int high = fcntl(sv[0], F_DUPFD_CLOEXEC, MAIN_FD);
+    if (high >= 0) {
+        close(sv[0]);
+        sv[0] = high;
     }
     *h = (struct helper){ pid, pidfd_open(pid, 0), sv[0] };
     if (h->pidfd < 0) {

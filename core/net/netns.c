@@ -7,6 +7,7 @@
 
 #define WAIT_MS 5000
 #define REASON_MS 100 /* from a failure to what the launcher says of it */
+#define CLOSE_MS 50   /* from the end of the filter to its socket's */
 
 struct orch_netns {
     struct orch_loop *loop;
@@ -167,7 +168,7 @@ void orch_netns_free(struct orch_netns *n)
     orch_timer_free(n->deadline);
     orch_watch_free(n->watch);
     orch_loop_unpost(n->loop, check_uplink, n);
-    orch_nft_free(n->nft);
+    orch_loop_close(n->loop, orch_nft_release(n->nft), CLOSE_MS);
     if (n->route_fd >= 0)
         close(n->route_fd);
     free(n);

@@ -22,7 +22,6 @@
 
 #define TABLE "orch"
 #define F_PERSIST 4 /* NFT_TABLE_F_PERSIST, Linux 6.9 */
-#define OWNED_FLAGS ((uint32_t)NFT_TABLE_F_OWNER | F_PERSIST)
 #define TYPE_IPV4 7 /* how the nft program calls the sets' key */
 /* libnftnl writes without a bound; no message is longer than one nested list of 64 KiB and its
  * frame. */
@@ -30,7 +29,7 @@
 
 /* What is used of libnftnl. */
 #define FUNCTIONS(X) \
-    X(batch_begin) X(batch_end) X(nlmsg_build_hdr) X(table_alloc) X(table_free) \
+    X(nlmsg_build_hdr) X(table_alloc) X(table_free) \
     X(table_set_str) X(table_set_u32) X(table_get_str) X(table_get_u32) \
     X(table_nlmsg_build_payload) X(table_nlmsg_parse) X(chain_alloc) X(chain_free) \
     X(chain_set_str) X(chain_set_u32) X(chain_set_s32) X(chain_is_set) X(chain_get_str) \
@@ -77,27 +76,44 @@ static int load(struct orch_err *err)
 
 struct orch_nft {
     int fd;
-    bool owned;
+    bool owned, committed;
     uint32_t genid; /* of the last verify */
 };
 
-static const struct chain {
+enum { TABLE_ALIVE, TABLE_NETDEV, TABLE_INET };
+static const struct table {
     const char *name;
     uint8_t family;
+} tables[] = {
+    [TABLE_ALIVE] = { "orch_alive", NFPROTO_INET },
+    [TABLE_NETDEV] = { TABLE, NFPROTO_NETDEV },
+    [TABLE_INET] = { TABLE, NFPROTO_INET },
+};
+
+static const struct chain {
+    const struct table *table;
     const char *type; /* NULL: reached by goto alone */
     uint32_t hook;
     int32_t prio;
+    uint32_t policy;
 } chains[ORCH_CHAINS] = {
-    [ORCH_CHAIN_TAP] = { "o_tap", NFPROTO_NETDEV, "filter", NF_NETDEV_INGRESS, 0 },
-    [ORCH_CHAIN_FORWARD] = { "o_forward", NFPROTO_INET, "filter", NF_INET_FORWARD, 0 },
-    [ORCH_CHAIN_INPUT] = { "o_input", NFPROTO_INET, "filter", NF_INET_LOCAL_IN, 0 },
-    [ORCH_CHAIN_OUTPUT] = { "o_output", NFPROTO_INET, "filter", NF_INET_LOCAL_OUT, 0 },
-    [ORCH_CHAIN_NAT] = { "o_nat", NFPROTO_INET, "nat", NF_INET_POST_ROUTING, 100 },
-    [ORCH_CHAIN_GUEST] = { "o_guest", NFPROTO_INET, NULL, 0, 0 },
-    [ORCH_CHAIN_ALLOW] = { "o_allow", NFPROTO_INET, NULL, 0, 0 },
-    [ORCH_CHAIN_FLOW] = { "o_flow", NFPROTO_INET, NULL, 0, 0 },
+    [ORCH_CHAIN_ALIVE] = { &tables[TABLE_ALIVE], "filter", NF_INET_FORWARD, -1, NF_ACCEPT },
+    [ORCH_CHAIN_TAP] = { &tables[TABLE_NETDEV], "filter", NF_NETDEV_INGRESS, 0, NF_DROP },
+    [ORCH_CHAIN_FORWARD] = { &tables[TABLE_INET], "filter", NF_INET_FORWARD, 0, NF_DROP },
+    [ORCH_CHAIN_INPUT] = { &tables[TABLE_INET], "filter", NF_INET_LOCAL_IN, 0, NF_DROP },
+    [ORCH_CHAIN_OUTPUT] = { &tables[TABLE_INET], "filter", NF_INET_LOCAL_OUT, 0, NF_DROP },
+    [ORCH_CHAIN_NAT] = { &tables[TABLE_INET], "nat", NF_INET_POST_ROUTING, 100, NF_DROP },
+    [ORCH_CHAIN_GUEST] = { .table = &tables[TABLE_INET] },
+    [ORCH_CHAIN_ALLOW] = { .table = &tables[TABLE_INET] },
+    [ORCH_CHAIN_FLOW] = { .table = &tables[TABLE_INET] },
 };
-static const uint8_t tables[] = { NFPROTO_NETDEV, NFPROTO_INET };
+
+static uint32_t table_flags(size_t table, bool owned)
+{
+    if (table == TABLE_ALIVE)
+        return NFT_TABLE_F_OWNER;
+    return owned ? (uint32_t)NFT_TABLE_F_OWNER | F_PERSIST : 0;
+}
 
 /* A sequence number says what its message is about: the kernel returns it with an error. */
 enum item { ITEM_BATCH, ITEM_TABLE, ITEM_SET, ITEM_ELEMENTS, ITEM_CHAIN, ITEM_RULE };
@@ -108,7 +124,9 @@ static void item_text(const struct orch_rules *r, uint32_t seq, char *out, size_
     size_t i = seq & 0xffff;
     switch ((enum item)(seq >> 16)) {
     case ITEM_TABLE:
-        snprintf(out, n, "table %s", i ? "inet" : "netdev");
+        i = i < ORCH_ARRAY_LEN(tables) ? i : TABLE_INET;
+        snprintf(out, n, "table %s %s", tables[i].family == NFPROTO_NETDEV ? "netdev" : "inet",
+                 tables[i].name);
         break;
     case ITEM_SET:
     case ITEM_ELEMENTS:
@@ -116,7 +134,7 @@ static void item_text(const struct orch_rules *r, uint32_t seq, char *out, size_
                  i < r->n_sets ? r->sets[i].name : "?");
         break;
     case ITEM_CHAIN:
-        snprintf(out, n, "chain %s", i < ORCH_CHAINS ? chains[i].name : "?");
+        snprintf(out, n, "chain %s", i < ORCH_CHAINS ? orch_chain_names[i] : "?");
         break;
     case ITEM_RULE:
         snprintf(out, n, "rule \"%s\"", i < r->n_rules ? r->rules[i].label : "?");
@@ -129,12 +147,12 @@ static void item_text(const struct orch_rules *r, uint32_t seq, char *out, size_
 
 /* ---- data to libnftnl's objects */
 
-static struct nftnl_table *build_table(size_t i, uint32_t flags)
+static struct nftnl_table *build_table(size_t i, bool owned)
 {
     struct nftnl_table *t = nl.table_alloc();
-    nl.table_set_str(t, NFTNL_TABLE_NAME, TABLE);
-    nl.table_set_u32(t, NFTNL_TABLE_FAMILY, tables[i]);
-    nl.table_set_u32(t, NFTNL_TABLE_FLAGS, flags);
+    nl.table_set_str(t, NFTNL_TABLE_NAME, tables[i].name);
+    nl.table_set_u32(t, NFTNL_TABLE_FAMILY, tables[i].family);
+    nl.table_set_u32(t, NFTNL_TABLE_FLAGS, table_flags(i, owned));
     return t;
 }
 
@@ -142,16 +160,16 @@ static struct nftnl_chain *build_chain(size_t i)
 {
     const struct chain *d = &chains[i];
     struct nftnl_chain *c = nl.chain_alloc();
-    nl.chain_set_str(c, NFTNL_CHAIN_TABLE, TABLE);
-    nl.chain_set_str(c, NFTNL_CHAIN_NAME, d->name);
-    nl.chain_set_u32(c, NFTNL_CHAIN_FAMILY, d->family);
+    nl.chain_set_str(c, NFTNL_CHAIN_TABLE, d->table->name);
+    nl.chain_set_str(c, NFTNL_CHAIN_NAME, orch_chain_names[i]);
+    nl.chain_set_u32(c, NFTNL_CHAIN_FAMILY, d->table->family);
     if (d->type) {
         nl.chain_set_str(c, NFTNL_CHAIN_TYPE, d->type);
         nl.chain_set_u32(c, NFTNL_CHAIN_HOOKNUM, d->hook);
         nl.chain_set_s32(c, NFTNL_CHAIN_PRIO, d->prio);
-        nl.chain_set_u32(c, NFTNL_CHAIN_POLICY, NF_DROP);
+        nl.chain_set_u32(c, NFTNL_CHAIN_POLICY, d->policy);
     }
-    if (d->family == NFPROTO_NETDEV)
+    if (d->table->family == NFPROTO_NETDEV)
         nl.chain_set_str(c, NFTNL_CHAIN_DEV, ORCH_NET_TAP);
     return c;
 }
@@ -213,6 +231,25 @@ static void add_meta(struct nftnl_rule *r, uint32_t key)
     struct nftnl_expr *e = add_expr(r, "meta");
     nl.expr_set_u32(e, NFTNL_EXPR_META_KEY, key);
     nl.expr_set_u32(e, NFTNL_EXPR_META_DREG, NFT_REG_1);
+}
+
+static void add_mark(struct nftnl_rule *r, uint32_t mark)
+{
+    struct nftnl_expr *e = add_expr(r, "immediate");
+    nl.expr_set_u32(e, NFTNL_EXPR_IMM_DREG, NFT_REG_1);
+    nl.expr_set(e, NFTNL_EXPR_IMM_DATA, &mark, sizeof mark);
+    e = add_expr(r, "meta");
+    nl.expr_set_u32(e, NFTNL_EXPR_META_KEY, NFT_META_MARK);
+    nl.expr_set_u32(e, NFTNL_EXPR_META_SREG, NFT_REG_1);
+}
+
+static void add_verdict(struct nftnl_rule *r, uint32_t verdict, const char *chain)
+{
+    struct nftnl_expr *e = add_expr(r, "immediate");
+    nl.expr_set_u32(e, NFTNL_EXPR_IMM_DREG, NFT_REG_VERDICT);
+    nl.expr_set_u32(e, NFTNL_EXPR_IMM_VERDICT, verdict);
+    if (chain)
+        nl.expr_set_str(e, NFTNL_EXPR_IMM_CHAIN, chain);
 }
 
 static void add_cmp(struct nftnl_rule *r, uint32_t op, const void *data, size_t n)
@@ -308,17 +345,44 @@ static void add_match(struct nftnl_rule *r, const struct orch_rules *rules,
         nl.expr_set_u32(e, NFTNL_EXPR_CONNLIMIT_COUNT, m->a);
         nl.expr_set_u32(e, NFTNL_EXPR_CONNLIMIT_FLAGS, NFT_CONNLIMIT_F_INV);
         break;
+    case ORCH_MATCH_UNMARKED:
+        add_meta(r, NFT_META_MARK);
+        add_cmp(r, NFT_CMP_NEQ, &m->a, sizeof m->a);
+        break;
+    }
+}
+
+static void add_end(struct nftnl_rule *r, const struct orch_rule *d)
+{
+    switch (d->verdict) {
+    case ORCH_VERDICT_DROP:
+        add_verdict(r, NF_DROP, NULL);
+        break;
+    case ORCH_VERDICT_ACCEPT:
+        add_verdict(r, NF_ACCEPT, NULL);
+        break;
+    case ORCH_VERDICT_GOTO:
+        add_verdict(r, (uint32_t)NFT_GOTO, orch_chain_names[d->target]);
+        break;
+    case ORCH_VERDICT_MASQUERADE:
+        add_expr(r, "masq");
+        break;
+    case ORCH_VERDICT_MARK:
+        add_mark(r, ORCH_MARK_ALIVE);
+        break;
+    case ORCH_VERDICTS:
+        break;
     }
 }
 
 static struct nftnl_rule *build_rule(const struct orch_rules *rules, size_t i)
 {
     const struct orch_rule *d = &rules->rules[i];
+    const struct table *table = chains[d->chain].table;
     struct nftnl_rule *r = nl.rule_alloc();
-    struct nftnl_expr *e;
-    nl.rule_set_str(r, NFTNL_RULE_TABLE, TABLE);
-    nl.rule_set_str(r, NFTNL_RULE_CHAIN, chains[d->chain].name);
-    nl.rule_set_u32(r, NFTNL_RULE_FAMILY, chains[d->chain].family);
+    nl.rule_set_str(r, NFTNL_RULE_TABLE, table->name);
+    nl.rule_set_str(r, NFTNL_RULE_CHAIN, orch_chain_names[d->chain]);
+    nl.rule_set_u32(r, NFTNL_RULE_FAMILY, table->family);
     /* A comment as the nft program stores them: type, length, text with its NUL. */
     uint8_t comment[2 + ORCH_LABEL] = { NFTNL_UDATA_RULE_COMMENT, (uint8_t)(strlen(d->label) + 1) };
     memcpy(comment + 2, d->label, comment[1]);
@@ -326,18 +390,7 @@ static struct nftnl_rule *build_rule(const struct orch_rules *rules, size_t i)
     for (size_t k = 0; k < d->n_match; k++)
         add_match(r, rules, &d->match[k]);
     add_expr(r, "counter");
-    if (d->verdict == ORCH_VERDICT_MASQUERADE) {
-        add_expr(r, "masq");
-        return r;
-    }
-    e = add_expr(r, "immediate");
-    nl.expr_set_u32(e, NFTNL_EXPR_IMM_DREG, NFT_REG_VERDICT);
-    nl.expr_set_u32(e, NFTNL_EXPR_IMM_VERDICT,
-                    d->verdict == ORCH_VERDICT_ACCEPT ? NF_ACCEPT
-                    : d->verdict == ORCH_VERDICT_DROP ? NF_DROP
-                                                      : (uint32_t)NFT_GOTO);
-    if (d->verdict == ORCH_VERDICT_GOTO)
-        nl.expr_set_str(e, NFTNL_EXPR_IMM_CHAIN, chains[d->target].name);
+    add_end(r, d);
     return r;
 }
 
@@ -357,19 +410,34 @@ static struct nlmsghdr *begin(char *scratch, uint16_t type, uint16_t family, uin
     return nl.nlmsg_build_hdr(scratch, type, family, NLM_F_CREATE | flags, seq);
 }
 
+static size_t begin_frame(struct orch_buf *out, int type, uint32_t seq)
+{
+    struct nfgenmsg head = { .version = NFNETLINK_V0, .res_id = htons(NFNL_SUBSYS_NFTABLES) };
+    return orch_nl_begin(out, type, 0, seq, &head, sizeof head);
+}
+
+/* genid 0: whatever it is. */
+static void open_batch(struct orch_buf *out, uint32_t genid)
+{
+    uint32_t be = htonl(genid);
+    size_t m = begin_frame(out, NFNL_MSG_BATCH_BEGIN, SEQ(ITEM_BATCH, 0));
+    orch_nl_put(out, NFNL_BATCH_GENID, &be, sizeof be);
+    orch_nl_end(out, m);
+}
+
+static void close_batch(struct orch_buf *out)
+{
+    orch_nl_end(out, begin_frame(out, NFNL_MSG_BATCH_END, SEQ(ITEM_BATCH, 1)));
+}
+
 static void batch(const struct orch_rules *r, uint32_t genid, bool owned, struct orch_buf *out)
 {
     cleanup_free char *scratch = orch_xcalloc(1, MESSAGE_BYTES);
     struct nlmsghdr *h;
-    nl.batch_begin(scratch, SEQ(ITEM_BATCH, 0));
-    size_t first = out->n;
-    take(out, scratch);
-    uint32_t be = htonl(genid);
-    orch_nl_put(out, NFNL_BATCH_GENID, &be, sizeof be);
-    orch_nl_end(out, first);
+    open_batch(out, genid);
     for (size_t i = 0; i < ORCH_ARRAY_LEN(tables); i++) {
-        struct nftnl_table *t = build_table(i, owned ? OWNED_FLAGS : 0);
-        h = begin(scratch, NFT_MSG_NEWTABLE, tables[i], NLM_F_EXCL, SEQ(ITEM_TABLE, i));
+        struct nftnl_table *t = build_table(i, owned);
+        h = begin(scratch, NFT_MSG_NEWTABLE, tables[i].family, NLM_F_EXCL, SEQ(ITEM_TABLE, i));
         nl.table_nlmsg_build_payload(h, t);
         nl.table_free(t);
         take(out, scratch);
@@ -392,7 +460,7 @@ static void batch(const struct orch_rules *r, uint32_t genid, bool owned, struct
     }
     for (size_t i = 0; i < ORCH_CHAINS; i++) {
         struct nftnl_chain *c = build_chain(i);
-        h = begin(scratch, NFT_MSG_NEWCHAIN, chains[i].family, NLM_F_EXCL, SEQ(ITEM_CHAIN, i));
+        h = begin(scratch, NFT_MSG_NEWCHAIN, chains[i].table->family, NLM_F_EXCL, SEQ(ITEM_CHAIN, i));
         nl.chain_nlmsg_build_payload(h, c);
         nl.chain_free(c);
         take(out, scratch);
@@ -401,14 +469,13 @@ static void batch(const struct orch_rules *r, uint32_t genid, bool owned, struct
         struct nftnl_rule *rule = build_rule(r, i);
         /* The last asks for an ack. Before 6.13 the batch's end is not acked, and one for each
          * message would overflow the socket. */
-        h = begin(scratch, NFT_MSG_NEWRULE, chains[r->rules[i].chain].family,
+        h = begin(scratch, NFT_MSG_NEWRULE, chains[r->rules[i].chain].table->family,
                   NLM_F_APPEND | (i + 1 == r->n_rules ? NLM_F_ACK : 0), SEQ(ITEM_RULE, i));
         nl.rule_nlmsg_build_payload(h, rule);
         nl.rule_free(rule);
         take(out, scratch);
     }
-    nl.batch_end(scratch, SEQ(ITEM_BATCH, 1));
-    take(out, scratch);
+    close_batch(out);
 }
 
 int orch_nft_batch(const struct orch_rules *r, uint32_t genid, bool owned, struct orch_buf *out,
@@ -512,12 +579,31 @@ struct orch_nft *orch_nft_new(int fd, struct orch_err *err)
     return n;
 }
 
-void orch_nft_free(struct orch_nft *n)
+/* What cannot be deleted goes with the socket. */
+static void delete_alive(int fd)
+{
+    const struct table *t = &tables[TABLE_ALIVE];
+    struct nfgenmsg head = { .nfgen_family = t->family, .version = NFNETLINK_V0 };
+    struct orch_nl_fault f;
+    cleanup_buf struct orch_buf b = { 0 };
+    open_batch(&b, 0);
+    size_t m = orch_nl_begin(&b, NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_DELTABLE, NLM_F_ACK,
+                             SEQ(ITEM_TABLE, TABLE_ALIVE), &head, sizeof head);
+    orch_nl_put(&b, NFTA_TABLE_NAME, t->name, strlen(t->name) + 1);
+    orch_nl_end(&b, m);
+    close_batch(&b);
+    orch_nl_talk(fd, b.p, b.n, SEQ(ITEM_TABLE, TABLE_ALIVE), NULL, NULL, &f);
+}
+
+int orch_nft_release(struct orch_nft *n)
 {
     if (!n)
-        return;
-    close(n->fd);
+        return -1;
+    if (n->committed)
+        delete_alive(n->fd);
+    int fd = n->fd;
     free(n);
+    return fd;
 }
 
 bool orch_nft_owned(const struct orch_nft *n)
@@ -537,7 +623,7 @@ int orch_nft_commit(struct orch_nft *n, const struct orch_rules *r, struct orch_
     batch(r, genid, true, &out);
     const uint32_t last = SEQ(ITEM_RULE, r->n_rules - 1);
     e = orch_nl_talk(n->fd, out.p, out.n, last, NULL, NULL, &f);
-    if (e == -EOPNOTSUPP && f.seq == SEQ(ITEM_TABLE, 0)) { /* flags this kernel does not know */
+    if (e == -EOPNOTSUPP && f.seq == SEQ(ITEM_TABLE, TABLE_NETDEV)) { /* flags this kernel does not know */
         n->owned = false;
         orch_buf_consume(&out, out.n);
         batch(r, genid, false, &out);
@@ -548,6 +634,7 @@ int orch_nft_commit(struct orch_nft *n, const struct orch_rules *r, struct orch_
         item_text(r, f.seq, what, sizeof what);
         return refuse(err, what, &f);
     }
+    n->committed = true;
     return orch_nft_verify(n, r, err);
 }
 
@@ -555,7 +642,7 @@ int orch_nft_commit(struct orch_nft *n, const struct orch_rules *r, struct orch_
 
 struct reader {
     const struct orch_rules *r;
-    uint32_t table_flags;
+    bool owned;
     size_t n_tables, n_chains, n_sets, n_rules;
     /* elements of the set that is read */
     struct element *v;
@@ -583,9 +670,9 @@ static void read_table(void *ud, const struct nlmsghdr *h)
     if (d->bad)
         ;
     else if (nl.table_nlmsg_parse(h, t) < 0 || i >= ORCH_ARRAY_LEN(tables) ||
-             !same_text(nl.table_get_str(t, NFTNL_TABLE_NAME), TABLE) ||
-             nl.table_get_u32(t, NFTNL_TABLE_FAMILY) != tables[i] ||
-             nl.table_get_u32(t, NFTNL_TABLE_FLAGS) != d->table_flags)
+             !same_text(nl.table_get_str(t, NFTNL_TABLE_NAME), tables[i].name) ||
+             nl.table_get_u32(t, NFTNL_TABLE_FAMILY) != tables[i].family ||
+             nl.table_get_u32(t, NFTNL_TABLE_FLAGS) != table_flags(i, d->owned))
         d->bad = differs(d->err, "table \"%s\" of family %u with flags %u",
                          text_of(nl.table_get_str(t, NFTNL_TABLE_NAME)),
                          nl.table_get_u32(t, NFTNL_TABLE_FAMILY),
@@ -593,19 +680,20 @@ static void read_table(void *ud, const struct nlmsghdr *h)
     nl.table_free(t);
 }
 
-static bool same_chain(const struct nftnl_chain *c, const struct chain *d)
+static bool same_chain(const struct nftnl_chain *c, size_t i)
 {
+    const struct chain *d = &chains[i];
     bool hooked = d->type;
-    if (!same_text(nl.chain_get_str(c, NFTNL_CHAIN_TABLE), TABLE) ||
-        !same_text(nl.chain_get_str(c, NFTNL_CHAIN_NAME), d->name) ||
-        nl.chain_get_u32(c, NFTNL_CHAIN_FAMILY) != d->family ||
+    if (!same_text(nl.chain_get_str(c, NFTNL_CHAIN_TABLE), d->table->name) ||
+        !same_text(nl.chain_get_str(c, NFTNL_CHAIN_NAME), orch_chain_names[i]) ||
+        nl.chain_get_u32(c, NFTNL_CHAIN_FAMILY) != d->table->family ||
         nl.chain_is_set(c, NFTNL_CHAIN_HOOKNUM) != hooked)
         return false;
     return !hooked || (same_text(nl.chain_get_str(c, NFTNL_CHAIN_TYPE), d->type) &&
                        nl.chain_get_u32(c, NFTNL_CHAIN_HOOKNUM) == d->hook &&
                        nl.chain_get_s32(c, NFTNL_CHAIN_PRIO) == d->prio &&
-                       nl.chain_get_u32(c, NFTNL_CHAIN_POLICY) == NF_DROP &&
-                       (d->family != NFPROTO_NETDEV ||
+                       nl.chain_get_u32(c, NFTNL_CHAIN_POLICY) == d->policy &&
+                       (d->table->family != NFPROTO_NETDEV ||
                         same_text(nl.chain_get_str(c, NFTNL_CHAIN_DEV), ORCH_NET_TAP)));
 }
 
@@ -616,7 +704,7 @@ static void read_chain(void *ud, const struct nlmsghdr *h)
     size_t i = d->n_chains++;
     if (d->bad)
         ;
-    else if (nl.chain_nlmsg_parse(h, c) < 0 || i >= ORCH_CHAINS || !same_chain(c, &chains[i]))
+    else if (nl.chain_nlmsg_parse(h, c) < 0 || i >= ORCH_CHAINS || !same_chain(c, i))
         d->bad = differs(d->err, "chain \"%s\", number %zu",
                          text_of(nl.chain_get_str(c, NFTNL_CHAIN_NAME)), i + 1);
     nl.chain_free(c);
@@ -787,7 +875,7 @@ static int verify_elements(struct orch_nft *n, struct reader *d, const struct or
 
 int orch_nft_verify(struct orch_nft *n, const struct orch_rules *r, struct orch_err *err)
 {
-    struct reader d = { .r = r, .table_flags = n->owned ? OWNED_FLAGS : 0, .err = err };
+    struct reader d = { .r = r, .owned = n->owned, .err = err };
     uint32_t before, after;
     int e = get_genid(n, &before, err);
     e = e ? e : dump(n, NFT_MSG_GETTABLE, NULL, read_table, &d, err);

@@ -2,9 +2,11 @@
  * The only user of libnftnl, which is loaded at the first use: linked, it would cost every start
  * of orch 0.1 ms.
  *
- * The two tables belong to the socket (OWNER), so that no other program may change them, and
- * stay when it closes (PERSIST). Kernels before 6.9 know only half of that and get neither;
- * owned says so. */
+ * The tables belong to the socket (OWNER), so that no other program may change them. "orch_alive"
+ * goes when it closes: however orch ends, the kernel is done with that before its parent hears of
+ * it, and nothing is forwarded any more. So nobody else may hold the socket. The other two stay
+ * (PERSIST); kernels before 6.9 do not know that flag, and get these two without an owner; owned
+ * says so. Before 5.12 there are no owners: refused. */
 #ifndef ORCH_NET_NFT_H
 #define ORCH_NET_NFT_H
 
@@ -14,7 +16,10 @@ struct orch_nft;
 
 /* Takes fd (NETLINK_NETFILTER, bound), also on failure. */
 struct orch_nft *orch_nft_new(int fd, struct orch_err *err);
-void orch_nft_free(struct orch_nft *n); /* closes the socket; the tables stay */
+/* Ends forwarding at once, frees n (NULL is fine) and returns its socket, which is the caller's to
+ * close, after some 10 ms: before, the kernel would wait in close until no packet can be in what
+ * was deleted. */
+int orch_nft_release(struct orch_nft *n);
 
 /* The messages that commit sends: one atomic batch that applies only to generation `genid`.
  * Pure. */

@@ -28,6 +28,26 @@ static const struct {
     { { IP(224, 0, 0, 0), 4 }, "multicast" },
     { { IP(240, 0, 0, 0), 4 }, "reserved and broadcast" },
 };
+const char *const orch_chain_names[ORCH_CHAINS] = {
+    [ORCH_CHAIN_ALIVE] = "o_alive",   [ORCH_CHAIN_TAP] = "o_tap",
+    [ORCH_CHAIN_FORWARD] = "o_forward", [ORCH_CHAIN_INPUT] = "o_input",
+    [ORCH_CHAIN_OUTPUT] = "o_output", [ORCH_CHAIN_NAT] = "o_nat",
+    [ORCH_CHAIN_GUEST] = "o_guest",   [ORCH_CHAIN_ALLOW] = "o_allow",
+    [ORCH_CHAIN_FLOW] = "o_flow",
+};
+const char *const orch_verdict_names[ORCH_VERDICTS] = {
+    [ORCH_VERDICT_DROP] = "drop",
+    [ORCH_VERDICT_ACCEPT] = "accept",
+    [ORCH_VERDICT_GOTO] = "goto",
+    [ORCH_VERDICT_MASQUERADE] = "masquerade",
+    [ORCH_VERDICT_MARK] = "mark",
+};
+
+const char *orch_chain_family(enum orch_chain_id chain)
+{
+    return chain == ORCH_CHAIN_TAP ? "netdev" : "inet";
+}
+
 /* The namespace's own addresses, whatever permit_private says of 10/8. */
 static const struct orch_cidr internal = { IP(10, 255, 0, 0), 23 };
 
@@ -243,8 +263,15 @@ static void tap_rules(struct orch_rules *r)
     add_rule(r, ORCH_CHAIN_TAP, ORCH_VERDICT_DROP, "tap: rest");
 }
 
+static void alive_rules(struct orch_rules *r)
+{
+    add_rule(r, ORCH_CHAIN_ALIVE, ORCH_VERDICT_MARK, "alive: orch");
+}
+
 static void base_rules(struct orch_rules *r)
 {
+    match_num(add_rule(r, ORCH_CHAIN_FORWARD, ORCH_VERDICT_DROP, "forward: orch is gone"),
+              ORCH_MATCH_UNMARKED, ORCH_MARK_ALIVE, 0);
     struct orch_rule *from =
         add_rule(r, ORCH_CHAIN_FORWARD, ORCH_VERDICT_GOTO, "forward: from the guest");
     match_if(from, ORCH_MATCH_IIF, ORCH_NET_TAP);
@@ -479,6 +506,7 @@ struct orch_rules *orch_rules_new(const struct orch_policy *p, struct orch_err *
             e = orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL,
                               "permit_private entry %zu is not a network", i + 1);
     if (!e) {
+        alive_rules(r);
         tap_rules(r);
         base_rules(r);
         guest_rules(r, p);

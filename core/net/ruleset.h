@@ -11,6 +11,9 @@
  *           o_guest    never-allowed addresses, then o_allow
  *           o_allow    a rule per protocol and port range over a set of addresses, to o_flow
  *           o_flow     known flows, new ones within the limit
+ * Before them, "orch_alive" with
+ *   inet    o_alive    marks what is forwarded; o_forward drops first what has no mark
+ * which decides nothing and goes with orch's socket, so that nothing is forwarded without orch.
  * A packet is accepted by rules that name all of it; nothing relies on another rule having
  * dropped it. o_guest, o_allow and o_flow match IPv4 headers without saying so: only IPv4 is
  * sent there. */
@@ -88,6 +91,7 @@ enum orch_match_kind {
     ORCH_MATCH_SET,   /* IPv4 destination in set a */
     ORCH_MATCH_CT,    /* flow state is one of the bits a */
     ORCH_MATCH_CONNS, /* more than a flows are open */
+    ORCH_MATCH_UNMARKED, /* the packet's mark is not a */
 };
 /* As nftables numbers them. */
 enum orch_header {
@@ -101,7 +105,11 @@ enum orch_verdict {
     ORCH_VERDICT_ACCEPT,
     ORCH_VERDICT_GOTO,
     ORCH_VERDICT_MASQUERADE,
+    ORCH_VERDICT_MARK, /* none: sets the packet's mark to ORCH_MARK_ALIVE */
+    ORCH_VERDICTS,
 };
+/* Marks of packets, which the guest has no way to set. */
+#define ORCH_MARK_ALIVE 1
 
 struct orch_match {
     enum orch_match_kind kind;
@@ -112,7 +120,9 @@ struct orch_match {
     uint8_t value[16], mask[16];
 };
 
+/* In the order of their tables. */
 enum orch_chain_id {
+    ORCH_CHAIN_ALIVE,
     ORCH_CHAIN_TAP,
     ORCH_CHAIN_FORWARD,
     ORCH_CHAIN_INPUT,
@@ -123,6 +133,11 @@ enum orch_chain_id {
     ORCH_CHAIN_FLOW,
     ORCH_CHAINS,
 };
+
+/* As nftables and reports call them. */
+extern const char *const orch_chain_names[ORCH_CHAINS];
+extern const char *const orch_verdict_names[ORCH_VERDICTS];
+const char *orch_chain_family(enum orch_chain_id chain); /* "netdev" or "inet" */
 
 /* Every rule counts; the label is unique, is the rule's comment in nftables and names it in
  * reports. */

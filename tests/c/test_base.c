@@ -310,6 +310,32 @@ static void test_post(void **state)
     assert_string_equal(order, "12341");
 }
 
+/* Closed in time, or with the loop. */
+static void test_loop_close(void **state)
+{
+    (void)state;
+    for (int late = 0; late < 2; late++) {
+        struct orch_err err;
+        struct orch_loop *l = orch_loop_new(&err);
+        int a[2], b[2];
+        char c;
+        assert_true(pipe2(a, O_CLOEXEC | O_NONBLOCK) == 0 && pipe2(b, O_CLOEXEC | O_NONBLOCK) == 0);
+        orch_loop_close(l, -1, 0);
+        orch_loop_close(l, a[1], late ? 60000 : 1);
+        orch_loop_close(l, b[1], 60000);
+        assert_true(read(a[0], &c, 1) == -1 && errno == EAGAIN);
+        for (int64_t end_us = orch_now_us() + 1000000; !late && read(a[0], &c, 1) != 0;) {
+            assert_true(orch_now_us() < end_us);
+            orch_loop_step(l, 10);
+        }
+        assert_true(read(b[0], &c, 1) == -1 && errno == EAGAIN);
+        orch_loop_free(l);
+        assert_true(read(a[0], &c, 1) == 0 && read(b[0], &c, 1) == 0);
+        close(a[0]);
+        close(b[0]);
+    }
+}
+
 static void test_timers(void **state)
 {
     (void)state;
@@ -872,6 +898,7 @@ int main(void)
         LOOP_TEST(test_timers),
         LOOP_TEST(test_watch),
         LOOP_TEST(test_signal),
+        cmocka_unit_test(test_loop_close),
         cmocka_unit_test(test_sha256),
         cmocka_unit_test(test_hmac),
         LOOP_TEST(test_proc_status),

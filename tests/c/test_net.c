@@ -316,11 +316,21 @@ static void check_structure(const struct orch_rules *r)
             assert_true(rule->n_match > 0);
     }
     for (int c = 0; c < ORCH_CHAINS; c++)
-        if (c != ORCH_CHAIN_GUEST) /* ends in a goto to one that does */
+        /* One decides nothing, the other ends in a goto to one that does. */
+        if (c != ORCH_CHAIN_ALIVE && c != ORCH_CHAIN_GUEST)
             assert_true(last_drops[c]);
     const struct orch_rule *out = find_rule(r, "guest: to the policy");
     assert_true(out && !out->n_match && out->verdict == ORCH_VERDICT_GOTO &&
                 out[1].chain != ORCH_CHAIN_GUEST);
+    /* Nothing is forwarded but what the chain that goes with orch has marked. */
+    const struct orch_rule *alive = find_rule(r, "alive: orch"),
+                           *gone = find_rule(r, "forward: orch is gone");
+    assert_true(alive && alive->chain == ORCH_CHAIN_ALIVE && !alive->n_match &&
+                alive->verdict == ORCH_VERDICT_MARK);
+    assert_true(gone && gone->chain == ORCH_CHAIN_FORWARD && gone[-1].chain != ORCH_CHAIN_FORWARD &&
+                gone->verdict == ORCH_VERDICT_DROP && gone->n_match == 1 &&
+                is_match(&gone->match[0], ORCH_MATCH_UNMARKED) &&
+                gone->match[0].a == ORCH_MARK_ALIVE);
     const struct orch_rule *tap = find_rule(r, "tap: IPv4 of the guest");
     assert_true(tap && tap->n_match == 4 && tap[-1].verdict == ORCH_VERDICT_ACCEPT);
     assert_true(has_match(find_rule(r, "forward: replies"), ORCH_MATCH_CT));
@@ -468,7 +478,7 @@ static void test_batch(void **state)
     assert_int_equal(last->nlmsg_type, NFNL_MSG_BATCH_END);
     assert_int_equal(acks, 1);
     struct orch_rules *r = rules_of(&sample_policy);
-    assert_int_equal(counts[NFT_MSG_NEWTABLE], 2);
+    assert_int_equal(counts[NFT_MSG_NEWTABLE], 3);
     assert_int_equal(counts[NFT_MSG_NEWCHAIN], ORCH_CHAINS);
     assert_int_equal(counts[NFT_MSG_NEWSET], r->n_sets);
     assert_int_equal(counts[NFT_MSG_NEWSETELEM], r->n_sets);

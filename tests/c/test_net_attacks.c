@@ -509,8 +509,9 @@ static void run_broker(int fd)
         char path[64];
         snprintf(path, sizeof path, "/proc/%d/ns/net", q.init);
         int ns = open(path, O_RDONLY | O_CLOEXEC);
-        CHECK(ns >= 0 && !setns(ns, CLONE_NEWNET), "%s: %m", path);
-        close(ns);
+        CHECK(ns < 0 || !setns(ns, CLONE_NEWNET), "%s: %m", path);
+        if (ns >= 0) /* it may have ended */
+            close(ns);
         struct look_answer a = { (int)if_nametoindex("tap0"), (int)if_nametoindex("up0") };
         int s = socket(AF_PACKET, SOCK_RAW | SOCK_CLOEXEC, htons(ETH_P_ALL)), room = 16 << 20;
         CHECK(s >= 0 && !setns(here, CLONE_NEWNET), "%m");
@@ -532,9 +533,10 @@ static void run_broker(int fd)
     _exit(0);
 }
 
-static void look_into(struct guest *g)
+/* False: it has no network, or not yet. */
+static bool open_look(struct guest *g, pid_t init)
 {
-    struct look_request q = { newest_init() };
+    struct look_request q = { init };
     struct look_answer a;
     union {
         char bytes[CMSG_SPACE(sizeof(int))];
@@ -546,7 +548,12 @@ static void look_into(struct guest *g)
     memcpy(&g->capture, CMSG_DATA(CMSG_FIRSTHDR(&m)), sizeof g->capture);
     g->tap = a.tap;
     g->up = a.up;
-    CHECK(a.tap && a.up, "no devices");
+    return a.tap && a.up;
+}
+
+static void look_into(struct guest *g)
+{
+    CHECK(open_look(g, newest_init()), "no devices");
 }
 
 struct seen {
@@ -977,8 +984,8 @@ static int64_t wall_us(void)
     return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
 }
 
-/* When the last packet came to W; 0: none. */
-static int64_t last_packet_us(void)
+/* When the last packet passed a device, into it or out of it; 0: none. */
+static int64_t last_packet_us(int fd, int device, bool out)
 {
     int64_t last = 0;
     for (;;) {
@@ -987,10 +994,10 @@ static int64_t last_packet_us(void)
         struct iovec iov = { buf, sizeof buf };
         struct msghdr m = { .msg_name = &from, .msg_namelen = sizeof from, .msg_iov = &iov, .msg_iovlen = 1,
                             .msg_control = control, .msg_controllen = sizeof control };
-        if (recvmsg(in_world, &m, MSG_DONTWAIT) < 0)
+        if (recvmsg(fd, &m, MSG_DONTWAIT) < 0)
             return last;
         for (struct cmsghdr *k = CMSG_FIRSTHDR(&m); k; k = CMSG_NXTHDR(&m, k))
-            if (k->cmsg_type == SCM_TIMESTAMPNS && from.sll_ifindex == world_if && from.sll_pkttype != PACKET_OUTGOING &&
+            if (k->cmsg_type == SCM_TIMESTAMPNS && from.sll_ifindex == device && (from.sll_pkttype == PACKET_OUTGOING) == out &&
                 from.sll_protocol != htons(ETH_P_ARP)) {
                 struct timespec t;
                 memcpy(&t, CMSG_DATA(k), sizeof t);
@@ -999,11 +1006,22 @@ static int64_t last_packet_us(void)
     }
 }
 
+/* One process's microVM, looked into if its network is there. */
+static bool look_into_child(struct guest *g, pid_t session)
+{
+    pid_t v[32];
+    int n = session ? children(session, v, 32) : 0, on = 1;
+    *g = (struct guest){ .capture = -1 };
+    if (!n || !open_look(g, v[n - 1]))
+        return false;
+    return !setsockopt(g->capture, SOL_SOCKET, SO_TIMESTAMPNS, &on, sizeof on);
+}
+
 static void kill_case(void)
 {
     enum { N = 30 };
-    double gone[N], late[N];
-    int with_traffic = 0, n_gone = 0, on = 1;
+    double gone[N], late[N], left[N], ending[N];
+    int with_traffic = 0, n_left = 0, n_gone = 0, on = 1;
     setsockopt(in_world, SOL_SOCKET, SO_TIMESTAMPNS, &on, sizeof on);
     struct guest g;
     open_vms(); /* so that the template is there */
@@ -1013,7 +1031,7 @@ static void kill_case(void)
     srand((unsigned)getpid());
     for (int i = 0; i < N; i++) {
         poll(NULL, 0, 20);
-        last_packet_us();
+        last_packet_us(in_world, world_if, false);
         pid_t holder = fork();
         if (!holder) {
             prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
@@ -1023,9 +1041,14 @@ static void kill_case(void)
         kill(holder, SIGSTOP); /* so that its launcher is known */
         waitpid(holder, NULL, WUNTRACED);
         pid_t session = launcher_of(holder);
+        bool looking = look_into_child(&g, session);
+        if (looking && poll(&(struct pollfd){ g.capture, POLLIN, 0 }, 1, 100) > 0)
+            poll(NULL, 0, rand() % 20);
+        int64_t killed_us = orch_now_us();
         kill(holder, SIGKILL);
         waitpid(holder, NULL, 0);
         int64_t dead_us = orch_now_us(), dead_wall_us = wall_us();
+        ending[i] = (double)(dead_us - killed_us) / 1000;
         char said[512];
         while (session && count_session(session, said, sizeof said)) {
             CHECK(orch_now_us() < dead_us + 1000000, "round %d: after 1 s there are left:%s", i, said);
@@ -1033,18 +1056,28 @@ static void kill_case(void)
         }
         if (session)
             gone[n_gone++] = (double)(orch_now_us() - dead_us) / 1000;
-        int64_t last_us = last_packet_us();
+        int64_t last_us = last_packet_us(in_world, world_if, false);
+        int64_t left_us = looking ? last_packet_us(g.capture, g.up, true) : 0;
         if (last_us)
             late[with_traffic++] = (double)(last_us - dead_wall_us) / 1000;
+        if (left_us)
+            left[n_left++] = (double)(left_us - dead_wall_us) / 1000;
+        CHECK(left_us <= dead_wall_us, "round %d: a packet left the microVM's namespace %.1f ms after orch's end", i,
+              (double)(left_us - dead_wall_us) / 1000);
+        if (g.capture >= 0)
+            close(g.capture);
         poll(NULL, 0, 20);
-        CHECK(!last_packet_us(), "round %d: packets after everything ended", i);
+        CHECK(!last_packet_us(in_world, world_if, false), "round %d: packets after everything ended", i);
     }
-    CHECK(with_traffic > N / 3, "traffic in %d rounds only", with_traffic);
+    CHECK(with_traffic > N / 3 && n_left > N / 3, "traffic in %d, %d rounds only", with_traffic, n_left);
     qsort(gone, (size_t)n_gone, sizeof *gone, by_value);
     qsort(late, (size_t)with_traffic, sizeof *late, by_value);
-    printf("as uid %u: %d killed, %d with traffic; all processes gone after %.1f ms (median), %.1f (most); last packet %.1f ms "
-           "(median), %.1f (most) after orch's end\n",
-           getuid(), N, with_traffic, gone[n_gone / 2], gone[n_gone - 1], late[with_traffic / 2], late[with_traffic - 1]);
+    qsort(left, (size_t)n_left, sizeof *left, by_value);
+    qsort(ending, N, sizeof *ending, by_value);
+    printf("as uid %u: %d killed, %d with traffic; ms, median, most: from the kill to orch's end %.1f, %.1f; from there to all "
+           "processes gone %.1f, %.1f, to the last packet out of the namespace %.1f, %.1f, to the last in W, by pasta, %.1f, %.1f\n",
+           getuid(), N, with_traffic, ending[N / 2], ending[N - 1], gone[n_gone / 2], gone[n_gone - 1], left[n_left / 2],
+           left[n_left - 1], late[with_traffic / 2], late[with_traffic - 1]);
 }
 
 static void test_killed(void **state)

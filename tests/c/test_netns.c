@@ -26,6 +26,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/mount.h>
+#include <sys/pidfd.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
@@ -167,13 +168,17 @@ static void begin(struct net *t, const struct orch_rules *r, bool uplink)
     CHECK(t->n, "%s", err.msg);
 }
 
-static void start(struct net *t)
+static void make_pair(int s[2])
+{
+    CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, s), "%m");
+}
+
+/* Takes both ends of the guest's wire. */
+static void start_on(struct net *t, const int s[2])
 {
     static const char *const argv[] = { WIRE_PATH, NULL };
     static const struct orch_cell_bind bind = { wire, WIRE_PATH };
     struct orch_err err = { .code = 0 };
-    int s[2];
-    CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, s), "%m");
     struct orch_cell_opts o = { .argv = argv,
                                 .binds = &bind,
                                 .n_binds = 1,
@@ -190,6 +195,19 @@ static void start(struct net *t)
     t->guest = s[0];
 }
 
+static void start(struct net *t)
+{
+    int s[2];
+    make_pair(s);
+    start_on(t, s);
+}
+
+static void wait_up(struct net *t)
+{
+    WAIT((t->up && t->started) || t->failed);
+    CHECK(!t->failed, "%s", t->err.msg);
+}
+
 static void end(struct net *t)
 {
     orch_cell_free(t->cell);
@@ -204,8 +222,7 @@ static void begin_up(struct net *t, const struct orch_rules *r)
     WAIT(t->ready || t->failed);
     CHECK(!t->failed, "%s", t->err.msg);
     start(t);
-    WAIT((t->up && t->started) || t->failed);
-    CHECK(!t->failed, "%s", t->err.msg);
+    wait_up(t);
 }
 
 static const struct orch_ports port_53[] = { { ECHO_PORT, ECHO_PORT } },
@@ -309,6 +326,7 @@ static void verify_case(void)
         const char *label;
     } bend[] = {
         { ORCH_MATCH_BYTES, "tap: IPv4 of the guest" },
+        { ORCH_MATCH_UNMARKED, "forward: orch is gone" },
         { ORCH_MATCH_CT, "forward: replies" },
         { ORCH_MATCH_BYTES, "never: 10.0.0.0/8 (private)" },
         { ORCH_MATCH_PORTS, "allow: set 2 tcp 8000-8010" },
@@ -340,6 +358,9 @@ static void verify_case(void)
                   "match of %s", bend[i].label);
             r->rules[k] = keep;
         }
+    r->rules[0].verdict = ORCH_VERDICT_ACCEPT;
+    CHECK(orch_nft_verify(nft, r, &err) == -EBADE && strstr(err.msg, "alive: orch"), "%s", err.msg);
+    r->rules[0].verdict = ORCH_VERDICT_MARK;
     r->sets[0].v[0].last--;
     CHECK(orch_nft_verify(nft, r, &err) == -EBADE && strstr(err.msg, "elements of set o_set1"),
           "%s", err.msg);
@@ -354,7 +375,7 @@ static void verify_case(void)
     CHECK(!orch_nft_verify(nft, r, &err), "%s", err.msg);
 
     /* A second batch is refused whole, with the object and the kernel's words. */
-    CHECK(orch_nft_commit(nft, r, &err) == -EEXIST && strstr(err.msg, "table netdev: File exists"),
+    CHECK(orch_nft_commit(nft, r, &err) == -EEXIST && strstr(err.msg, "table inet orch_alive: File exists"),
           "%s", err.msg);
     CHECK(!orch_nft_verify(nft, r, &err), "%s", err.msg);
     end(&t);
@@ -396,6 +417,8 @@ static void tamper_case(void)
     CHECK(nft_in(init, "flush chain inet orch o_guest") == 1, "the table has no owner");
     CHECK(nft_in(init, "add rule inet orch o_forward accept") == 1, "the table has no owner");
     CHECK(nft_in(init, "delete table inet orch") == 1, "the table has no owner");
+    CHECK(nft_in(init, "delete table inet orch_alive") == 1, "the table has no owner");
+    CHECK(nft_in(init, "flush chain inet orch_alive o_alive") == 1, "the table has no owner");
     CHECK(nft_in(init, "add element inet orch o_set1 { 1.2.3.4 }") == 1, "the table has no owner");
     CHECK(!orch_nft_verify(nft, r, &err) && orch_nft_changed(nft, &err) == 0, "%s", err.msg);
     /* A table of its own may be added by whoever owns the namespace; it is seen. */
@@ -509,7 +532,10 @@ static void listing_case(void)
         "type filter hook ingress device \"tap0\" priority filter; policy drop;",
         "@ll,48,64 0x200000000020800 @nh,0,8 0x45 @nh,48,16 & 0xbfff == 0x0 @nh,96,32 0xaff0002 "
         "counter packets 0 bytes 0 accept",
+        "type filter hook forward priority filter - 1; policy accept;",
+        "counter packets 0 bytes 0 meta mark set 0x00000001 comment \"alive: orch\"",
         "type filter hook forward priority filter; policy drop;",
+        "meta mark != 0x00000001 counter packets 0 bytes 0 drop comment \"forward: orch is gone\"",
         "iifname \"up0\" oifname \"tap0\" meta nfproto ipv4 ct state established,related counter "
         "packets 0 bytes 0 accept",
         "@nh,128,8 0xa counter packets 0 bytes 0 drop comment \"never: 10.0.0.0/8 (private)\"",
@@ -1243,11 +1269,147 @@ static void kill_case(void)
     }
 }
 
+struct held {
+    pid_t launcher, init;
+};
+
+static void hold_wire(const int s[2])
+{
+    struct net t;
+    struct orch_rules *r = rules_with(4, 0);
+    open_launcher();
+    begin(&t, r, true);
+    WAIT(t.ready || t.failed);
+    CHECK(!t.failed, "%s", t.err.msg);
+    start_on(&t, s);
+    wait_up(&t);
+    struct held h = { orch_launcher_pid(la), find_init() };
+    CHECK(write(told, &h, sizeof h) == (ssize_t)sizeof h, "%m");
+    orch_loop_run(loop);
+}
+
+static void stop(pid_t pid)
+{
+    char state = 0;
+    CHECK(!kill(pid, SIGSTOP), "%m");
+    for (int64_t end_us = orch_now_us() + 1000000; state != 'T'; poll(NULL, 0, 1)) {
+        char path[64], text[256] = "";
+        snprintf(path, sizeof path, "/proc/%d/stat", pid);
+        int fd = open(path, O_RDONLY | O_CLOEXEC);
+        CHECK(fd >= 0 && read(fd, text, sizeof text - 1) > 0 && orch_now_us() < end_us, "%s", path);
+        close(fd);
+        sscanf(strrchr(text, ')') + 1, " %c", &state);
+    }
+}
+
+/* orch is killed and nothing else ends: launcher and init are stopped, so that guest, tap, pasta
+ * and tables stay. Not a packet passes from then on, since nobody but orch had the socket. */
+static void gone_case(void)
+{
+    enum { N = 20 };
+    static char text[16384];
+    struct orch_err err = { .code = 0 };
+    struct held h;
+    int p[2], s[2];
+    char command[128], count[64];
+    loop = orch_loop_new(&err);
+    make_pair(s);
+    CHECK(!pipe2(p, O_CLOEXEC), "%m");
+    told = p[1];
+    pid_t holder = fork();
+    if (!holder)
+        hold_wire(s);
+    close(p[1]);
+    close(s[1]);
+    struct net t = { .guest = s[0] };
+    CHECK(read(p[0], &h, sizeof h) == (ssize_t)sizeof h, "the holder failed");
+    close(p[0]);
+    struct frame f = udp_to("198.51.100.10", ECHO_PORT);
+    echo_copies = 0;
+    drain_capture();
+    stop(h.launcher);
+    stop(h.init);
+    send_frame(&t, &f);
+    int before = arrived(1000, true);
+    kill(holder, SIGKILL);
+    waitpid(holder, NULL, 0);
+    drain_capture();
+    for (int i = 0; i < N; i++)
+        send_frame(&t, &f);
+    snprintf(command, sizeof command, ENTER "nft list ruleset", h.init, HOW);
+    snprintf(count, sizeof count, "counter packets %d bytes %zu drop comment \"forward: orch is gone\"",
+             N, N * (f.n - 14));
+    int64_t end_us = orch_now_us() + 2000000;
+    do
+        read_text(command, text, sizeof text);
+    while (!strstr(text, count) && orch_now_us() < end_us);
+    int after = arrived(10, false);
+    kill(h.init, SIGCONT);
+    kill(h.launcher, SIGCONT);
+    CHECK(before == 1, "an allowed packet did not arrive");
+    CHECK(after == 0, "%d packets passed after orch's end", after);
+    CHECK(strstr(text, count) && !strstr(text, "orch_alive"), "%s", text);
+    wait_session(h.launcher, 0);
+    close(s[0]);
+    orch_loop_free(loop);
+}
+
 static void test_ends(void **state)
 {
     (void)state;
     run_as_both(ends_case);
     run_as_both(kill_case);
+}
+
+static void hold_many(void)
+{
+    struct net t[6];
+    struct orch_rules *r = rules_with(4, 0);
+    open_launcher();
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(t); i++) {
+        begin(&t[i], r, false);
+        WAIT(t[i].ready || t[i].failed);
+        CHECK(t[i].ready, "%s", t[i].err.msg);
+    }
+    pid_t l = orch_launcher_pid(la);
+    CHECK(write(told, &l, sizeof l) == (ssize_t)sizeof l, "%m");
+    orch_loop_run(loop);
+}
+
+/* The end of many filters takes the kernel longer than the launcher needs to hear of orch's. */
+static void many_case(void)
+{
+    int p[2];
+    pid_t l;
+    CHECK(!pipe2(p, O_CLOEXEC), "%m");
+    told = p[1];
+    pid_t holder = fork();
+    if (!holder)
+        hold_many();
+    close(p[1]);
+    CHECK(read(p[0], &l, sizeof l) == (ssize_t)sizeof l, "the holder failed");
+    close(p[0]);
+    struct pollfd launcher_end = { pidfd_open(l, 0), POLLIN, 0 },
+                  orch_end = { pidfd_open(holder, 0), POLLIN, 0 };
+    int64_t t0 = orch_now_us();
+    kill(holder, SIGKILL);
+    CHECK(poll(&launcher_end, 1, 1000) == 1, "the launcher goes on");
+    int64_t launcher_us = orch_now_us() - t0;
+    CHECK(poll(&orch_end, 1, 1000) == 1, "orch goes on");
+    int64_t orch_us = orch_now_us() - t0;
+    waitpid(holder, NULL, 0);
+    CHECK(launcher_us < orch_us / 2, "the launcher ended after %lld us, orch after %lld",
+          (long long)launcher_us, (long long)orch_us);
+    close(launcher_end.fd);
+    close(orch_end.fd);
+    wait_session(l, 0);
+}
+
+static void test_gone(void **state)
+{
+    (void)state;
+    run_as_both(gone_case);
+    run_as_both(many_case);
 }
 
 /* ---- the host is left as it was */
@@ -1298,7 +1460,7 @@ static double part(double *v, size_t n, double q)
 static void times_case(void)
 {
     enum { N = 30 };
-    static double ready[N], up[N], verify[N], check[N], all[N];
+    static double ready[N], up[N], verify[N], check[N], all[N], freed[N];
     struct orch_rules *r = rules_with(64, 10000000);
     struct orch_err err = { .code = 0 };
     open_launcher();
@@ -1316,7 +1478,9 @@ static void times_case(void)
         t0 = orch_now_us();
         CHECK(!orch_nft_changed(orch_netns_nft(t.n), &err), "changed");
         check[i] = (double)(orch_now_us() - t0) / 1000;
+        t0 = orch_now_us();
         end(&t);
+        freed[i] = (double)(orch_now_us() - t0) / 1000;
         poll(NULL, 0, 50); /* namespaces go after their last process, unseen */
         t0 = orch_now_us();
         begin(&t, r, false);
@@ -1328,11 +1492,11 @@ static void times_case(void)
     close_launcher();
     printf("as %s, ms, least, median: namespace, %zu rules, verified, tap up %.2f, %.2f; without "
            "uplink %.2f, %.2f; "
-           "uplink %.1f, %.1f; verify %.3f, generation %.4f\n",
+           "uplink %.1f, %.1f; verify %.3f, generation %.4f, end %.2f\n",
            geteuid() ? "user" : "root", r->n_rules, part(ready, N, 0), part(ready, N, .5),
            part(all, N, 0), part(all, N, .5), part(up, N, 0), part(up, N, .5), part(verify, N, .5),
-           part(check, N, .5));
-    CHECK(part(ready, N, 0) < 10 && part(verify, N, 0) < 2,
+           part(check, N, .5), part(freed, N, .5));
+    CHECK(part(ready, N, 0) < 10 && part(verify, N, 0) < 2 && part(freed, N, 0) < 2,
           "slow"); /* with sanitizers, on a busy machine */
     orch_rules_free(r);
 }
@@ -1454,7 +1618,8 @@ int main(void)
         cmocka_unit_test(test_packets),   cmocka_unit_test(test_loopback),
         cmocka_unit_test(test_bandwidth), cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_read_only), cmocka_unit_test(test_ends),
-        cmocka_unit_test(test_untouched), cmocka_unit_test(test_times),
+        cmocka_unit_test(test_gone),      cmocka_unit_test(test_untouched),
+        cmocka_unit_test(test_times),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }
