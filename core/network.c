@@ -116,7 +116,7 @@ int orch_generation_rules_text(struct orch_generation *g, const char *network, s
         return -EINVAL;
     for (size_t i = 0; i < r->n_rules; i++) {
         const struct orch_rule *rule = &r->rules[i];
-        orch_buf_printf(out, "%-6s %-9s  %-10s  %s\n", orch_chain_family(rule->chain), orch_chain_names[rule->chain],
+        orch_buf_printf(out, "%-6s %-12s  %-10s  %s\n", orch_chain_family(rule->chain), orch_chain_names[rule->chain],
                         orch_verdict_names[rule->verdict], rule->label);
     }
     orch_rules_free(r);

@@ -38,7 +38,7 @@ struct orch_cell {
     struct orch_launcher *la; /* NULL: freed before the cell */
     struct orch_cell *next, **link;
     struct orch_cell_opts o; /* the callbacks; borrowed pointers in it are not kept */
-    void (*on_net)(void *ud, int nft_fd, int route_fd, bool settings); /* until the answer */
+    void (*on_net)(void *ud, const int fds[ORCH_NET_FDS], bool settings); /* until the answer */
     int ctl;                 /* -1: over */
     int init;
     struct orch_watch *watch;
@@ -375,10 +375,10 @@ static void cell_event(void *ud, int events)
     size_t n_fds;
     (void)events;
     int r = orch_launch_recv(c->ctl, m, fds, &n_fds);
-    if (r == 1 && m->op == ORCH_LAUNCH_NET && n_fds == 2 && c->on_net) {
-        void (*on_net)(void *, int, int, bool) = c->on_net;
+    if (r == 1 && m->op == ORCH_LAUNCH_NET && n_fds == ORCH_NET_FDS && c->on_net) {
+        void (*on_net)(void *, const int[ORCH_NET_FDS], bool) = c->on_net;
         c->on_net = NULL;
-        on_net(c->o.ud, fds[0], fds[1], !m->status);
+        on_net(c->o.ud, fds, !m->status);
         return;
     }
     for (size_t i = 0; i < n_fds; i++)

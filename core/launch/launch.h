@@ -48,7 +48,7 @@ struct orch_cell_net_opts {
     uint32_t flags; /* ORCH_NET_UPLINK; ORCH_VMM_KVM when the VMM will have it */
     /* Once: the namespace is there, its tap down, its tables empty. The sockets are the callee's;
      * settings: its sysctls are set. on_error as in orch_cell_opts, until orch_cell_start. */
-    void (*on_net)(void *ud, int nft_fd, int route_fd, bool settings);
+    void (*on_net)(void *ud, const int fds[ORCH_NET_FDS], bool settings);
     void (*on_error)(void *ud, const struct orch_err *err);
     void *ud;
 };

@@ -1,4 +1,4 @@
-/* A microVM's network namespace: settings, two netlink sockets for orch, the tap, and pasta as
+/* A microVM's network namespace: settings, netlink sockets for orch, the tap, and pasta as
  * uplink, which lives in the host's network namespace but otherwise in the microVM's, so that it
  * dies with it. The tap stays down and the namespace without rules until orch has made and
  * verified them. */
@@ -163,16 +163,20 @@ void orch_net_make(struct orch_net *n, uint32_t flags)
         usleep(20000);
     }
     bool all = set_all();
-    int fds[2] = { open_netlink("netfilter socket", NETLINK_NETFILTER, 0),
-                   open_netlink("route socket", NETLINK_ROUTE, RTMGRP_LINK | RTMGRP_IPV4_ROUTE) };
+    const int fds[ORCH_NET_FDS] = {
+        [ORCH_NET_FD_NFT] = open_netlink("netfilter socket", NETLINK_NETFILTER, 0),
+        [ORCH_NET_FD_ROUTE] =
+            open_netlink("route socket", NETLINK_ROUTE, RTMGRP_LINK | RTMGRP_IPV4_ROUTE),
+        [ORCH_NET_FD_LOG] = open_netlink("netfilter socket", NETLINK_NETFILTER, 0),
+    };
     n->tap = make_tap();
     m = (struct orch_launch_msg){ .op = ORCH_LAUNCH_NET, .status = !all };
-    int r = orch_launch_send(ORCH_LAUNCH_SOCK, &m, fds, 2);
+    int r = orch_launch_send(ORCH_LAUNCH_SOCK, &m, fds, ORCH_NET_FDS);
     errno = -r;
     if (r)
         orch_launch_fail("answer");
-    close(fds[0]);
-    close(fds[1]);
+    for (size_t i = 0; i < ORCH_NET_FDS; i++)
+        close(fds[i]);
     /* After the answer, so that pasta's start takes no time from what orch does next. */
     if (go >= 0) {
         if (write(go, "", 1) != 1)

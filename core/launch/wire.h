@@ -20,7 +20,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define ORCH_LAUNCH_VERSION 3
+#define ORCH_LAUNCH_VERSION 4
 #define ORCH_LAUNCH_CELLS 64 /* at once, a launcher */
 #define ORCH_LAUNCH_BLOB (48 * 1024)
 #define ORCH_LAUNCH_BINDS 512
@@ -37,8 +37,16 @@ enum orch_launch_op {
                             nothing; the cell is over. On main in place of HELLO: the launcher is */
     ORCH_LAUNCH_HELLO,   /* main, launcher → orch: ready; `status` is ORCH_LAUNCH_VERSION */
     ORCH_LAUNCH_NET,     /* ctl, orch → init, once and before VMM: makes the microVM's network namespace with
-                            ORCH_NET_TAP, down, which VMM then passes on. The answer, init → orch: fds NETLINK_NETFILTER
-                            and NETLINK_ROUTE sockets bound inside it; `status` 1: /proc/sys could not be written */
+                            ORCH_NET_TAP, down, which VMM then passes on. The answer, init → orch: fds in enum
+                            orch_net_fd order, of which init keeps none; `status` 1: /proc/sys could not be written */
+};
+
+/* Netlink sockets bound inside the network namespace. */
+enum orch_net_fd {
+    ORCH_NET_FD_NFT,   /* NETLINK_NETFILTER: the filter, which is no longer alive without this socket */
+    ORCH_NET_FD_ROUTE, /* NETLINK_ROUTE: devices, addresses, routes */
+    ORCH_NET_FD_LOG,   /* NETLINK_NETFILTER: what the filter logs */
+    ORCH_NET_FDS,
 };
 
 /* Descriptor slots of VMM; fd_mask says which are present, in this order. In the VMM they are

@@ -37,12 +37,18 @@ static const void *find(const char *p, size_t n, int type, size_t least, size_t 
     return NULL;
 }
 
-const void *orch_nl_get(const struct nlmsghdr *h, size_t head, int type, size_t least)
+const void *orch_nl_get_all(const struct nlmsghdr *h, size_t head, int type, size_t least,
+                            size_t *n)
 {
     size_t from = NLMSG_HDRLEN + NLMSG_ALIGN(head);
     return h->nlmsg_len < from
                ? NULL
-               : find((const char *)h + from, h->nlmsg_len - from, type, least, NULL);
+               : find((const char *)h + from, h->nlmsg_len - from, type, least, n);
+}
+
+const void *orch_nl_get(const struct nlmsghdr *h, size_t head, int type, size_t least)
+{
+    return orch_nl_get_all(h, head, type, least, NULL);
 }
 
 static void read_fault(const struct nlmsghdr *h, const struct nlmsgerr *e, struct orch_nl_fault *f)
@@ -125,15 +131,15 @@ int orch_nl_talk(int fd, const void *p, size_t n, uint32_t last, orch_nl_fn *fn,
     return -f->code;
 }
 
-int orch_nl_drain(int fd, orch_nl_fn *fn, void *ud)
+int orch_nl_drain(int fd, int max, orch_nl_fn *fn, void *ud)
 {
     cleanup_free char *buf = orch_xmalloc(RECV_BYTES);
-    ssize_t got;
-    while ((got = receive(fd, buf)) > 0)
+    ssize_t got = 0;
+    while (max-- > 0 && (got = receive(fd, buf)) > 0)
         for (const struct nlmsghdr *h = (const void *)buf; NLMSG_OK(h, got); h = NLMSG_NEXT(h, got))
             if (h->nlmsg_type >= NLMSG_MIN_TYPE)
                 fn(ud, h);
-    return (int)got;
+    return got < 0 ? (int)got : 0;
 }
 
 const char *orch_nl_fault_text(const struct orch_nl_fault *f, char out[256])

@@ -27,8 +27,9 @@ void orch_nl_setup(int fd);
  * when there was no answer. */
 int orch_nl_talk(int fd, const void *p, size_t n, uint32_t last, orch_nl_fn *fn, void *ud,
                  struct orch_nl_fault *f);
-/* Reads what is there; every message goes to fn. 0 or a negative errno. */
-int orch_nl_drain(int fd, orch_nl_fn *fn, void *ud);
+/* Reads what is there, at most `max` packets of messages; every message goes to fn. 0 or a negative
+ * errno; -ENOBUFS, once, when messages were lost. */
+int orch_nl_drain(int fd, int max, orch_nl_fn *fn, void *ud);
 /* "Operation not permitted (what the kernel says, attribute at byte 32)" */
 const char *orch_nl_fault_text(const struct orch_nl_fault *f, char out[256]);
 
@@ -44,5 +45,7 @@ void orch_nl_nest_end(struct orch_buf *b, size_t nest);
 /* The attribute's bytes behind the message's fixed head of `head` bytes, or NULL; at least
  * `least` long. */
 const void *orch_nl_get(const struct nlmsghdr *h, size_t head, int type, size_t least);
+const void *orch_nl_get_all(const struct nlmsghdr *h, size_t head, int type, size_t least,
+                            size_t *n);
 
 #endif

@@ -7,7 +7,8 @@
 
 #define WAIT_MS 5000
 #define REASON_MS 100 /* from a failure to what the launcher says of it */
-#define CLOSE_MS 50   /* from the end of the filter to its socket's */
+#define CLOSE_MS 50   /* from the end of the filter to its sockets' */
+#define TURN_MAX 64   /* packets of announcements a turn */
 
 struct orch_netns {
     struct orch_loop *loop;
@@ -15,6 +16,7 @@ struct orch_netns {
     struct orch_cell *cell; /* until start hands it over */
     struct orch_timer *deadline;
     struct orch_nft *nft;
+    struct orch_nflog *log;
     int route_fd;
     struct orch_watch *watch;
     struct orch_link_events ev;
@@ -85,27 +87,46 @@ static void route_event(void *ud, int events)
     struct orch_netns *n = ud;
     (void)events;
     /* What overflowed is missed: then the deadline tells. */
-    orch_nl_drain(n->route_fd, orch_link_note, &n->ev);
+    orch_nl_drain(n->route_fd, TURN_MAX, orch_link_note, &n->ev);
     check_uplink(n);
 }
 
-static void on_net(void *ud, int nft_fd, int route_fd, bool settings)
+static void on_denied(void *ud, const struct orch_denied *d)
+{
+    struct orch_netns *n = ud;
+    const char *rule = orch_rules_marked(n->o.rules, d->mark);
+    if (n->o.denied)
+        n->o.denied(n->o.ud, rule ? rule : "unknown", d);
+}
+
+static int make_filter(struct orch_netns *n, const int fds[ORCH_NET_FDS], struct orch_err *err)
+{
+    n->route_fd = fds[ORCH_NET_FD_ROUTE];
+    orch_nl_setup(n->route_fd);
+    n->nft = orch_nft_new(fds[ORCH_NET_FD_NFT], err);
+    if (!n->nft) {
+        close(fds[ORCH_NET_FD_LOG]);
+        return -1;
+    }
+    n->log = orch_nflog_new(n->loop, fds[ORCH_NET_FD_LOG], on_denied, n, err);
+    if (!n->log || orch_nft_commit(n->nft, n->o.rules, err))
+        return -1;
+    return orch_link_tap(n->route_fd, n->o.rules->bandwidth_bits, n->settings, &n->ev, err);
+}
+
+static void on_net(void *ud, const int fds[ORCH_NET_FDS], bool settings)
 {
     struct orch_netns *n = ud;
     struct orch_err err;
     n->settings = !settings;
-    n->route_fd = route_fd;
-    orch_nl_setup(route_fd);
-    n->nft = orch_nft_new(nft_fd, &err);
-    if (!n->nft || orch_nft_commit(n->nft, n->o.rules, &err) ||
-        orch_link_tap(route_fd, n->o.rules->bandwidth_bits, n->settings, &n->ev, &err)) {
+    if (make_filter(n, fds, &err)) {
         fail_soon(n, &err);
         return;
     }
     n->ready = true;
     if (n->o.uplink) {
         orch_timer_set(n->deadline, WAIT_MS);
-        n->watch = orch_watch_new(n->loop, route_fd, ORCH_READ, route_event, n);
+        n->watch = orch_watch_new(n->loop, n->route_fd, ORCH_READ, route_event, n);
         /* Its route may have been announced during the above. */
         orch_loop_post(n->loop, check_uplink, n);
     } else {
@@ -169,6 +190,7 @@ void orch_netns_free(struct orch_netns *n)
     orch_watch_free(n->watch);
     orch_loop_unpost(n->loop, check_uplink, n);
     orch_loop_close(n->loop, orch_nft_release(n->nft), CLOSE_MS);
+    orch_loop_close(n->loop, orch_nflog_release(n->log), CLOSE_MS);
     if (n->route_fd >= 0)
         close(n->route_fd);
     free(n);

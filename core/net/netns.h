@@ -9,6 +9,7 @@
 #define ORCH_NET_NETNS_H
 
 #include "../launch/launch.h"
+#include "nflog.h"
 #include "nft.h"
 
 struct orch_netns;
@@ -26,6 +27,9 @@ struct orch_netns_opts {
     void (*ready)(void *ud);
     void (*uplink_up)(void *ud);
     void (*failed)(void *ud, const struct orch_err *err);
+    /* May be NULL. Some of the packets that a rule denied (ORCH_LOG_RATE), as often as they come,
+     * the last from inside free; it frees nothing of this. */
+    void (*denied)(void *ud, const char *rule, const struct orch_denied *d);
     void *ud;
 };
 

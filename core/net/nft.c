@@ -41,8 +41,8 @@
     X(set_elems_nlmsg_build_payload) X(set_elems_nlmsg_build_payload_iter) \
     X(set_elems_nlmsg_parse) X(rule_alloc) X(rule_free) X(rule_set_str) X(rule_set_u32) \
     X(rule_set_data) X(rule_get_str) X(rule_get_data) X(rule_get_u32) X(rule_add_expr) \
-    X(rule_nlmsg_build_payload) X(rule_nlmsg_parse) X(expr_alloc) X(expr_set) X(expr_set_u32) \
-    X(expr_set_str) X(expr_is_set) X(expr_get) X(expr_get_u64) X(expr_get_str) \
+    X(rule_nlmsg_build_payload) X(rule_nlmsg_parse) X(expr_alloc) X(expr_set) X(expr_set_u16) \
+    X(expr_set_u32) X(expr_set_u64) X(expr_set_str) X(expr_is_set) X(expr_get) X(expr_get_u64) X(expr_get_str) \
     X(expr_iter_create) X(expr_iter_next) X(expr_iter_destroy)
 
 static struct {
@@ -99,6 +99,7 @@ static const struct chain {
 } chains[ORCH_CHAINS] = {
     [ORCH_CHAIN_ALIVE] = { &tables[TABLE_ALIVE], "filter", NF_INET_FORWARD, -1, NF_ACCEPT },
     [ORCH_CHAIN_TAP] = { &tables[TABLE_NETDEV], "filter", NF_NETDEV_INGRESS, 0, NF_DROP },
+    [ORCH_CHAIN_TAP_DENIED] = { .table = &tables[TABLE_NETDEV] },
     [ORCH_CHAIN_FORWARD] = { &tables[TABLE_INET], "filter", NF_INET_FORWARD, 0, NF_DROP },
     [ORCH_CHAIN_INPUT] = { &tables[TABLE_INET], "filter", NF_INET_LOCAL_IN, 0, NF_DROP },
     [ORCH_CHAIN_OUTPUT] = { &tables[TABLE_INET], "filter", NF_INET_LOCAL_OUT, 0, NF_DROP },
@@ -106,6 +107,7 @@ static const struct chain {
     [ORCH_CHAIN_GUEST] = { .table = &tables[TABLE_INET] },
     [ORCH_CHAIN_ALLOW] = { .table = &tables[TABLE_INET] },
     [ORCH_CHAIN_FLOW] = { .table = &tables[TABLE_INET] },
+    [ORCH_CHAIN_DENIED] = { .table = &tables[TABLE_INET] },
 };
 
 static uint32_t table_flags(size_t table, bool owned)
@@ -169,7 +171,7 @@ static struct nftnl_chain *build_chain(size_t i)
         nl.chain_set_s32(c, NFTNL_CHAIN_PRIO, d->prio);
         nl.chain_set_u32(c, NFTNL_CHAIN_POLICY, d->policy);
     }
-    if (d->table->family == NFPROTO_NETDEV)
+    if (d->type && d->table->family == NFPROTO_NETDEV)
         nl.chain_set_str(c, NFTNL_CHAIN_DEV, ORCH_NET_TAP);
     return c;
 }
@@ -294,8 +296,10 @@ static void add_match(struct nftnl_rule *r, const struct orch_rules *rules,
         break;
     }
     case ORCH_MATCH_IPV4:
+    case ORCH_MATCH_IPV6:
         add_meta(r, NFT_META_NFPROTO);
-        add_cmp(r, NFT_CMP_EQ, &(uint8_t){ NFPROTO_IPV4 }, 1);
+        add_cmp(r, NFT_CMP_EQ,
+                &(uint8_t){ m->kind == ORCH_MATCH_IPV4 ? NFPROTO_IPV4 : NFPROTO_IPV6 }, 1);
         break;
     case ORCH_MATCH_PROTO:
         add_meta(r, NFT_META_L4PROTO);
@@ -349,11 +353,28 @@ static void add_match(struct nftnl_rule *r, const struct orch_rules *rules,
         add_meta(r, NFT_META_MARK);
         add_cmp(r, NFT_CMP_NEQ, &m->a, sizeof m->a);
         break;
+    case ORCH_MATCH_RATE:
+        e = add_expr(r, "limit");
+        nl.expr_set_u64(e, NFTNL_EXPR_LIMIT_RATE, m->a);
+        nl.expr_set_u64(e, NFTNL_EXPR_LIMIT_UNIT, 1);
+        nl.expr_set_u32(e, NFTNL_EXPR_LIMIT_BURST, m->b);
+        nl.expr_set_u32(e, NFTNL_EXPR_LIMIT_TYPE, NFT_LIMIT_PKTS);
+        break;
     }
 }
 
-static void add_end(struct nftnl_rule *r, const struct orch_rule *d)
+/* Each packet at once, none waits for others. */
+static void add_log(struct nftnl_rule *r)
 {
+    struct nftnl_expr *e = add_expr(r, "log");
+    nl.expr_set_u16(e, NFTNL_EXPR_LOG_GROUP, ORCH_LOG_GROUP);
+    nl.expr_set_u32(e, NFTNL_EXPR_LOG_SNAPLEN, ORCH_LOG_BYTES);
+    nl.expr_set_u16(e, NFTNL_EXPR_LOG_QTHRESHOLD, 1);
+}
+
+static void add_end(struct nftnl_rule *r, const struct orch_rules *rules, size_t i)
+{
+    const struct orch_rule *d = &rules->rules[i];
     switch (d->verdict) {
     case ORCH_VERDICT_DROP:
         add_verdict(r, NF_DROP, NULL);
@@ -369,6 +390,13 @@ static void add_end(struct nftnl_rule *r, const struct orch_rule *d)
         break;
     case ORCH_VERDICT_MARK:
         add_mark(r, ORCH_MARK_ALIVE);
+        break;
+    case ORCH_VERDICT_DENY:
+        add_mark(r, ORCH_MARK_RULE + (uint32_t)i);
+        add_verdict(r, (uint32_t)NFT_GOTO, orch_chain_names[d->target]);
+        break;
+    case ORCH_VERDICT_LOG:
+        add_log(r);
         break;
     case ORCH_VERDICTS:
         break;
@@ -390,7 +418,7 @@ static struct nftnl_rule *build_rule(const struct orch_rules *rules, size_t i)
     for (size_t k = 0; k < d->n_match; k++)
         add_match(r, rules, &d->match[k]);
     add_expr(r, "counter");
-    add_end(r, d);
+    add_end(r, rules, i);
     return r;
 }
 
@@ -490,8 +518,9 @@ int orch_nft_batch(const struct orch_rules *r, uint32_t genid, bool owned, struc
 /* ---- the kernel's answers */
 
 #define NO_NFT \
-    "the kernel needs nf_tables with its netdev and inet families, ct, nat, masq and connlimit " \
-    "expressions (modprobe nf_tables nft_ct nft_masq nft_connlimit)"
+    "the kernel needs nf_tables with its netdev and inet families, ct, nat, masq, connlimit, limit " \
+    "and log expressions (modprobe nf_tables nft_ct nft_masq nft_connlimit nft_limit nft_log " \
+    "nfnetlink_log)"
 
 static const char *fix_of(int code)
 {

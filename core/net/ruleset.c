@@ -29,11 +29,17 @@ static const struct {
     { { IP(240, 0, 0, 0), 4 }, "reserved and broadcast" },
 };
 const char *const orch_chain_names[ORCH_CHAINS] = {
-    [ORCH_CHAIN_ALIVE] = "o_alive",   [ORCH_CHAIN_TAP] = "o_tap",
-    [ORCH_CHAIN_FORWARD] = "o_forward", [ORCH_CHAIN_INPUT] = "o_input",
-    [ORCH_CHAIN_OUTPUT] = "o_output", [ORCH_CHAIN_NAT] = "o_nat",
-    [ORCH_CHAIN_GUEST] = "o_guest",   [ORCH_CHAIN_ALLOW] = "o_allow",
+    [ORCH_CHAIN_ALIVE] = "o_alive",
+    [ORCH_CHAIN_TAP] = "o_tap",
+    [ORCH_CHAIN_TAP_DENIED] = "o_tap_denied",
+    [ORCH_CHAIN_FORWARD] = "o_forward",
+    [ORCH_CHAIN_INPUT] = "o_input",
+    [ORCH_CHAIN_OUTPUT] = "o_output",
+    [ORCH_CHAIN_NAT] = "o_nat",
+    [ORCH_CHAIN_GUEST] = "o_guest",
+    [ORCH_CHAIN_ALLOW] = "o_allow",
     [ORCH_CHAIN_FLOW] = "o_flow",
+    [ORCH_CHAIN_DENIED] = "o_denied",
 };
 const char *const orch_verdict_names[ORCH_VERDICTS] = {
     [ORCH_VERDICT_DROP] = "drop",
@@ -41,11 +47,13 @@ const char *const orch_verdict_names[ORCH_VERDICTS] = {
     [ORCH_VERDICT_GOTO] = "goto",
     [ORCH_VERDICT_MASQUERADE] = "masquerade",
     [ORCH_VERDICT_MARK] = "mark",
+    [ORCH_VERDICT_DENY] = "deny",
+    [ORCH_VERDICT_LOG] = "log",
 };
 
 const char *orch_chain_family(enum orch_chain_id chain)
 {
-    return chain == ORCH_CHAIN_TAP ? "netdev" : "inet";
+    return chain == ORCH_CHAIN_TAP || chain == ORCH_CHAIN_TAP_DENIED ? "netdev" : "inet";
 }
 
 /* The namespace's own addresses, whatever permit_private says of 10/8. */
@@ -221,11 +229,21 @@ static struct orch_rule *add_rule(struct orch_rules *r, enum orch_chain_id chain
     r->n_rules++;
     struct orch_rule *rule = &r->rules[i];
     *rule = (struct orch_rule){ .chain = chain, .verdict = verdict };
+    if (verdict == ORCH_VERDICT_DENY)
+        rule->target = chain == ORCH_CHAIN_TAP ? ORCH_CHAIN_TAP_DENIED : ORCH_CHAIN_DENIED;
     va_list ap;
     va_start(ap, fmt);
     vsnprintf(rule->label, sizeof rule->label, fmt, ap);
     va_end(ap);
     return rule;
+}
+
+/* Packets beyond the rate are not logged; logged or not, they are dropped. */
+static void denied_rules(struct orch_rules *r, enum orch_chain_id chain, const char *name)
+{
+    match_num(add_rule(r, chain, ORCH_VERDICT_LOG, "%s: to the log", name), ORCH_MATCH_RATE,
+              ORCH_LOG_RATE, ORCH_LOG_BURST);
+    add_rule(r, chain, ORCH_VERDICT_DROP, "%s: rest", name);
 }
 
 /* Hardware source and type of the frame. The type is read from the frame, so that one in a VLAN tag
@@ -260,7 +278,7 @@ static void tap_rules(struct orch_rules *r)
     memcpy(match_bytes(i, ORCH_HEADER_NET, 6, "\x00\x00", 2)->mask, "\xbf\xff", 2);
     match_bytes(i, ORCH_HEADER_NET, 12, &guest, 4);
 
-    add_rule(r, ORCH_CHAIN_TAP, ORCH_VERDICT_DROP, "tap: rest");
+    add_rule(r, ORCH_CHAIN_TAP, ORCH_VERDICT_DENY, "tap: rest");
 }
 
 static void alive_rules(struct orch_rules *r)
@@ -284,9 +302,11 @@ static void base_rules(struct orch_rules *r)
     match_if(back, ORCH_MATCH_OIF, ORCH_NET_TAP);
     add_match(back, ORCH_MATCH_IPV4);
     match_num(back, ORCH_MATCH_CT, ORCH_CT_ESTABLISHED | ORCH_CT_RELATED, 0);
-    add_rule(r, ORCH_CHAIN_FORWARD, ORCH_VERDICT_DROP, "forward: rest");
-    add_rule(r, ORCH_CHAIN_INPUT, ORCH_VERDICT_DROP, "input: rest");
-    add_rule(r, ORCH_CHAIN_OUTPUT, ORCH_VERDICT_DROP, "output: rest");
+    add_rule(r, ORCH_CHAIN_FORWARD, ORCH_VERDICT_DENY, "forward: rest");
+    add_rule(r, ORCH_CHAIN_INPUT, ORCH_VERDICT_DENY, "input: rest");
+    /* What the kernel says of itself where IPv6 cannot be switched off: nothing for the log. */
+    add_match(add_rule(r, ORCH_CHAIN_OUTPUT, ORCH_VERDICT_DROP, "output: IPv6"), ORCH_MATCH_IPV6);
+    add_rule(r, ORCH_CHAIN_OUTPUT, ORCH_VERDICT_DENY, "output: rest");
     struct orch_rule *nat = add_rule(r, ORCH_CHAIN_NAT, ORCH_VERDICT_MASQUERADE, "nat: uplink");
     match_if(nat, ORCH_MATCH_OIF, ORCH_NET_UPLINK_IF);
     add_match(nat, ORCH_MATCH_IPV4);
@@ -363,7 +383,7 @@ static void guest_rules(struct orch_rules *r, const struct orch_policy *p)
 {
     char text[ORCH_CIDR_TEXT];
     if (!denied(p, internal))
-        match_to(add_rule(r, ORCH_CHAIN_GUEST, ORCH_VERDICT_DROP, "never: the namespace's own"),
+        match_to(add_rule(r, ORCH_CHAIN_GUEST, ORCH_VERDICT_DENY, "never: the namespace's own"),
                  internal);
     for (size_t i = 0; i < p->n_host; i++) {
         struct orch_cidr c = p->host[i];
@@ -373,7 +393,7 @@ static void guest_rules(struct orch_rules *r, const struct orch_policy *p)
         if (seen)
             continue;
         orch_cidr_text(c, text);
-        match_to(add_rule(r, ORCH_CHAIN_GUEST, ORCH_VERDICT_DROP, "never: %s (host)", text), c);
+        match_to(add_rule(r, ORCH_CHAIN_GUEST, ORCH_VERDICT_DENY, "never: %s (host)", text), c);
     }
     for (size_t i = 0; i < p->n_permit; i++) {
         struct orch_cidr c = p->permit[i];
@@ -393,7 +413,7 @@ static void guest_rules(struct orch_rules *r, const struct orch_policy *p)
     for (size_t i = 0; i < ORCH_ARRAY_LEN(never); i++) {
         orch_cidr_text(never[i].cidr, text);
         match_to(
-            add_rule(r, ORCH_CHAIN_GUEST, ORCH_VERDICT_DROP, "never: %s (%s)", text, never[i].what),
+            add_rule(r, ORCH_CHAIN_GUEST, ORCH_VERDICT_DENY, "never: %s (%s)", text, never[i].what),
             never[i].cidr);
     }
     add_rule(r, ORCH_CHAIN_GUEST, ORCH_VERDICT_GOTO, "guest: to the policy")->target =
@@ -465,7 +485,7 @@ static int allow_rules(struct orch_rules *r, const struct orch_policy *p, struct
             rule->target = ORCH_CHAIN_FLOW;
         }
     }
-    add_rule(r, ORCH_CHAIN_ALLOW, ORCH_VERDICT_DROP, "allow: rest");
+    add_rule(r, ORCH_CHAIN_ALLOW, ORCH_VERDICT_DENY, "allow: rest");
     return 0;
 }
 
@@ -474,7 +494,7 @@ static void flow_rules(struct orch_rules *r, uint32_t connections)
     match_num(add_rule(r, ORCH_CHAIN_FLOW, ORCH_VERDICT_ACCEPT, "flow: known"), ORCH_MATCH_CT,
               ORCH_CT_ESTABLISHED, 0);
     if (connections) {
-        struct orch_rule *c = add_rule(r, ORCH_CHAIN_FLOW, ORCH_VERDICT_DROP,
+        struct orch_rule *c = add_rule(r, ORCH_CHAIN_FLOW, ORCH_VERDICT_DENY,
                                        "flow: more than %u connections", connections);
         match_num(c, ORCH_MATCH_CT, ORCH_CT_NEW, 0);
         match_num(c, ORCH_MATCH_CONNS, connections, 0);
@@ -488,7 +508,7 @@ static void flow_rules(struct orch_rules *r, uint32_t connections)
     struct orch_rule *u = add_rule(r, ORCH_CHAIN_FLOW, ORCH_VERDICT_ACCEPT, "flow: new udp");
     match_num(u, ORCH_MATCH_CT, ORCH_CT_NEW, 0);
     match_num(u, ORCH_MATCH_PROTO, IPPROTO_UDP, 0);
-    add_rule(r, ORCH_CHAIN_FLOW, ORCH_VERDICT_DROP, "flow: rest");
+    add_rule(r, ORCH_CHAIN_FLOW, ORCH_VERDICT_DENY, "flow: rest");
 }
 
 struct orch_rules *orch_rules_new(const struct orch_policy *p, struct orch_err *err)
@@ -508,12 +528,14 @@ struct orch_rules *orch_rules_new(const struct orch_policy *p, struct orch_err *
     if (!e) {
         alive_rules(r);
         tap_rules(r);
+        denied_rules(r, ORCH_CHAIN_TAP_DENIED, "tap denied");
         base_rules(r);
         guest_rules(r, p);
         e = allow_rules(r, p, err);
     }
     if (!e) {
         flow_rules(r, p->connections);
+        denied_rules(r, ORCH_CHAIN_DENIED, "denied");
         if (r->n_rules > ORCH_RULES_MAX)
             e = orch_err_setc(err, ORCH_CLASS_CONFIG, E2BIG,
                               "the policy and this host's addresses need %zu rules, more than %d; "
@@ -524,6 +546,12 @@ struct orch_rules *orch_rules_new(const struct orch_policy *p, struct orch_err *
         return r;
     orch_rules_free(r);
     return NULL;
+}
+
+const char *orch_rules_marked(const struct orch_rules *r, uint32_t mark)
+{
+    size_t i = mark - ORCH_MARK_RULE;
+    return mark >= ORCH_MARK_RULE && i < r->n_rules ? r->rules[i].label : NULL;
 }
 
 void orch_rules_free(struct orch_rules *r)

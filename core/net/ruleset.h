@@ -11,6 +11,10 @@
  *           o_guest    never-allowed addresses, then o_allow
  *           o_allow    a rule per protocol and port range over a set of addresses, to o_flow
  *           o_flow     known flows, new ones within the limit
+ * What a rule denies, it marks with its own number and sends to the end of its table, which logs
+ * some of it and drops it all:
+ *   netdev  o_tap_denied
+ *   inet    o_denied
  * Before them, "orch_alive" with
  *   inet    o_alive    marks what is forwarded; o_forward drops first what has no mark
  * which decides nothing and goes with orch's socket, so that nothing is forwarded without orch.
@@ -85,6 +89,7 @@ enum orch_match_kind {
     ORCH_MATCH_IIF, /* name */
     ORCH_MATCH_OIF, /* name */
     ORCH_MATCH_IPV4,
+    ORCH_MATCH_IPV6,
     ORCH_MATCH_PROTO, /* a: transport protocol */
     ORCH_MATCH_BYTES, /* len header bytes at base + offset, under mask, are value */
     ORCH_MATCH_PORTS, /* destination port a…b; only behind a PROTO */
@@ -92,6 +97,7 @@ enum orch_match_kind {
     ORCH_MATCH_CT,    /* flow state is one of the bits a */
     ORCH_MATCH_CONNS, /* more than a flows are open */
     ORCH_MATCH_UNMARKED, /* the packet's mark is not a */
+    ORCH_MATCH_RATE,     /* a packets a second, b at once */
 };
 /* As nftables numbers them. */
 enum orch_header {
@@ -106,10 +112,17 @@ enum orch_verdict {
     ORCH_VERDICT_GOTO,
     ORCH_VERDICT_MASQUERADE,
     ORCH_VERDICT_MARK, /* none: sets the packet's mark to ORCH_MARK_ALIVE */
+    ORCH_VERDICT_DENY, /* sets the mark to the rule's, goes to the chain that logs and drops */
+    ORCH_VERDICT_LOG,  /* none: the packet's mark and beginning to ORCH_LOG_GROUP */
     ORCH_VERDICTS,
 };
 /* Marks of packets, which the guest has no way to set. */
 #define ORCH_MARK_ALIVE 1
+#define ORCH_MARK_RULE 2 /* and the rule's index */
+#define ORCH_LOG_GROUP 1
+#define ORCH_LOG_BYTES 64  /* of a packet, from its IP header on */
+#define ORCH_LOG_RATE 10   /* packets a second and table */
+#define ORCH_LOG_BURST 20
 
 struct orch_match {
     enum orch_match_kind kind;
@@ -124,6 +137,7 @@ struct orch_match {
 enum orch_chain_id {
     ORCH_CHAIN_ALIVE,
     ORCH_CHAIN_TAP,
+    ORCH_CHAIN_TAP_DENIED,
     ORCH_CHAIN_FORWARD,
     ORCH_CHAIN_INPUT,
     ORCH_CHAIN_OUTPUT,
@@ -131,6 +145,7 @@ enum orch_chain_id {
     ORCH_CHAIN_GUEST,
     ORCH_CHAIN_ALLOW,
     ORCH_CHAIN_FLOW,
+    ORCH_CHAIN_DENIED,
     ORCH_CHAINS,
 };
 
@@ -148,7 +163,7 @@ struct orch_rule {
     struct orch_match match[6];
     size_t n_match;
     enum orch_verdict verdict;
-    enum orch_chain_id target; /* GOTO */
+    enum orch_chain_id target; /* GOTO, DENY */
 };
 
 struct orch_interval {
@@ -175,5 +190,7 @@ struct orch_rules {
  * Nothing of p is kept. */
 struct orch_rules *orch_rules_new(const struct orch_policy *p, struct orch_err *err);
 void orch_rules_free(struct orch_rules *r);
+/* The label of the rule that set a mark; NULL: none of these did. */
+const char *orch_rules_marked(const struct orch_rules *r, uint32_t mark);
 
 #endif

@@ -13,6 +13,8 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <net/ethernet.h>
+#include <netinet/in.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -99,9 +101,8 @@ static void add_string(struct orch_buf *b, const char *key, const char *value)
         orch_buf_str(b, "null");
 }
 
-static void emit(struct orch_vm *vm, const char *event, struct orch_buf *fields, double ms)
+static void emit(struct orch_vm *vm, const char *event, const struct orch_buf *fields)
 {
-    orch_buf_printf(fields, ",\"ms\":%.1f", ms);
     if (vm->m->o.event)
         vm->m->o.event(vm->m->o.ud, event, (struct orch_slice){ fields->p, fields->n });
     cleanup_free char *object = orch_xasprintf("{%s}", fields->p);
@@ -117,7 +118,8 @@ static void emit_spawn(struct orch_vm *vm)
     add_string(&f, "isolation", orch_isolation_name(vm->isolation));
     if (vm->call)
         add_string(&f, "call", vm->call);
-    emit(vm, "vm_spawn", &f, orch_vm_spawn_ms(vm));
+    orch_buf_printf(&f, ",\"ms\":%.1f", orch_vm_spawn_ms(vm));
+    emit(vm, "vm_spawn", &f);
 }
 
 /* Once for each microVM whose VMM was started. */
@@ -132,8 +134,47 @@ static void emit_exit(struct orch_vm *vm)
     add_string(&f, "vm", vm->id);
     add_string(&f, "reason", vm->reason);
     add_string(&f, "status", vm->status >= 0 ? how : NULL);
-    emit(vm, "vm_exit", &f, ms_since(vm->started_us));
+    orch_buf_printf(&f, ",\"ms\":%.1f", ms_since(vm->started_us));
+    emit(vm, "vm_exit", &f);
     vm->started_us = 0;
+}
+
+static const char *proto_name(const struct orch_denied *d)
+{
+    if (!d->has_ip)
+        return d->type == ETHERTYPE_ARP ? "arp" : NULL;
+    switch (d->proto) {
+    case IPPROTO_TCP:
+        return "tcp";
+    case IPPROTO_UDP:
+        return "udp";
+    case IPPROTO_ICMP:
+        return "icmp";
+    default:
+        return NULL;
+    }
+}
+
+static void emit_deny(void *ud, const char *rule, const struct orch_denied *d)
+{
+    struct orch_vm *vm = ud;
+    cleanup_buf struct orch_buf f = { 0 };
+    char dst[ORCH_CIDR_TEXT], number[16];
+    const char *proto = proto_name(d);
+    add_string(&f, "vm", vm->id);
+    if (vm->call)
+        add_string(&f, "call", vm->call);
+    add_string(&f, "rule", rule);
+    orch_cidr_text((struct orch_cidr){ d->dst, 32 }, dst);
+    if (d->has_ip)
+        add_string(&f, "dst", dst);
+    snprintf(number, sizeof number, d->has_ip ? "%u" : "0x%04x", d->has_ip ? d->proto : d->type);
+    add_string(&f, "proto", proto ? proto : number); /* of IP, or what the frame says it is */
+    if (d->has_port)
+        orch_buf_printf(&f, ",\"port\":%u", d->port);
+    if (d->missed)
+        orch_buf_printf(&f, ",\"missed\":%u", d->missed);
+    emit(vm, "net_deny", &f);
 }
 
 static void phase(struct orch_vm *vm, const char *name)
@@ -478,6 +519,7 @@ static int start_net(struct orch_vm *vm, bool kvm, struct orch_err *err)
                                                               .ready = net_ready,
                                                               .uplink_up = net_up,
                                                               .failed = net_failed,
+                                                              .denied = emit_deny,
                                                               .ud = vm },
                                    err);
     return vm->netns ? 0 : -1;

@@ -27,7 +27,9 @@ struct orch_vms_opts {
                                 * KVM is tried) and 10 s */
     int max;                 /* microVMs at once; more is refused with class LIMIT */
     void (*progress)(void *ud, const char *line); /* long work: image build, template boot */
-    /* events for the audit log: "vm_spawn", "vm_exit"; fields is a JSON object's inside */
+    /* events for the audit log: "vm_spawn", "vm_exit", and "net_deny" for packets that a network's
+     * filter denied, at most some a second and microVM; fields is a JSON object's inside. Frees no
+     * microVM. */
     void (*event)(void *ud, const char *event, struct orch_slice fields);
     void *ud;
 };

@@ -12,11 +12,14 @@
 #include <libgen.h>
 #include <linux/netfilter/nf_tables.h>
 #include <linux/netfilter/nfnetlink.h>
+#include <linux/netfilter/nfnetlink_log.h>
+#include <net/ethernet.h>
 #include <netinet/in.h>
 #include <stdio.h>
 #include <string.h>
 
 #include "net/netlink.h"
+#include "net/nflog.h"
 #include "net/nft.h"
 #include "net/ruleset.h"
 
@@ -282,6 +285,26 @@ static void test_never(void **state)
     orch_rules_free(s);
 }
 
+static bool is_denied_chain(enum orch_chain_id c)
+{
+    return c == ORCH_CHAIN_TAP_DENIED || c == ORCH_CHAIN_DENIED;
+}
+
+/* Whatever its limit lets through to the log, all of it is dropped. */
+static void check_denied(const struct orch_rules *r, enum orch_chain_id chain)
+{
+    const struct orch_rule *v = r->rules;
+    size_t i = 0, n = 0;
+    while (v[i].chain != chain)
+        i++;
+    while (i + n < r->n_rules && v[i + n].chain == chain)
+        n++;
+    assert_int_equal(n, 2);
+    assert_true(v[i].verdict == ORCH_VERDICT_LOG && v[i].n_match == 1 &&
+                is_match(&v[i].match[0], ORCH_MATCH_RATE));
+    assert_true(v[i + 1].verdict == ORCH_VERDICT_DROP && !v[i + 1].n_match);
+}
+
 /* What the header promises of every filter. */
 static void check_structure(const struct orch_rules *r)
 {
@@ -292,7 +315,19 @@ static void check_structure(const struct orch_rules *r)
             assert_true(rule->chain >= r->rules[i - 1].chain);
         for (size_t k = 0; k < i; k++)
             assert_string_not_equal(rule->label, r->rules[k].label);
-        last_drops[rule->chain] = rule->verdict == ORCH_VERDICT_DROP && !rule->n_match;
+        last_drops[rule->chain] =
+            (rule->verdict == ORCH_VERDICT_DROP || rule->verdict == ORCH_VERDICT_DENY) &&
+            !rule->n_match;
+        /* Rules that drop without a word: there is no listener, nothing of the guest's, nothing. */
+        if (rule->verdict == ORCH_VERDICT_DROP && !is_denied_chain(rule->chain))
+            assert_true(!strcmp(rule->label, "forward: orch is gone") ||
+                        !strcmp(rule->label, "output: IPv6") ||
+                        !strcmp(rule->label, "nat: rest"));
+        if (rule->verdict == ORCH_VERDICT_DENY) {
+            assert_true(is_denied_chain(rule->target) && !is_denied_chain(rule->chain));
+            assert_string_equal(orch_chain_family(rule->target), orch_chain_family(rule->chain));
+            assert_string_equal(orch_rules_marked(r, ORCH_MARK_RULE + (uint32_t)i), rule->label);
+        }
         bool own = rule->chain == ORCH_CHAIN_GUEST || rule->chain == ORCH_CHAIN_ALLOW ||
                    rule->chain == ORCH_CHAIN_FLOW;
         bool proto = false, ipv4 = own || rule->chain == ORCH_CHAIN_TAP;
@@ -315,6 +350,11 @@ static void check_structure(const struct orch_rules *r)
         if (rule->verdict == ORCH_VERDICT_ACCEPT)
             assert_true(rule->n_match > 0);
     }
+    check_denied(r, ORCH_CHAIN_TAP_DENIED);
+    check_denied(r, ORCH_CHAIN_DENIED);
+    assert_null(orch_rules_marked(r, 0));
+    assert_null(orch_rules_marked(r, ORCH_MARK_ALIVE));
+    assert_null(orch_rules_marked(r, ORCH_MARK_RULE + (uint32_t)r->n_rules));
     for (int c = 0; c < ORCH_CHAINS; c++)
         /* One decides nothing, the other ends in a goto to one that does. */
         if (c != ORCH_CHAIN_ALIVE && c != ORCH_CHAIN_GUEST)
@@ -346,7 +386,7 @@ static void test_structure(void **state)
     check_structure(r);
     for (size_t i = 0; i < r->n_rules; i++)
         assert_true(r->rules[i].chain != ORCH_CHAIN_ALLOW ||
-                    r->rules[i].verdict == ORCH_VERDICT_DROP);
+                    r->rules[i].verdict == ORCH_VERDICT_DENY);
     orch_rules_free(r);
 }
 
@@ -516,6 +556,91 @@ static void test_fault(void **state)
     assert_null(orch_nl_get(h, 64, 1, 0));
 }
 
+/* ---- what the filter denied */
+
+static void put_logged(struct orch_buf *b, uint16_t type, uint32_t mark, const void *packet,
+                       size_t n)
+{
+    struct nfgenmsg head = { .nfgen_family = AF_INET };
+    struct nfulnl_msg_packet_hdr hdr = { .hw_protocol = htons(type) };
+    mark = htonl(mark);
+    b->n = 0;
+    size_t m =
+        orch_nl_begin(b, NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_PACKET, 0, 0, &head, sizeof head);
+    orch_nl_put(b, NFULA_PACKET_HDR, &hdr, sizeof hdr);
+    orch_nl_put(b, NFULA_MARK, &mark, sizeof mark);
+    orch_nl_put(b, NFULA_PAYLOAD, packet, n);
+    orch_nl_end(b, m);
+}
+
+static void test_denied(void **state)
+{
+    (void)state;
+    /* 10.255.0.2 to 198.51.100.10, UDP 40000 to 5300, behind 4 bytes of options */
+    static const uint8_t packet[] = { 0x46, 0, 0,    40, 0, 0,   0x40, 0,   64,   17, 0, 0,
+                                      10,   255, 0,  2,  198, 51, 100, 10,  1,    1,  1, 0,
+                                      0x9c, 0x40, 0x14, 0xb4, 0, 16, 0, 0 };
+    cleanup_buf struct orch_buf b = { 0 };
+    struct orch_denied d;
+    /* As much as there is of it. */
+    for (size_t n = 0; n <= sizeof packet; n++) {
+        put_logged(&b, ETHERTYPE_IP, 9, packet, n);
+        assert_true(orch_denied_parse((const void *)b.p, &d));
+        assert_true(d.mark == 9 && d.type == ETHERTYPE_IP);
+        assert_int_equal(d.has_ip, n >= 20);
+        assert_int_equal(d.has_port, n >= 28);
+        if (d.has_ip)
+            assert_true(d.dst == 0xc633640a && d.proto == IPPROTO_UDP);
+        if (d.has_port)
+            assert_int_equal(d.port, 5300);
+    }
+    /* What says something else of itself. */
+    static const struct {
+        unsigned at;
+        uint8_t value;
+        bool ip, port;
+    } bent[] = {
+        { 0, 0x66, false, false },  /* version 6 */
+        { 0, 0x44, false, false },  /* a header of 16 bytes */
+        { 0, 0x4f, true, false },   /* of 60, which are not there */
+        { 6, 0x20, true, true },    /* a first fragment */
+        { 7, 1, true, false },      /* a later one */
+        { 9, IPPROTO_ICMP, true, false },
+        { 9, IPPROTO_TCP, true, true },
+    };
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(bent); i++) {
+        uint8_t copy[sizeof packet];
+        memcpy(copy, packet, sizeof copy);
+        copy[bent[i].at] = bent[i].value;
+        put_logged(&b, ETHERTYPE_IP, 9, copy, sizeof copy);
+        assert_true(orch_denied_parse((const void *)b.p, &d));
+        assert_int_equal(d.has_ip, bent[i].ip);
+        assert_int_equal(d.has_port, bent[i].port);
+    }
+    put_logged(&b, ETHERTYPE_ARP, 9, packet, sizeof packet);
+    assert_true(orch_denied_parse((const void *)b.p, &d) && !d.has_ip && d.type == ETHERTYPE_ARP);
+    /* Every message that is cut short, and every byte of one that is not what it was: no more is read
+     * than is there, which the sanitizer sees. */
+    put_logged(&b, ETHERTYPE_IP, 9, packet, sizeof packet);
+    for (size_t n = NLMSG_HDRLEN; n < b.n; n++) {
+        struct nlmsghdr *cut = orch_xmalloc(n);
+        memcpy(cut, b.p, n);
+        cut->nlmsg_len = (uint32_t)n;
+        orch_denied_parse(cut, &d);
+        free(cut);
+    }
+    for (size_t at = NLMSG_HDRLEN; at < b.n; at++)
+        for (unsigned v = 0; v < 256; v++) {
+            struct nlmsghdr *bad = orch_xmalloc(b.n);
+            memcpy(bad, b.p, b.n);
+            ((uint8_t *)bad)[at] = (uint8_t)v;
+            orch_denied_parse(bad, &d);
+            free(bad);
+        }
+    ((struct nlmsghdr *)(void *)b.p)->nlmsg_type = NFNL_SUBSYS_NFTABLES << 8;
+    assert_false(orch_denied_parse((const void *)b.p, &d));
+}
+
 int main(int argc, char **argv)
 {
     if (argc > 1 && !strcmp(argv[1], "--golden")) {
@@ -530,7 +655,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_sets),      cmocka_unit_test(test_never),
         cmocka_unit_test(test_structure), cmocka_unit_test(test_bad),
         cmocka_unit_test(test_golden),    cmocka_unit_test(test_batch),
-        cmocka_unit_test(test_fault),
+        cmocka_unit_test(test_fault),     cmocka_unit_test(test_denied),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -897,8 +897,8 @@ static void command_case(void)
     }
 #define ORCH(args) \
     snprintf(command, sizeof command, "cd %s/conf && mkdir -p ../xdg && ln -sfn %s ../xdg/orch && " \
-             "XDG_CACHE_HOME=%s/xdg XDG_RUNTIME_DIR=%s/xdg timeout 60 %s --config %s/conf/orchestrator.lua " args " 2>&1; echo \" $?\"", \
-             dir, cache, dir, dir, orch, dir)
+             "XDG_CACHE_HOME=%s/xdg XDG_RUNTIME_DIR=%s/xdg XDG_STATE_HOME=%s/xdg/state timeout 60 %s --config %s/conf/orchestrator.lua " args " 2>&1; echo \" $?\"", \
+             dir, cache, dir, dir, dir, orch, dir)
     ORCH("s.lua");
     FILE *f = popen(command, "re");
     size_t n = fread(out, 1, sizeof out - 1, f);
@@ -911,6 +911,15 @@ static void command_case(void)
     out[n] = 0;
     pclose(f);
     CHECK(!strncmp(out, "7\n", 2) && strstr(out, "\n1\n 0\n"), "%s", out);
+    /* What was denied in it stands in the audit log. */
+    snprintf(command, sizeof command, "grep -rh net_deny %s/xdg/state", dir);
+    f = popen(command, "re");
+    n = fread(out, 1, sizeof out - 1, f);
+    out[n] = 0;
+    pclose(f);
+    CHECK(strstr(out, "\"event\":\"net_deny\",\"vm\":\"vm-") &&
+              strstr(out, "\"rule\":\"allow: rest\",\"dst\":\"" SERVER "\",\"proto\":\"tcp\",\"port\":81"),
+          "%s", out);
 }
 
 static void test_command(void **state)

@@ -18,6 +18,7 @@
 #include <linux/netfilter.h>
 #include <linux/netfilter/nf_tables.h>
 #include <linux/netfilter/nfnetlink.h>
+#include <linux/netfilter/nfnetlink_log.h>
 #include <net/ethernet.h>
 #include <netinet/ip.h>
 #include <poll.h>
@@ -99,6 +100,9 @@ struct net {
     int ready, up, failed, started, exited;
     int64_t ready_us, up_us;
     struct orch_err err;
+    unsigned missed, denied; /* lines; the last: */
+    char rule[ORCH_LABEL];
+    struct orch_denied last;
 };
 
 static struct orch_loop *loop;
@@ -123,6 +127,15 @@ static void on_failed(void *ud, const struct orch_err *err)
     struct net *t = ud;
     t->failed++;
     t->err = *err;
+}
+
+static void on_denied(void *ud, const char *rule, const struct orch_denied *d)
+{
+    struct net *t = ud;
+    t->denied++;
+    t->missed += d->missed;
+    snprintf(t->rule, sizeof t->rule, "%s", rule);
+    t->last = *d;
 }
 
 static void on_started(void *ud)
@@ -162,6 +175,7 @@ static void begin(struct net *t, const struct orch_rules *r, bool uplink)
                                  .ready = on_ready,
                                  .uplink_up = on_up,
                                  .failed = on_failed,
+                                 .denied = on_denied,
                                  .ud = t };
     *t = (struct net){ .guest = -1 };
     t->n = orch_netns_new(loop, la, &o, &err);
@@ -332,6 +346,8 @@ static void verify_case(void)
         { ORCH_MATCH_PORTS, "allow: set 2 tcp 8000-8010" },
         { ORCH_MATCH_CONNS, "flow: more than 64 connections" },
         { ORCH_MATCH_PROTO, "flow: new udp" },
+        { ORCH_MATCH_RATE, "denied: to the log" },
+        { ORCH_MATCH_RATE, "tap denied: to the log" },
     };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(bend); i++)
         for (size_t k = 0, hit = 0; k <= r->n_rules; k++) {
@@ -441,8 +457,21 @@ static void test_tamper(void **state)
     run_as_both(tamper_case);
 }
 
-/* A rule deleted behind verify's back: through the socket that owns the table, whose number is
- * found among this process's descriptors. */
+/* The only network's socket, found among this process's descriptors, which came in their order. */
+static int netfilter_fd(enum orch_net_fd which)
+{
+    int before = which == ORCH_NET_FD_LOG;
+    for (int i = 0; i < 64; i++) {
+        int protocol = -1;
+        socklen_t n = sizeof protocol;
+        if (!getsockopt(i, SOL_SOCKET, SO_PROTOCOL, &protocol, &n) &&
+            protocol == NETLINK_NETFILTER && !before--)
+            return i;
+    }
+    CHECK(false, "no socket");
+}
+
+/* A rule deleted behind verify's back: through the socket that owns the table. */
 static void delete_case(void)
 {
     struct net t;
@@ -450,17 +479,10 @@ static void delete_case(void)
     struct orch_nl_fault f;
     struct orch_rules *r = rules_with(0, 0);
     open_launcher();
-    int fd = -1;
     begin(&t, r, false);
     WAIT(t.ready || t.failed);
     CHECK(t.ready, "%s", t.err.msg);
-    for (int i = 0; i < 64; i++) {
-        int protocol = -1;
-        socklen_t n = sizeof protocol;
-        if (!getsockopt(i, SOL_SOCKET, SO_PROTOCOL, &protocol, &n) && protocol == NETLINK_NETFILTER)
-            fd = i;
-    }
-    CHECK(fd >= 0, "no socket");
+    int fd = netfilter_fd(ORCH_NET_FD_NFT);
     cleanup_buf struct orch_buf b = { 0 };
     struct nfgenmsg head = { .nfgen_family = AF_UNSPEC, .res_id = htons(NFNL_SUBSYS_NFTABLES) },
                     inet = { .nfgen_family = NFPROTO_INET };
@@ -474,7 +496,7 @@ static void delete_case(void)
     CHECK(!orch_nl_talk(fd, b.p, b.n, 2, NULL, NULL, &f), "%s", strerror(f.code));
     CHECK(orch_nft_changed(orch_netns_nft(t.n), &err) == 1, "not noticed");
     CHECK(orch_nft_verify(orch_netns_nft(t.n), r, &err) == -EBADE &&
-              strstr(err.msg, "output: rest"),
+              strstr(err.msg, "output: IPv6"),
           "%s", err.msg);
     end(&t);
     orch_rules_free(r);
@@ -528,25 +550,34 @@ static void test_large(void **state)
 /* Another program reads the same out of the kernel. */
 static void listing_case(void)
 {
-    static const char *const lines[] = {
-        "type filter hook ingress device \"tap0\" priority filter; policy drop;",
-        "@ll,48,64 0x200000000020800 @nh,0,8 0x45 @nh,48,16 & 0xbfff == 0x0 @nh,96,32 0xaff0002 "
-        "counter packets 0 bytes 0 accept",
-        "type filter hook forward priority filter - 1; policy accept;",
-        "counter packets 0 bytes 0 meta mark set 0x00000001 comment \"alive: orch\"",
-        "type filter hook forward priority filter; policy drop;",
-        "meta mark != 0x00000001 counter packets 0 bytes 0 drop comment \"forward: orch is gone\"",
-        "iifname \"up0\" oifname \"tap0\" meta nfproto ipv4 ct state established,related counter "
-        "packets 0 bytes 0 accept",
-        "@nh,128,8 0xa counter packets 0 bytes 0 drop comment \"never: 10.0.0.0/8 (private)\"",
-        "@nh,128,32 0xcb007102 counter packets 0 bytes 0 drop comment \"never: 203.0.113.2 "
-        "(host)\"",
-        "elements = { 198.51.100.0/24 }",
-        "tcp dport 8000-8010 @nh,128,32 @o_set2 counter packets 0 bytes 0 goto o_flow",
-        "ct state new ct count over 64 counter packets 0 bytes 0 drop",
-        "oifname \"up0\" meta nfproto ipv4 counter packets 0 bytes 0 masquerade",
-        "counter packets 0 bytes 0 drop comment \"output: rest\"",
-        NULL,
+    /* with a label: what a rule denies */
+    static const struct {
+        const char *line, *label, *to;
+    } lines[] = {
+        { "type filter hook ingress device \"tap0\" priority filter; policy drop;", NULL, NULL },
+        { "@ll,48,64 0x200000000020800 @nh,0,8 0x45 @nh,48,16 & 0xbfff == 0x0 @nh,96,32 0xaff0002 "
+          "counter packets 0 bytes 0 accept",
+          NULL, NULL },
+        { "", "tap: rest", "o_tap_denied" },
+        { "type filter hook forward priority filter - 1; policy accept;", NULL, NULL },
+        { "counter packets 0 bytes 0 meta mark set 0x00000001 comment \"alive: orch\"", NULL, NULL },
+        { "type filter hook forward priority filter; policy drop;", NULL, NULL },
+        { "meta mark != 0x00000001 counter packets 0 bytes 0 drop comment \"forward: orch is gone\"",
+          NULL, NULL },
+        { "iifname \"up0\" oifname \"tap0\" meta nfproto ipv4 ct state established,related counter "
+          "packets 0 bytes 0 accept",
+          NULL, NULL },
+        { "@nh,128,8 0xa ", "never: 10.0.0.0/8 (private)", "o_denied" },
+        { "@nh,128,32 0xcb007102 ", "never: 203.0.113.2 (host)", "o_denied" },
+        { "elements = { 198.51.100.0/24 }", NULL, NULL },
+        { "tcp dport 8000-8010 @nh,128,32 @o_set2 counter packets 0 bytes 0 goto o_flow", NULL, NULL },
+        { "ct state new ct count over 64 ", "flow: more than 64 connections", "o_denied" },
+        { "oifname \"up0\" meta nfproto ipv4 counter packets 0 bytes 0 masquerade", NULL, NULL },
+        { "", "output: rest", "o_denied" },
+        { "limit rate 10/second burst 20 packets counter packets 0 bytes 0 log group 1 snaplen 64 "
+          "queue-threshold 1 comment \"denied: to the log\"",
+          NULL, NULL },
+        { "counter packets 0 bytes 0 drop comment \"denied: rest\"", NULL, NULL },
     };
     static char text[32768];
     struct net t;
@@ -558,8 +589,19 @@ static void listing_case(void)
     char command[128];
     snprintf(command, sizeof command, ENTER "nft list ruleset", find_init(), HOW);
     read_text(command, text, sizeof text);
-    for (const char *const *l = lines; *l; l++)
-        CHECK(strstr(text, *l), "no line `%s` in:\n%s", *l, text);
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(lines); i++) {
+        char line[256];
+        size_t k = 0;
+        snprintf(line, sizeof line, "%s", lines[i].line);
+        if (lines[i].label) {
+            while (strcmp(r->rules[k].label, lines[i].label))
+                k++;
+            snprintf(line, sizeof line,
+                     "%scounter packets 0 bytes 0 meta mark set 0x%08zx goto %s comment \"%s\"",
+                     lines[i].line, ORCH_MARK_RULE + k, lines[i].to, lines[i].label);
+        }
+        CHECK(strstr(text, line), "no line `%s` in:\n%s", line, text);
+    }
     end(&t);
     orch_rules_free(r);
     close_launcher();
@@ -654,6 +696,25 @@ static void drain_capture(void)
     char buf[2048];
     while (recv(capture, buf, sizeof buf, MSG_DONTWAIT) > 0)
         ;
+}
+
+/* Datagrams to this port that came to W since it was drained, in the next ms too. Other packets of
+ * the host, about flows that ended before, are none of the guest's. */
+static int came_to(uint16_t port, int ms)
+{
+    uint8_t buf[2048];
+    struct sockaddr_ll from;
+    int n = 0;
+    for (int64_t end_us = orch_now_us() + ms * 1000; orch_now_us() < end_us;) {
+        struct pollfd pf = { capture, POLLIN, 0 };
+        socklen_t len = sizeof from;
+        poll(&pf, 1, 1);
+        ssize_t got =
+            recvfrom(capture, buf, sizeof buf, MSG_DONTWAIT, (struct sockaddr *)&from, &len);
+        n += got >= 42 && from.sll_pkttype != PACKET_OUTGOING && buf[12] == 8 && buf[13] == 0 &&
+             buf[23] == IPPROTO_UDP && (buf[36] << 8 | buf[37]) == port;
+    }
+    return n;
 }
 
 /* What came to W over IP until `ms` have passed, or until the first with `want`. Echoes what
@@ -866,6 +927,149 @@ static void test_packets(void **state)
 {
     (void)state;
     run_as_both(packets_case);
+}
+
+/* ---- denied packets in the log */
+
+/* Until the rule has counted n packets more; without a turn of the loop. */
+static void await_count(struct net *t, const char *rule, uint64_t n)
+{
+    for (int64_t end_us = orch_now_us() + 10000000; counted(t, rule) < n;)
+        CHECK(orch_now_us() < end_us, "%s: %llu of %llu", rule,
+              (unsigned long long)counted(t, rule), (unsigned long long)n);
+}
+
+static struct frame bent(struct frame f, unsigned at, uint8_t value)
+{
+    f.b[at] = value;
+    finish(&f);
+    return f;
+}
+
+static void denied_case(void)
+{
+    struct net t;
+    struct orch_rules *r = rules_with(4, 0);
+    const struct frame good = udp_to("198.51.100.10", ECHO_PORT);
+    struct frame arp = { { 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2, 0, 0, 0, 0,  2,   8, 6,
+                           0,    1,    8,    0,    6,    4,    0, 1, 2, 0, 0,  0,   0, 2,
+                           10,   255,  0,    2,    0,    0,    0, 0, 0, 0, 10, 255, 0, 9 },
+                         42 };
+    const struct {
+        struct frame f;
+        const char *rule, *dst;
+        int proto, port; /* -1: none */
+    } cases[] = {
+        { udp_to("198.51.100.10", 5301), "allow: rest", "198.51.100.10", IPPROTO_UDP, 5301 },
+        { packet(IPPROTO_TCP, "198.51.100.10", 40002, 81, 0), "allow: rest", "198.51.100.10",
+          IPPROTO_TCP, 81 },
+        { bent(good, 23, IPPROTO_ICMP), "allow: rest", "198.51.100.10", IPPROTO_ICMP, -1 },
+        { udp_to(HOST, 53), "never: " HOST " (host)", HOST, IPPROTO_UDP, 53 },
+        { udp_to("169.254.169.254", 80), "never: 169.254.0.0/16 (link-local and metadata)",
+          "169.254.169.254", IPPROTO_UDP, 80 },
+        { udp_to("10.255.0.1", 53), "input: rest", "10.255.0.1", IPPROTO_UDP, 53 },
+        { bent(good, 22, 1), "output: rest", "10.255.0.2", IPPROTO_ICMP, -1 }, /* its TTL is over */
+        { bent(packet(IPPROTO_TCP, "198.51.100.10", 40003, 80, 0), 47, 0x10), "flow: rest",
+          "198.51.100.10", IPPROTO_TCP, 80 },
+        { udp_to("10.255.0.2", 53), "forward: rest", "10.255.0.2", IPPROTO_UDP, 53 },
+        { bent(good, 29, 3), "tap: rest", "198.51.100.10", IPPROTO_UDP, ECHO_PORT },
+        { bent(good, 20, 0x20), "tap: rest", "198.51.100.10", IPPROTO_UDP, ECHO_PORT },
+        { arp, "tap: rest", NULL, -1, -1 },
+    };
+    open_launcher();
+    begin_up(&t, r);
+    unsigned before = 0;
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(cases); i++) {
+        char dst[ORCH_CIDR_TEXT];
+        send_frame(&t, &cases[i].f);
+        WAIT(t.denied == before + 1);
+        before++;
+        orch_cidr_text((struct orch_cidr){ t.last.dst, 32 }, dst);
+        CHECK(!strcmp(t.rule, cases[i].rule), "case %zu: %s", i, t.rule);
+        CHECK(t.last.has_ip == !!cases[i].dst && (!cases[i].dst || !strcmp(dst, cases[i].dst)) &&
+                  (!cases[i].dst || t.last.proto == cases[i].proto) &&
+                  t.last.type == (cases[i].dst ? ETHERTYPE_IP : ETHERTYPE_ARP),
+              "case %zu: %s", i, dst);
+        CHECK(t.last.has_port == (cases[i].port >= 0) &&
+                  (cases[i].port < 0 || t.last.port == cases[i].port),
+              "case %zu: port %u", i, t.last.port);
+    }
+    /* New flows pass, without a line, until there are as many as may be. */
+    for (uint16_t i = 0; t.denied == before; i++) {
+        uint64_t passed = counted(&t, "flow: new udp");
+        struct frame f = packet(IPPROTO_UDP, "198.51.100.10", (uint16_t)(41000 + i), ECHO_PORT, 16);
+        send_frame(&t, &f);
+        WAIT(t.denied > before || counted(&t, "flow: new udp") > passed);
+        CHECK(i < 5, "flow %u", i);
+    }
+    CHECK(t.denied == ++before && !strcmp(t.rule, "flow: more than 4 connections"), "%s", t.rule);
+    /* One that was denied just before the end. */
+    send_frame(&t, &cases[0].f);
+    await_count(&t, "allow: rest", 4);
+    end(&t);
+    CHECK(t.denied == before + 1 && !strcmp(t.rule, "allow: rest"), "%s", t.rule);
+    orch_rules_free(r);
+    close_launcher();
+}
+
+/* Whether it is logged or not, all of it is dropped: beyond the limit, with no room for a message,
+ * with nobody who listens. */
+static void flood_case(void)
+{
+    enum { N = 10000 };
+    struct net t;
+    struct orch_rules *r = rules_with(4, 0);
+    const struct frame f = udp_to("198.51.100.10", 5301);
+    open_launcher();
+    begin_up(&t, r);
+    drain_capture();
+    int small = 1, fd = netfilter_fd(ORCH_NET_FD_LOG);
+    CHECK(!setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof small), "%m");
+    for (int i = 0; i < ORCH_LOG_BURST; i++)
+        send_frame(&t, &f);
+    await_count(&t, "denied: rest", ORCH_LOG_BURST);
+    WAIT(t.denied);
+    CHECK(t.missed == 1 && t.denied < ORCH_LOG_BURST, "missed %u", t.missed);
+    CHECK(counted(&t, "denied: to the log") == ORCH_LOG_BURST, "the limit");
+
+    int64_t t0 = orch_now_us();
+    for (int i = 0; i < N; i++)
+        send_frame(&t, &f);
+    await_count(&t, "denied: rest", ORCH_LOG_BURST + N);
+    int64_t us = orch_now_us() - t0;
+    CHECK(counted(&t, "allow: rest") == ORCH_LOG_BURST + N, "other rules");
+    uint64_t lines = counted(&t, "denied: to the log") - ORCH_LOG_BURST;
+    /* The limit counts from before the flood too, by less than a second. */
+    CHECK(lines <= ORCH_LOG_RATE * (uint64_t)(us / 1000000 + 2), "%llu lines in %lld us",
+          (unsigned long long)lines, (long long)us);
+
+    cleanup_buf struct orch_buf b = { 0 };
+    struct orch_nl_fault fault;
+    struct nfgenmsg head = { .res_id = htons(ORCH_LOG_GROUP) };
+    size_t m = orch_nl_begin(&b, NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_CONFIG, NLM_F_ACK, 1, &head,
+                             sizeof head);
+    orch_nl_put(&b, NFULA_CFG_CMD, &(struct nfulnl_msg_config_cmd){ NFULNL_CFG_CMD_UNBIND }, 1);
+    orch_nl_end(&b, m);
+    CHECK(!orch_nl_talk(fd, b.p, b.n, 1, NULL, NULL, &fault), "%s", strerror(fault.code));
+    unsigned before = t.denied;
+    uint64_t logged = counted(&t, "denied: to the log");
+    do {
+        uint64_t dropped = counted(&t, "denied: rest");
+        send_frame(&t, &f);
+        await_count(&t, "denied: rest", dropped + 1);
+    } while (counted(&t, "denied: to the log") == logged);
+    CHECK(came_to(5301, 20) == 0, "a denied packet arrived");
+    CHECK(t.denied == before, "who told?");
+    end(&t);
+    orch_rules_free(r);
+    close_launcher();
+}
+
+static void test_denied(void **state)
+{
+    (void)state;
+    run_as_both(denied_case);
+    run_as_both(flood_case);
 }
 
 /* A service on the host's loopback, with rules that let everything through: pasta's own doors
@@ -1330,7 +1534,7 @@ static void gone_case(void)
     stop(h.launcher);
     stop(h.init);
     send_frame(&t, &f);
-    int before = arrived(1000, true);
+    int before = came_to(ECHO_PORT, 100);
     kill(holder, SIGKILL);
     waitpid(holder, NULL, 0);
     drain_capture();
@@ -1343,7 +1547,7 @@ static void gone_case(void)
     do
         read_text(command, text, sizeof text);
     while (!strstr(text, count) && orch_now_us() < end_us);
-    int after = arrived(10, false);
+    int after = came_to(ECHO_PORT, 20);
     kill(h.init, SIGCONT);
     kill(h.launcher, SIGCONT);
     CHECK(before == 1, "an allowed packet did not arrive");
@@ -1615,7 +1819,8 @@ int main(void)
         cmocka_unit_test(test_host),      cmocka_unit_test(test_verify),
         cmocka_unit_test(test_tamper),    cmocka_unit_test(test_delete),
         cmocka_unit_test(test_large),     cmocka_unit_test(test_listing),
-        cmocka_unit_test(test_packets),   cmocka_unit_test(test_loopback),
+        cmocka_unit_test(test_packets),   cmocka_unit_test(test_denied),
+        cmocka_unit_test(test_loopback),
         cmocka_unit_test(test_bandwidth), cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_read_only), cmocka_unit_test(test_ends),
         cmocka_unit_test(test_gone),      cmocka_unit_test(test_untouched),
