@@ -12,7 +12,8 @@
 #include <stdio.h>
 #include <string.h>
 
-#define HOST_MAX 4096 /* addresses of a host */
+#define HOST_MAX 4096  /* addresses of a host */
+#define EVENTS_MAX 256 /* packets of announcements a turn */
 /* What passes at once: no less than the largest packet of either device, or 20 ms. */
 #define BURST_BYTES (66 * 1024)
 #define QUEUE_MS 100
@@ -261,13 +262,30 @@ static int dump_addresses(int fd, struct addresses *a, struct orch_err *err)
     return 0;
 }
 
-int orch_link_host(struct orch_cidr **out, size_t *n, struct orch_err *err)
+static int by_address(const void *a, const void *b)
 {
+    const struct orch_cidr *x = a, *y = b;
+    return x->addr != y->addr ? (x->addr > y->addr) - (x->addr < y->addr)
+                              : (x->bits > y->bits) - (x->bits < y->bits);
+}
+
+/* In orch's own network namespace. */
+static int open_route(uint32_t groups, struct orch_err *err)
+{
+    struct sockaddr_nl sa = { .nl_family = AF_NETLINK, .nl_groups = groups };
     cleanup_close int fd = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE);
-    if (fd < 0)
+    if (fd < 0 || bind(fd, (const struct sockaddr *)&sa, sizeof sa))
         return orch_err_setc(err, ORCH_CLASS_ISOLATION, errno, "network: route socket: %s",
                              strerror(errno));
     orch_nl_setup(fd);
+    return orch_steal_fd(&fd);
+}
+
+int orch_link_host(struct orch_cidr **out, size_t *n, struct orch_err *err)
+{
+    cleanup_close int fd = open_route(0, err);
+    if (fd < 0)
+        return fd;
     cleanup_free struct orch_cidr *v = orch_xcalloc(HOST_MAX + 1, sizeof *v);
     struct addresses a = { v, 0 };
     int e = -EINTR;
@@ -278,7 +296,55 @@ int orch_link_host(struct orch_cidr **out, size_t *n, struct orch_err *err)
     }
     if (e)
         return e;
+    qsort(v, a.n, sizeof *v, by_address);
     *out = orch_steal_ptr(&v);
     *n = a.n;
     return 0;
+}
+
+struct orch_link_watch {
+    int fd;
+    struct orch_watch *watch;
+    void (*changed)(void *ud);
+    void *ud;
+};
+
+static void note_change(void *ud, const struct nlmsghdr *h)
+{
+    bool route = h->nlmsg_type == RTM_NEWROUTE || h->nlmsg_type == RTM_DELROUTE;
+    if (h->nlmsg_type == RTM_NEWADDR || h->nlmsg_type == RTM_DELADDR ||
+        (route && h->nlmsg_len >= NLMSG_LENGTH(sizeof(struct rtmsg)) &&
+         ((const struct rtmsg *)NLMSG_DATA(h))->rtm_table == RT_TABLE_LOCAL))
+        *(bool *)ud = true;
+}
+
+static void host_event(void *ud, int events)
+{
+    struct orch_link_watch *w = ud;
+    bool changed = false;
+    (void)events;
+    /* What was lost may have been anything. */
+    if (orch_nl_drain(w->fd, EVENTS_MAX, note_change, &changed) < 0 || changed)
+        w->changed(w->ud);
+}
+
+struct orch_link_watch *orch_link_watch_new(struct orch_loop *l, void (*changed)(void *ud), void *ud,
+                                            struct orch_err *err)
+{
+    int fd = open_route(RTMGRP_IPV4_IFADDR | RTMGRP_IPV4_ROUTE, err);
+    if (fd < 0)
+        return NULL;
+    struct orch_link_watch *w = orch_xcalloc(1, sizeof *w);
+    *w = (struct orch_link_watch){ .fd = fd, .changed = changed, .ud = ud };
+    w->watch = orch_watch_new(l, fd, ORCH_READ, host_event, w);
+    return w;
+}
+
+void orch_link_watch_free(struct orch_link_watch *w)
+{
+    if (!w)
+        return;
+    orch_watch_free(w->watch);
+    close(w->fd);
+    free(w);
 }

@@ -3,6 +3,7 @@
 #ifndef ORCH_NET_LINK_H
 #define ORCH_NET_LINK_H
 
+#include "../base/loop.h"
 #include "netlink.h"
 #include "ruleset.h"
 
@@ -22,8 +23,15 @@ int orch_link_tap(int fd, uint64_t bandwidth_bits, bool settings, struct orch_li
 int orch_link_uplink(int fd, int index, uint64_t bandwidth_bits, bool settings,
                      struct orch_link_events *ev, struct orch_err *err);
 
-/* Every IPv4 address that this network namespace takes for itself, each once. *out is the
+/* Every IPv4 address that this network namespace takes for itself, each once, in order. *out is the
  * caller's to free. */
 int orch_link_host(struct orch_cidr **out, size_t *n, struct orch_err *err);
+
+/* Calls changed, at most once a turn of the loop, when that list may have become another one; it may
+ * free the watch. What changed before new returned is not told. */
+struct orch_link_watch;
+struct orch_link_watch *orch_link_watch_new(struct orch_loop *l, void (*changed)(void *ud), void *ud,
+                                            struct orch_err *err);
+void orch_link_watch_free(struct orch_link_watch *w); /* NULL is fine */
 
 #endif

@@ -176,6 +176,14 @@ struct orch_cell *orch_netns_start(struct orch_netns *n, const struct orch_cell_
     return orch_steal_ptr(&n->cell);
 }
 
+int orch_netns_rehost(struct orch_netns *n, const struct orch_rules *rules, struct orch_err *err)
+{
+    if (n->ready)
+        orch_nflog_read(n->log);
+    n->o.rules = rules;
+    return n->ready ? orch_nft_rehost(n->nft, rules, err) : 0;
+}
+
 struct orch_nft *orch_netns_nft(struct orch_netns *n)
 {
     return n->nft;

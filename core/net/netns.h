@@ -15,7 +15,7 @@
 struct orch_netns;
 
 struct orch_netns_opts {
-    const struct orch_rules *rules; /* borrowed until orch_netns_free */
+    const struct orch_rules *rules; /* borrowed until orch_netns_free, or rehost */
     bool uplink; /* false: tap and tables alone, as a template's boot needs them */
     bool kvm;    /* the VMM will have it */
     /* All from the loop, never from inside new; each at most once; any may free the netns.
@@ -41,6 +41,12 @@ struct orch_netns *orch_netns_new(struct orch_loop *l, struct orch_launcher *la,
 struct orch_cell *orch_netns_start(struct orch_netns *n, const struct orch_cell_opts *o,
                                    struct orch_err *err);
 void orch_netns_free(struct orch_netns *n); /* no callback follows; NULL is fine */
+
+/* The same rules for a host with other addresses (orch_rules_rehost), borrowed in their place from now
+ * on, also on failure. Before ready they are what will be committed, after it they are in force and
+ * verified when this returns 0; else the network must be ended. Flows that are known already are not
+ * spared. */
+int orch_netns_rehost(struct orch_netns *n, const struct orch_rules *rules, struct orch_err *err);
 
 /* After ready: for counters, and for verifying again (orch_nft_changed, orch_nft_verify). */
 struct orch_nft *orch_netns_nft(struct orch_netns *n);

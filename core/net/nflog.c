@@ -10,8 +10,8 @@
 #include <netinet/in.h>
 #include <string.h>
 
-#define TURN_MAX 32  /* messages a turn of the loop */
-#define LAST_MAX 256 /* at the end; the socket's buffer holds less */
+#define TURN_MAX 32 /* messages a turn of the loop */
+#define ALL_MAX 8192 /* more than the socket's buffer holds */
 
 struct orch_nflog {
     int fd;
@@ -129,12 +129,17 @@ struct orch_nflog *orch_nflog_new(struct orch_loop *l, int fd,
     return n;
 }
 
+void orch_nflog_read(struct orch_nflog *n)
+{
+    read_log(n, ALL_MAX);
+}
+
 int orch_nflog_release(struct orch_nflog *n)
 {
     if (!n)
         return -1;
     orch_watch_free(n->watch);
-    read_log(n, LAST_MAX);
+    orch_nflog_read(n);
     int fd = n->fd;
     free(n);
     return fd;

@@ -92,7 +92,7 @@ static const struct table {
 
 static const struct chain {
     const struct table *table;
-    const char *type; /* NULL: reached by goto alone */
+    const char *type; /* NULL: reached by goto and jump alone */
     uint32_t hook;
     int32_t prio;
     uint32_t policy;
@@ -108,6 +108,7 @@ static const struct chain {
     [ORCH_CHAIN_ALLOW] = { .table = &tables[TABLE_INET] },
     [ORCH_CHAIN_FLOW] = { .table = &tables[TABLE_INET] },
     [ORCH_CHAIN_DENIED] = { .table = &tables[TABLE_INET] },
+    [ORCH_CHAIN_HOST] = { .table = &tables[TABLE_INET] },
 };
 
 static uint32_t table_flags(size_t table, bool owned)
@@ -385,6 +386,9 @@ static void add_end(struct nftnl_rule *r, const struct orch_rules *rules, size_t
     case ORCH_VERDICT_GOTO:
         add_verdict(r, (uint32_t)NFT_GOTO, orch_chain_names[d->target]);
         break;
+    case ORCH_VERDICT_JUMP:
+        add_verdict(r, (uint32_t)NFT_JUMP, orch_chain_names[d->target]);
+        break;
     case ORCH_VERDICT_MASQUERADE:
         add_expr(r, "masq");
         break;
@@ -458,6 +462,19 @@ static void close_batch(struct orch_buf *out)
     orch_nl_end(out, begin_frame(out, NFNL_MSG_BATCH_END, SEQ(ITEM_BATCH, 1)));
 }
 
+/* The last of a batch asks for an ack. Before 6.13 the batch's end is not acked, and one for each
+ * message would overflow the socket. */
+static void put_rule(struct orch_buf *out, char *scratch, const struct orch_rules *r, size_t i)
+{
+    struct nftnl_rule *rule = build_rule(r, i);
+    struct nlmsghdr *h = begin(scratch, NFT_MSG_NEWRULE, chains[r->rules[i].chain].table->family,
+                               NLM_F_APPEND | (i + 1 == r->n_rules ? NLM_F_ACK : 0),
+                               SEQ(ITEM_RULE, i));
+    nl.rule_nlmsg_build_payload(h, rule);
+    nl.rule_free(rule);
+    take(out, scratch);
+}
+
 static void batch(const struct orch_rules *r, uint32_t genid, bool owned, struct orch_buf *out)
 {
     cleanup_free char *scratch = orch_xcalloc(1, MESSAGE_BYTES);
@@ -493,16 +510,8 @@ static void batch(const struct orch_rules *r, uint32_t genid, bool owned, struct
         nl.chain_free(c);
         take(out, scratch);
     }
-    for (size_t i = 0; i < r->n_rules; i++) {
-        struct nftnl_rule *rule = build_rule(r, i);
-        /* The last asks for an ack. Before 6.13 the batch's end is not acked, and one for each
-         * message would overflow the socket. */
-        h = begin(scratch, NFT_MSG_NEWRULE, chains[r->rules[i].chain].table->family,
-                  NLM_F_APPEND | (i + 1 == r->n_rules ? NLM_F_ACK : 0), SEQ(ITEM_RULE, i));
-        nl.rule_nlmsg_build_payload(h, rule);
-        nl.rule_free(rule);
-        take(out, scratch);
-    }
+    for (size_t i = 0; i < r->n_rules; i++)
+        put_rule(out, scratch, r, i);
     close_batch(out);
 }
 
@@ -513,6 +522,28 @@ int orch_nft_batch(const struct orch_rules *r, uint32_t genid, bool owned, struc
     if (!e)
         batch(r, genid, owned, out);
     return e;
+}
+
+/* Empties o_host and fills it again; the sequence number of the message that asks for an ack. */
+static uint32_t host_batch(const struct orch_rules *r, uint32_t genid, struct orch_buf *out)
+{
+    cleanup_free char *scratch = orch_xcalloc(1, MESSAGE_BYTES);
+    const char *chain = orch_chain_names[ORCH_CHAIN_HOST];
+    struct nfgenmsg head = { .nfgen_family = NFPROTO_INET, .version = NFNETLINK_V0 };
+    size_t first = r->n_rules;
+    while (first && r->rules[first - 1].chain == ORCH_CHAIN_HOST)
+        first--;
+    bool none = first == r->n_rules;
+    open_batch(out, genid);
+    size_t m = orch_nl_begin(out, NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_DELRULE, none ? NLM_F_ACK : 0,
+                             SEQ(ITEM_CHAIN, ORCH_CHAIN_HOST), &head, sizeof head);
+    orch_nl_put(out, NFTA_RULE_TABLE, TABLE, sizeof TABLE);
+    orch_nl_put(out, NFTA_RULE_CHAIN, chain, strlen(chain) + 1);
+    orch_nl_end(out, m);
+    for (size_t i = first; i < r->n_rules; i++)
+        put_rule(out, scratch, r, i);
+    close_batch(out);
+    return none ? SEQ(ITEM_CHAIN, ORCH_CHAIN_HOST) : SEQ(ITEM_RULE, r->n_rules - 1);
 }
 
 /* ---- the kernel's answers */
@@ -551,6 +582,14 @@ static int refuse(struct orch_err *err, const char *what, const struct orch_nl_f
     char text[256];
     return orch_err_setc(err, ORCH_CLASS_ISOLATION, f->code, "firewall: %s: %s; %s", what,
                          orch_nl_fault_text(f, text), fix_of(f->code));
+}
+
+static int refuse_item(struct orch_err *err, const struct orch_rules *r,
+                       const struct orch_nl_fault *f)
+{
+    char what[ORCH_LABEL + 32];
+    item_text(r, f->seq, what, sizeof what);
+    return refuse(err, what, f);
 }
 
 static int differs(struct orch_err *err, const char *fmt, ...) ORCH_PRINTF(2, 3);
@@ -658,12 +697,23 @@ int orch_nft_commit(struct orch_nft *n, const struct orch_rules *r, struct orch_
         batch(r, genid, false, &out);
         e = orch_nl_talk(n->fd, out.p, out.n, last, NULL, NULL, &f);
     }
-    if (e) {
-        char what[ORCH_LABEL + 32];
-        item_text(r, f.seq, what, sizeof what);
-        return refuse(err, what, &f);
-    }
+    if (e)
+        return refuse_item(err, r, &f);
     n->committed = true;
+    return orch_nft_verify(n, r, err);
+}
+
+int orch_nft_rehost(struct orch_nft *n, const struct orch_rules *r, struct orch_err *err)
+{
+    struct orch_nl_fault f;
+    cleanup_buf struct orch_buf out = { 0 };
+    uint32_t genid;
+    int e = get_genid(n, &genid, err);
+    if (e)
+        return e;
+    uint32_t last = host_batch(r, genid, &out);
+    if (orch_nl_talk(n->fd, out.p, out.n, last, NULL, NULL, &f))
+        return refuse_item(err, r, &f);
     return orch_nft_verify(n, r, err);
 }
 

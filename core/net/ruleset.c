@@ -40,11 +40,13 @@ const char *const orch_chain_names[ORCH_CHAINS] = {
     [ORCH_CHAIN_ALLOW] = "o_allow",
     [ORCH_CHAIN_FLOW] = "o_flow",
     [ORCH_CHAIN_DENIED] = "o_denied",
+    [ORCH_CHAIN_HOST] = "o_host",
 };
 const char *const orch_verdict_names[ORCH_VERDICTS] = {
     [ORCH_VERDICT_DROP] = "drop",
     [ORCH_VERDICT_ACCEPT] = "accept",
     [ORCH_VERDICT_GOTO] = "goto",
+    [ORCH_VERDICT_JUMP] = "jump",
     [ORCH_VERDICT_MASQUERADE] = "masquerade",
     [ORCH_VERDICT_MARK] = "mark",
     [ORCH_VERDICT_DENY] = "deny",
@@ -379,12 +381,9 @@ bool orch_policy_explain(const struct orch_policy *p, uint32_t addr, uint8_t pro
     return false;
 }
 
-static void guest_rules(struct orch_rules *r, const struct orch_policy *p)
+static void host_rules(struct orch_rules *r, const struct orch_policy *p)
 {
     char text[ORCH_CIDR_TEXT];
-    if (!denied(p, internal))
-        match_to(add_rule(r, ORCH_CHAIN_GUEST, ORCH_VERDICT_DENY, "never: the namespace's own"),
-                 internal);
     for (size_t i = 0; i < p->n_host; i++) {
         struct orch_cidr c = p->host[i];
         bool seen = denied(p, c) || named(p, c);
@@ -393,8 +392,18 @@ static void guest_rules(struct orch_rules *r, const struct orch_policy *p)
         if (seen)
             continue;
         orch_cidr_text(c, text);
-        match_to(add_rule(r, ORCH_CHAIN_GUEST, ORCH_VERDICT_DENY, "never: %s (host)", text), c);
+        match_to(add_rule(r, ORCH_CHAIN_HOST, ORCH_VERDICT_DENY, "never: %s (host)", text), c);
     }
+}
+
+static void guest_rules(struct orch_rules *r, const struct orch_policy *p)
+{
+    char text[ORCH_CIDR_TEXT];
+    add_rule(r, ORCH_CHAIN_GUEST, ORCH_VERDICT_JUMP, "guest: the host's addresses")->target =
+        ORCH_CHAIN_HOST;
+    if (!denied(p, internal))
+        match_to(add_rule(r, ORCH_CHAIN_GUEST, ORCH_VERDICT_DENY, "never: the namespace's own"),
+                 internal);
     for (size_t i = 0; i < p->n_permit; i++) {
         struct orch_cidr c = p->permit[i];
         bool needed = false;
@@ -511,11 +520,41 @@ static void flow_rules(struct orch_rules *r, uint32_t connections)
     add_rule(r, ORCH_CHAIN_FLOW, ORCH_VERDICT_DENY, "flow: rest");
 }
 
-struct orch_rules *orch_rules_new(const struct orch_policy *p, struct orch_err *err)
+static struct orch_cidr *copy_cidrs(const struct orch_cidr *v, size_t n)
+{
+    struct orch_cidr *out = orch_xcalloc(n + 1, sizeof *out);
+    if (n)
+        memcpy(out, v, n * sizeof *v);
+    return out;
+}
+
+static struct orch_rules *new_rules(const struct orch_policy *p)
 {
     struct orch_rules *r = orch_xcalloc(1, sizeof *r);
     r->rules = orch_xcalloc(ORCH_RULES_MAX + 1, sizeof *r->rules);
     r->bandwidth_bits = p->bandwidth_bits;
+    r->permit = copy_cidrs(p->permit, p->n_permit);
+    r->n_permit = p->n_permit;
+    r->host = copy_cidrs(p->host, p->n_host);
+    r->n_host = p->n_host;
+    return r;
+}
+
+/* The last rules, and whether there is room for all. */
+static int finish_rules(struct orch_rules *r, const struct orch_policy *p, struct orch_err *err)
+{
+    host_rules(r, p);
+    return r->n_rules > ORCH_RULES_MAX
+               ? orch_err_setc(err, ORCH_CLASS_CONFIG, E2BIG,
+                               "the policy and this host's addresses need %zu rules, more than %d; "
+                               "use fewer different port lists",
+                               r->n_rules, ORCH_RULES_MAX)
+               : 0;
+}
+
+struct orch_rules *orch_rules_new(const struct orch_policy *p, struct orch_err *err)
+{
+    struct orch_rules *r = new_rules(p);
     int e = p->n_allow > ORCH_ALLOW_MAX
                 ? orch_err_setc(err, ORCH_CLASS_CONFIG, E2BIG, "more than %d allow entries",
                                 ORCH_ALLOW_MAX)
@@ -536,16 +575,46 @@ struct orch_rules *orch_rules_new(const struct orch_policy *p, struct orch_err *
     if (!e) {
         flow_rules(r, p->connections);
         denied_rules(r, ORCH_CHAIN_DENIED, "denied");
-        if (r->n_rules > ORCH_RULES_MAX)
-            e = orch_err_setc(err, ORCH_CLASS_CONFIG, E2BIG,
-                              "the policy and this host's addresses need %zu rules, more than %d; "
-                              "use fewer different port lists",
-                              r->n_rules, ORCH_RULES_MAX);
+        e = finish_rules(r, p, err);
     }
     if (!e)
         return r;
     orch_rules_free(r);
     return NULL;
+}
+
+struct orch_rules *orch_rules_rehost(const struct orch_rules *old, const struct orch_cidr *host,
+                                     size_t n, struct orch_err *err)
+{
+    const struct orch_policy p = { .bandwidth_bits = old->bandwidth_bits,
+                                   .permit = old->permit,
+                                   .n_permit = old->n_permit,
+                                   .host = host,
+                                   .n_host = n };
+    struct orch_rules *r = new_rules(&p);
+    r->sets = orch_xcalloc(old->n_sets + 1, sizeof *r->sets);
+    for (; r->n_sets < old->n_sets; r->n_sets++) {
+        const struct orch_set *from = &old->sets[r->n_sets];
+        struct orch_set *to = &r->sets[r->n_sets];
+        *to = *from;
+        to->v = orch_xcalloc(from->n + 1, sizeof *to->v);
+        memcpy(to->v, from->v, from->n * sizeof *to->v);
+    }
+    while (r->n_rules < old->n_rules && old->rules[r->n_rules].chain != ORCH_CHAIN_HOST)
+        r->n_rules++;
+    memcpy(r->rules, old->rules, r->n_rules * sizeof *r->rules);
+    if (!finish_rules(r, &p, err))
+        return r;
+    orch_rules_free(r);
+    return NULL;
+}
+
+bool orch_rules_has_host(const struct orch_rules *r, const struct orch_cidr *host, size_t n)
+{
+    bool same = r->n_host == n;
+    for (size_t i = 0; same && i < n; i++)
+        same = r->host[i].addr == host[i].addr && r->host[i].bits == host[i].bits;
+    return same;
 }
 
 const char *orch_rules_marked(const struct orch_rules *r, uint32_t mark)
@@ -562,5 +631,7 @@ void orch_rules_free(struct orch_rules *r)
         free(r->sets[i].v);
     free(r->sets);
     free(r->rules);
+    free(r->permit);
+    free(r->host);
     free(r);
 }

@@ -8,18 +8,20 @@
  *   inet    o_forward  replies to the guest; what comes from the guest goes to o_guest
  *           o_input, o_output  nothing
  *           o_nat      masquerade on up0
- *           o_guest    never-allowed addresses, then o_allow
+ *           o_guest    o_host, then never-allowed addresses, then o_allow
  *           o_allow    a rule per protocol and port range over a set of addresses, to o_flow
  *           o_flow     known flows, new ones within the limit
  * What a rule denies, it marks with its own number and sends to the end of its table, which logs
  * some of it and drops it all:
  *   netdev  o_tap_denied
  *   inet    o_denied
+ * The host's addresses have a chain of their own, the last, which alone is replaced when they change:
+ *   inet    o_host     what every packet of the guest passes first, also one of a known flow
  * Before them, "orch_alive" with
  *   inet    o_alive    marks what is forwarded; o_forward drops first what has no mark
  * which decides nothing and goes with orch's socket, so that nothing is forwarded without orch.
  * A packet is accepted by rules that name all of it; nothing relies on another rule having
- * dropped it. o_guest, o_allow and o_flow match IPv4 headers without saying so: only IPv4 is
+ * dropped it. o_guest, o_host, o_allow and o_flow match IPv4 headers without saying so: only IPv4 is
  * sent there. */
 #ifndef ORCH_NET_RULESET_H
 #define ORCH_NET_RULESET_H
@@ -110,6 +112,7 @@ enum orch_verdict {
     ORCH_VERDICT_DROP,
     ORCH_VERDICT_ACCEPT,
     ORCH_VERDICT_GOTO,
+    ORCH_VERDICT_JUMP, /* to the target and, where nothing there decides, back */
     ORCH_VERDICT_MASQUERADE,
     ORCH_VERDICT_MARK, /* none: sets the packet's mark to ORCH_MARK_ALIVE */
     ORCH_VERDICT_DENY, /* sets the mark to the rule's, goes to the chain that logs and drops */
@@ -146,6 +149,7 @@ enum orch_chain_id {
     ORCH_CHAIN_ALLOW,
     ORCH_CHAIN_FLOW,
     ORCH_CHAIN_DENIED,
+    ORCH_CHAIN_HOST,
     ORCH_CHAINS,
 };
 
@@ -163,7 +167,7 @@ struct orch_rule {
     struct orch_match match[6];
     size_t n_match;
     enum orch_verdict verdict;
-    enum orch_chain_id target; /* GOTO, DENY */
+    enum orch_chain_id target; /* GOTO, JUMP, DENY */
 };
 
 struct orch_interval {
@@ -184,11 +188,18 @@ struct orch_rules {
     struct orch_rule *rules;
     size_t n_rules;
     uint64_t bandwidth_bits;
+    struct orch_cidr *permit, *host; /* the policy's */
+    size_t n_permit, n_host;
 };
 
 /* Class CONFIG when the policy is not one (a bad entry is named by its number from 1) or too large.
  * Nothing of p is kept. */
 struct orch_rules *orch_rules_new(const struct orch_policy *p, struct orch_err *err);
+/* The same for a host with other addresses: only the rules of o_host differ. Class CONFIG when they
+ * are too many. */
+struct orch_rules *orch_rules_rehost(const struct orch_rules *old, const struct orch_cidr *host,
+                                     size_t n, struct orch_err *err);
+bool orch_rules_has_host(const struct orch_rules *r, const struct orch_cidr *host, size_t n);
 void orch_rules_free(struct orch_rules *r);
 /* The label of the rule that set a mark; NULL: none of these did. */
 const char *orch_rules_marked(const struct orch_rules *r, uint32_t mark);

@@ -7,6 +7,7 @@
 #include "../base/log.h"
 #include "../base/proc.h"
 #include "../guest/wire.h"
+#include "../net/link.h"
 #include "../net/netns.h"
 #include "rundir.h"
 #include "template.h"
@@ -45,6 +46,9 @@ struct orch_vms {
     struct orch_launcher *launcher; /* from the first start on */
     struct orch_vm *vms;
     int n;
+    struct orch_link_watch *host_watch; /* from the first microVM with a network on */
+    struct orch_cidr *host_addresses;   /* as they were read last */
+    size_t n_host;
 };
 
 struct orch_vm {
@@ -504,6 +508,91 @@ static void net_failed(void *ud, const struct orch_err *err)
     fail_or_end(ud, "network", &why);
 }
 
+static int read_host(struct orch_vms *m, struct orch_err *err)
+{
+    struct orch_cidr *v;
+    size_t n;
+    int r = orch_link_host(&v, &n, err);
+    if (r < 0)
+        return r;
+    free(m->host_addresses);
+    m->host_addresses = v;
+    m->n_host = n;
+    return 0;
+}
+
+/* 1: its filter, made or yet to be, was another one before. On failure it must end. */
+static int follow_host(struct orch_vm *vm, struct orch_err *err)
+{
+    const struct orch_vms *m = vm->m;
+    struct orch_rules *before = vm->o.rules;
+    if (orch_rules_has_host(before, m->host_addresses, m->n_host))
+        return 0;
+    struct orch_rules *now = orch_rules_rehost(before, m->host_addresses, m->n_host, err);
+    if (!now)
+        return -E2BIG;
+    vm->o.rules = now;
+    int r = vm->netns ? orch_netns_rehost(vm->netns, now, err) : 0;
+    orch_rules_free(before);
+    return r < 0 ? r : 1;
+}
+
+static void cannot_follow(struct orch_vm *vm, struct orch_err *err)
+{
+    err->cls = ORCH_CLASS_ISOLATION;
+    orch_err_wrap(err, "microVM %s: the host's addresses changed, and its packet filter cannot follow",
+                  vm->id);
+    fail_or_end(vm, "network", err);
+}
+
+/* What is not known to be all of the host's addresses serves no filter. */
+static void stop_following(struct orch_vms *m)
+{
+    orch_link_watch_free(m->host_watch);
+    m->host_watch = NULL;
+    free(m->host_addresses);
+    m->host_addresses = NULL;
+    m->n_host = 0;
+}
+
+/* An address may have become the host's that a guest may reach: none may from now on. */
+static void host_changed(void *ud)
+{
+    struct orch_vms *m = ud;
+    struct orch_err err = { 0 }, why;
+    int unread = read_host(m, &err), n = 0;
+    if (unread)
+        stop_following(m);
+    for (struct orch_vm *vm = m->vms; vm; vm = vm->next) {
+        if (!vm->o.rules || vm->state == ENDED)
+            continue;
+        why = err;
+        int r = unread ? unread : follow_host(vm, &why);
+        n += r > 0;
+        if (r < 0)
+            cannot_follow(vm, &why);
+    }
+    if (n)
+        orch_log(ORCH_INFO, "network: the host has %zu addresses now; the filters of %d microVMs follow",
+                 m->n_host, n);
+}
+
+/* The filter was compiled for the addresses that the host had then. */
+static int begin_to_follow(struct orch_vm *vm, struct orch_err *err)
+{
+    struct orch_vms *m = vm->m;
+    if (!m->host_watch) {
+        m->host_watch = orch_link_watch_new(m->loop, host_changed, m, err);
+        if (!m->host_watch)
+            return -1;
+        if (read_host(m, err) < 0) {
+            stop_following(m);
+            return -1;
+        }
+    }
+    return follow_host(vm, err) < 0 ? -1 : 0;
+}
+
 static int start_net(struct orch_vm *vm, bool kvm, struct orch_err *err)
 {
     struct orch_launcher *la = get_launcher(vm->m, err);
@@ -641,15 +730,18 @@ struct orch_vm *orch_vm_spawn(struct orch_vms *m, const struct orch_vm_opts *o,
     m->vms = vm;
     m->n++;
     vm->rundir = orch_rundir_new(m->loop, m->runtime_dir, "vm", &why);
-    if (vm->rundir) {
-        snprintf(vm->id, sizeof vm->id, "%s", orch_rundir_id(vm->rundir));
-        vm->wait = orch_template_want(m->templates, &vm->want, template_there, vm);
-    } else {
+    if (!vm->rundir) {
         uint32_t n = 0;
         orch_random(&n, sizeof n);
         snprintf(vm->id, sizeof vm->id, "vm-%08x", n);
         failed(vm, "start", &why);
+        return vm;
     }
+    snprintf(vm->id, sizeof vm->id, "%s", orch_rundir_id(vm->rundir));
+    if (o->rules && begin_to_follow(vm, &why) < 0)
+        cannot_follow(vm, &why);
+    else
+        vm->wait = orch_template_want(m->templates, &vm->want, template_there, vm);
     return vm;
 }
 
@@ -819,6 +911,7 @@ void orch_vms_free(struct orch_vms *m)
     orch_templates_free(m->templates);
     m->backend->host_free(m->host);
     orch_launcher_free(m->launcher);
+    stop_following(m);
     free(m->launcher_path);
     free(m->runtime_dir);
     free(m);

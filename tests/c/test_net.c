@@ -207,22 +207,33 @@ static void test_sets(void **state)
     orch_rules_free(r);
 }
 
+/* The rule that decides about a destination in a chain; NULL: none. */
+static const char *judge_in(const struct orch_rules *r, enum orch_chain_id chain,
+                            const uint8_t bytes[4])
+{
+    for (size_t i = 0; i < r->n_rules; i++) {
+        const struct orch_rule *rule = &r->rules[i];
+        bool hit = rule->chain == chain;
+        for (size_t k = 0; hit && k < rule->n_match; k++)
+            for (size_t b = 0; b < rule->match[k].len; b++)
+                hit &= (bytes[b] & rule->match[k].mask[b]) == rule->match[k].value[b];
+        const char *there = hit && rule->verdict == ORCH_VERDICT_JUMP
+                                ? judge_in(r, rule->target, bytes)
+                                : NULL;
+        if (there || (hit && rule->verdict != ORCH_VERDICT_JUMP))
+            return there ? there : rule->label;
+    }
+    return NULL;
+}
+
 /* What a packet's destination meets first in o_guest. */
 static const char *judge(const struct orch_rules *r, const char *address)
 {
     uint32_t be = htonl(cidr(address).addr);
     uint8_t bytes[4];
     memcpy(bytes, &be, 4);
-    for (size_t i = 0; i < r->n_rules; i++) {
-        const struct orch_rule *rule = &r->rules[i];
-        bool hit = rule->chain == ORCH_CHAIN_GUEST;
-        for (size_t k = 0; hit && k < rule->n_match; k++)
-            for (size_t b = 0; b < rule->match[k].len; b++)
-                hit &= (bytes[b] & rule->match[k].mask[b]) == rule->match[k].value[b];
-        if (hit)
-            return rule->label;
-    }
-    return "none";
+    const char *label = judge_in(r, ORCH_CHAIN_GUEST, bytes);
+    return label ? label : "none";
 }
 
 static void test_never(void **state)
@@ -329,7 +340,13 @@ static void check_structure(const struct orch_rules *r)
             assert_string_equal(orch_rules_marked(r, ORCH_MARK_RULE + (uint32_t)i), rule->label);
         }
         bool own = rule->chain == ORCH_CHAIN_GUEST || rule->chain == ORCH_CHAIN_ALLOW ||
-                   rule->chain == ORCH_CHAIN_FLOW;
+                   rule->chain == ORCH_CHAIN_FLOW || rule->chain == ORCH_CHAIN_HOST;
+        /* The only way into the last chain is the first thing that a packet of the guest's meets. */
+        if (rule->verdict == ORCH_VERDICT_JUMP)
+            assert_true(rule->target == ORCH_CHAIN_HOST && rule->chain == ORCH_CHAIN_GUEST &&
+                        !rule->n_match && rule[-1].chain != ORCH_CHAIN_GUEST);
+        if (rule->chain == ORCH_CHAIN_HOST)
+            assert_true(rule->verdict == ORCH_VERDICT_DENY && rule->n_match == 1);
         bool proto = false, ipv4 = own || rule->chain == ORCH_CHAIN_TAP;
         for (size_t k = 0; k < rule->n_match; k++) {
             const struct orch_match *m = &rule->match[k];
@@ -356,8 +373,8 @@ static void check_structure(const struct orch_rules *r)
     assert_null(orch_rules_marked(r, ORCH_MARK_ALIVE));
     assert_null(orch_rules_marked(r, ORCH_MARK_RULE + (uint32_t)r->n_rules));
     for (int c = 0; c < ORCH_CHAINS; c++)
-        /* One decides nothing, the other ends in a goto to one that does. */
-        if (c != ORCH_CHAIN_ALIVE && c != ORCH_CHAIN_GUEST)
+        /* One decides nothing, one ends in a goto to one that does, one goes back to that. */
+        if (c != ORCH_CHAIN_ALIVE && c != ORCH_CHAIN_GUEST && c != ORCH_CHAIN_HOST)
             assert_true(last_drops[c]);
     const struct orch_rule *out = find_rule(r, "guest: to the policy");
     assert_true(out && !out->n_match && out->verdict == ORCH_VERDICT_GOTO &&
@@ -388,6 +405,45 @@ static void test_structure(void **state)
         assert_true(r->rules[i].chain != ORCH_CHAIN_ALLOW ||
                     r->rules[i].verdict == ORCH_VERDICT_DENY);
     orch_rules_free(r);
+}
+
+/* Another host's addresses make the same rules as a policy compiled there. */
+static void test_rehost(void **state)
+{
+    (void)state;
+    static const struct orch_cidr other[] = { { 0x7f000000, 8 }, { 0xc0a80105, 32 },
+                                              { 0xc6336407, 32 }, { 0xc6336407, 32 } };
+    static struct orch_cidr many[ORCH_RULES_MAX];
+    struct orch_err err = { .code = 0 };
+    struct orch_policy p = sample_policy;
+    struct orch_rules *old = rules_of(&p), *now, *want;
+    assert_true(orch_rules_has_host(old, sample_host, 6));
+    assert_false(orch_rules_has_host(old, sample_host, 5));
+    assert_false(orch_rules_has_host(old, other, 4));
+    for (size_t n = 0; n <= 4; n += 4) {
+        cleanup_buf struct orch_buf a = { 0 }, b = { 0 };
+        now = orch_rules_rehost(old, other, n, &err);
+        assert_non_null(now);
+        assert_true(orch_rules_has_host(now, other, n));
+        p.host = other;
+        p.n_host = n;
+        want = rules_of(&p);
+        assert_int_equal(orch_nft_batch(now, 7, true, &a, &err), 0);
+        assert_int_equal(orch_nft_batch(want, 7, true, &b, &err), 0);
+        assert_true(a.n == b.n && !memcmp(a.p, b.p, a.n));
+        check_structure(now);
+        assert_string_equal(judge(now, "198.51.100.7"),
+                            n ? "never: 198.51.100.7 (host)" : "guest: to the policy");
+        assert_string_equal(judge(now, "203.0.113.9"), "guest: to the policy");
+        assert_string_equal(judge(now, "192.168.1.5"), "permitted: 192.168.1.5");
+        orch_rules_free(want);
+        orch_rules_free(now);
+    }
+    for (size_t i = 0; i < ORCH_RULES_MAX; i++)
+        many[i] = (struct orch_cidr){ 0x08000000 + (uint32_t)i, 32 };
+    assert_null(orch_rules_rehost(old, many, ORCH_RULES_MAX, &err));
+    assert_non_null(strstr(err.msg, "this host's addresses need"));
+    orch_rules_free(old);
 }
 
 static void refused(const struct orch_policy *p, const char *part)
@@ -653,7 +709,8 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_cidr),      cmocka_unit_test(test_ports),
         cmocka_unit_test(test_sets),      cmocka_unit_test(test_never),
-        cmocka_unit_test(test_structure), cmocka_unit_test(test_bad),
+        cmocka_unit_test(test_structure), cmocka_unit_test(test_rehost),
+        cmocka_unit_test(test_bad),
         cmocka_unit_test(test_golden),    cmocka_unit_test(test_batch),
         cmocka_unit_test(test_fault),     cmocka_unit_test(test_denied),
     };

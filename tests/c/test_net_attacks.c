@@ -313,6 +313,18 @@ static void show(void *ud, const char *line)
     fprintf(stderr, "%s\n", line);
 }
 
+static struct lines {
+    char last[400];
+} denied_lines;
+
+static void on_event(void *ud, const char *event, struct orch_slice fields)
+{
+    struct lines *l = ud;
+    if (strcmp(event, "net_deny") != 0)
+        return;
+    snprintf(l->last, sizeof l->last, "%.*s", (int)fields.n, fields.p);
+}
+
 static void open_vms(void)
 {
     struct orch_err err = { .code = 0 };
@@ -320,7 +332,8 @@ static void open_vms(void)
     orch_log_level(ORCH_ERROR);
     snprintf(run_dir, sizeof run_dir, "%s/run-%d", dir, getpid());
     struct orch_vms_opts o = { .launcher_path = launcher, .agent_path = agent, .cache_dir = cache,
-                               .runtime_dir = run_dir,    .max = 8,            .progress = show };
+                               .runtime_dir = run_dir,    .max = 8,            .progress = show,
+                               .event = on_event,           .ud = &denied_lines };
     loop = orch_loop_new(&err);
     vms = orch_vms_new(loop, &o, &err);
     CHECK(vms, "%s", err.msg);
@@ -966,20 +979,6 @@ static void test_host_untouched(void **state)
     run_as(0, NULL, untouched_case);
 }
 
-/* ---- orch is killed while traffic flows. Namespace, tap and tables have no owner but processes of the
- * launcher's session, and orch's sockets. */
-
-static void hold(void)
-{
-    struct guest g;
-    struct command c;
-    open_vms();
-    start(&g, policy());
-    put_attack(&g);
-    begin(&g, &c, UDP "for=60000 size=200 count=16", "root");
-    orch_loop_run(loop);
-}
-
 static int by_value(const void *a, const void *b)
 {
     double x = *(const double *)a, y = *(const double *)b;
@@ -1013,6 +1012,135 @@ static int64_t last_packet_us(int fd, int device, bool out)
                 last = (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
             }
     }
+}
+
+/* ---- addresses of the host come and go while microVMs start and run */
+
+static bool denies(struct guest *g, const char *label)
+{
+    static struct counts c;
+    count(g, &c);
+    for (size_t i = 0; i < c.n; i++)
+        if (!strcmp(c.v[i].label, label))
+            return true;
+    return false;
+}
+
+static void set_address(const char *verb, const char *addr)
+{
+    char command[128];
+    snprintf(command, sizeof command, "ip addr %s %s/32 dev h1", verb, addr);
+    sh(command);
+}
+
+/* The server of a flow that goes on becomes an address of the host, and is one no more. */
+static void address_case(void)
+{
+    enum { N = 10 };
+    static const char label[] = "never: " SERVER " (host)";
+    double us[N];
+    int on = 1;
+    struct guest g;
+    struct command c;
+    open_vms();
+    start(&g, policy());
+    look_into(&g);
+    put_attack(&g);
+    setsockopt(g.capture, SOL_SOCKET, SO_TIMESTAMPNS, &on, sizeof on);
+    begin(&g, &c, UDP "for=60000 size=200", "root");
+    for (int i = 0; i < N; i++) {
+        while (last_packet_us(g.capture, g.up, true))
+            ;
+        WAIT(last_packet_us(g.capture, g.up, true), 5000);
+        *denied_lines.last = 0;
+        set_address("add", SERVER);
+        int64_t there_us = wall_us();
+        WAIT(denies(&g, label), 1000);
+        us[i] = (double)(wall_us() - there_us);
+        /* Lines of its answers to what it got before come in between. */
+        WAIT(strstr(denied_lines.last, "\"rule\":\"never: " SERVER " (host)\",\"dst\":\"" SERVER "\",\"proto\":\"udp\",\"port\":5300"),
+             5000);
+        last_packet_us(g.capture, g.up, true);
+        for (int64_t end_us = orch_now_us() + 20000; orch_now_us() < end_us;)
+            orch_loop_step(loop, 5);
+        CHECK(!last_packet_us(g.capture, g.up, true), "round %d: the flow goes on", i);
+        set_address("del", SERVER);
+        WAIT(!denies(&g, label), 1000);
+        WAIT(last_packet_us(g.capture, g.up, true), 5000);
+    }
+    CHECK(!c.done && !g.lost, "%s", g.lost ? g.err.msg : "the traffic ended");
+    qsort(us, N, sizeof *us, by_value);
+    printf("from an address of the host to its rule, us: %.0f (median), %.0f (most)\n", us[N / 2], us[N - 1]);
+    end(&g);
+    close_vms();
+}
+
+/* In each of a start's phases, and between the policy and the start. */
+static void address_race_case(void)
+{
+    static const char label[] = "never: 203.0.113.99 (host)";
+    cleanup_buf struct orch_buf before = { 0 }, after = { 0 };
+    host_state(&before);
+    open_vms();
+    for (int i = 0; i < 12; i++) {
+        struct guest g[2];
+        struct orch_rules *r[2] = { policy(), policy() };
+        if (i == 0)
+            set_address("add", "203.0.113.99");
+        for (int k = 0; k < 2; k++)
+            spawn(&g[k], r[k]);
+        for (int64_t end_us = orch_now_us() + i * 4000; i && orch_now_us() < end_us;)
+            orch_loop_step(loop, 1);
+        if (i)
+            set_address("add", "203.0.113.99");
+        for (int k = 0; k < 2; k++) {
+            WAIT(g[k].ready || g[k].failed, START_MS);
+            CHECK(g[k].ready, "%s", g[k].err.msg);
+            WAIT(denies(&g[k], label), 1000);
+        }
+        set_address("del", "203.0.113.99");
+        for (int k = 0; k < 2; k++) {
+            WAIT(!denies(&g[k], label), 1000);
+            CHECK(!g[k].lost, "%s", g[k].err.msg);
+            end(&g[k]);
+        }
+    }
+    /* One whose filter cannot follow ends. */
+    struct guest g;
+    start(&g, policy());
+    char command[96];
+    snprintf(command, sizeof command, "nsenter -t %d -n nft add table ip other", newest_init());
+    sh(command);
+    set_address("add", "203.0.113.99");
+    WAIT(g.lost, 2000);
+    CHECK(g.err.cls == ORCH_CLASS_ISOLATION && strstr(g.err.msg, "cannot follow") && strstr(g.err.msg, "table \"other\""), "%s",
+          g.err.msg);
+    set_address("del", "203.0.113.99");
+    end(&g);
+    close_vms();
+    host_state(&after);
+    CHECK(!strcmp(before.p, after.p), "the host has changed");
+}
+
+static void test_addresses(void **state)
+{
+    (void)state;
+    run_as(0, NULL, address_case);
+    run_as(0, NULL, address_race_case);
+}
+
+/* ---- orch is killed while traffic flows. Namespace, tap and tables have no owner but processes of the
+ * launcher's session, and orch's sockets. */
+
+static void hold(void)
+{
+    struct guest g;
+    struct command c;
+    open_vms();
+    start(&g, policy());
+    put_attack(&g);
+    begin(&g, &c, UDP "for=60000 size=200 count=16", "root");
+    orch_loop_run(loop);
 }
 
 /* One process's microVM, looked into if its network is there. */
@@ -1314,7 +1442,7 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_attacks_as_root), cmocka_unit_test(test_attacks_as_user), cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_pasta_dies),      cmocka_unit_test(test_command),         cmocka_unit_test(test_host_untouched),
-        cmocka_unit_test(test_killed),
+        cmocka_unit_test(test_addresses),       cmocka_unit_test(test_killed),
     };
     if (argc == 2 && !strcmp(argv[1], "--mutate")) {
         set_up(NULL);

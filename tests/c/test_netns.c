@@ -91,6 +91,26 @@ static void run_as_both(void (*fn)(void))
     run_as(0, fn);
 }
 
+static void sh(const char *command)
+{
+    if (system(command)) {
+        fprintf(stderr, "test_netns: %s\n", command);
+        exit(1);
+    }
+}
+
+static int by_value(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double part(double *v, size_t n, double q)
+{
+    qsort(v, n, sizeof *v, by_value);
+    return v[(size_t)(q * (double)(n - 1))];
+}
+
 /* ---- a network under test */
 
 struct net {
@@ -567,6 +587,7 @@ static void listing_case(void)
         { "iifname \"up0\" oifname \"tap0\" meta nfproto ipv4 ct state established,related counter "
           "packets 0 bytes 0 accept",
           NULL, NULL },
+        { "counter packets 0 bytes 0 jump o_host comment \"guest: the host's addresses\"", NULL, NULL },
         { "@nh,128,8 0xa ", "never: 10.0.0.0/8 (private)", "o_denied" },
         { "@nh,128,32 0xcb007102 ", "never: 203.0.113.2 (host)", "o_denied" },
         { "elements = { 198.51.100.0/24 }", NULL, NULL },
@@ -929,8 +950,6 @@ static void test_packets(void **state)
     run_as_both(packets_case);
 }
 
-/* ---- denied packets in the log */
-
 /* Until the rule has counted n packets more; without a turn of the loop. */
 static void await_count(struct net *t, const char *rule, uint64_t n)
 {
@@ -938,6 +957,191 @@ static void await_count(struct net *t, const char *rule, uint64_t n)
         CHECK(orch_now_us() < end_us, "%s: %llu of %llu", rule,
               (unsigned long long)counted(t, rule), (unsigned long long)n);
 }
+
+/* ---- the host's addresses change */
+
+static struct orch_rules *rehosted(const struct orch_rules *r, uint32_t more)
+{
+    struct orch_err err = { .code = 0 };
+    struct orch_cidr *host;
+    size_t n;
+    CHECK(!orch_link_host(&host, &n, &err), "%s", err.msg);
+    host = orch_xrealloc(host, (n + 1) * sizeof *host);
+    host[n] = (struct orch_cidr){ more, 32 };
+    struct orch_rules *out = orch_rules_rehost(r, host, n + 1, &err);
+    CHECK(out, "%s", err.msg);
+    free(host);
+    return out;
+}
+
+static int64_t rehost(struct net *t, const struct orch_rules *r)
+{
+    struct orch_err err = { .code = 0 };
+    int64_t t0 = orch_now_us();
+    CHECK(!orch_netns_rehost(t->n, r, &err), "%s", err.msg);
+    int64_t us = orch_now_us() - t0;
+    CHECK(!orch_nft_verify(orch_netns_nft(t->n), r, &err), "%s", err.msg);
+    return us;
+}
+
+/* A server becomes the host's: its flow is cut, known or not, others go on. */
+static void rehost_case(void)
+{
+    struct net t;
+    struct orch_err err = { .code = 0 };
+    struct orch_rules *r = rules_with(8, 0), *with = rehosted(r, 0xc633640a);
+    const struct frame f = udp_to("198.51.100.10", ECHO_PORT),
+                       other = udp_to("198.51.100.11", ECHO_PORT);
+    uint8_t buf[2048];
+    open_launcher();
+    begin_up(&t, r);
+    for (int i = 0; i < 2; i++) {
+        for (int known = 0; known < 2; known++) {
+            send_frame(&t, &f);
+            CHECK(received(&t, buf, sizeof buf, 1000) == f.n, "no echo");
+        }
+        CHECK(counted(&t, "flow: known"), "the flow is not known");
+        rehost(&t, with);
+        CHECK(orch_nft_verify(orch_netns_nft(t.n), r, &err) == -EBADE, "these are not in force");
+        unsigned lines = t.denied;
+        uint64_t known = counted(&t, "flow: known");
+        drain_capture();
+        send_frame(&t, &f);
+        WAIT(t.denied == lines + 1);
+        CHECK(!strcmp(t.rule, "never: 198.51.100.10 (host)") && counted(&t, t.rule) == 1, "%s", t.rule);
+        CHECK(counted(&t, "flow: known") == known && came_to(ECHO_PORT, 10) == 0, "it passed");
+        send_frame(&t, &other);
+        CHECK(came_to(ECHO_PORT, 100) == 1, "another server is cut off");
+        rehost(&t, r);
+    }
+    /* Where it cannot be verified, that is said. */
+    CHECK(nft_in(find_init(), "add table ip other") == 0, "no second table");
+    CHECK(orch_netns_rehost(t.n, with, &err) == -EBADE && strstr(err.msg, "table \"other\""), "%s",
+          err.msg);
+    end(&t);
+
+    /* Before the filter is made. */
+    begin(&t, r, false);
+    CHECK(!orch_netns_rehost(t.n, with, &err), "%s", err.msg);
+    WAIT(t.ready || t.failed);
+    CHECK(t.ready && !orch_nft_verify(orch_netns_nft(t.n), with, &err), "%s", err.msg);
+    end(&t);
+    orch_rules_free(with);
+    orch_rules_free(r);
+    close_launcher();
+}
+
+/* While the guest sends, without a pause, to an address that is the host's throughout. */
+static void rehost_race_case(void)
+{
+    enum { N = 200 };
+    static double us[N];
+    struct net t;
+    struct orch_rules *r = rules_with(8, 0), *with = rehosted(r, 0xc633640a);
+    struct sockaddr_in sa = { .sin_family = AF_INET, .sin_port = htons(ECHO_PORT) };
+    put_addr((uint8_t *)&sa.sin_addr, HOST);
+    int s = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    CHECK(!bind(s, (const struct sockaddr *)&sa, sizeof sa), "%m");
+    open_launcher();
+    begin_up(&t, r);
+    pid_t sender = fork();
+    if (!sender) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
+        struct frame f = udp_to(HOST, ECHO_PORT);
+        while (send(t.guest, f.b, f.n, 0) > 0)
+            ;
+        _exit(0);
+    }
+    WAIT(t.denied);
+    for (int i = 0; i < N; i++) {
+        us[i] = (double)rehost(&t, i & 1 ? r : with);
+        orch_loop_step(loop, 0);
+    }
+    await_count(&t, "never: " HOST " (host)", 1);
+    kill(sender, SIGKILL);
+    waitpid(sender, NULL, 0);
+    struct pollfd pf = { s, POLLIN, 0 };
+    CHECK(poll(&pf, 1, 20) == 0, "the host was reached");
+    printf("as %s: %d replacements under load, verified, us: median %.0f, most %.0f\n",
+           geteuid() ? "user" : "root", N, part(us, N, .5), part(us, N, 1));
+    close(s);
+    end(&t);
+    orch_rules_free(with);
+    orch_rules_free(r);
+    close_launcher();
+}
+
+static void test_rehost(void **state)
+{
+    (void)state;
+    run_as_both(rehost_case);
+    run_as_both(rehost_race_case);
+}
+
+static void on_change(void *ud)
+{
+    ++*(int *)ud;
+}
+
+static bool host_has(uint32_t addr)
+{
+    struct orch_err err = { .code = 0 };
+    struct orch_cidr *v;
+    size_t n;
+    bool has = false;
+    CHECK(!orch_link_host(&v, &n, &err), "%s", err.msg);
+    for (size_t i = 0; i < n; i++)
+        has |= v[i].addr == addr && v[i].bits == 32;
+    free(v);
+    return has;
+}
+
+/* As root, since it changes them. */
+static void watch_case(void)
+{
+    struct orch_err err = { .code = 0 };
+    int changes = 0, fd = -1, small = 1;
+    loop = orch_loop_new(&err);
+    struct orch_link_watch *w = orch_link_watch_new(loop, on_change, &changes, &err);
+    CHECK(w, "%s", err.msg);
+    sh("ip route add 192.0.2.0/25 dev h0");
+    orch_loop_step(loop, 20);
+    CHECK(!changes, "a route to elsewhere is none of the host's addresses");
+    sh("ip addr add 203.0.113.78/32 dev h1");
+    WAIT(changes);
+    CHECK(host_has(0xcb00714e), "it is not there");
+    sh("ip addr del 203.0.113.78/32 dev h1");
+    WAIT(changes && !host_has(0xcb00714e));
+    for (const char *const *c = (const char *const[]){ "add", "del", NULL }; *c; c++) {
+        char command[64];
+        snprintf(command, sizeof command, "ip route %s local 192.0.2.1/32 dev lo", *c);
+        changes = 0;
+        sh(command);
+        WAIT(changes);
+    }
+    /* What was lost may have been an address. */
+    for (int i = 0; i < 64 && fd < 0; i++) {
+        int domain = -1;
+        socklen_t n = sizeof domain;
+        if (!getsockopt(i, SOL_SOCKET, SO_DOMAIN, &domain, &n) && domain == AF_NETLINK)
+            fd = i; /* the only one */
+    }
+    CHECK(!setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof small), "%m");
+    changes = 0;
+    sh("for i in 1 2 3 4 5 6 7 8 9; do ip route add 198.18.$i.0/24 dev h0; done");
+    WAIT(changes);
+    sh("for i in 1 2 3 4 5 6 7 8 9; do ip route del 198.18.$i.0/24; done; ip route del 192.0.2.0/25");
+    orch_link_watch_free(w);
+    orch_loop_free(loop);
+}
+
+static void test_watch(void **state)
+{
+    (void)state;
+    run_as(0, watch_case);
+}
+
+/* ---- denied packets in the log */
 
 static struct frame bent(struct frame f, unsigned at, uint8_t value)
 {
@@ -1649,18 +1853,6 @@ static void test_untouched(void **state)
 
 /* ---- times */
 
-static int by_value(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static double part(double *v, size_t n, double q)
-{
-    qsort(v, n, sizeof *v, by_value);
-    return v[(size_t)(q * (double)(n - 1))];
-}
-
 static void times_case(void)
 {
     enum { N = 30 };
@@ -1712,14 +1904,6 @@ static void test_times(void **state)
 }
 
 /* ---- the played machine */
-
-static void sh(const char *command)
-{
-    if (system(command)) {
-        fprintf(stderr, "test_netns: %s\n", command);
-        exit(1);
-    }
-}
 
 static void copy(const char *from, const char *to)
 {
@@ -1820,6 +2004,7 @@ int main(void)
         cmocka_unit_test(test_tamper),    cmocka_unit_test(test_delete),
         cmocka_unit_test(test_large),     cmocka_unit_test(test_listing),
         cmocka_unit_test(test_packets),   cmocka_unit_test(test_denied),
+        cmocka_unit_test(test_rehost),    cmocka_unit_test(test_watch),
         cmocka_unit_test(test_loopback),
         cmocka_unit_test(test_bandwidth), cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_read_only), cmocka_unit_test(test_ends),
