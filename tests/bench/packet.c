@@ -214,7 +214,7 @@ int main(int argc, char **argv)
         unanswered[i] = measure(tap, uplink);
         answer_flows(tap, uplink);
         filtered[i] = measure(tap, uplink);
-        orch_nft_free(nft);
+        close(orch_nft_release(nft));
         run("nft flush ruleset");
     }
     double without = median(bare, rounds), with = median(filtered, rounds);
