@@ -125,7 +125,7 @@ int orch_generation_explain_packet(struct orch_generation *g, const char *networ
                                    char *rule, size_t n, struct orch_err *err);
 /* For env: permit and host of a policy. */
 int orch_fill_policy(struct orch *o, struct orch_policy *p, struct orch_err *err);
-int orch_luaopen_network_deps(lua_State *L, struct orch_generation *g); /* cidr, ports into the deps table at the top */
+int orch_luaopen_network_deps(lua_State *L, struct orch_generation *g); /* cidr, ports, bandwidth into the deps table at the top */
 /* What predicates saw of a session that ended. */
 void orch_generation_forget_session(struct orch_generation *g, const char *id);
 /* engine.explain and engine.show as JSON. */

@@ -7,6 +7,18 @@
 #include <errno.h>
 #include <string.h>
 
+/* true | nil, why */
+static int push_verdict(lua_State *L, int r, const struct orch_err *err)
+{
+    if (r < 0) {
+        lua_pushnil(L);
+        lua_pushstring(L, err->msg);
+        return 2;
+    }
+    lua_pushboolean(L, 1);
+    return 1;
+}
+
 /* cidr(text) -> true | nil, why: as an entry of `allow`. */
 static int l_cidr(lua_State *L)
 {
@@ -14,32 +26,25 @@ static int l_cidr(lua_State *L)
     struct orch_policy p = { .permit = g->cfg.permit, .n_permit = g->cfg.n_permit };
     struct orch_err err = { 0 };
     struct orch_cidr c;
-    if (orch_cidr_parse(luaL_checkstring(L, 1), &c, &err) < 0) {
-        lua_pushnil(L);
-        lua_pushstring(L, err.msg);
-        return 2;
-    }
-    const char *never = orch_policy_never(&p, c);
-    if (never) {
-        lua_pushnil(L);
-        lua_pushfstring(L, "%s is never allowed (%s) unless net.permit_private in the configuration names it", lua_tostring(L, 1), never);
-        return 2;
-    }
-    lua_pushboolean(L, 1);
-    return 1;
+    int r = orch_cidr_parse(luaL_checkstring(L, 1), &c, &err);
+    const char *never = r < 0 ? NULL : orch_policy_never(&p, c);
+    if (never)
+        r = orch_err_set(&err, EACCES, "%s is never allowed (%s) unless net.permit_private in the configuration names it", lua_tostring(L, 1), never);
+    return push_verdict(L, r, &err);
 }
 
 static int l_ports(lua_State *L)
 {
     struct orch_err err = { 0 };
     struct orch_ports ports;
-    if (orch_ports_parse(luaL_checkstring(L, 1), &ports, &err) == 0) {
-        lua_pushboolean(L, 1);
-        return 1;
-    }
-    lua_pushnil(L);
-    lua_pushstring(L, err.msg);
-    return 2;
+    return push_verdict(L, orch_ports_parse(luaL_checkstring(L, 1), &ports, &err), &err);
+}
+
+static int l_bandwidth(lua_State *L)
+{
+    struct orch_err err = { 0 };
+    uint64_t bits;
+    return push_verdict(L, orch_bandwidth_parse(luaL_checkstring(L, 1), &bits, &err), &err);
 }
 
 int orch_luaopen_network_deps(lua_State *L, struct orch_generation *g)
@@ -49,6 +54,8 @@ int orch_luaopen_network_deps(lua_State *L, struct orch_generation *g)
     lua_setfield(L, -2, "cidr");
     lua_pushcfunction(L, l_ports);
     lua_setfield(L, -2, "ports");
+    lua_pushcfunction(L, l_bandwidth);
+    lua_setfield(L, -2, "bandwidth");
     return 0;
 }
 

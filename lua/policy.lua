@@ -16,7 +16,7 @@ local windows = { s = 1000, sec = 1000, min = 60000, h = 3600000, hour = 3600000
 local MAX_WHENS = 50 -- of one tool: their results are the bits of a number
 
 local engine = { rules = {}, tools = {}, redact = {}, tests = {}, file = "policies/tools.lua",
-  networks = {} } -- network policies: name -> { allow = { { cidr =, proto =, ports = { "443" } } }, connections =, bandwidth = bits/s }
+  networks = {} } -- network policies: name -> { allow = { { cidr =, proto =, ports = { "443" } } }, connections =, bandwidth = "10mbit" }
 local cache = {}    -- tool name -> its candidates
 local sessions = {} -- session id -> what predicates see of it
 local clients = {}  -- session id -> what the client says of itself
@@ -154,8 +154,6 @@ function engine.load_tools(file, value, lines)
   return errors
 end
 
-local bandwidth_units = { kbit = 1e3, mbit = 1e6, gbit = 1e9 }
-
 local function compile_allow(where, entry)
   if type(entry) ~= "table" then return fail(where, "an entry must be a table, got %s", type(entry)) end
   check_keys(where, entry, { cidr = true, host = true, ports = true, proto = true })
@@ -196,12 +194,10 @@ local function compile_network(where, name, policy, line_of)
   end
   out.connections = connections
   if policy.bandwidth ~= nil then
-    local n, unit = tostring(policy.bandwidth):match("^(%d+)(%a+)$")
-    local bits = n and bandwidth_units[unit] and tonumber(n) * bandwidth_units[unit]
-    if not bits or bits < 8e3 or bits > 1e11 then
-      fail(where, "%s.bandwidth must be like \"10mbit\" (8kbit to 100gbit), got %s", name, tostring(policy.bandwidth))
-    end
-    out.bandwidth = bits
+    local ok, why = nil, "must be a text like \"10mbit\""
+    if type(policy.bandwidth) == "string" then ok, why = deps.bandwidth(policy.bandwidth) end
+    if not ok then fail(where, "%s.bandwidth %s", name, why) end
+    out.bandwidth = policy.bandwidth
   end
   return out
 end

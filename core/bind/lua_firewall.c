@@ -79,23 +79,12 @@ static int read_numbers(lua_State *L, int idx, struct orch_policy *p, struct orc
         return bad(err, 0, "connections must be 1 to 65535");
     p->connections = (uint32_t)n;
     lua_pop(L, 1);
+    struct orch_err why = { 0 };
     type = get(L, idx, "bandwidth");
-    double bits = lua_tonumber(L, -1);
-    if (type == LUA_TSTRING) {
-        static const struct {
-            const char *unit;
-            double factor;
-        } units[] = { { "kbit", 1e3 }, { "mbit", 1e6 }, { "gbit", 1e9 } };
-        char *end;
-        double v = strtod(lua_tostring(L, -1), &end);
-        bits = -1;
-        for (size_t i = 0; i < ORCH_ARRAY_LEN(units); i++)
-            if (strcmp(end, units[i].unit) == 0)
-                bits = v * units[i].factor;
-    }
-    if (type != LUA_TNIL && !(bits >= 8e3 && bits <= 1e11))
-        return bad(err, 0, "bandwidth must be 8kbit to 100gbit, like \"10mbit\"");
-    p->bandwidth_bits = (uint64_t)bits;
+    if (type != LUA_TNIL && type != LUA_TSTRING)
+        return bad(err, 0, "bandwidth must be a text like \"10mbit\"");
+    if (type == LUA_TSTRING && orch_bandwidth_parse(lua_tostring(L, -1), &p->bandwidth_bits, &why) < 0)
+        return bad(err, 0, "bandwidth %s", why.msg);
     lua_pop(L, 1);
     return 0;
 }

@@ -14,7 +14,7 @@ struct orch_policy_box {
 void orch_policy_box_fini(struct orch_policy_box *b);
 
 /* Reads { allow = { { cidr =, ports = { 443, "8000-8010" }, proto = "tcp" | "udp" }… }, connections =,
- * bandwidth = bits a second or "10mbit" } at idx. permit and host stay empty. -EINVAL, class CONFIG:
+ * bandwidth = "10mbit" } at idx. permit and host stay empty. -EINVAL, class CONFIG:
  * entry and reason. Reads raw: no metamethod runs. */
 int orch_lua_read_policy(lua_State *L, int idx, struct orch_policy_box *b, struct orch_err *err);
 

@@ -154,6 +154,24 @@ int orch_ports_parse(const char *text, struct orch_ports *out, struct orch_err *
     return 0;
 }
 
+int orch_bandwidth_parse(const char *text, uint64_t *bits, struct orch_err *err)
+{
+    static const struct {
+        const char *name;
+        uint32_t factor;
+    } units[] = { { "kbit", 1000 }, { "mbit", 1000000 }, { "gbit", 1000000000 } };
+    uint32_t n = 0;
+    const char *unit = parse_number(text, 1000000000, &n);
+    for (size_t i = 0; unit && i < ORCH_ARRAY_LEN(units); i++)
+        if (strcmp(unit, units[i].name) == 0) {
+            *bits = (uint64_t)n * units[i].factor;
+            if (*bits >= 8000 && *bits <= 100000000000)
+                return 0;
+        }
+    return orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL,
+                         "must be like \"10mbit\" (8kbit to 100gbit), got \"%s\"", text);
+}
+
 static int by_first(const void *a, const void *b)
 {
     uint32_t x = ((const struct orch_interval *)a)->first,

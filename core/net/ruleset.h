@@ -55,6 +55,8 @@ struct orch_ports {
 int orch_cidr_parse(const char *text, struct orch_cidr *out, struct orch_err *err);
 /* "443" or "8000-8010". -EINVAL: malformed, 0, above 65535, or backwards. */
 int orch_ports_parse(const char *text, struct orch_ports *out, struct orch_err *err);
+/* "10mbit": bits a second, 8kbit to 100gbit. -EINVAL: malformed or out of range. */
+int orch_bandwidth_parse(const char *text, uint64_t *bits, struct orch_err *err);
 bool orch_cidr_contains(struct orch_cidr outer, struct orch_cidr inner);
 #define ORCH_CIDR_TEXT 20
 void orch_cidr_text(struct orch_cidr c, char out[ORCH_CIDR_TEXT]);

@@ -115,6 +115,26 @@ static void test_ports(void **state)
     assert_non_null(strstr(err.msg, "write 80-90"));
 }
 
+static void test_bandwidth(void **state)
+{
+    static const struct {
+        const char *text;
+        uint64_t bits;
+    } good[] = { { "8kbit", 8000 }, { "10mbit", 10000000 }, { "100gbit", UINT64_C(100000000000) } };
+    static const char *const bad[] = { "",       "10",      "7kbit",   "101gbit", "10 mbit", "10Mbit",
+                                       "1.5mbit", "-1mbit", "10mbits", "0x9mbit", "mbit",    "99999999999kbit" };
+    (void)state;
+    struct orch_err err = { .code = 0 };
+    uint64_t bits;
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(good); i++) {
+        assert_int_equal(orch_bandwidth_parse(good[i].text, &bits, &err), 0);
+        assert_int_equal(bits, good[i].bits);
+    }
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(bad); i++)
+        if (orch_bandwidth_parse(bad[i], &bits, &err) != -EINVAL || err.cls != ORCH_CLASS_CONFIG)
+            fail_msg("\"%s\" was taken", bad[i]);
+}
+
 /* ---- policies to rules */
 
 static struct orch_rules *rules_of(const struct orch_policy *p)
@@ -707,7 +727,7 @@ int main(int argc, char **argv)
     snprintf(golden_path, sizeof golden_path, "%s/../../../tests/c/net_golden.hex",
              dirname(argv[0]));
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_cidr),      cmocka_unit_test(test_ports),
+        cmocka_unit_test(test_cidr),      cmocka_unit_test(test_ports),      cmocka_unit_test(test_bandwidth),
         cmocka_unit_test(test_sets),      cmocka_unit_test(test_never),
         cmocka_unit_test(test_structure), cmocka_unit_test(test_rehost),
         cmocka_unit_test(test_bad),

@@ -71,6 +71,64 @@ def tools(env):
     expect(s.end(5) == 0)
 
 
+ENTRY = 'return { web = { allow = {\n  { %s },\n} } }'
+BAD = [
+    ("a host rule", ENTRY % 'host = "example.org", ports = { 443 }', 2, "not available yet"),
+    ("an address without cidr", ENTRY % 'ports = { 443 }', 2, "cidr"),
+    ("every address", ENTRY % 'cidr = "0.0.0.0/0", ports = { 443 }', 2, "every address"),
+    ("a star", ENTRY % 'cidr = "*", ports = { 443 }', 2, "not an IPv4 network"),
+    ("host bits", ENTRY % 'cidr = "198.51.100.7/24", ports = { 443 }', 2, "198.51.100.0/24"),
+    ("a private range", ENTRY % 'cidr = "192.168.7.0/24", ports = { 443 }', 2, "net.permit_private"),
+    ("the metadata address", ENTRY % 'cidr = "169.254.169.254/32", ports = { 80 }', 2, "never allowed"),
+    ("IPv6", ENTRY % 'cidr = "2001:db8::/32", ports = { 443 }', 2, "not an IPv4 network"),
+    ("no ports", ENTRY % 'cidr = "198.51.100.0/24"', 2, "ports is required"),
+    ("no port in ports", ENTRY % 'cidr = "198.51.100.0/24", ports = {}', 2, "ports is required"),
+    ("port 0", ENTRY % 'cidr = "198.51.100.0/24", ports = { 0 }', 2, "ports[1]"),
+    ("a port too high", ENTRY % 'cidr = "198.51.100.0/24", ports = { 443, 65536 }', 2, "ports[2]"),
+    ("half a port", ENTRY % 'cidr = "198.51.100.0/24", ports = { 80.5 }', 2, "ports[1]"),
+    ("a range backwards", ENTRY % 'cidr = "198.51.100.0/24", ports = { "90-80" }', 2, "80-90"),
+    ("another protocol", ENTRY % 'cidr = "198.51.100.0/24", ports = { 80 }, proto = "icmp"', 2, "proto"),
+    ("an unknown key", ENTRY % 'cidr = "198.51.100.0/24", port = { 80 }', 2, "port"),
+    ("an entry that is text", 'return { web = { allow = {\n  "198.51.100.0/24",\n} } }', 2, "must be a table"),
+    ("bandwidth without unit", 'return {\n  web = { allow = {}, bandwidth = 10 } }', 2, "10mbit"),
+    ("bandwidth too low", 'return {\n  web = { allow = {}, bandwidth = "1kbit" } }', 2, "8kbit"),
+    ("half a connection", 'return {\n  web = { allow = {}, connections = 1.5 } }', 2, "connections"),
+    ("no list", 'return {\n  web = {} }', 2, "allow must be a list"),
+    ("the name none", 'return {\n  none = { allow = {} } }', 2, "none"),
+    ("an odd name", 'return {\n  ["a b"] = { allow = {} } }', None, "name"),
+    ("no table", 'return 1', None, "must return a table"),
+    ("a syntax error", 'return {\n  web = = }', 2, "unexpected symbol"),
+]
+
+
+@case("network.lua: what is wrong is said with file and line, and nothing is loaded")
+def bad_policies(env):
+    project(env)
+    for name, text, line, words in BAD:
+        env.write("policies/network.lua", text)
+        r = env.orch("policy", "check", config=True)
+        where = "network.lua:%d" % line if line else "network.lua"
+        expect(r.status == 6 and where in r.err + r.out and words in r.err + r.out, name, r)
+    env.write("policies/network.lua", NETWORK.replace("one", "packages"))
+    env.write("policies/tools.lua", RULES.replace("one", "pakages"))
+    r = env.orch("policy", "check", config=True)
+    expect(r.status == 6 and "tools.lua:2" in r.err + r.out and "did you mean packages?" in r.err + r.out, r)
+
+
+@case("policy explain and show say what a network policy lets pass, and by which rule")
+def explained(env):
+    project(env)
+    for words, decision, rule in ((("one", "198.51.100.10", "80"), "allow", ""), (("one", "198.51.100.10", "81"), "deny", "no entry"),
+                                  (("one", "198.51.100.10", "80", "udp"), "deny", "no entry"), (("one", "10.1.2.3", "80"), "deny", "private"),
+                                  (("other", "198.51.100.10", "80"), "deny", "no entry")):
+        r = env.orch("policy", "explain", "--network", *words, config=True)
+        expect(r.status == 0 and r.out.startswith(decision) and rule in r.out, words, r)
+    r = env.orch("policy", "show", "--nft", "one", config=True)
+    expect(r.status == 0 and "allow: set 1 tcp 80" in r.out and "never: 169.254.0.0/16" in r.out and " o_denied " in r.out, r)
+    r = env.orch("policy", "explain", "--network", "nine", "198.51.100.10", "80", config=True)
+    expect(r.status == 6 and "nine" in r.err, r)
+
+
 @case("two networks for one call: denied as ambiguous, with both lines")
 def ambiguous(env):
     project(env)
