@@ -3,77 +3,23 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <dirent.h>
-#include <grp.h>
 #include <libgen.h>
 #include <poll.h>
 #include <sched.h>
-#include <setjmp.h>
 #include <signal.h>
 #include <stdio.h>
 #include <sys/mman.h>
-#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
-#include <sys/wait.h>
 
-#include <cmocka.h>
-
+#include "child.h"
 #include "launch/launch.h"
 
-#define USER 1000
 #define PROBE_PATH "/vmm"
 
 static char dir[] = "/tmp/orch-launch-XXXXXX"; /* also the mark that finds our processes */
 static char launcher[64], probe[64], data[64];
-
-#define CHECK(cond, ...)                                                                           \
-    do {                                                                                           \
-        if (!(cond)) {                                                                             \
-            fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #cond);                             \
-            fprintf(stderr, __VA_ARGS__);                                                          \
-            fputc('\n', stderr);                                                                   \
-            _exit(1);                                                                              \
-        }                                                                                          \
-    } while (0)
-
-/* ---- child processes */
-
-static void become(uid_t uid)
-{
-    if (uid)
-        CHECK(!setgroups(0, NULL) && !setresgid(uid, uid, uid) && !setresuid(uid, uid, uid), "%m");
-    prctl(PR_SET_DUMPABLE, 1, 0, 0, 0);
-}
-
-static pid_t start_as(uid_t uid, void (*fn)(void))
-{
-    fflush(NULL);
-    pid_t p = fork();
-    if (!p) {
-        become(uid);
-        prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0); /* a failing test leaves nothing behind */
-        fn();
-        exit(0);
-    }
-    return p;
-}
-
-static void run_as(uid_t uid, void (*fn)(void))
-{
-    int status;
-    pid_t p = start_as(uid, fn);
-    waitpid(p, &status, 0);
-    if (status)
-        fail_msg("as uid %u: %s %d", uid, WIFSIGNALED(status) ? "signal" : "exit status",
-                 WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
-}
-
-static void run_as_both(void (*fn)(void))
-{
-    run_as(USER, fn);
-    run_as(0, fn);
-}
 
 /* ---- what runs on the machine */
 

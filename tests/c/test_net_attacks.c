@@ -9,16 +9,13 @@
  *   test_net_attacks --mutate   each case against a filter without the rule that stops it: red
  * Needs root and, once, the network for Debian's kernel; images stay in ORCH_TEST_CACHE or
  * build/test-cache. */
-#include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
-#include <cmocka.h>
 
 #include <arpa/inet.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <grp.h>
 #include <libgen.h>
 #include <linux/if_packet.h>
 #include <net/ethernet.h>
@@ -29,32 +26,20 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/mount.h>
-#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
-#include <sys/wait.h>
 #include <time.h>
 
+#include "child.h"
 #include "base/log.h"
 #include "net/link.h"
 #include "vm/vm.h"
 
-#define USER 1000
 #define HOST "203.0.113.2"
 #define OTHER "203.0.113.77"
 #define SERVER "198.51.100.10"
 #define LIMIT 64
 #define START_MS 180000
-
-#define CHECK(cond, ...) \
-    do { \
-        if (!(cond)) { \
-            fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #cond); \
-            fprintf(stderr, __VA_ARGS__); \
-            fputc('\n', stderr); \
-            _exit(1); \
-        } \
-    } while (0)
 
 static char dir[64] = "/tmp/orch-attacks-XXXXXX", orch[512], launcher[96], agent[96], cache[4096];
 static struct orch_buf attack;
@@ -820,7 +805,7 @@ static void sh(const char *command)
     CHECK(!system(command), "%s", command);
 }
 
-static void run_as(uid_t uid, void (*prepare)(void), void (*fn)(void))
+static void run_prepared(uid_t uid, void (*prepare)(void), void (*fn)(void))
 {
     int status;
     fflush(NULL);
@@ -849,13 +834,13 @@ static void run_as(uid_t uid, void (*prepare)(void), void (*fn)(void))
 static void test_attacks_as_root(void **state)
 {
     (void)state;
-    run_as(0, NULL, attacks_case);
+    run_prepared(0, NULL, attacks_case);
 }
 
 static void test_attacks_as_user(void **state)
 {
     (void)state;
-    run_as(USER, NULL, attacks_case);
+    run_prepared(USER, NULL, attacks_case);
 }
 
 static void without_route(void)
@@ -872,17 +857,17 @@ static void without_pasta(void)
 static void test_refusals(void **state)
 {
     (void)state;
-    run_as(0, without_route, no_route_case);
-    run_as(USER, without_route, no_route_case);
-    run_as(0, without_pasta, no_pasta_case);
-    run_as(USER, without_pasta, no_pasta_case);
+    run_prepared(0, without_route, no_route_case);
+    run_prepared(USER, without_route, no_route_case);
+    run_prepared(0, without_pasta, no_pasta_case);
+    run_prepared(USER, without_pasta, no_pasta_case);
 }
 
 static void test_pasta_dies(void **state)
 {
     (void)state;
-    run_as(0, NULL, pasta_dies_case);
-    run_as(USER, NULL, pasta_dies_case);
+    run_prepared(0, NULL, pasta_dies_case);
+    run_prepared(USER, NULL, pasta_dies_case);
 }
 
 /* The same from outside: policies/network.lua, the command line, Lua. The guest closes late: pasta of 2023
@@ -938,7 +923,7 @@ static void command_case(void)
 static void test_command(void **state)
 {
     (void)state;
-    run_as(0, NULL, command_case);
+    run_prepared(0, NULL, command_case);
 }
 
 static void host_state(struct orch_buf *b)
@@ -976,7 +961,7 @@ static void untouched_case(void)
 static void test_host_untouched(void **state)
 {
     (void)state;
-    run_as(0, NULL, untouched_case);
+    run_prepared(0, NULL, untouched_case);
 }
 
 static int by_value(const void *a, const void *b)
@@ -1125,8 +1110,8 @@ static void address_race_case(void)
 static void test_addresses(void **state)
 {
     (void)state;
-    run_as(0, NULL, address_case);
-    run_as(0, NULL, address_race_case);
+    run_prepared(0, NULL, address_case);
+    run_prepared(0, NULL, address_race_case);
 }
 
 /* ---- orch is killed while traffic flows. Namespace, tap and tables have no owner but processes of the
@@ -1220,8 +1205,8 @@ static void kill_case(void)
 static void test_killed(void **state)
 {
     (void)state;
-    run_as(0, NULL, kill_case);
-    run_as(USER, NULL, kill_case);
+    run_prepared(0, NULL, kill_case);
+    run_prepared(USER, NULL, kill_case);
 }
 
 /* ---- the stage */
@@ -1377,7 +1362,7 @@ static int set_up(void **state)
     else
         snprintf(path, sizeof path, "%s/../../test-cache/orch", tests);
     CHECK(!orch_mkdir_p(path, 0700) && realpath(path, cache), "%s: %m", path);
-    run_as(0, NULL, image_case); /* while there is a network */
+    run_prepared(0, NULL, image_case); /* while there is a network */
     snprintf(command, sizeof command, "mkdir '%s/cache' && cp -rL '%s/images' '%s/cache/' && chown -R 1000:1000 '%s/cache' && chmod 1777 '%s'",
              dir, cache, dir, dir, dir);
     sh(command);

@@ -3,16 +3,13 @@
  *
  * The machine is played by namespaces: H, in which the test and orch run, with one device to W,
  * the internet, which is the default route's way. Whatever arrives in W is captured there. */
-#include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
-#include <cmocka.h>
 
 #include <arpa/inet.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <grp.h>
 #include <libgen.h>
 #include <linux/if_packet.h>
 #include <linux/netfilter.h>
@@ -28,15 +25,13 @@
 #include <string.h>
 #include <sys/mount.h>
 #include <sys/pidfd.h>
-#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
-#include <sys/wait.h>
 
+#include "child.h"
 #include "net/link.h"
 #include "net/netns.h"
 
-#define USER 1000
 #define WIRE_PATH "/wire"
 #define HOST "203.0.113.2"
 
@@ -45,51 +40,6 @@ static int capture;  /* AF_PACKET in W */
 static int echo_udp; /* in W, 198.51.100.10 */
 static int echo_copies = 1;
 #define ECHO_PORT 5300
-
-#define CHECK(cond, ...) \
-    do { \
-        if (!(cond)) { \
-            fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #cond); \
-            fprintf(stderr, __VA_ARGS__); \
-            fputc('\n', stderr); \
-            _exit(1); \
-        } \
-    } while (0)
-
-/* ---- child processes, as in test_launch.c */
-
-/* 0, or the wait status. */
-static int status_as(uid_t uid, void (*fn)(void))
-{
-    int status;
-    fflush(NULL);
-    pid_t p = fork();
-    if (!p) {
-        if (uid)
-            CHECK(!setgroups(0, NULL) && !setresgid(uid, uid, uid) && !setresuid(uid, uid, uid),
-                  "%m");
-        prctl(PR_SET_DUMPABLE, 1, 0, 0, 0);
-        prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
-        fn();
-        exit(0);
-    }
-    waitpid(p, &status, 0);
-    return status;
-}
-
-static void run_as(uid_t uid, void (*fn)(void))
-{
-    int status = status_as(uid, fn);
-    if (status)
-        fail_msg("as uid %u: %s %d", uid, WIFSIGNALED(status) ? "signal" : "exit status",
-                 WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
-}
-
-static void run_as_both(void (*fn)(void))
-{
-    run_as(USER, fn);
-    run_as(0, fn);
-}
 
 static void sh(const char *command)
 {
