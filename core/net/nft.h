@@ -4,9 +4,9 @@
  *
  * The tables belong to the socket (OWNER), so that no other program may change them. "orch_alive"
  * goes when it closes: however orch ends, the kernel is done with that before its parent hears of
- * it, and nothing is forwarded any more. So nobody else may hold the socket. The other two stay
- * (PERSIST); kernels before 6.9 do not know that flag, and get these two without an owner; owned
- * says so. Before 5.12 there are no owners: refused. */
+ * it, and nothing is forwarded any more. So nobody else may hold the socket, not even a child of
+ * orch beyond its exec. The other two stay (PERSIST); kernels before 6.9 do not know that flag, and
+ * get these two without an owner; owned says so. Before 5.12 there are no owners: refused. */
 #ifndef ORCH_NET_NFT_H
 #define ORCH_NET_NFT_H
 
