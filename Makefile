@@ -135,10 +135,10 @@ $(B)/tests/attack: tests/e2e/attack.c Makefile
 	$(Q)$(CC) -std=gnu11 $(WARN) -Os -D_GNU_SOURCE -static -s -o $@ $<
 $(B)/tests/test_net_attacks: $(B)/orch $(B)/launcher $(B)/agent $(B)/tests/attack
 
-build/fuzz/fuzz_%: tests/fuzz/fuzz_%.c Makefile
-	$(call say,FUZZ,$@)
+# With VARIANT=fuzz only, as the target fuzz does.
+build/fuzz/fuzz_%: tests/fuzz/fuzz_%.c build/fuzz/liborch.a Makefile
+	$(call say,LD,$@)
 	@mkdir -p $(@D)
-	$(Q)$(MAKE) --no-print-directory VARIANT=fuzz build/fuzz/liborch.a
 	$(Q)clang -std=gnu11 -D_GNU_SOURCE -g -O1 -fsanitize=address,undefined,fuzzer -Icore $(shell pkg-config --cflags luajit) -o $@ $< build/fuzz/liborch.a $(LIBS)
 
 
@@ -257,10 +257,12 @@ check-layers: ## includes point downwards, each library has one user, feature ma
 FUZZ_SECONDS ?= 20
 fuzz: DEPS_FOR = run build fuzz
 fuzz: deps ## run each fuzz target for FUZZ_SECONDS
-	@+$(MAKE) --no-print-directory VARIANT=fuzz $(FUZZ_BIN)
-	@for f in $(FUZZ_BIN); do n=$${f##*/fuzz_}; mkdir -p build/fuzz/corpus/$$n; echo "  FUZZ $$n"; \
-	    $$f -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 -verbosity=0 -artifact_prefix=build/fuzz/$$n- \
-	        build/fuzz/corpus/$$n $$(ls -d tests/fuzz/corpus/$$n 2>/dev/null) 2>build/fuzz/$$n.log || { cat build/fuzz/$$n.log; exit 1; }; done
+	@+$(MAKE) --no-print-directory $(JOBS) VARIANT=fuzz $(FUZZ_BIN:%=%.ran)
+
+build/fuzz/fuzz_%.ran: build/fuzz/fuzz_% FORCE
+	@mkdir -p build/fuzz/corpus/$*; echo "  FUZZ $*"; \
+	$< -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 -verbosity=0 -artifact_prefix=build/fuzz/$*- \
+	    build/fuzz/corpus/$* $$(ls -d tests/fuzz/corpus/$* 2>/dev/null) 2>build/fuzz/$*.log || { cat build/fuzz/$*.log; exit 1; }
 
 # The official test suite of JSON Schema, from the source package of python's jsonschema, which carries it.
 SUITE := jsonschema-4.26.0

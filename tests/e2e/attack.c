@@ -8,6 +8,7 @@
  *   attack arp OP SMAC SRC DST                  attack frame HEX
  *   attack stream DST PORT UP DOWN [N]          N connections at once, each UP and DOWN bytes
  *   attack echo DST PORT BYTES                  a datagram, and the same one back
+ *   attack closed                               until no TCP connection here would send again by itself
  * Status 0: sent, or all came back as it should. */
 #include <arpa/inet.h>
 #include <errno.h>
@@ -318,6 +319,34 @@ static void echo(char **a)
         fail("echo");
 }
 
+/* Of connections that programs have left: not established, and not only waiting. */
+static int unfinished(void)
+{
+    char line[256];
+    unsigned state;
+    int n = 0;
+    FILE *f = fopen("/proc/net/tcp", "re");
+    if (!f)
+        fail("/proc/net/tcp");
+    while (fgets(line, sizeof line, f)) /* TIME_WAIT, CLOSE, LISTEN, FIN_WAIT2 */
+        n += sscanf(line, " %*[^:]: %*s %*s %x", &state) == 1 && state != 6 && state != 7 && state != 10 && state != 5;
+    fclose(f);
+    return n;
+}
+
+static void closed(void)
+{
+    FILE *f = fopen("/proc/sys/net/ipv4/tcp_orphan_retries", "we");
+    if (!f || fputs("2", f) < 0 || fclose(f))
+        fail("tcp_orphan_retries");
+    for (int waited = 0; unfinished(); waited += 20) {
+        errno = ETIMEDOUT;
+        if (waited >= WAIT_MS)
+            fail("connections that do not end");
+        poll(NULL, 0, 20);
+    }
+}
+
 int main(int argc, char **argv)
 {
     struct frame f;
@@ -330,6 +359,8 @@ int main(int argc, char **argv)
         stream(argv + 2);
     } else if (argc == 5 && !strcmp(argv[1], "echo")) {
         echo(argv + 2);
+    } else if (argc == 2 && !strcmp(argv[1], "closed")) {
+        closed();
     } else if (argc >= 4) {
         packets(argv + 1);
     } else {
