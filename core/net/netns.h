@@ -1,6 +1,7 @@
 /* One microVM's network: namespace, verified packet filter, tap, uplink. The order is the point
  * of it: launcher makes the namespace → tables in one batch → read back and compared → tap up →
- * only now can a VMM be added. The uplink (pasta) comes up meanwhile, about 7 ms after new.
+ * only now can a VMM be added. The uplink (pasta) comes up meanwhile, about 7 ms after new; who
+ * waits for it has no VMM when it fails.
  *
  * Guest side: eth0 has ORCH_NET_GUEST_MAC, ORCH_NET_GUEST/ORCH_NET_BITS, default route by
  * ORCH_NET_GATEWAY, MTU 1500, no IPv6; the VMM finds the tap at ORCH_VMM_FD_BASE +

@@ -62,7 +62,7 @@ struct orch_vm {
     struct orch_template_want want;
     struct orch_template_wait *wait;
     struct orch_netns *netns; /* o.rules: until the VMM is gone */
-    bool netns_kvm, netns_ready, uplink, greeted;
+    bool netns_kvm, uplink;
     struct orch_rundir *rundir;
     struct orch_vmm *vmm;
     struct orch_channel *channel;
@@ -209,7 +209,7 @@ static void free_vmm(struct orch_vm *vm)
     vm->vmm = NULL;
     orch_netns_free(vm->netns);
     vm->netns = NULL;
-    vm->netns_ready = vm->uplink = vm->greeted = false;
+    vm->uplink = false;
 }
 
 /* All that a microVM holds of the system; what is left answers questions. */
@@ -265,10 +265,9 @@ static void failed(struct orch_vm *vm, const char *reason, const struct orch_err
     if (vm->started_us && vm->rundir) {
         orch_err_wrap(&vm->err, "microVM %s (image %s, %s): start failed %s", vm->id, vm->image,
                       orch_isolation_name(vm->isolation),
-                      vm->greeted              ? "waiting for the uplink"
-                      : passed(vm, "state")    ? "waiting for the guest agent"
-                      : passed(vm, "vmm")      ? "loading the template's state"
-                                               : "starting the VMM");
+                      passed(vm, "state") ? "waiting for the guest agent"
+                      : passed(vm, "vmm") ? "loading the template's state"
+                                          : "starting the VMM");
         if (vm->err.cls != ORCH_CLASS_ISOLATION) /* that class: nothing ran, so it wrote nothing */
             orch_rundir_explain(vm->rundir, &vm->err);
     }
@@ -344,10 +343,11 @@ static void vmm_ended(void *ud, const struct orch_err *err, int status)
     }
 }
 
-/* Not before the uplink is there: what the guest sent would be lost. */
-static void check_ready(struct orch_vm *vm)
+static void agent_hello(void *ud, const uint8_t epoch[16])
 {
-    if (vm->state != STARTING || !vm->greeted || (vm->netns && !vm->uplink))
+    (void)epoch; /* the channel has compared it */
+    struct orch_vm *vm = ud;
+    if (vm->state != STARTING)
         return;
     vm->state = READY;
     timer_drop(&vm->deadline);
@@ -355,14 +355,6 @@ static void check_ready(struct orch_vm *vm)
     phase(vm, "ready");
     emit_spawn(vm);
     orch_loop_post(vm->m->loop, tell_ready, vm);
-}
-
-static void agent_hello(void *ud, const uint8_t epoch[16])
-{
-    (void)epoch; /* the channel has compared it */
-    struct orch_vm *vm = ud;
-    vm->greeted = true;
-    check_ready(vm);
 }
 
 static void agent_failed(void *ud, const struct orch_err *err)
@@ -484,22 +476,20 @@ static void back_to_waiting(struct orch_vm *vm)
 
 static void template_there(void *ud, const struct orch_template *t, const struct orch_err *err);
 
-/* The template is asked for once more, since what was told of it held for that turn alone. */
 static void net_ready(void *ud)
 {
-    struct orch_vm *vm = ud;
-    vm->netns_ready = true;
-    phase(vm, "filter");
-    orch_template_cancel(vm->wait);
-    vm->wait = orch_template_want(vm->m->templates, &vm->want, template_there, vm);
+    phase(ud, "filter");
 }
 
+/* Not before is there a VMM: a network that fails is one that no VMM ever saw. The template is asked for once
+ * more, since what was told of it held for that turn alone. */
 static void net_up(void *ud)
 {
     struct orch_vm *vm = ud;
     vm->uplink = true;
     phase(vm, "uplink");
-    check_ready(vm);
+    orch_template_cancel(vm->wait);
+    vm->wait = orch_template_want(vm->m->templates, &vm->want, template_there, vm);
 }
 
 static void net_failed(void *ud, const struct orch_err *err)
@@ -598,7 +588,7 @@ static int start_net(struct orch_vm *vm, bool kvm, struct orch_err *err)
     struct orch_launcher *la = get_launcher(vm->m, err);
     orch_netns_free(vm->netns); /* of a template that is gone */
     vm->netns = NULL;
-    vm->netns_ready = vm->uplink = false;
+    vm->uplink = false;
     vm->netns_kvm = kvm;
     if (la)
         vm->netns = orch_netns_new(vm->m->loop, la,
@@ -638,7 +628,7 @@ static void template_there(void *ud, const struct orch_template *t, const struct
             failed(vm, "network", &why);
         return;
     }
-    if (vm->netns && !vm->netns_ready)
+    if (vm->netns && !vm->uplink)
         return;
     if (vm->vmm) {
         m->backend->go(vm->vmm);

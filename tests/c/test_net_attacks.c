@@ -772,6 +772,8 @@ static void no_route_case(void)
     CHECK(g.failed && g.err.cls == ORCH_CLASS_ISOLATION && strstr(g.err.msg, "no network: pasta") &&
               strstr(g.err.msg, "ip -4 route"),
           "%s", g.err.msg);
+    for (const struct orch_vm_phase *p = orch_vm_phases(g.vm); p->name; p++) /* pasta failed: no VMM was there */
+        CHECK(!strcmp(p->name, "template") || !strcmp(p->name, "filter"), "phase %s", p->name);
     end(&g);
     close_vms();
 }
