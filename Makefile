@@ -254,6 +254,7 @@ net-mutation: deps ## each attack on the firewall against a filter without the r
 check-layers: ## includes point downwards, each library has one user, feature macros are declared
 	@KNOWN_FEATURES="$(KNOWN_FEATURES)" tests/check-layers
 
+.SECONDARY: $(FUZZ_BIN)
 FUZZ_SECONDS ?= 20
 fuzz: DEPS_FOR = run build fuzz
 fuzz: deps ## run each fuzz target for FUZZ_SECONDS
