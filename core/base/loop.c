@@ -19,7 +19,7 @@ struct signal_watch {
 
 struct closing {
     struct closing *next, **link;
-    struct event *ev;
+    struct orch_timer *timer;
     int fd;
 };
 
@@ -112,12 +112,13 @@ struct orch_loop *orch_loop_new(struct orch_err *err)
     return l;
 }
 
-static void close_now(struct closing *c)
+static void close_now(void *ud)
 {
+    struct closing *c = ud;
     *c->link = c->next;
     if (c->next)
         c->next->link = c->link;
-    event_free(c->ev);
+    orch_timer_free(c->timer);
     close(c->fd);
     free(c);
 }
@@ -300,27 +301,17 @@ void orch_timer_free(struct orch_timer *t)
     free(t);
 }
 
-static void closing_fired(evutil_socket_t fd, short what, void *ud)
-{
-    (void)fd;
-    (void)what;
-    close_now(ud);
-}
-
 void orch_loop_close(struct orch_loop *l, int fd, int64_t ms)
 {
     if (fd < 0)
         return;
-    struct timeval tv = { ms / 1000, (ms % 1000) * 1000 };
     struct closing *c = orch_xcalloc(1, sizeof *c);
     *c = (struct closing){ .next = l->closing, .link = &l->closing, .fd = fd };
     if (c->next)
         c->next->link = &c->next;
     l->closing = c;
-    c->ev = event_new(l->base, -1, 0, closing_fired, c);
-    if (!c->ev)
-        abort();
-    event_add(c->ev, &tv);
+    c->timer = orch_timer_new(l, close_now, c);
+    orch_timer_set(c->timer, ms);
 }
 
 static void signal_fired(evutil_socket_t fd, short what, void *ud)
