@@ -1605,20 +1605,26 @@ static void hold(void)
     orch_loop_run(loop);
 }
 
+/* A process that plays orch (fn), once it has said what pid there is to know. */
+static pid_t start_holder(void (*fn)(void), pid_t *said)
+{
+    int p[2];
+    CHECK(!pipe2(p, O_CLOEXEC), "%m");
+    told = p[1];
+    pid_t holder = fork();
+    if (!holder)
+        fn();
+    close(p[1]);
+    CHECK(read(p[0], said, sizeof *said) == (ssize_t)sizeof *said, "the holder failed");
+    close(p[0]);
+    return holder;
+}
+
 /* orch is killed: all of it ends. */
 static void kill_case(void)
 {
     for (int i = 0; i < 8; i++) {
-        int p[2];
-        pid_t l;
-        CHECK(!pipe2(p, O_CLOEXEC), "%m");
-        told = p[1];
-        pid_t holder = fork();
-        if (!holder)
-            hold();
-        close(p[1]);
-        CHECK(read(p[0], &l, sizeof l) == (ssize_t)sizeof l, "the holder failed");
-        close(p[0]);
+        pid_t l, holder = start_holder(hold, &l);
         poll(NULL, 0, i * 2);
         CHECK(count_session(l) >= 4, "%d processes", count_session(l));
         kill(holder, SIGKILL);
@@ -1737,16 +1743,7 @@ static void hold_many(void)
 /* The end of many filters takes the kernel longer than the launcher needs to hear of orch's. */
 static void many_case(void)
 {
-    int p[2];
-    pid_t l;
-    CHECK(!pipe2(p, O_CLOEXEC), "%m");
-    told = p[1];
-    pid_t holder = fork();
-    if (!holder)
-        hold_many();
-    close(p[1]);
-    CHECK(read(p[0], &l, sizeof l) == (ssize_t)sizeof l, "the holder failed");
-    close(p[0]);
+    pid_t l, holder = start_holder(hold_many, &l);
     struct pollfd launcher_end = { pidfd_open(l, 0), POLLIN, 0 },
                   orch_end = { pidfd_open(holder, 0), POLLIN, 0 };
     int64_t t0 = orch_now_us();

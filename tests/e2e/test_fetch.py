@@ -222,6 +222,12 @@ def host(env):
         expect(good.accepted == 0)
 
 
+def established(server):
+    """How many connections to it are open."""
+    with open("/proc/net/tcp") as f:
+        return sum(line.split()[2].endswith(":%04X" % server.server_address[1]) and line.split()[3] == "01" for line in f.readlines()[1:])
+
+
 @case("time: the tool's, the call's; a cancelled call closes its connection; proxies of the environment are not used")
 def time_limits(env):
     env.environ["http_proxy"] = env.environ["HTTP_PROXY"] = env.environ["ALL_PROXY"] = "http://127.0.0.2:1"
@@ -232,21 +238,10 @@ def time_limits(env):
         id = s.start("tools/call", {"name": "fetch_url", "arguments": {"url": good.url + "/slow"}})
         until(lambda: sum(seen[1] == "/slow" for seen in good.seen) == 2, 5, "the request")
         s.notify("notifications/cancelled", {"requestId": id})
-        port = [seen for seen in good.seen if seen[1] == "/slow"][-1][3][1]
-
-        def closed():
-            with open("/proc/net/tcp") as f:
-                return not any(line.split()[1].endswith(":%04X" % port) and line.split()[3] == "01" for line in f.readlines()[1:])
-        until(closed, 5, "the connection's end")
+        until(lambda: established(good) == 0, 5, "the connection's end")
         expect(text_of(fetch(s, good.url + "/after")) == "hello from /after")
         r = fetch(s, good.url + "/101")
         expect(r["isError"] and "another protocol" in text_of(r), r)
-
-
-def established(server):
-    """How many connections to it are open."""
-    with open("/proc/net/tcp") as f:
-        return sum(line.split()[2].endswith(":%04X" % server.server_address[1]) and line.split()[3] == "01" for line in f.readlines()[1:])
 
 
 @case("a body that does not end: its time-out, a cancelled call, a function that raises, the end of input; nothing stays open")
