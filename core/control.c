@@ -2,15 +2,15 @@
  * `orch reload` and `orch vm list` reach the running orch processes of the same user. */
 #include "host.h"
 
+#include "base/unix.h"
+
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
 #include <sys/time.h>
-#include <sys/un.h>
 
 enum { REQUEST_MAX_BYTES = 64 * 1024, ANSWER_MAX_BYTES = 4 << 20, CLIENTS_MAX = 16, ASK_TIMEOUT_S = 3 };
 
@@ -24,41 +24,11 @@ struct client {
 
 struct orch_control {
     struct orch *o;
-    int fd, dirfd;
-    char name[32];
+    struct orch_unix_listener at;
     struct orch_watch *watch;
     struct client *clients;
     unsigned n_clients;
 };
-
-/* A socket's address by directory handle, so that a long path or a moved directory does no harm. */
-static void address(struct sockaddr_un *a, int dirfd, const char *name)
-{
-    *a = (struct sockaddr_un){ .sun_family = AF_UNIX };
-    snprintf(a->sun_path, sizeof a->sun_path, "/proc/self/fd/%d/%.64s", dirfd, name);
-}
-
-int orch_parent_pid(int pid)
-{
-    char path[64];
-    cleanup_buf struct orch_buf stat = { 0 };
-    snprintf(path, sizeof path, "/proc/%d/stat", pid);
-    if (orch_read_file(AT_FDCWD, path, 4096, &stat) < 0)
-        return 0;
-    const char *after = strrchr(stat.p, ')'); /* the name before it may hold anything */
-    int parent;
-    return after && sscanf(after + 1, " %*c %d", &parent) == 1 ? parent : 0;
-}
-
-bool orch_is_descendant(int pid, int of)
-{
-    for (int depth = 0; pid > 1 && depth < ORCH_ANCESTORS_MAX; depth++) {
-        pid = orch_parent_pid(pid);
-        if (pid == of)
-            return true;
-    }
-    return false;
-}
 
 static void put_status(struct orch *o, struct orch_buf *out)
 {
@@ -151,7 +121,7 @@ static void answer(struct client *k)
     } else if (op && orch_json_string_eq(&d, op, "stats")) {
         put_vms(o, put_vm_stats, &out);
     } else if (op && orch_json_string_eq(&d, op, "reload")) {
-        if (orch_is_descendant(k->pid, getpid()))
+        if (orch_proc_descends(k->pid, getpid()))
             orch_buf_str(&out, "{\"ok\":false,\"error\":\"refused: asked by a process that orch started\"}");
         else if (orch_host_reload(o, "orch reload") == 0)
             orch_buf_printf(&out, "{\"ok\":true,\"generation\":\"%s\"}", o->gen->hash);
@@ -209,17 +179,17 @@ static void accept_client(void *ud, int events)
 {
     (void)events;
     struct orch_control *c = ud;
-    struct ucred peer;
-    socklen_t n = sizeof peer;
-    int fd = accept4(c->fd, NULL, NULL, SOCK_CLOEXEC);
+    pid_t pid;
+    uid_t uid;
+    int fd = accept4(c->at.fd, NULL, NULL, SOCK_CLOEXEC);
     if (fd < 0)
         return;
-    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &n) < 0 || (peer.uid != getuid() && peer.uid != 0) || c->n_clients >= CLIENTS_MAX) {
+    if (!orch_unix_peer(fd, &pid, &uid) || c->n_clients >= CLIENTS_MAX) {
         close(fd);
         return;
     }
     struct client *k = orch_xcalloc(1, sizeof *k);
-    *k = (struct client){ .next = c->clients, .control = c, .fd = fd, .pid = peer.pid };
+    *k = (struct client){ .next = c->clients, .control = c, .fd = fd, .pid = pid };
     c->clients = k;
     c->n_clients++;
     k->watch = orch_watch_new(c->o->loop, fd, ORCH_READ, client_readable, k);
@@ -239,10 +209,7 @@ static void remove_dead(int dirfd)
     for (struct dirent *e; d && (e = readdir(d));) {
         if (!parse_name(e->d_name, &pid) || pid == getpid())
             continue;
-        struct sockaddr_un a;
-        address(&a, dirfd, e->d_name);
-        cleanup_close int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-        if (fd >= 0 && connect(fd, (struct sockaddr *)&a, sizeof a) < 0 && errno == ECONNREFUSED)
+        if (orch_unix_dead(dirfd, e->d_name))
             unlinkat(dirfd, e->d_name, 0);
     }
     if (d)
@@ -251,29 +218,20 @@ static void remove_dead(int dirfd)
 
 struct orch_control *orch_control_new(struct orch *o, struct orch_err *err)
 {
-    cleanup_close int dirfd = orch_own_dir(o->paths.runtime, err);
+    char name[32];
+    int dirfd = orch_own_dir(o->paths.runtime, err);
     if (dirfd < 0)
         return NULL;
+    remove_dead(dirfd);
     struct orch_control *c = orch_xcalloc(1, sizeof *c);
     c->o = o;
-    snprintf(c->name, sizeof c->name, "%d.sock", getpid());
-    remove_dead(dirfd);
-    unlinkat(dirfd, c->name, 0);
-    struct sockaddr_un a;
-    address(&a, dirfd, c->name);
-    c->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    mode_t old = umask(0177);
-    int r = c->fd < 0 ? -1 : bind(c->fd, (struct sockaddr *)&a, sizeof a);
-    umask(old);
-    if (r < 0 || listen(c->fd, 8) < 0) {
-        orch_err_set(err, errno, "%s/%s: the control socket cannot be made: %s", o->paths.runtime, c->name, strerror(errno));
-        if (c->fd >= 0)
-            close(c->fd);
+    snprintf(name, sizeof name, "%d.sock", getpid());
+    if (orch_unix_listen(&c->at, dirfd, name, 8, err) < 0) {
+        orch_err_wrap(err, "%s/%s: the control socket cannot be made", o->paths.runtime, name);
         free(c);
         return NULL;
     }
-    c->dirfd = orch_steal_fd(&dirfd);
-    c->watch = orch_watch_new(o->loop, c->fd, ORCH_READ, accept_client, c);
+    c->watch = orch_watch_new(o->loop, c->at.fd, ORCH_READ, accept_client, c);
     return c;
 }
 
@@ -284,9 +242,7 @@ void orch_control_free(struct orch_control *c)
     while (c->clients)
         client_free(c->clients);
     orch_watch_free(c->watch);
-    unlinkat(c->dirfd, c->name, 0);
-    close(c->dirfd);
-    close(c->fd);
+    orch_unix_close(&c->at);
     free(c);
 }
 
@@ -295,16 +251,9 @@ void orch_control_free(struct orch_control *c)
 /* The answer's line appended to out; 0 or a negative errno. */
 static int ask_one(int dirfd, const char *name, struct orch_slice request, struct orch_buf *out)
 {
-    struct sockaddr_un a;
-    struct timeval tv = { .tv_sec = ASK_TIMEOUT_S };
-    cleanup_close int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    address(&a, dirfd, name);
+    cleanup_close int fd = orch_unix_connect(dirfd, name, ASK_TIMEOUT_S);
     if (fd < 0)
-        return -errno;
-    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &tv, sizeof tv);
-    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &tv, sizeof tv);
-    if (connect(fd, (struct sockaddr *)&a, sizeof a) < 0)
-        return -errno;
+        return fd;
     int r = orch_write_all(fd, request.p, request.n);
     if (r < 0 || (r = orch_write_all(fd, "\n", 1)) < 0)
         return r;

@@ -138,22 +138,6 @@ void orch_paths_fini(struct orch_paths *p)
     *p = (struct orch_paths){ 0 };
 }
 
-int orch_own_dir(const char *path, struct orch_err *err)
-{
-    struct stat st;
-    int r = orch_mkdir_p(path, 0700);
-    cleanup_close int fd = r < 0 ? -1 : open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0 || fstat(fd, &st) < 0) {
-        r = r < 0 ? -r : errno;
-        return orch_err_set(err, r, "%s: this directory of orch's cannot be used: %s", path, strerror(r));
-    }
-    if ((st.st_uid != geteuid() && st.st_uid != 0) || (st.st_mode & 022))
-        return orch_err_set(err, EPERM, "%s: others may write to this directory of orch's (mode %04o, uid %u): remove it, or chmod 700 "
-                            "and chown it when nobody else can have written to it", path, (unsigned)st.st_mode & 07777,
-                            (unsigned)st.st_uid);
-    return orch_steal_fd(&fd);
-}
-
 /* ---- generations */
 
 static void fill_error(struct orch_error *out, const struct orch_err *err)
@@ -245,7 +229,7 @@ static void files_changed(void *ud)
 void orch_host_watch(struct orch *o)
 {
     struct orch_err err = { 0 };
-    if (!o->reload && !(o->reload = orch_reload_new(o->loop, RELOAD_QUIET_MS, files_changed, o, &err))) {
+    if (!o->reload && !(o->reload = orch_dirwatch_new(o->loop, RELOAD_QUIET_MS, files_changed, o, &err))) {
         orch_log(ORCH_WARN, "changes of files will not be noticed (orch reload works): %s", err.msg);
         return;
     }
@@ -266,9 +250,9 @@ void orch_host_watch(struct orch *o)
     /* The same folders stay watched: what changes while they are loaded must not be missed. */
     if (dirs.n == o->watched.n && memcmp(dirs.p, o->watched.p, dirs.n) == 0)
         return;
-    orch_reload_clear(o->reload);
+    orch_dirwatch_clear(o->reload);
     for (const char *dir = dirs.p; dir < dirs.p + dirs.n; dir += strlen(dir) + 1)
-        if (orch_reload_add_dir(o->reload, dir, &err) < 0)
+        if (orch_dirwatch_add_dir(o->reload, dir, &err) < 0)
             orch_log(ORCH_WARN, "%s", err.msg);
     orch_buf_free(&o->watched);
     o->watched = dirs;
@@ -496,7 +480,7 @@ void orch_close(struct orch *o)
         return;
     /* In the reverse of the order in which things lean on each other. */
     orch_control_free(o->control);
-    orch_reload_free(o->reload);
+    orch_dirwatch_free(o->reload);
     orch_serve_stop(o);
     orch_asking_stop(o, NULL);
     end_calls(o);

@@ -13,7 +13,7 @@
 #include "mcp/session.h"
 #include "mcp/stdio.h"
 #include "orch.h"
-#include "script/reload.h"
+#include "base/dirwatch.h"
 #include "store/audit.h"
 #include "net/ruleset.h"
 #include "store/db.h"
@@ -35,9 +35,6 @@ struct orch_paths {
 /* config_option: --config or NULL. Fails with class CONFIG when the named file does not exist. */
 int orch_paths_find(struct orch_paths *p, const char *config_option, struct orch_err *err);
 void orch_paths_fini(struct orch_paths *p);
-/* A descriptor of one of orch's own directories (state, cache, runtime), made 0700 when it is not there.
- * -EPERM when somebody else owns it or may write to it: what lies there is executed or believed. */
-int orch_own_dir(const char *path, struct orch_err *err);
 
 /* ---- one generation: configuration, policies and tools as one immutable set */
 
@@ -223,7 +220,7 @@ struct orch {
     struct orch_audit *audit;
     struct orch_vms *vms;
     struct orch_http_client *http; /* of scripts */
-    struct orch_reload *reload;
+    struct orch_dirwatch *reload;
     struct orch_buf watched;         /* the folders it watches, each ended by NUL */
     struct orch_buf reload_error;    /* of the last failed reload; empty when the last one went well */
     uint64_t reloads;
@@ -284,9 +281,6 @@ void orch_control_free(struct orch_control *c);
 /* Sends one request to each running orch process of this user (or to pid); answers as a JSON array of
  * {"pid":…,"answer":…} or {"pid":…,"error":…}. Waits at most 3 s for each. */
 void orch_control_ask(struct orch *o, int pid, struct orch_slice request, struct orch_buf *out);
-enum { ORCH_ANCESTORS_MAX = 64 };        /* looked at */
-int orch_parent_pid(int pid);             /* by /proc; 0: unknown */
-bool orch_is_descendant(int pid, int of);
 
 /* ---- the thin proxy: one server behind the policy (core/upstream.c) */
 /* on_settled is called once, from the loop: its tools are known, or it failed (orch_upstream_ready). */

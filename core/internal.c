@@ -2,6 +2,8 @@
  * API. It may change with any version. Functions return a value, or nil, message, code. */
 #include "host.h"
 
+#include "base/proc.h"
+
 #include "vm/accel.h"
 
 #include <errno.h>
@@ -231,7 +233,7 @@ static int i_below_orch(lua_State *L)
     char self[4096], exe[4096];
     ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
     self[n < 0 ? 0 : n] = 0;
-    for (int pid = getppid(), depth = 0; pid > 1 && depth < ORCH_ANCESTORS_MAX; depth++, pid = orch_parent_pid(pid)) {
+    for (int pid = getppid(), depth = 0; pid > 1 && depth < ORCH_ANCESTORS_MAX; depth++, pid = orch_proc_parent(pid)) {
         char path[64];
         snprintf(path, sizeof path, "/proc/%d/exe", pid);
         n = readlink(path, exe, sizeof exe - 1);

@@ -4,6 +4,8 @@
  * memory too; of one whose process ended before it did, the file says `working` and tasks/get `failed`. */
 #include "call.h"
 
+#include "base/proc.h"
+
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -36,19 +38,6 @@ static void now_text(char out[32])
     snprintf(out + n, 32 - n, ".%03dZ", (int)(ts.tv_nsec / 1000000));
 }
 
-/* When the process started, in ticks since boot: with the pid a name that is not given twice. -1: there is none. */
-static int64_t start_of(int pid)
-{
-    char path[64];
-    cleanup_buf struct orch_buf stat = { 0 };
-    long long ticks = -1;
-    snprintf(path, sizeof path, "/proc/%d/stat", pid);
-    const char *after = orch_read_file(AT_FDCWD, path, 4096, &stat) == 0 ? strrchr(stat.p, ')') : NULL;
-    if (!after || sscanf(after + 1, " %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d %*d %lld", &ticks) != 1)
-        return -1;
-    return ticks;
-}
-
 static char *file_of(const struct orch *o, const char *id)
 {
     return orch_xasprintf("%s/tasks/%s.json", o->paths.state, id);
@@ -68,7 +57,7 @@ static int write_file(const struct orch_job *j, struct orch_slice members, struc
     cleanup_buf struct orch_buf b = { 0 };
     orch_buf_str(&b, "{\"caller\":");
     orch_json_quote(&b, orch_slice_str(j->call->session->caller));
-    orch_buf_printf(&b, ",\"pid\":%d,\"start\":%lld,\"task\":{", getpid(), (long long)start_of(getpid()));
+    orch_buf_printf(&b, ",\"pid\":%d,\"start\":%lld,\"task\":{", getpid(), (long long)orch_proc_started(getpid()));
     orch_buf_slice(&b, members);
     orch_buf_str(&b, "}}");
     int r = orch_mkdir_p(dir, 0700);
@@ -232,7 +221,7 @@ static bool read_kept(struct orch *o, const char *caller, const char *id, struct
     uint32_t start = orch_json_get(&d, 0, "start");
     int64_t by = 0, since = 0;
     if (running && pid && start && orch_json_int(&d, pid, &by) && orch_json_int(&d, start, &since) && by != getpid() && by > 0 && by < INT32_MAX &&
-        start_of((int)by) == since)
+        orch_proc_started((int)by) == since)
         running = false; /* another orch of this user still works on it */
     if (!running) {
         orch_buf_add(members, raw.p + 1, raw.n - 2);

@@ -1,6 +1,7 @@
 #include "es256.h"
 
-#include <dlfcn.h>
+#include "library.h"
+
 #include <errno.h>
 #include <openssl/bn.h>
 #include <openssl/core_names.h>
@@ -26,24 +27,21 @@ struct orch_es256 {
     EVP_PKEY *key;
 };
 
-static int load(struct orch_err *err)
-{
-    static void *library; /* kept to the process's end */
-    if (library)
-        return 0;
-    void *lib = dlopen("libcrypto.so.3", RTLD_NOW | RTLD_LOCAL);
-    if (!lib)
-        return orch_err_set(err, ENOENT, "es256: libcrypto cannot be loaded: %s; install libssl3", dlerror());
-#define X(name) \
-    if (!(ossl.name = (__typeof__(ossl.name))dlsym(lib, #name))) { \
-        dlclose(lib); \
-        return orch_err_set(err, ENOSYS, "es256: libcrypto.so.3 lacks " #name "; install a newer one"); \
-    }
+static const char *const function_names[] = {
+#define X(name) #name,
     FUNCTIONS(X)
 #undef X
-    library = lib;
-    return 0;
-}
+};
+static struct orch_library library = {
+    .what = "es256",
+    .file = "libcrypto.so.3",
+    .package = "libssl3",
+    .prefix = "",
+    .names = function_names,
+    .functions = &ossl,
+    .n_bytes = sizeof ossl,
+    .cls = ORCH_CLASS_FAILED,
+};
 
 /* No key of ours is encrypted: without this the library would ask at the terminal. */
 static int no_password(char *out, int n, int writing, void *ud)
@@ -60,7 +58,7 @@ struct orch_es256 *orch_es256_new(struct orch_slice pem, struct orch_err *err)
     char group[32] = "";
     size_t n;
     EVP_PKEY *key = NULL;
-    if (load(err) < 0)
+    if (orch_library_load(&library, err) < 0)
         return NULL;
     if (pem.n > 64 * 1024) {
         orch_err_set(err, EINVAL, "es256: the key is over 64 KiB");

@@ -429,3 +429,44 @@ void orch_proc_free(struct orch_proc *p)
     orch_buf_free(&p->tail);
     free(p);
 }
+
+/* ---- any process */
+
+/* The fields of /proc/PID/stat after the name, which may hold anything. */
+static bool read_stat(int pid, int *parent, long long *started)
+{
+    char path[64];
+    cleanup_buf struct orch_buf stat = { 0 };
+    snprintf(path, sizeof path, "/proc/%d/stat", pid);
+    if (orch_read_file(AT_FDCWD, path, 4096, &stat) < 0)
+        return false;
+    const char *after = strrchr(stat.p, ')');
+    return after && sscanf(after + 1,
+                           " %*c %d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d "
+                           "%*d %*d %lld",
+                           parent, started) == 2;
+}
+
+int orch_proc_parent(int pid)
+{
+    int parent;
+    long long started;
+    return read_stat(pid, &parent, &started) ? parent : 0;
+}
+
+bool orch_proc_descends(int pid, int of)
+{
+    for (int depth = 0; pid > 1 && depth < ORCH_ANCESTORS_MAX; depth++) {
+        pid = orch_proc_parent(pid);
+        if (pid == of)
+            return true;
+    }
+    return false;
+}
+
+int64_t orch_proc_started(int pid)
+{
+    int parent;
+    long long started;
+    return read_stat(pid, &parent, &started) ? started : -1;
+}

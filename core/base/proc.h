@@ -45,4 +45,11 @@ void orch_proc_describe(int status, char *out, size_t n);
  * called. May be called from on_exit. Free watches on stdin and stdout first. */
 void orch_proc_free(struct orch_proc *p);
 
+/* Of any process, by /proc. */
+enum { ORCH_ANCESTORS_MAX = 64 };    /* looked at */
+int orch_proc_parent(int pid);       /* 0: unknown */
+bool orch_proc_descends(int pid, int of);
+/* When it started, in ticks since boot: with the pid a name that is not given twice. -1: there is none. */
+int64_t orch_proc_started(int pid);
+
 #endif

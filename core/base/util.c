@@ -1,5 +1,7 @@
 #include "util.h"
 
+#include "err.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -230,6 +232,22 @@ int orch_mkdir_p(const char *path, mode_t mode)
     if (stat(p, &st) < 0)
         return -errno;
     return S_ISDIR(st.st_mode) ? 0 : -ENOTDIR;
+}
+
+int orch_own_dir(const char *path, struct orch_err *err)
+{
+    struct stat st;
+    int r = orch_mkdir_p(path, 0700);
+    cleanup_close int fd = r < 0 ? -1 : open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0 || fstat(fd, &st) < 0) {
+        r = r < 0 ? -r : errno;
+        return orch_err_set(err, r, "%s: this directory of orch's cannot be used: %s", path, strerror(r));
+    }
+    if ((st.st_uid != geteuid() && st.st_uid != 0) || (st.st_mode & 022))
+        return orch_err_set(err, EPERM, "%s: others may write to this directory of orch's (mode %04o, uid %u): remove it, or chmod 700 "
+                            "and chown it when nobody else can have written to it", path, (unsigned)st.st_mode & 07777,
+                            (unsigned)st.st_uid);
+    return orch_steal_fd(&fd);
 }
 
 int orch_random(void *p, size_t n)

@@ -96,6 +96,10 @@ int orch_read_fd(int fd, size_t max_bytes, struct orch_buf *out); /* from where 
 int orch_write_file(int dirfd, const char *path, const void *p, size_t n, mode_t mode); /* by rename */
 int orch_mkdir_p(const char *path, mode_t mode);
 int orch_write_all(int fd, const void *p, size_t n);
+/* A descriptor of one of orch's own directories (state, cache, runtime), made 0700 when it is not
+ * there. -EPERM when somebody else owns it or may write to it: what lies there is executed or believed. */
+struct orch_err;
+int orch_own_dir(const char *path, struct orch_err *err);
 int orch_random(void *p, size_t n); /* getrandom; never short */
 
 /* "250ms" "30s" "5m" "1h" to milliseconds, "64K" "256M" "2G" to bytes; -1 when malformed or negative. */

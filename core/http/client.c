@@ -1,8 +1,9 @@
 #include "client.h"
 
+#include "../base/library.h"
+
 #include <arpa/inet.h>
 #include <curl/curl.h>
-#include <dlfcn.h>
 #include <errno.h>
 #include <string.h>
 #include <sys/queue.h>
@@ -60,26 +61,27 @@ struct orch_http_client {
     bool posted;
 };
 
-static int load(struct orch_err *err)
+static int start_curl(void)
 {
-    static void *library; /* kept to the process's end */
-    if (library)
-        return 0;
-    void *lib = dlopen("libcurl.so.4", RTLD_NOW | RTLD_LOCAL);
-    if (!lib)
-        return orch_err_set(err, ENOENT, "http: libcurl cannot be loaded: %s; install libcurl4", dlerror());
-#define X(name) \
-    if (!(cu.name = (__typeof__(cu.name))dlsym(lib, "curl_" #name))) { \
-        dlclose(lib); \
-        return orch_err_set(err, ENOSYS, "http: libcurl.so.4 lacks curl_" #name "; install a newer one"); \
-    }
+    return cu.global_init(CURL_GLOBAL_DEFAULT) != CURLE_OK;
+}
+
+static const char *const function_names[] = {
+#define X(name) #name,
     FUNCTIONS(X)
 #undef X
-    if (cu.global_init(CURL_GLOBAL_DEFAULT) != CURLE_OK)
-        return orch_err_set(err, EIO, "http: libcurl cannot be started");
-    library = lib;
-    return 0;
-}
+};
+static struct orch_library library = {
+    .what = "http",
+    .file = "libcurl.so.4",
+    .package = "libcurl4",
+    .prefix = "curl_",
+    .names = function_names,
+    .functions = &cu,
+    .n_bytes = sizeof cu,
+    .cls = ORCH_CLASS_FAILED,
+    .start = start_curl,
+};
 
 /* ---- the one place that calls the caller's functions */
 
@@ -645,7 +647,7 @@ void orch_http_call_cancel(struct orch_http_call *c)
 
 struct orch_http_client *orch_http_client_new(struct orch_loop *l, struct orch_err *err)
 {
-    if (load(err) < 0)
+    if (orch_library_load(&library, err) < 0)
         return NULL;
     struct orch_http_client *h = orch_xcalloc(1, sizeof *h);
     h->loop = l;

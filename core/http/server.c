@@ -1,6 +1,7 @@
 #include "server.h"
 
 #include "../base/log.h"
+#include "../base/unix.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
@@ -12,7 +13,6 @@
 #include <sys/queue.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/un.h>
 #include <time.h>
 
 enum {
@@ -66,9 +66,10 @@ struct orch_http_server {
     orch_http_handler *on_request;
     void *ud;
     struct orch_http_limits lim;
-    int fd, dirfd; /* dirfd and name: the unix socket's place */
-    char *address, *name;
-    struct stat socket_file;
+    int fd;
+    struct orch_unix_listener local; /* the same fd; absent over TCP */
+    bool unix_socket;
+    char *address;
     bool draining;
     struct orch_watch *watch;
     struct orch_timer *retry, *sweep;
@@ -701,17 +702,15 @@ static void tcp_peer(const struct sockaddr_storage *a, struct orch_http_peer *p)
 /* Whether the one who connected may be here. */
 static bool admit(struct orch_http_server *s, int fd, const struct sockaddr_storage *a, struct orch_http_peer *p)
 {
-    if (s->dirfd >= 0) {
-        struct ucred cred;
-        socklen_t len = sizeof cred;
-        if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len) < 0 || (cred.uid != geteuid() && cred.uid != 0)) {
+    if (s->unix_socket) {
+        pid_t pid;
+        if (!orch_unix_peer(fd, &pid, &p->uid)) {
             orch_log(ORCH_WARN, "http: %s: a connection of another user was closed", s->address);
             return false;
         }
         p->local = true;
-        p->uid = cred.uid;
-        p->pid = cred.pid;
-        memcpy(p->key, &cred.uid, sizeof cred.uid);
+        p->pid = pid;
+        memcpy(p->key, &p->uid, sizeof p->uid);
     } else {
         tcp_peer(a, p);
     }
@@ -826,35 +825,17 @@ static int socket_directory(const char *dir, struct orch_err *err)
                          "or name a directory that does not exist yet", dir, (unsigned)st.st_mode & 07777, (unsigned)st.st_uid);
 }
 
-/* By directory handle, so that a long path or a moved directory does no harm. */
 static int listen_unix(struct orch_http_server *s, const char *path, struct orch_err *err)
 {
     const char *slash = strrchr(path, '/');
     cleanup_free char *dir = slash ? orch_xstrndup(path, slash == path ? 1 : (size_t)(slash - path)) : orch_xstrdup(".");
-    const char *name = slash ? slash + 1 : path;
-    if (!*name || strlen(name) > 64)
-        return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL, "http: unix:%s: the socket's file name must have 1 to 64 bytes", path);
-    s->dirfd = socket_directory(dir, err);
-    if (s->dirfd < 0)
-        return s->dirfd;
-    struct sockaddr_un a = { .sun_family = AF_UNIX };
-    snprintf(a.sun_path, sizeof a.sun_path, "/proc/self/fd/%d/%s", s->dirfd, name);
-    struct stat st;
-    if (fstatat(s->dirfd, name, &st, AT_SYMLINK_NOFOLLOW) == 0) {
-        cleanup_close int probe = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-        bool dead = S_ISSOCK(st.st_mode) && probe >= 0 && connect(probe, (struct sockaddr *)&a, sizeof a) < 0 && errno == ECONNREFUSED;
-        if (!dead)
-            return orch_err_set(err, EADDRINUSE, "http: cannot listen on unix:%s: %s", path,
-                                S_ISSOCK(st.st_mode) ? "another process does" : "a file of this name is there");
-        unlinkat(s->dirfd, name, 0);
-    }
-    s->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    mode_t old = umask(0177);
-    int r = s->fd < 0 ? -1 : bind(s->fd, (struct sockaddr *)&a, sizeof a);
-    umask(old);
-    if (r < 0 || fstatat(s->dirfd, name, &s->socket_file, AT_SYMLINK_NOFOLLOW) < 0 || listen(s->fd, 512) < 0)
-        return orch_err_set(err, errno, "http: cannot listen on unix:%s: %s", path, strerror(errno));
-    s->name = orch_xstrdup(name);
+    int dirfd = socket_directory(dir, err);
+    if (dirfd < 0)
+        return dirfd;
+    int r = orch_unix_listen(&s->local, dirfd, slash ? slash + 1 : path, 512, err);
+    if (r < 0)
+        return orch_err_wrap(err, "http: cannot listen on unix:%s", path);
+    s->fd = s->local.fd;
     s->address = orch_xasprintf("unix:%s", path);
     return 0;
 }
@@ -863,14 +844,10 @@ static void stop_listening(struct orch_http_server *s)
 {
     orch_watch_free(s->watch);
     s->watch = NULL;
-    if (s->fd >= 0)
+    if (s->fd >= 0 && s->fd != s->local.fd)
         close(s->fd);
     s->fd = -1;
-    struct stat st;
-    if (s->name && fstatat(s->dirfd, s->name, &st, AT_SYMLINK_NOFOLLOW) == 0 && st.st_ino == s->socket_file.st_ino &&
-        st.st_dev == s->socket_file.st_dev)
-        unlinkat(s->dirfd, s->name, 0);
-    free(orch_steal_ptr(&s->name));
+    orch_unix_close(&s->local);
 }
 
 static void set_limits(struct orch_http_server *s, const struct orch_http_limits *l)
@@ -902,14 +879,14 @@ struct orch_http_server *orch_http_server_new(struct orch_loop *l, const struct 
     s->loop = l;
     s->on_request = o->on_request;
     s->ud = o->ud;
-    s->fd = s->dirfd = -1;
+    s->fd = s->local.fd = s->local.dirfd = -1;
     s->sweep_at = INT64_MAX;
     LIST_INIT(&s->conns);
     set_limits(s, &o->limits);
     s->sweep = orch_timer_new(l, sweep, s);
     s->retry = orch_timer_new(l, accept_again, s);
-    bool local = strncmp(o->listen, "unix:", 5) == 0;
-    if ((local ? listen_unix(s, o->listen + 5, err) : listen_tcp(s, o->listen, err)) < 0) {
+    s->unix_socket = strncmp(o->listen, "unix:", 5) == 0;
+    if ((s->unix_socket ? listen_unix(s, o->listen + 5, err) : listen_tcp(s, o->listen, err)) < 0) {
         orch_http_server_free(s);
         return NULL;
     }
@@ -951,8 +928,6 @@ void orch_http_server_free(struct orch_http_server *s)
     }
     orch_timer_free(s->sweep);
     orch_timer_free(s->retry);
-    if (s->dirfd >= 0)
-        close(s->dirfd);
     orch_buf_free(&s->event);
     free(s->address);
     free(s);

@@ -1,10 +1,11 @@
 #include "nft.h"
 #include "netlink.h"
 
+#include "../base/library.h"
+
 #include "../launch/wire.h"
 
 #include <arpa/inet.h>
-#include <dlfcn.h>
 #include <errno.h>
 #include <libnftnl/chain.h>
 #include <libnftnl/common.h>
@@ -51,28 +52,21 @@ static struct {
 #undef X
 } nl;
 
-static int load(struct orch_err *err)
-{
-    static void *library; /* kept to the process's end */
-    if (library)
-        return 0;
-    void *lib = dlopen("libnftnl.so.11", RTLD_NOW | RTLD_LOCAL);
-    if (!lib)
-        return orch_err_setc(err, ORCH_CLASS_ISOLATION, ENOENT,
-                             "firewall: libnftnl cannot be loaded: %s; install libnftnl11",
-                             dlerror());
-#define X(name) \
-    if (!(nl.name = (__typeof__(nl.name))dlsym(lib, "nftnl_" #name))) { \
-        dlclose(lib); \
-        return orch_err_setc(err, ORCH_CLASS_ISOLATION, ENOSYS, \
-                             "firewall: libnftnl.so.11 lacks nftnl_" #name \
-                             "; install a newer one"); \
-    }
+static const char *const function_names[] = {
+#define X(name) #name,
     FUNCTIONS(X)
 #undef X
-    library = lib;
-    return 0;
-}
+};
+static struct orch_library library = {
+    .what = "firewall",
+    .file = "libnftnl.so.11",
+    .package = "libnftnl11",
+    .prefix = "nftnl_",
+    .names = function_names,
+    .functions = &nl,
+    .n_bytes = sizeof nl,
+    .cls = ORCH_CLASS_ISOLATION,
+};
 
 struct orch_nft {
     int fd;
@@ -518,7 +512,7 @@ static void batch(const struct orch_rules *r, uint32_t genid, bool owned, struct
 int orch_nft_batch(const struct orch_rules *r, uint32_t genid, bool owned, struct orch_buf *out,
                    struct orch_err *err)
 {
-    int e = load(err);
+    int e = orch_library_load(&library, err);
     if (!e)
         batch(r, genid, owned, out);
     return e;
@@ -637,7 +631,7 @@ static int get_genid(struct orch_nft *n, uint32_t *id, struct orch_err *err)
 
 struct orch_nft *orch_nft_new(int fd, struct orch_err *err)
 {
-    if (load(err)) {
+    if (orch_library_load(&library, err)) {
         close(fd);
         return NULL;
     }

@@ -1,11 +1,12 @@
 #include "db.h"
 
+#include "../base/library.h"
+
 #include <errno.h>
 #include <string.h>
 
 #if ORCH_FEATURE_TRUST
 
-#include <dlfcn.h>
 #include <fcntl.h>
 #include <sqlite3.h>
 #include <sys/stat.h>
@@ -29,24 +30,21 @@ static struct {
 #undef X
 } sq;
 
-static int load(struct orch_err *err)
-{
-    static void *library; /* kept to the process's end */
-    if (library)
-        return 0;
-    void *lib = dlopen("libsqlite3.so.0", RTLD_NOW | RTLD_LOCAL);
-    if (!lib)
-        return orch_err_set(err, ENOENT, "state database: SQLite cannot be loaded: %s; install libsqlite3-0", dlerror());
-#define X(name) \
-    if (!(sq.name = (__typeof__(sq.name))dlsym(lib, "sqlite3_" #name))) { \
-        dlclose(lib); \
-        return orch_err_set(err, ENOSYS, "state database: libsqlite3.so.0 lacks sqlite3_" #name "; install a newer one"); \
-    }
+static const char *const function_names[] = {
+#define X(name) #name,
     FUNCTIONS(X)
 #undef X
-    library = lib;
-    return 0;
-}
+};
+static struct orch_library library = {
+    .what = "state database",
+    .file = "libsqlite3.so.0",
+    .package = "libsqlite3-0",
+    .prefix = "sqlite3_",
+    .names = function_names,
+    .functions = &sq,
+    .n_bytes = sizeof sq,
+    .cls = ORCH_CLASS_FAILED,
+};
 
 /* The error of the last call on db. Damage never removes anything: the file is the only record. */
 static int fail(const struct orch_db *db, int rc, struct orch_err *err)
@@ -165,7 +163,7 @@ static int check_schema(struct orch_db *db, struct orch_err *err)
 
 struct orch_db *orch_db_open(const char *path, struct orch_err *err)
 {
-    if (load(err) < 0 || make_file(path, err) < 0)
+    if (orch_library_load(&library, err) < 0 || make_file(path, err) < 0)
         return NULL;
     struct orch_db *db = orch_xcalloc(1, sizeof *db);
     db->path = orch_xstrdup(path);

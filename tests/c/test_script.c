@@ -1,6 +1,6 @@
 /* core/script: bounded and trusted states, string and table functions with a step budget, tasks, reload. */
 #include "base/log.h"
-#include "script/reload.h"
+#include "base/dirwatch.h"
 #include "script/task.h"
 
 #include <errno.h>
@@ -1257,12 +1257,12 @@ static void test_reload(void **state)
 {
     (void)state;
     struct orch_err err = { 0 };
-    struct orch_reload *r = orch_reload_new(loop, 20, count_reload, NULL, &err);
+    struct orch_dirwatch *r = orch_dirwatch_new(loop, 20, count_reload, NULL, &err);
     assert_non_null(r);
     reloads = 0;
     assert_int_equal(mkdir(in_dir("policies"), 0700), 0);
     write_file(in_dir("policies/tools.lua"), "1");
-    assert_int_equal(orch_reload_add_dir(r, in_dir("policies/"), &err), 0);
+    assert_int_equal(orch_dirwatch_add_dir(r, in_dir("policies/"), &err), 0);
     for (int i = 0; i < 3; i++)
         orch_loop_step(loop, 20);
     assert_int_equal(reloads, 0);
@@ -1299,7 +1299,7 @@ static void test_reload(void **state)
     expect_reload("written through the link");
 
     /* One that does not exist yet, two levels down. */
-    assert_int_equal(orch_reload_add_dir(r, in_dir("a/b"), &err), 0);
+    assert_int_equal(orch_dirwatch_add_dir(r, in_dir("a/b"), &err), 0);
     assert_int_equal(mkdir(in_dir("a"), 0700), 0);
     expect_reload("parent made");
     assert_int_equal(mkdir(in_dir("a/b"), 0700), 0);
@@ -1318,7 +1318,7 @@ static void test_reload(void **state)
     write_file(in_dir("a/b/x.lua"), "last");
     expect_reload("rest of the stream");
 
-    orch_reload_clear(r);
+    orch_dirwatch_clear(r);
     write_file(in_dir("a/b/x.lua"), "2");
     for (int i = 0; i < 5; i++)
         orch_loop_step(loop, 20);
@@ -1330,8 +1330,8 @@ static void test_reload(void **state)
     char long_path[5000];
     memset(long_path, 'x', sizeof long_path - 1);
     long_path[sizeof long_path - 1] = 0;
-    assert_int_equal(orch_reload_add_dir(r, long_path, &err), -ENAMETOOLONG);
-    orch_reload_free(r);
+    assert_int_equal(orch_dirwatch_add_dir(r, long_path, &err), -ENAMETOOLONG);
+    orch_dirwatch_free(r);
 }
 
 int main(void)

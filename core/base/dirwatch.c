@@ -1,4 +1,4 @@
-#include "reload.h"
+#include "dirwatch.h"
 
 #include <errno.h>
 #include <limits.h>
@@ -20,7 +20,7 @@ struct dir {
     char *child;   /* the name below it that leads to path */
 };
 
-struct orch_reload {
+struct orch_dirwatch {
     struct orch_loop *loop;
     int fd;
     struct orch_watch *watch;
@@ -32,7 +32,7 @@ struct orch_reload {
 };
 
 /* The kernel gives one descriptor an inode, so that several directories may share it. */
-static void release(struct orch_reload *r, int wd)
+static void release(struct orch_dirwatch *r, int wd)
 {
     for (struct dir *d = r->dirs; d; d = d->next)
         if (d->wd == wd || d->parent_wd == wd)
@@ -41,7 +41,7 @@ static void release(struct orch_reload *r, int wd)
         inotify_rm_watch(r->fd, wd);
 }
 
-static int watch_path(struct orch_reload *r, const char *path, uint32_t mask)
+static int watch_path(struct orch_dirwatch *r, const char *path, uint32_t mask)
 {
     int wd = inotify_add_watch(r->fd, path, mask | IN_ONLYDIR | IN_MASK_ADD);
     return wd < 0 ? -errno : wd;
@@ -53,7 +53,7 @@ static bool missing(int r)
 }
 
 /* Watches the nearest existing parent; direct: it is the directory's own. */
-static int watch_parent(struct orch_reload *r, struct dir *d, bool *direct)
+static int watch_parent(struct orch_dirwatch *r, struct dir *d, bool *direct)
 {
     cleanup_free char *path = orch_xstrdup(d->path);
     for (*direct = true;; *direct = false) {
@@ -71,7 +71,7 @@ static int watch_parent(struct orch_reload *r, struct dir *d, bool *direct)
 
 /* Watches path and parent as they are now. Directories may appear meanwhile: it is done again until a
  * parent was watched already when the rest of the path was looked up; what comes later is an event. */
-static int watch_dir(struct orch_reload *r, struct dir *d)
+static int watch_dir(struct orch_dirwatch *r, struct dir *d)
 {
     int old_wd = d->wd, old_parent = d->parent_wd, last = -1, status;
     bool direct;
@@ -94,7 +94,7 @@ static int watch_dir(struct orch_reload *r, struct dir *d)
     return status;
 }
 
-static void changed(struct orch_reload *r)
+static void changed(struct orch_dirwatch *r)
 {
     int64_t now = orch_loop_now_ms(r->loop);
     if (!r->first_ms)
@@ -107,12 +107,12 @@ static void changed(struct orch_reload *r)
 
 static void quiet(void *ud)
 {
-    struct orch_reload *r = ud;
+    struct orch_dirwatch *r = ud;
     r->first_ms = 0;
     r->fn(r->ud);
 }
 
-static void handle(struct orch_reload *r, const struct inotify_event *ev)
+static void handle(struct orch_dirwatch *r, const struct inotify_event *ev)
 {
     const char *name = ev->len ? ev->name : "";
     for (struct dir *d = r->dirs; d; d = d->next) {
@@ -129,7 +129,7 @@ static void handle(struct orch_reload *r, const struct inotify_event *ev)
 static void readable(void *ud, int events)
 {
     (void)events;
-    struct orch_reload *r = ud;
+    struct orch_dirwatch *r = ud;
     char buf[16 * (sizeof(struct inotify_event) + NAME_MAX + 1)]
         __attribute__((aligned(__alignof__(struct inotify_event))));
     ssize_t n;
@@ -142,7 +142,7 @@ static void readable(void *ud, int events)
     }
 }
 
-struct orch_reload *orch_reload_new(struct orch_loop *l, int64_t quiet_ms, orch_loop_fn *fn, void *ud,
+struct orch_dirwatch *orch_dirwatch_new(struct orch_loop *l, int64_t quiet_ms, orch_loop_fn *fn, void *ud,
                                     struct orch_err *err)
 {
     int fd = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
@@ -151,14 +151,14 @@ struct orch_reload *orch_reload_new(struct orch_loop *l, int64_t quiet_ms, orch_
         orch_err_set(err, e, "watching files: inotify: %s; raise fs.inotify.max_user_instances", strerror(e));
         return NULL;
     }
-    struct orch_reload *r = orch_xcalloc(1, sizeof *r);
-    *r = (struct orch_reload){ .loop = l, .fd = fd, .quiet_ms = quiet_ms, .fn = fn, .ud = ud };
+    struct orch_dirwatch *r = orch_xcalloc(1, sizeof *r);
+    *r = (struct orch_dirwatch){ .loop = l, .fd = fd, .quiet_ms = quiet_ms, .fn = fn, .ud = ud };
     r->watch = orch_watch_new(l, fd, ORCH_READ, readable, r);
     r->timer = orch_timer_new(l, quiet, r);
     return r;
 }
 
-static void free_dir(struct orch_reload *r, struct dir *d)
+static void free_dir(struct orch_dirwatch *r, struct dir *d)
 {
     int wd = d->wd, parent_wd = d->parent_wd;
     free(d->path);
@@ -168,7 +168,7 @@ static void free_dir(struct orch_reload *r, struct dir *d)
     release(r, parent_wd);
 }
 
-int orch_reload_add_dir(struct orch_reload *r, const char *path, struct orch_err *err)
+int orch_dirwatch_add_dir(struct orch_dirwatch *r, const char *path, struct orch_err *err)
 {
     size_t n = strlen(path);
     while (n > 1 && path[n - 1] == '/')
@@ -187,7 +187,7 @@ int orch_reload_add_dir(struct orch_reload *r, const char *path, struct orch_err
                         status == -ENOSPC ? "; raise fs.inotify.max_user_watches" : "");
 }
 
-void orch_reload_clear(struct orch_reload *r)
+void orch_dirwatch_clear(struct orch_dirwatch *r)
 {
     while (r->dirs) {
         struct dir *d = r->dirs;
@@ -196,11 +196,11 @@ void orch_reload_clear(struct orch_reload *r)
     }
 }
 
-void orch_reload_free(struct orch_reload *r)
+void orch_dirwatch_free(struct orch_dirwatch *r)
 {
     if (!r)
         return;
-    orch_reload_clear(r);
+    orch_dirwatch_clear(r);
     orch_watch_free(r->watch);
     orch_timer_free(r->timer);
     close(r->fd);

@@ -1,0 +1,28 @@
+/* Shared libraries that are loaded when they are first needed, once a process, whichever thread asks
+ * first: linked into the program they would cost their load at every start. They stay to the process's
+ * end.
+ *
+ * The user lists the functions in a macro, from which it makes the struct of their addresses and their
+ * names in the same order: see core/store/db.c. */
+#ifndef ORCH_BASE_LIBRARY_H
+#define ORCH_BASE_LIBRARY_H
+
+#include "err.h"
+
+struct orch_library {
+    const char *what;    /* for whom, in messages: "http" */
+    const char *file;    /* "libcurl.so.4" */
+    const char *package; /* Debian's, that has it */
+    const char *prefix;  /* of its functions' names */
+    const char *const *names;
+    void *functions; /* a struct of n_bytes of function pointers, in the order of names */
+    size_t n_bytes;
+    enum orch_class cls; /* of the error when it cannot be had */
+    int (*start)(void);  /* called once, with the functions set; not 0: it cannot be used. May be NULL */
+    bool loaded;         /* the room's own */
+};
+
+/* 0, or a negative errno with what to install. A failure is tried again by the next call. */
+int orch_library_load(struct orch_library *lib, struct orch_err *err);
+
+#endif
