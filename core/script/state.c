@@ -1,13 +1,10 @@
 #include "state.h"
 
 #include "../base/log.h"
-#include "strlib.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <lauxlib.h>
-#include <luajit.h>
-#include <lualib.h>
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
@@ -24,15 +21,6 @@ enum {
     BOOT_MAX = 64 * 1024,
     ERROR_TEXT_MAX = 1024,
 };
-
-/* What else luaopen_base opens (load, getfenv, newproxy, collectgarbage, …) would get around a limit. */
-static const char *const bounded_globals[] = {
-    "_VERSION", "assert", "bit", "coroutine", "error", "getmetatable", "ipairs", "math", "next",
-    "pcall", "rawequal", "rawget", "select", "setmetatable", "tonumber", "tostring", "type", "unpack",
-};
-static const char *const frozen_libraries[] = { "bit", "coroutine", "math", "os", "string", "table" };
-
-#define BOOT_NAME "@boot.lua"
 
 /* Only the addresses matter: the limit error's value, and the key that marks a frozen metatable. */
 static const char limit_marker, frozen_marker;
@@ -173,7 +161,7 @@ static void *allocate(void *ud, void *p, size_t osize, size_t nsize)
     return q;
 }
 
-static const char *context_name(const struct orch_state *s)
+const char *orch_state_name(const struct orch_state *s)
 {
     return s->ctx == ORCH_CTX_POLICY ? "policy" : s->ctx == ORCH_CTX_TOOL ? "tool" : "script";
 }
@@ -185,7 +173,7 @@ static void find_place(lua_State *L, char *out, size_t n)
     lua_Debug ar;
     for (int level = 0; level < 16 && lua_getstack(L, level, &ar); level++) {
         lua_getinfo(L, "Sl", &ar);
-        if (ar.currentline <= 0 || strcmp(ar.source, BOOT_NAME) == 0)
+        if (ar.currentline <= 0 || strcmp(ar.source, ORCH_BOOT_NAME) == 0)
             continue;
         snprintf(out, n, " in %s:%d", *ar.source == '@' ? ar.source + 1 : ar.short_src, ar.currentline);
         return;
@@ -200,7 +188,7 @@ static void set_over(struct orch_state *s, lua_State *L, int code, const char *w
     s->over = ORCH_CLASS_LIMIT;
     s->over_code = code;
     s->placed = *place;
-    snprintf(s->over_msg, sizeof s->over_msg, "limit: %s %s used up%s", context_name(s), what, place);
+    snprintf(s->over_msg, sizeof s->over_msg, "limit: %s %s used up%s", orch_state_name(s), what, place);
 }
 
 static void set_over_memory(struct orch_state *s, lua_State *L)
@@ -648,42 +636,6 @@ void orch_state_freeze(lua_State *L, int idx)
     freeze(L, idx, 0);
 }
 
-static int next_frozen(lua_State *L)
-{
-    lua_settop(L, 2);
-    return lua_next(L, lua_upvalueindex(1)) ? 2 : 0;
-}
-
-/* Upvalue 1 is the interpreter's own next, which its loops recognise. */
-static int bounded_pairs(lua_State *L)
-{
-    luaL_checktype(L, 1, LUA_TTABLE);
-    if (orch_state_frozen(L, 1)) {
-        lua_getmetatable(L, 1);
-        lua_getfield(L, -1, "__index");
-        lua_pushcclosure(L, next_frozen, 1);
-    } else {
-        lua_pushvalue(L, lua_upvalueindex(1));
-    }
-    lua_pushvalue(L, 1);
-    lua_pushnil(L);
-    return 3;
-}
-
-static int bounded_rawset(lua_State *L)
-{
-    luaL_checktype(L, 1, LUA_TTABLE);
-    luaL_checkany(L, 2);
-    luaL_checkany(L, 3);
-    lua_settop(L, 3);
-    if (orch_state_frozen(L, 1))
-        return luaL_error(L, "rawset: the table is read-only");
-    lua_rawset(L, 1);
-    return 1;
-}
-
-/* ---- Other functions of bounded states ---------------------------------------------------------- */
-
 const char *orch_state_text(lua_State *L, int idx, size_t *n)
 {
     if (idx < 0)
@@ -713,163 +665,7 @@ const char *orch_state_text(lua_State *L, int idx, size_t *n)
     return lua_tolstring(L, -1, n);
 }
 
-/* print goes to the log, in scripts too: standard output belongs to what they serve. */
-static int log_print(lua_State *L)
-{
-    enum { LINE = 4096 };
-    char line[LINE];
-    size_t used = 0;
-    int n = lua_gettop(L);
-    for (int i = 1; i <= n; i++) {
-        size_t len;
-        const char *text = orch_state_text(L, i, &len);
-        if (i > 1 && used < LINE)
-            line[used++] = '\t';
-        if (len > LINE - used)
-            len = LINE - used;
-        memcpy(line + used, text, len);
-        used += len;
-        lua_settop(L, n);
-        orch_state_charge(L, 10 + len / 16);
-    }
-    struct orch_state *s = orch_state_of(L);
-    if (s->bounded)
-        orch_log(ORCH_INFO, "%s: %.*s", context_name(s), (int)used, line);
-    else
-        orch_log_print((struct orch_slice){ line, used });
-    return 0;
-}
-
-/* Local time would make a policy depend on where it runs. Upvalue 1: os.date. */
-static int bounded_date(lua_State *L)
-{
-    size_t n;
-    const char *format = luaL_optlstring(L, 1, "!%c", &n);
-    if (format[0] != '!')
-        return luaL_error(L, "os.date gives UTC only here: write os.date(\"!%s\")", n < 100 ? format : "...");
-    luaL_argcheck(L, n <= 256, 1, "longer than 256 bytes");
-    lua_settop(L, 2);
-    lua_pushvalue(L, lua_upvalueindex(1));
-    lua_pushstring(L, format);
-    if (lua_isnoneornil(L, 2)) {
-        lua_call(L, 1, 1);
-    } else {
-        lua_pushvalue(L, 2);
-        lua_call(L, 2, 1);
-    }
-    return 1;
-}
-
-/* A task's own thread is hidden: resuming it is the run queue's business alone. */
-static int running(lua_State *L)
-{
-    if (orch_state_of(L)->task_thread == L || lua_pushthread(L))
-        lua_pushnil(L);
-    return 1;
-}
-
-static int undefined_global(lua_State *L)
-{
-    if (lua_type(L, 2) == LUA_TSTRING)
-        return luaL_error(L, "undefined global '%s'", lua_tostring(L, 2));
-    return luaL_error(L, "undefined global (a %s)", luaL_typename(L, 2));
-}
-
 /* ---- Opening ----------------------------------------------------------------------------------- */
-
-static void open_library(lua_State *L, lua_CFunction open, const char *name)
-{
-    lua_pushcfunction(L, open);
-    lua_pushstring(L, name);
-    lua_call(L, 1, 0);
-}
-
-static void open_bounded(lua_State *L)
-{
-    open_library(L, luaopen_base, "");
-    open_library(L, luaopen_math, LUA_MATHLIBNAME);
-    open_library(L, luaopen_bit, LUA_BITLIBNAME);
-    open_library(L, luaopen_os, LUA_OSLIBNAME);
-
-    lua_createtable(L, 0, 32);
-    int g = lua_gettop(L);
-    for (size_t i = 0; i < ORCH_ARRAY_LEN(bounded_globals); i++) {
-        lua_getglobal(L, bounded_globals[i]);
-        lua_setfield(L, g, bounded_globals[i]);
-    }
-    lua_getglobal(L, "next");
-    lua_pushcclosure(L, bounded_pairs, 1);
-    lua_setfield(L, g, "pairs");
-    lua_pushcfunction(L, bounded_rawset);
-    lua_setfield(L, g, "rawset");
-
-    lua_getglobal(L, "os");
-    lua_createtable(L, 0, 3);
-    lua_getfield(L, -2, "time");
-    lua_setfield(L, -2, "time");
-    lua_getfield(L, -2, "clock");
-    lua_setfield(L, -2, "clock");
-    lua_getfield(L, -2, "date");
-    lua_pushcclosure(L, bounded_date, 1);
-    lua_setfield(L, -2, "date");
-    lua_setfield(L, g, "os");
-
-    orch_strlib_push(L); /* string, table */
-    lua_getfield(L, g, "unpack");
-    lua_setfield(L, -2, "unpack");
-    lua_setfield(L, g, "table");
-    lua_setfield(L, g, "string");
-
-    lua_pushvalue(L, g);
-    lua_replace(L, LUA_GLOBALSINDEX);
-
-    /* Environments of chunks. */
-    lua_createtable(L, 0, 1);
-    lua_pushvalue(L, g);
-    lua_setfield(L, -2, "__index");
-    orch_state_of(L)->ref_env = luaL_ref(L, LUA_REGISTRYINDEX);
-    lua_settop(L, g - 1);
-}
-
-static void open_trusted(lua_State *L, const struct orch_state_opts *o)
-{
-    luaL_openlibs(L);
-    lua_getglobal(L, "package");
-    lua_pushfstring(L, "%s/?.lua", o->lua_dir);
-    if (o->script_dir) {
-        lua_pushfstring(L, ";%s/?.lua", o->script_dir);
-        lua_concat(L, 2);
-    }
-    lua_setfield(L, -2, "path");
-    /* A C module must not be taken from the working directory. */
-    lua_getfield(L, -1, "cpath");
-    cleanup_buf struct orch_buf kept = { 0 };
-    for (const char *p = lua_tostring(L, -1); *p;) {
-        size_t n = strcspn(p, ";");
-        if (*p == '/') {
-            if (kept.n)
-                orch_buf_char(&kept, ';');
-            orch_buf_add(&kept, p, n);
-        }
-        p += n + (p[n] == ';');
-    }
-    lua_pushlstring(L, kept.n ? kept.p : "", kept.n);
-    lua_setfield(L, -3, "cpath");
-    lua_pop(L, 2);
-    lua_newtable(L); /* so that a bounded state's environments have their reference in both kinds */
-    orch_state_of(L)->ref_env = luaL_ref(L, LUA_REGISTRYINDEX);
-}
-
-static void seed_random(lua_State *L)
-{
-    uint32_t seed = 0;
-    (void)orch_random(&seed, sizeof seed);
-    lua_getglobal(L, "math");
-    lua_getfield(L, -1, "randomseed");
-    lua_pushnumber(L, seed);
-    lua_call(L, 1, 0);
-    lua_pop(L, 1);
-}
 
 struct open {
     struct orch_state *s;
@@ -894,36 +690,7 @@ static int open_state(lua_State *L)
     lua_pushlightuserdata(L, marker(&limit_marker));
     lua_pop(L, 1);
 
-    if (s->bounded)
-        open_bounded(L);
-    else
-        open_trusted(L, a->o);
-    lua_pushcfunction(L, log_print);
-    lua_setglobal(L, "print");
-    seed_random(L);
-
-    if (luaL_loadbufferx(L, a->boot.p, a->boot.n, BOOT_NAME, "t"))
-        lua_error(L);
-    lua_pushboolean(L, s->bounded);
-    lua_pushlightuserdata(L, marker(&orch_wait_marker));
-    lua_call(L, 2, 0);
-    lua_getglobal(L, "coroutine");
-    lua_pushcfunction(L, running);
-    lua_setfield(L, -2, "running");
-    lua_pop(L, 1);
-
-    if (!s->bounded)
-        return 0;
-    for (size_t i = 0; i < ORCH_ARRAY_LEN(frozen_libraries); i++) {
-        lua_getglobal(L, frozen_libraries[i]);
-        orch_state_freeze(L, -1);
-        lua_pop(L, 1);
-    }
-    lua_pushvalue(L, LUA_GLOBALSINDEX);
-    lua_createtable(L, 0, 1);
-    lua_pushcfunction(L, undefined_global);
-    lua_setfield(L, -2, "__index");
-    lua_setmetatable(L, -2);
+    orch_libs_open(L, a->o, a->boot);
     return 0;
 }
 
@@ -969,7 +736,7 @@ struct orch_state *orch_state_new(const struct orch_state_opts *o, struct orch_e
         const char *text = lua_tostring(s->L, -1);
         if (s->no_memory)
             orch_err_setc(err, ORCH_CLASS_LIMIT, ENOMEM, "limit: %s memory %zu bytes is too little to start",
-                          context_name(s), o->memory_bytes);
+                          orch_state_name(s), o->memory_bytes);
         else
             orch_err_set(err, 0, "Lua: %s", text ? text : "cannot open the libraries");
         orch_state_free(s);

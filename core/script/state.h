@@ -143,6 +143,10 @@ void orch_state_check(lua_State *L); /* raises */
 /* Error value at the top of the main thread to err; pops it. T: thread for the traceback or NULL. */
 int orch_state_describe(struct orch_state *s, int status, lua_State *T, struct orch_err *err);
 bool orch_state_frozen(lua_State *L, int idx);
+#define ORCH_BOOT_NAME "@boot.lua"
+const char *orch_state_name(const struct orch_state *s); /* of its context, for messages */
+/* libs.c: opens the libraries of the state's context and runs boot.lua. Raises. */
+void orch_libs_open(lua_State *L, const struct orch_state_opts *o, struct orch_slice boot);
 /* Pushes the text tostring would give (calls __tostring); raises. */
 const char *orch_state_text(lua_State *L, int idx, size_t *n);
 /* A C function that may call back into Lua counts itself, since every level costs C stack:
