@@ -1,13 +1,11 @@
 /* Shared helpers of the Lua modules, and what they may reach of the host. A binder checks arguments
- * and converts; the comfortable API is Lua's business.
- *
- * Conventions: a caller's mistake raises; a failure of the world returns nil, message, code. An
- * option table is read with orch_opt_*, which know name, type and range; orch_opt_done refuses what
- * was not asked for. */
+ * and converts; the comfortable API is Lua's business. A caller's mistake raises;
+ * a failure of the world returns nil, message, code (script/args.h). */
 #ifndef ORCH_BIND_BIND_H
 #define ORCH_BIND_BIND_H
 
 #include "../base/loop.h"
+#include "../script/args.h"
 #include "../script/state.h"
 #include "../script/task.h"
 #include <lauxlib.h>
@@ -130,32 +128,6 @@ int orch_luaopen_orch(lua_State *L);
 
 /* The ctx of a tool call. */
 void orch_push_ctx(lua_State *L, uint32_t slot, uint32_t serial);
-
-/* nil, message, code. */
-int orch_push_err(lua_State *L, const struct orch_err *err);
-
-/* Options. idx is a table, or none for all defaults. Each raises on a wrong type or range. */
-struct orch_opts {
-    lua_State *L;
-    int idx; /* absolute; 0 when absent */
-    const char *what;
-    const char *known[32];
-    int n_known;
-};
-struct orch_opts orch_opts_begin(lua_State *L, int idx, const char *what); /* raises */
-const char *orch_opt_string(struct orch_opts *o, const char *key, const char *def);
-double orch_opt_number(struct orch_opts *o, const char *key, double def, double least, double most);
-bool orch_opt_bool(struct orch_opts *o, const char *key, bool def);
-int64_t orch_opt_duration_ms(struct orch_opts *o, const char *key, int64_t def); /* seconds or "30s" */
-int64_t orch_opt_size_bytes(struct orch_opts *o, const char *key, int64_t def);
-bool orch_opt_push(struct orch_opts *o, const char *key, int type); /* pushes the value, or false */
-void orch_opts_done(struct orch_opts *o);                           /* raises on an unknown key */
-
-/* A duration or size at idx as the API takes them. Raises. */
-int64_t orch_check_duration_ms(lua_State *L, int idx, const char *what);
-/* The list of strings at idx as a NULL-terminated array in a userdata left on the stack (so that it
- * lives as long as the frame); raises when it is no list of strings without NUL or is over max. */
-const char **orch_check_strings(lua_State *L, int idx, const char *what, size_t max);
 
 int orch_luaopen_sys(lua_State *L, int orch_table); /* now, log, version, env, process, fs */
 int orch_luaopen_vm(lua_State *L, int orch_table);  /* vm, image */

@@ -1,7 +1,7 @@
 /* ctx:elicit, ctx:sample, ctx:roots, ctx:ask: a call's questions to its client, in whichever way the
  * client's era wants them. Each waits for the answers. */
 #include "bind.h"
-#include "lua_json.h"
+#include "../script/jsonlib.h"
 
 #include "../mcp/session.h"
 

@@ -1,6 +1,6 @@
 /* orch.now, orch.log, orch.version (every context); orch.env, orch.process.run, orch.fs (scripts). */
 #include "bind.h"
-#include "lua_json.h"
+#include "../script/jsonlib.h"
 
 #include "../base/log.h"
 #include "../base/proc.h"

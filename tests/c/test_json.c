@@ -1,7 +1,7 @@
 /* JSON: the scanner's rules with their byte offsets, values, the canonical form, the builder, and the
  * conversions to and from Lua. */
 #include "base/json.h"
-#include "bind/lua_json.h"
+#include "script/jsonlib.h"
 #include "script/state.h"
 
 #include <setjmp.h>

@@ -11,8 +11,8 @@
 #include <string.h>
 #include <time.h>
 
-#include "bind/lua_json.h"
-#include "bind/lua_regex.h"
+#include "script/jsonlib.h"
+#include "script/regex.h"
 #include "script/state.h"
 
 static struct orch_slice str(const char *s)

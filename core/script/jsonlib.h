@@ -14,8 +14,8 @@
  *
  * For states of core/script. The work is charged to the state's budget, so besides the memory error
  * every function here may raise the limit error; C memory is released then. */
-#ifndef ORCH_BIND_LUA_JSON_H
-#define ORCH_BIND_LUA_JSON_H
+#ifndef ORCH_SCRIPT_JSONLIB_H
+#define ORCH_SCRIPT_JSONLIB_H
 
 #include "../base/json.h"
 #include <lua.h>

@@ -1,6 +1,6 @@
-#include "lua_regex.h"
+#include "regex.h"
 
-#include "../script/state.h"
+#include "state.h"
 
 #include <errno.h>
 #include <lauxlib.h>

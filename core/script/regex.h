@@ -5,8 +5,8 @@
  * third in backtracking patterns and nothing in those that start with a literal.
  *
  * Written as in JSON Schema as far as PCRE2 goes: `$` is the very end, \uXXXX is a character. */
-#ifndef ORCH_BIND_LUA_REGEX_H
-#define ORCH_BIND_LUA_REGEX_H
+#ifndef ORCH_SCRIPT_REGEX_H
+#define ORCH_SCRIPT_REGEX_H
 
 #include "../base/err.h"
 #include <lua.h>

@@ -1,6 +1,7 @@
 /* Lua <-> JSON by the C API. */
-#include "lua_json.h"
-#include "../script/state.h"
+#include "jsonlib.h"
+
+#include "state.h"
 
 #include <errno.h>
 #include <lauxlib.h>

@@ -1,0 +1,43 @@
+/* Opens the whole API for a state: the one file that knows every module. */
+#include "bind.h"
+
+#include "../script/jsonlib.h"
+#include "lua_firewall.h"
+
+int orch_luaopen_orch(lua_State *L)
+{
+    lua_newtable(L);
+    int t = lua_gettop(L);
+    orch_luaopen_json(L);
+    lua_setfield(L, t, "json");
+    orch_luaopen_sys(L, t);
+    orch_luaopen_task(L); /* { spawn, sleep } */
+    lua_getfield(L, -1, "sleep");
+    lua_setfield(L, t, "sleep");
+    lua_pushnil(L);
+    lua_setfield(L, -2, "sleep");
+    lua_setfield(L, t, "task");
+    orch_luaopen_vm(L, t);
+    orch_luaopen_mcp(L, t);
+    if (orch_state_context(L) != ORCH_CTX_POLICY) {
+        orch_luaopen_ctx(L);
+        lua_pop(L, 1);
+    }
+    lua_newtable(L);
+    orch_api_lua(L, "orch.http.", "request", "http", "request");
+    lua_setfield(L, t, "http");
+    orch_luaopen_firewall(L, t);
+    orch_api_set(L, "orch.", (struct orch_api[]){ { "on", NULL, 0 }, { 0 } });
+    if (orch_state_context(L) == ORCH_CTX_SCRIPT) {
+        lua_getfield(L, LUA_REGISTRYINDEX, "_LOADED");
+        lua_pushvalue(L, t);
+        lua_setfield(L, -2, "orch");
+        lua_pop(L, 1);
+    } else {
+        orch_state_freeze(L, t);
+    }
+    lua_pushstring(L, "orch");
+    lua_pushvalue(L, t);
+    lua_rawset(L, LUA_GLOBALSINDEX);
+    return 1;
+}
