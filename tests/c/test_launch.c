@@ -1,4 +1,4 @@
-/* Drives core/launch/client.c against the built launcher, with the escape probe as the VMM. Needs root,
+/* Drives core/launch/launch.c against the built launcher, with the escape probe as the VMM. Needs root,
  * since every case runs as root and as an ordinary user; each case is a child process of its own uid. */
 #include <errno.h>
 #include <fcntl.h>

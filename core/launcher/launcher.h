@@ -1,18 +1,18 @@
-/* Inside the launcher: what its four files call of each other. One thread, three kinds of process:
+/* Inside the launcher: what its files call of each other. One thread, three kinds of process:
  * the launcher, a microVM's init, the VMM before its execve. None of them allocates or returns to its
  * maker's code after the fork. */
-#ifndef ORCH_LAUNCH_LAUNCHER_H
-#define ORCH_LAUNCH_LAUNCHER_H
+#ifndef ORCH_LAUNCHER_LAUNCHER_H
+#define ORCH_LAUNCHER_LAUNCHER_H
 
 #include <linux/filter.h>
 #include <stdbool.h>
 #include <sys/types.h>
 
-#include "wire.h"
+#include "../launch/wire.h"
 
 #define ORCH_LAUNCH_SOCK 3 /* main in the launcher, ctl in a microVM's init */
 
-/* launcher.c. clone() as fork; a limit of namespaces (ENOSPC) is retried for a second, since namespaces
+/* fail.c. clone() as fork; a limit of namespaces (ENOSPC) is retried for a second, since namespaces
  * go asynchronously after the kill of what was in them. Ends the process when orch closes ctl meanwhile. */
 pid_t orch_launch_clone(unsigned long flags);
 /* The process's one outgoing message, filled as ERROR of errno. */
