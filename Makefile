@@ -95,10 +95,11 @@ $(B)/launcher: $(LAUNCHER_OBJ)
 	$(Q)$(CC) $(LDFLAGS_ALL) -o $@ $^ -lseccomp
 
 # The guest agent: static, no dependency but libc, never instrumented (it runs as PID 1 in the guest).
-$(B)/agent: core/guest/agent.c core/guest/wire.h Makefile
+AGENT_SRC := $(wildcard core/guest/*.c)
+$(B)/agent: $(AGENT_SRC) $(wildcard core/guest/*.h) Makefile
 	$(call say,CC,$@)
 	@mkdir -p $(@D)
-	$(Q)$(CC) -std=gnu11 $(WARN) -Os -g0 -D_GNU_SOURCE -static -no-pie -fno-asynchronous-unwind-tables -Wl,--build-id=none -s -o $@ $<
+	$(Q)$(CC) -std=gnu11 $(WARN) -Os -g0 -D_GNU_SOURCE -static -no-pie -fno-asynchronous-unwind-tables -Wl,--build-id=none -s -o $@ $(AGENT_SRC)
 
 # Run from the build tree: Lua files are found beside the binary.
 $(B)/lua:
