@@ -180,6 +180,7 @@ libcmocka-dev        test   C unit tests
 iproute2             demo   the network namespace that plays the internet
 nftables             test   reads the firewall back by another program
 procps               test   the host's settings before and after
+apparmor             test   the profile of package passt, in force in a microVM
 python3-pip          suite  fetches the JSON Schema test suite, and Python peers
 clang                fuzz   libFuzzer
 npm                  conformance  installs the official MCP suite

@@ -88,6 +88,7 @@ static int own_number(void)
 _Noreturn void orch_init_run(uid_t uid, gid_t gid)
 {
     char map[64];
+    net.uid = uid;
     /* After the last change of uid, which would clear it. That the launcher ended before is not seen
      * here; then orch, which did see it, closes ctl. */
     prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);

@@ -25,6 +25,7 @@ _Noreturn void orch_init_run(uid_t uid, gid_t gid);
 
 /* net.c: the microVM's network namespace, in init. */
 struct orch_net {
+    uid_t uid;   /* of init and pasta, as the launcher sees it */
     int tap;     /* -1: no network */
     pid_t pasta; /* 0: no uplink */
     int said_fd; /* pasta's stderr; -1 */

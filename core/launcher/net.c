@@ -14,14 +14,16 @@
 #include <stdio.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 
 static const char *const programs[] = { "/usr/bin/pasta", "/usr/local/bin/pasta" };
 /* Where pasta finds the namespace: a file of its own, since it may read no /proc/PID by then and
- * newer ones close what they inherit. A tmpfs over /sys, a directory that every host has and
- * pasta does not use. */
-#define DIR "/sys"
-#define PATH DIR "/net"
+ * newer ones close what they inherit. Of all places this is the one that the AppArmor profiles of
+ * the distributions' packages let it read. It lies on a tmpfs over /run, so that the host needs
+ * nothing below; a resolv.conf that leads there is then missing, which pasta takes. */
+#define DIR "/run"
+#define NAMESPACE DIR "/user/%u/netns/net"
 
 /* ip_forward first: it sets some of the others. What devices get when they are made is
  * "default". */
@@ -86,30 +88,38 @@ static _Noreturn void give_up(const char *step)
     _exit(127);
 }
 
-static _Noreturn void run_pasta(const char *program, const char *init, int go, int said)
+static _Noreturn void run_pasta(const struct orch_net *n, const char *program, const char *init,
+                                int go, int said)
 {
-    static const char *const argv[] = {
+    char at[64], path[64], c, *const env[] = { NULL };
+    const char *const argv[] = {
         "pasta", "-f", "-q", "-e", "--config-net", "-4", "-I", ORCH_NET_UPLINK_IF,
         "-a", ORCH_NET_UPLINK_ADDR, "-n", ORCH_NET_UPLINK_BITS, "-g", ORCH_NET_UPLINK_GATEWAY,
         /* Its defaults lead the gateway's address, and all ports that listen on the host's
          * loopback, there. */
         "--no-map-gw", "-t", "none", "-u", "none", "-T", "none", "-U", "none",
         "--no-dhcp", "--no-dhcpv6", "--no-ndp", "--no-ra",
-        "--no-netns-quit", "--netns-only", "--netns", PATH, NULL,
+        "--no-netns-quit", "--netns-only", "--netns", at, NULL,
     };
-    char path[64], c, *const env[] = { NULL }, *args[sizeof argv / sizeof *argv];
+    char *args[sizeof argv / sizeof *argv];
     sigset_t none;
     if (read(go, &c, 1) != 1)
         _exit(0);
     if (dup2(said, STDERR_FILENO) < 0)
         _exit(127);
     snprintf(path, sizeof path, "/proc/%s/ns/net", init);
+    snprintf(at, sizeof at, NAMESPACE, n->uid);
     if (unshare(CLONE_NEWNS) || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) ||
         mount("orch", DIR, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC,
-              "size=4k,nr_inodes=4,mode=755"))
+              "size=4k,nr_inodes=8,mode=755"))
         give_up("mounts");
-    int fd = open(PATH, O_CREAT | O_WRONLY | O_CLOEXEC, 0400);
-    if (fd < 0 || mount(path, PATH, NULL, MS_BIND, NULL))
+    for (char *s = at + sizeof DIR; (s = strchr(s, '/')); *s++ = '/') {
+        *s = 0;
+        if (mkdir(at, 0755))
+            give_up("folder of the network namespace");
+    }
+    int fd = open(at, O_CREAT | O_WRONLY | O_CLOEXEC, 0400);
+    if (fd < 0 || mount(path, at, NULL, MS_BIND, NULL))
         give_up("bind of the network namespace");
     close_range(STDERR_FILENO + 1, ~0U, 0);
     sigemptyset(&none);
@@ -141,7 +151,7 @@ static int fork_pasta(struct orch_net *n)
     n->pasta = fork();
     if (!n->pasta) {
         close(go[1]);
-        run_pasta(program, self, go[0], said[1]);
+        run_pasta(n, program, self, go[0], said[1]);
     }
     if (n->pasta < 0)
         orch_launch_fail("fork");
