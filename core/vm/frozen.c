@@ -2,6 +2,7 @@
 
 #include "../base/hash.h"
 #include "../base/json.h"
+#include "image.h"
 #include "rundir.h"
 
 #include <errno.h>
@@ -165,6 +166,13 @@ static bool meta_string(const struct orch_json_doc *d, const char *key, char *ou
     return true;
 }
 
+/* 0 or a negative errno. */
+static int read_kept(int dir_fd, const char *name, size_t max, struct orch_buf *out)
+{
+    cleanup_close int fd = orch_image_open(dir_fd, name, NULL);
+    return fd < 0 ? fd : orch_read_fd(fd, max, out);
+}
+
 static const char *read_meta(int dir_fd, struct orch_frozen_load *l, struct orch_frozen *out,
                              char state_hash[65], int64_t *state_bytes)
 {
@@ -173,7 +181,7 @@ static const char *read_meta(int dir_fd, struct orch_frozen_load *l, struct orch
     struct orch_json_limits lim = { META_MAX, 4, 256 };
     struct orch_json_fault fault;
     int64_t format = 0, memory = 0, pages = 0, khz = 0;
-    if (orch_read_file(dir_fd, "meta.json", META_MAX, &text) < 0)
+    if (read_kept(dir_fd, "meta.json", META_MAX, &text) < 0)
         return "meta.json cannot be read";
     if (orch_json_scan(&doc, (struct orch_slice){ text.p, text.n }, &lim, &fault) < 0)
         return "meta.json is malformed";
@@ -203,12 +211,12 @@ static const char *open_copy(int dir_fd, struct orch_frozen_load *l, struct orch
     const char *wrong = read_meta(dir_fd, l, out, want, &state_bytes);
     if (wrong)
         return wrong;
-    if (orch_read_file(dir_fd, "state", STATE_MAX, &state) < 0)
+    if (read_kept(dir_fd, "state", STATE_MAX, &state) < 0)
         return "the state cannot be read";
     orch_sha256_hex(state.p, state.n, have);
     if ((int64_t)state.n != state_bytes || memcmp(want, have, 64) != 0)
         return "the state is damaged";
-    l->file_fd = openat(dir_fd, "mem", O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
+    l->file_fd = orch_image_open(dir_fd, "mem", NULL);
     if (l->file_fd < 0 || fstat(l->file_fd, &st) < 0)
         return "the memory cannot be read";
     if ((uint64_t)st.st_size != l->bytes)
@@ -301,7 +309,7 @@ void orch_frozen_remove(const char *dir, const char *key)
 
 static int create(int dir_fd, const char *name)
 {
-    return openat(dir_fd, name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
+    return openat(dir_fd, name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0400);
 }
 
 /* Everything that the child does: system calls only, for in an embedder other threads may have held

@@ -832,6 +832,33 @@ static int not_built(const char *name, struct orch_err *err)
                          near ? "" : ".lua (the file of its recipe)");
 }
 
+/* Whether a VMM could: it has this user's id, but when that is root's; so of root's files, found by a user, what
+ * everybody may do counts. */
+static bool writable(const struct stat *st)
+{
+    return st->st_mode & (st->st_uid == geteuid() ? 0222 : 0022);
+}
+
+int orch_image_open(int dir_fd, const char *path, struct orch_err *err)
+{
+    cleanup_close int fd = openat(dir_fd, path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+    struct stat st;
+    if (fd < 0 || fstat(fd, &st) < 0 || (!S_ISREG(st.st_mode) && (errno = EINVAL)))
+        return orch_err_set(err, errno, "%s: %s; build the image again (orch image build)", path, strerror(errno));
+    if (st.st_uid != geteuid() && st.st_uid != 0)
+        return orch_err_setc(err, ORCH_CLASS_ISOLATION, EPERM,
+                             "%s belongs to uid %u, who could change what every later microVM starts from; remove the image "
+                             "(orch image rm) and build it again, or: sudo chown %u '%s'", path, st.st_uid, geteuid(), path);
+    /* On a read-only filesystem nobody writes, whatever the mode. */
+    bool changed = writable(&st) && fchmod(fd, st.st_mode & 07555) == 0;
+    if (writable(&st) && (changed || errno != EROFS) && (fstat(fd, &st) < 0 || writable(&st)))
+        return orch_err_setc(err, ORCH_CLASS_ISOLATION, EPERM,
+                             "%s has mode %04o, and who may write to it could change what every later microVM starts from; fix: "
+                             "sudo chmod a-w '%s' (on a filesystem without modes: another cache directory, XDG_CACHE_HOME)", path,
+                             st.st_mode & 07777, path);
+    return orch_steal_fd(&fd);
+}
+
 /* The hash of the recipe that the built image's disk was made of, whatever agent it has; NULL: no disk. */
 static char *built_recipe(const char *cache_dir, const char *name)
 {
@@ -839,6 +866,21 @@ static char *built_recipe(const char *cache_dir, const char *name)
     cleanup_free char *path = orch_xasprintf("%s/%s/manifest", cache_dir, name);
     cleanup_free char *hash = orch_read_file(AT_FDCWD, path, TEXT_MAX, &text) == 0 ? field(&text, "recipe") : NULL;
     return hash && strlen(hash) == 64 ? orch_steal_ptr(&hash) : NULL;
+}
+
+/* All of them are there, and nobody can write to them. */
+static int check_files(const char *manifest, const struct orch_image *i, struct orch_err *err)
+{
+    const char *const paths[] = { manifest, i->kernel, i->initrd, i->disk };
+    for (size_t k = 0; k < ORCH_ARRAY_LEN(paths) && paths[k]; k++) {
+        struct orch_err why;
+        cleanup_close int fd = orch_image_open(AT_FDCWD, paths[k], &why);
+        if (fd < 0 && why.cls != ORCH_CLASS_ISOLATION)
+            return orch_err_set(err, ESTALE, "image %s is damaged: orch image build %s", i->name, i->name);
+        if (fd < 0)
+            return orch_err_setc(err, why.cls, why.code, "image %s: %s", i->name, why.msg);
+    }
+    return 0;
 }
 
 /* The manifest is written last into a folder that is renamed whole: where it is, everything is. */
@@ -863,9 +905,10 @@ static int find(const char *name, const struct orch_image_opts *o, const char *a
     out->initrd = orch_xasprintf("%s/%s/initrd", o->cache_dir, id);
     out->disk = disk ? orch_xasprintf("%s/%s/disk", o->cache_dir, id) : NULL;
     out->kernel_release = orch_steal_ptr(&release);
-    if (access(out->kernel, R_OK) < 0 || access(out->initrd, R_OK) < 0 || (disk && access(out->disk, R_OK) < 0)) {
+    int r = check_files(path, out, err);
+    if (r < 0) {
         orch_image_fini(out);
-        return orch_err_set(err, ESTALE, "image %s is damaged: orch image build %s", name, name);
+        return r;
     }
     if (source)
         *source = orch_steal_ptr(&from);
@@ -898,11 +941,20 @@ static bool finish_found(struct orch_image_build *b, const char *source)
 
 /* ---- steps ---- */
 
-static int write_synced(int dir, const char *name, struct orch_slice s)
+/* What was made is on the disk, nobody is to write to it again, and root's VMM, which has another uid, is to read it. */
+static int finish_files(int dir)
 {
-    cleanup_close int fd = openat(dir, name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
-    int r = fd < 0 ? -errno : orch_write_all(fd, s.p, s.n);
-    return r < 0 ? r : fsync(fd) < 0 ? -errno : 0;
+    DIR *d = fdopendir(fcntl(dir, F_DUPFD_CLOEXEC, 0));
+    int r = d ? 0 : -errno;
+    for (struct dirent *e; r == 0 && (e = readdir(d));) {
+        cleanup_close int fd = openat(dir, e->d_name, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+        struct stat st;
+        if (fd < 0 || fstat(fd, &st) < 0 || (S_ISREG(st.st_mode) && (fchmod(fd, 0444) < 0 || fsync(fd) < 0)))
+            r = -errno;
+    }
+    if (d)
+        closedir(d);
+    return r < 0 ? r : fsync(dir) < 0 ? -errno : 0;
 }
 
 static struct orch_slice slice(const struct orch_buf *b)
@@ -919,11 +971,10 @@ static int install(struct orch_image_build *b, const char *id, struct orch_slice
     int r;
     if (tmp < 0 || cache < 0)
         return -errno;
-    if ((r = write_synced(tmp, "vmlinux", slice(&b->kernel))) < 0 || (r = write_synced(tmp, "initrd", slice(&b->initrd))) < 0 ||
-        (r = write_synced(tmp, "manifest", manifest)) < 0)
+    if ((r = orch_write_file(tmp, "vmlinux", b->kernel.p, b->kernel.n, 0400)) < 0 ||
+        (r = orch_write_file(tmp, "initrd", b->initrd.p, b->initrd.n, 0400)) < 0 ||
+        (r = orch_write_file(tmp, "manifest", manifest.p, manifest.n, 0400)) < 0 || (r = finish_files(tmp)) < 0)
         return r;
-    if (fsync(tmp) < 0)
-        return -errno;
     /* The same content may be there already, or what somebody left of it. */
     if (rename(b->tmp, whole) < 0) {
         remove_folder(whole);
@@ -1044,8 +1095,7 @@ static int disk_hash(struct orch_image_build *b, struct orch_err *err)
         orch_sha256_update(&c, buf, (size_t)n);
         b->disk_bytes += (uint64_t)n;
     }
-    /* Root's VMM has another uid and is to read it. */
-    if (n < 0 || fchmod(fd, 0644) < 0 || fsync(fd) < 0)
+    if (n < 0)
         return orch_err_set(err, errno, "%s: %s", path, strerror(errno));
     orch_sha256_final(&c, hash);
     orch_hex(hash, sizeof hash, b->disk_hash);

@@ -34,6 +34,11 @@ struct orch_image_opts {
     bool fresh; /* with recipe: make the disk anew from today's packages, though there is one */
 };
 
+/* Opens a file of the cache for reading. What microVMs start from must stay as it was made, and a VMM
+ * that escaped has the user's id: so nobody may be able to write to it, its owner neither. Write bits,
+ * as earlier versions left them, are taken away. Class ISOLATION: others can change it. */
+int orch_image_open(int dir_fd, const char *path, struct orch_err *err);
+
 /* Finds the built image; -ENOENT when it was never built, -ESTALE when its inputs (agent) changed. */
 int orch_image_find(const char *name, const struct orch_image_opts *o, struct orch_image *out, struct orch_err *err);
 typedef void orch_image_done_fn(void *ud, const struct orch_image *image, const struct orch_err *err);

@@ -718,14 +718,6 @@ static void qemu_go(struct orch_vmm *v)
     qmp_send(v, text, -1);
 }
 
-static int open_file(const char *path, int *fd, struct orch_err *err)
-{
-    *fd = open(path, O_RDONLY | O_CLOEXEC);
-    return *fd >= 0 ? 0
-                    : orch_err_set(err, errno, "%s: %s; build the image again (orch image build)",
-                                   path, strerror(errno));
-}
-
 static int start_cell(struct orch_vmm *v, struct program *p, struct orch_launcher *la,
                       const struct orch_vmm_spec *s, int agent, int qmp, struct orch_err *err)
 {
@@ -740,8 +732,8 @@ static int start_cell(struct orch_vmm *v, struct program *p, struct orch_launche
         binds[n++] = (struct orch_cell_bind){ module, module };
     /* By descriptor: root's VMM has a uid that cannot reach into root's cache. */
     cleanup_close int kernel = -1, initrd = -1;
-    if (!s->clone && (open_file(s->image->kernel, &kernel, err) < 0 ||
-                      open_file(s->image->initrd, &initrd, err) < 0))
+    if (!s->clone && ((kernel = orch_image_open(AT_FDCWD, s->image->kernel, err)) < 0 ||
+                      (initrd = orch_image_open(AT_FDCWD, s->image->initrd, err)) < 0))
         return -1;
     for (size_t i = 0; i < p->n_libs; i++)
         binds[n++] = (struct orch_cell_bind){ p->libs[i], p->libs[i] };

@@ -304,8 +304,8 @@ static void image_there(struct source *s)
 {
     struct orch_err err;
     const char *disk = s->t.image.disk;
-    if (disk && (s->t.disk_fd = open(disk, O_RDONLY | O_CLOEXEC)) < 0) {
-        orch_err_set(&err, errno, "%s: %s; build the image again: orch image build %s", disk, strerror(errno), s->image_name);
+    if (disk && (s->t.disk_fd = orch_image_open(AT_FDCWD, disk, &err)) < 0) {
+        orch_err_wrap(&err, "image %s", s->image_name);
         source_failed(s, &err);
         return;
     }

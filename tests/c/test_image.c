@@ -1,5 +1,5 @@
 /* core/vm/image: unpacking kernels, and building the base image from made-up kernels and packages (the
- * real one is built and booted by the end-to-end tests). Needs busybox-static, lz4, xz-utils, zstd, dpkg. */
+ * real one is built and booted by the end-to-end tests). Needs root, busybox-static, lz4, xz-utils, zstd, dpkg. */
 #include "base/hash.h"
 #include "vm/image.h"
 
@@ -7,14 +7,13 @@
 #include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <setjmp.h>
-#include <signal.h>
+#include <sched.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/mount.h>
 #include <sys/stat.h>
-#include <sys/wait.h>
 
-#include <cmocka.h>
+#include "child.h"
 
 static char dir[64];
 
@@ -376,6 +375,124 @@ static void test_base(void **state)
     build_fini(&a);
 }
 
+/* ---- nobody writes to what microVMs start from */
+
+static void set_modes(const char *folder, mode_t mode)
+{
+    DIR *d = opendir(folder);
+    for (struct dirent *e; d && (e = readdir(d));)
+        if (e->d_name[0] != '.')
+            assert_int_equal(fchmodat(dirfd(d), e->d_name, mode, 0), 0);
+    closedir(d);
+}
+
+/* How many files there are, all of this mode. */
+static int count_modes(const char *folder, mode_t mode)
+{
+    struct stat st;
+    int n = 0;
+    DIR *d = opendir(folder);
+    for (struct dirent *e; d && (e = readdir(d));)
+        if (e->d_name[0] != '.' && ++n && (fstatat(dirfd(d), e->d_name, &st, AT_SYMLINK_NOFOLLOW) < 0 || st.st_mode != (S_IFREG | mode)))
+            fail_msg("%s has mode %o", e->d_name, st.st_mode);
+    closedir(d);
+    return n;
+}
+
+static void test_modes(void **state)
+{
+    (void)state;
+    struct build b;
+    struct orch_image found;
+    struct orch_err err = { 0 };
+    make_inputs();
+    build_init(&b, "cache-modes", "vmlinuz", "modules");
+    mode_t before = umask(077); /* root's VMM has another uid, and is to read them all the same */
+    must_build(&b);
+    umask(before);
+    cleanup_free char *folder = orch_xasprintf("%s/%s", b.o.cache_dir, b.image.id);
+    assert_int_equal(count_modes(folder, 0444), 3);
+    /* As earlier versions left them, or somebody who meant well. */
+    set_modes(folder, 0644);
+    assert_int_equal(orch_image_find("base", &b.o, &found, &err), 0);
+    orch_image_fini(&found);
+    assert_int_equal(count_modes(folder, 0444), 3);
+    set_modes(folder, 0666);
+    int fd = orch_image_open(AT_FDCWD, b.image.kernel, &err);
+    assert_true(fd >= 0 && fcntl(fd, F_GETFL) != -1 && (fcntl(fd, F_GETFL) & O_ACCMODE) == O_RDONLY);
+    close(fd);
+    struct stat st;
+    assert_int_equal(stat(b.image.kernel, &st), 0);
+    assert_int_equal(st.st_mode & 07777, 0444);
+    /* By name only; a folder is no file; what is not there is damage. */
+    cleanup_free char *link = orch_xasprintf("%s/link", folder);
+    assert_int_equal(symlink("vmlinux", link), 0);
+    assert_int_equal(orch_image_open(AT_FDCWD, link, &err), -ELOOP);
+    assert_int_equal(orch_image_open(AT_FDCWD, folder, &err), -EINVAL);
+    assert_int_equal(orch_image_open(AT_FDCWD, "/none", &err), -ENOENT);
+    assert_int_equal(err.cls, ORCH_CLASS_FAILED);
+    build_fini(&b);
+}
+
+static char *kept; /* a file of an image */
+
+static void expect_open(const char *const *parts)
+{
+    struct orch_err err = { 0 };
+    int fd = orch_image_open(AT_FDCWD, kept, &err);
+    CHECK(*parts ? fd == -EPERM && err.cls == ORCH_CLASS_ISOLATION : fd >= 0, "%d: %s", fd, err.msg);
+    for (; *parts; parts++)
+        CHECK(strstr(err.msg, *parts), "no `%s` in: %s", *parts, err.msg);
+}
+#define EXPECT_OPEN(...) expect_open((const char *const[]){ __VA_ARGS__ NULL })
+
+static void of_another(void)
+{
+    char chown_[64];
+    snprintf(chown_, sizeof chown_, "sudo chown %u '", geteuid());
+    EXPECT_OPEN(kept, "belongs to uid 12345", "orch image rm", chown_, );
+}
+
+static void open_to_all(void)
+{
+    EXPECT_OPEN(kept, "has mode 0666", "sudo chmod a-w '", "XDG_CACHE_HOME", );
+}
+
+static void fine(void)
+{
+    EXPECT_OPEN();
+}
+
+static void on_read_only(void)
+{
+    CHECK(!unshare(CLONE_NEWNS) && !mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) && !mount(kept, kept, NULL, MS_BIND, NULL) &&
+              !mount(NULL, kept, NULL, MS_REMOUNT | MS_BIND | MS_RDONLY, NULL), "%m");
+    EXPECT_OPEN();
+}
+
+/* What can be changed by others, and is not this user's to mend, is refused by name. */
+static void test_owners(void **state)
+{
+    (void)state;
+    struct stat st;
+    kept = in_dir("kept");
+    put(kept, "x", 1);
+    assert_int_equal(chmod(dir, 0755) | chown(kept, 12345, 12345), 0);
+    run_as_both(of_another);
+    assert_int_equal(chown(kept, 0, 0) | chmod(kept, 0666), 0);
+    run_as(USER, open_to_all);
+    run_as(0, on_read_only);
+    assert_int_equal(stat(kept, &st), 0);
+    assert_int_equal(st.st_mode & 07777, 0666);
+    /* Of root, and root alone may write: a user's VMM is not root. */
+    assert_int_equal(chmod(kept, 0644), 0);
+    run_as(USER, fine);
+    run_as(0, fine);
+    assert_int_equal(stat(kept, &st), 0);
+    assert_int_equal(st.st_mode & 07777, 0444);
+    free(kept);
+}
+
 static void test_own_kernel(void **state)
 {
     (void)state;
@@ -670,7 +787,7 @@ static void test_disk(void **state)
     assert_string_equal(disk.p, "the disk\n");
     struct stat first, st;
     assert_int_equal(stat(found.disk, &first), 0);
-    assert_int_equal(first.st_mode & 0777, 0644);
+    assert_int_equal(first.st_mode & 07777, 0444);
     orch_image_fini(&found);
 
     /* Another agent: the same disk, whether the recipe is at hand or not. */
@@ -756,7 +873,8 @@ int main(void)
         cmocka_unit_test(test_unpack),   cmocka_unit_test(test_unpack_damaged), cmocka_unit_test(test_base),
         cmocka_unit_test(test_own_kernel), cmocka_unit_test(test_refused),      cmocka_unit_test(test_two_builders),
         cmocka_unit_test(test_cancel),   cmocka_unit_test(test_kill_9),         cmocka_unit_test(test_apt),
-        cmocka_unit_test(test_recipe),   cmocka_unit_test(test_disk),
+        cmocka_unit_test(test_recipe),   cmocka_unit_test(test_disk),           cmocka_unit_test(test_modes),
+        cmocka_unit_test(test_owners),
     };
     return cmocka_run_group_tests(tests, make_dir, remove_dir);
 }

@@ -826,8 +826,20 @@ static void test_frozen_files(void **state)
     assert_int_equal(err.code, ENOENT);
     assert_null(orch_frozen_open(dir, "key", 65 << 20, &back, &err));
     assert_int_equal(err.code, EBADMSG);
+    /* Nobody writes to it again, however it was left. */
+    static const char *const files[] = { "frozen/key/mem", "frozen/key/state", "frozen/key/meta.json" };
+    struct stat st;
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(files); i++) {
+        assert_int_equal(stat(own_path(files[i]), &st), 0);
+        assert_int_equal(st.st_mode & 07777, 0400);
+        assert_int_equal(chmod(own_path(files[i]), 0600), 0);
+    }
     struct orch_frozen_load *l = orch_frozen_open(dir, "key", 64 << 20, &back, &err);
     assert_non_null(l);
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(files); i++) {
+        assert_int_equal(stat(own_path(files[i]), &st), 0);
+        assert_int_equal(st.st_mode & 07777, 0400);
+    }
     int r, steps = 0;
     while ((r = orch_frozen_step(l, &err)) > 0)
         steps++;

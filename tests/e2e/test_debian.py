@@ -1,7 +1,7 @@
 # The image debian: built once from Debian's packages, what is in it, what its microVMs share; recipes and what
 # can go wrong with them, there with a stand-in for mmdebstrap.
 # as: user
-import hashlib, json, re, resource
+import fcntl, hashlib, json, re, resource, stat
 
 from orch_e2e import *
 
@@ -101,6 +101,32 @@ def layers(env):
       io.write(sh(a, "ls /usr/bin/jq 2>&1 | grep -c 'No such'"))
     """)
     expect(got == "mine\n/usr/bin/jq\n1\n0\n1\n", got)
+
+
+@case("a VMM holds nothing open that it could write to and that a later microVM would start from")
+def held(env):
+    debian(env)
+    path = env.write("hold.lua", "local vm = assert(orch.vm.spawn{})\nassert(vm:exec({ 'true' }).status == 0)\n"
+                     "io.stdout:write('up\\n') io.stdout:flush()\norch.sleep(600)\n")
+    s = env.session(argv=env.argv(path))
+    expect(s.recv_raw(START_S) == b"up")
+    vmm = [pid for pid in descendants(s.pid) if "qemu" in name_of(pid)]
+    expect(len(vmm) == 1, [name_of(pid) for pid in descendants(s.pid)])
+    seen = set()
+    for n in os.listdir("/proc/%d/fd" % vmm[0]):
+        link = "/proc/%d/fd/%s" % (vmm[0], n)
+        name, mode = os.readlink(link), os.stat(link).st_mode
+        expect(not stat.S_ISDIR(mode), n, name)
+        if not stat.S_ISREG(mode):
+            continue
+        seen.add(os.path.basename(name.split()[0]))
+        if name.startswith("/memfd:"):
+            fd = os.open(link, os.O_RDONLY)
+            expect(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE, n, name)
+            os.close(fd)
+        else:
+            expect(mode & 0o222 == 0, n, name, oct(mode))
+    expect({"disk", "memfd:orch-mem"} <= seen, seen)
 
 
 @case("many readers at once: the VMM lives within its limits")
@@ -216,7 +242,7 @@ def own(env):
                  "'/etc/it'\\''s' 'a'\\''b\n$HOME' '0755'", "echo '\\''x y'\\'' >/z", "'/etc/orch/warm' 'exec >/dev/null 2>&1 </dev/null\njq .\n:\n'"):
         expect(want in args, want, args)
     info = json.loads(env.orch("image", "inspect", "toolbox", "--json").out)
-    expect(os.path.exists(info["disk"]) and os.stat(info["disk"]).st_mode & 0o777 == 0o644, info)
+    expect(os.path.exists(info["disk"]) and os.stat(info["disk"]).st_mode & 0o777 == 0o444, info)
     r = env.orch(*build, deadline_s=60)
     expect(r.status == 0 and "packing" not in r.err, r)
     os.remove(env.path("args"))
