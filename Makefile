@@ -127,7 +127,7 @@ $(B)/tests/wire: tests/e2e/wire.c Makefile
 	$(call say,CC,$@)
 	@mkdir -p $(@D)
 	$(Q)$(CC) -std=gnu11 $(WARN) -O1 -g -D_GNU_SOURCE -static -o $@ $<
-$(B)/tests/test_netns: $(B)/launcher $(B)/tests/wire
+$(B)/tests/test_netns: $(B)/launcher $(B)/tests/wire $(B)/tests/probe
 
 # Runs inside microVMs.
 $(B)/tests/attack: tests/e2e/attack.c Makefile

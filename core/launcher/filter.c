@@ -2,6 +2,7 @@
  * EPERM; a call of another ABI (32-bit, x32) ends the process. */
 #include "launcher.h"
 
+#include <fcntl.h>
 #include <linux/if_tun.h>
 #include <linux/kvm.h>
 #include <linux/sched.h>
@@ -16,7 +17,7 @@
 static const char *const allowed[] = {
     "access", "arch_prctl", "brk", "clock_getres", "clock_gettime", "clock_nanosleep", "close", "dup",
     "epoll_create1", "epoll_ctl", "epoll_pwait", "epoll_wait", "eventfd2", "execve", "exit", "exit_group",
-    "fcntl", "fstat", "fstatfs", "futex", "get_mempolicy", "getegid", "geteuid", "getgid", "getpeername",
+    "fstat", "fstatfs", "futex", "get_mempolicy", "getegid", "geteuid", "getgid", "getpeername",
     "getpid", "getppid", "getrandom", "getresgid", "getresuid", "getsockname", "getsockopt", "gettid", "getuid",
     "lseek", "madvise", "membarrier", "mmap", "mprotect", "mremap", "munmap", "nanosleep", "newfstatat",
     "openat", "pipe2", "poll", "ppoll", "pread64", "preadv", "pwrite64", "pwritev", "read", "readlink",
@@ -41,6 +42,10 @@ static const uint32_t ioctls[] = {
     FIONBIO, TUNGETIFF, TUNGETFEATURES, TUNSETOFFLOAD, TUNGETVNETHDRSZ, TUNSETVNETHDRSZ, TUNSETSNDBUF,
 };
 
+/* Not a lease or a lock, which hold up whoever opens the file next, nor a pipe's size, which counts
+ * against all that the user has. */
+static const int fcntls[] = { F_DUPFD, F_DUPFD_CLOEXEC, F_GETFD, F_SETFD, F_GETFL, F_SETFL };
+
 static struct sock_filter insns[2][MAX_INSNS];
 static struct sock_fprog programs[2];
 
@@ -63,6 +68,8 @@ static int add_rules(scmp_filter_ctx f, bool kvm)
         r = add(f, SCMP_ACT_ERRNO(ENOSYS), unknown[i], 0, none);
     for (size_t i = 0; !r && i < sizeof prctls / sizeof *prctls; i++)
         r = add(f, SCMP_ACT_ALLOW, "prctl", 1, SCMP_A0_64(SCMP_CMP_EQ, (uint64_t)prctls[i]));
+    for (size_t i = 0; !r && i < sizeof fcntls / sizeof *fcntls; i++)
+        r = add(f, SCMP_ACT_ALLOW, "fcntl", 1, SCMP_A1_64(SCMP_CMP_EQ, (uint64_t)fcntls[i]));
     if (!r) /* threads, never processes */
         r = add(f, SCMP_ACT_ALLOW, "clone", 1, SCMP_A0_64(SCMP_CMP_MASKED_EQ, CLONE_THREAD | namespaces, CLONE_THREAD));
     if (!r) /* limits are read, not lowered: RLIMIT_CORE 0 would dump into a pipe handler again */

@@ -277,11 +277,35 @@ static int sealed_memfd(const char *name)
     return fd;
 }
 
+/* A file of an image, as it is when it is finished (core/vm/image.c): of the VMM's own uid, without a write bit. */
+static int image_file(void)
+{
+    char path[] = "/tmp/orch-launch-file-XXXXXX";
+    int w = mkstemp(path);
+    CHECK(w >= 0 && write(w, "image", 5) == 5 && !fchmod(w, 0444), "%m");
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    CHECK(fd >= 0 && !unlink(path), "%m");
+    close(w);
+    return fd;
+}
+
+/* The sealed memory and the files that nobody may write to differ in who says no. */
+#define DESCRIPTOR(f, reopen, truncated, written, mapped)                                          \
+    f ": reopen: " reopen "\n" f ": reopen to truncate: " truncated "\n" f ": reopen below: ENOTDIR\n" \
+    f ": read: ok\n" f ": write: " written "\n" f ": shared map: " mapped "\n" f ": private map: ok\n" \
+    f ": map made writable: EACCES\n" f ": hole in the map: EACCES\n" f ": truncate: EPERM\n"      \
+    f ": truncate by link: EPERM\n" f ": allocate: EPERM\n" f ": copy into: EPERM\n"               \
+    f ": chmod: EPERM\n" f ": chmod by link: EPERM\n" f ": chmod by path: EPERM\n" f ": chown: EPERM\n" \
+    f ": xattr: EPERM\n" f ": xattr by link: EPERM\n" f ": xattr removed: EPERM\n" f ": times: EPERM\n" \
+    f ": flags: EPERM\n" f ": link: EPERM\n" f ": rename: EPERM\n" f ": lock: EPERM\n"             \
+    f ": lock of a range: EPERM\n" f ": lease: EPERM\n" f ": lease to write: EPERM\n"              \
+    f ": signals: EPERM\n" f ": seal: EPERM\n" f ": mount: EPERM\n"
+
 static const char escape[] =
     "pid: 1\n" "parent: 0\n" "uid: 65534 65534 gid: 65534 65534\n" "environment: PATH=/ -\n"
     "capabilities in the bounding set: 0\n" "capget: EPERM\n" "setuid: EPERM\n" "setgroups: EPERM\n"
     "unlock securebits: EPERM\n" "clear parent-death signal: EPERM\n" "no_new_privs off: EINVAL\n"
-    "descriptors: 0 1 2 11 13 14\n" "open /etc/passwd: ENOENT\n" "open /proc: ENOENT\n"
+    "descriptors: 0 1 2 11 12 13 14 15 16 17\n" "open /etc/passwd: ENOENT\n" "open /proc: ENOENT\n"
     "open /proc/self/mem: ENOENT\n" "open /sys: ENOENT\n" "open /dev: ENOENT\n" "open /dev/kvm: ENOENT\n"
     "open /dev/net/tun: ENOENT\n" "open /tmp: ENOENT\n" "open /usr: ENOENT\n" "open /root: ENOENT\n"
     "open /../etc/passwd: ENOENT\n" "open /fd/../../proc/1/root: ENOENT\n" "open /: ok\n" "list /: EPERM\n"
@@ -301,11 +325,14 @@ static const char escape[] =
     "memfd_create: EPERM\n" "memfd_secret: EPERM\n" "shmget: EPERM\n" "mq_open: EPERM\n" "syslog: EPERM\n"
     "personality: EPERM\n" "modify_ldt: EPERM\n" "iopl: EPERM\n" "kexec_load: EPERM\n" "init_module: EPERM\n"
     "setpriority: EPERM\n" "clock_settime: EPERM\n" "inject into a terminal: EPERM\n" "KVM's ioctl: EPERM\n"
-    "memory: reopen: ok\n" "memory: read: ok\n" "memory: write: EPERM\n" "memory: shared map: EPERM\n"
-    "memory: private map: ok\n" "memory: truncate: EPERM\n" "memory: grow: EPERM\n" "memory: chmod: EPERM\n"
-    "memory: xattr: EPERM\n" "memory: lock: EPERM\n" "memory: seal: EPERM\n" "state: reopen: ok\n"
-    "state: write: EPERM\n" "state: truncate on open: EPERM\n" "log: reopen to read: EACCES\n"
-    "socket: reopen: ENXIO\n" "limit core: 1 1\n" "limit nofile: 64 64\n" "limit fsize: 16777216 16777216\n"
+    DESCRIPTOR("memory", "ok", "EPERM", "EPERM", "EPERM") DESCRIPTOR("state", "ok", "EPERM", "EPERM", "EPERM")
+    DESCRIPTOR("disk", "EACCES", "EACCES", "EBADF", "EACCES") DESCRIPTOR("kernel", "EACCES", "EACCES", "EBADF", "EACCES")
+    DESCRIPTOR("initrd", "EACCES", "EACCES", "EBADF", "EACCES")
+    "log: reopen to read: EACCES\n" "log: size: EPERM\n" "log: chmod: EPERM\n" "log: below: ENOTDIR\n"
+    "socket: reopen: ENXIO\n" "control socket: reopen: ENXIO\n" "socket: chmod: EPERM\n" "socket: below: ENOTDIR\n"
+    "no input: reopen: ok\n" "descriptors: list: EPERM\n" "descriptors: beside: ENOENT\n"
+    "descriptors: above: ENOENT\n" "descriptors: create: ENOENT\n"
+    "limit core: 1 1\n" "limit nofile: 64 64\n" "limit fsize: 16777216 16777216\n"
     "limit memlock: 0 0\n" "limit nproc: 16 16\n" "limit msgqueue: 0 0\n" "limit sigpending: 64 64\n"
     "limit as: 536870912 536870912\n" "raise nofile: EPERM\n" "lower core: EPERM\n" "map beyond as: ENOMEM\n"
     "mlock: EPERM\n" "kill all: EPERM\n" "kill 2: EPERM\n" "tgkill of another: ESRCH\n" "fork: EPERM\n"
@@ -342,14 +369,19 @@ static void escape_case(void)
     struct cell t;
     struct orch_err err = { .code = 0 };
     char out[16384];
-    int p[2], q[2];
+    int p[2], q[2], c[2];
     open_launcher();
     struct orch_cell_opts o = options(&t, argv);
-    CHECK(!pipe2(p, O_CLOEXEC) && !socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, q), "%m");
+    CHECK(!pipe2(p, O_CLOEXEC) && !socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, q) &&
+              !socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, c), "%m");
     o.fds[ORCH_LAUNCH_FD_LOG] = p[1];
     o.fds[ORCH_LAUNCH_FD_AGENT] = q[1];
     o.fds[ORCH_LAUNCH_FD_MEM] = sealed_memfd("memory");
     o.fds[ORCH_LAUNCH_FD_STATE] = sealed_memfd("state");
+    o.fds[ORCH_LAUNCH_FD_DISK] = image_file();
+    o.fds[ORCH_LAUNCH_FD_KERNEL] = image_file();
+    o.fds[ORCH_LAUNCH_FD_INITRD] = image_file();
+    o.fds[ORCH_LAUNCH_FD_QMP] = c[1];
     o.as_bytes = (uint64_t)512 << 20;
     o.flags = ORCH_VMM_FREEZING; /* else the limit of file sizes would answer in place of the seals */
     t.c = orch_cell_new(la, &o, &err);

@@ -33,9 +33,10 @@
 #include "net/netns.h"
 
 #define WIRE_PATH "/wire"
+#define PROBE_PATH "/probe"
 #define HOST "203.0.113.2"
 
-static char dir[64] = "/tmp/orch-netns-XXXXXX", launcher[96], wire[96];
+static char dir[64] = "/tmp/orch-netns-XXXXXX", launcher[96], wire[96], probe[96];
 static int capture;  /* AF_PACKET in W */
 static int echo_udp; /* in W, 198.51.100.10 */
 static int echo_copies = 1;
@@ -1314,6 +1315,52 @@ static void test_bandwidth(void **state)
     run_as_both(bandwidth_case);
 }
 
+/* ---- the tap in the VMM's hands */
+
+/* What tests/e2e/probe.c may find. The device behind it can be opened anew, as by everyone on the host. */
+static const char tap_answers[] =
+    "reopen: ok\n" "reopened: write: EBADFD\n" "reopened: attach: EPERM\n" "map: ENODEV\n" "attach: EPERM\n"
+    "queue: EPERM\n" "persist: EPERM\n" "owner: EPERM\n" "link type: EPERM\n" "carrier: EPERM\n" "debug: EPERM\n"
+    "filter: EPERM\n" "address: EPERM\n" "namespace: EPERM\n" "chmod: EPERM\n" "chmod by link: EPERM\n"
+    "xattr: EPERM\n" "below: ENOTDIR\n" "end\n";
+
+static void tap_case(void)
+{
+    static const char *const argv[] = { PROBE_PATH, "tap", NULL };
+    static const struct orch_cell_bind bind = { probe, PROBE_PATH };
+    struct orch_err err = { .code = 0 };
+    struct orch_cell_opts o = { .argv = argv, .binds = &bind, .n_binds = 1, .on_started = on_started,
+                                .on_exit = on_exit_, .on_error = on_failed };
+    struct orch_rules *r = rules_with(0, 0);
+    cleanup_buf struct orch_buf said = { 0 };
+    struct net t;
+    int log[2];
+    open_launcher();
+    begin(&t, r, false);
+    WAIT(t.ready || t.failed);
+    CHECK(!t.failed && !pipe2(log, O_CLOEXEC), "%s", t.err.msg);
+    o.ud = &t;
+    for (int i = 0; i < ORCH_LAUNCH_FDS; i++)
+        o.fds[i] = -1;
+    o.fds[ORCH_LAUNCH_FD_LOG] = log[1];
+    t.cell = orch_netns_start(t.n, &o, &err);
+    CHECK(t.cell, "%s", err.msg);
+    close(log[1]);
+    WAIT(t.exited || t.failed);
+    CHECK(t.exited && !orch_read_fd(log[0], 4096, &said), "%s", t.err.msg);
+    CHECK(!strcmp(said.p, tap_answers), "expected\n%sgot\n%s", tap_answers, said.p);
+    close(log[0]);
+    end(&t);
+    orch_rules_free(r);
+    close_launcher();
+}
+
+static void test_tap(void **state)
+{
+    (void)state;
+    run_as_both(tap_case);
+}
+
 /* ---- refusals */
 
 static void expect_failure(const char *const *parts, bool uplink)
@@ -1882,6 +1929,9 @@ static int set_up(void **state)
     copy(path, launcher);
     snprintf(path, sizeof path, "%s/wire", tests);
     copy(path, wire);
+    snprintf(probe, sizeof probe, "%s/probe", dir);
+    snprintf(path, sizeof path, "%s/probe", tests);
+    copy(path, probe);
 
     if (unshare(CLONE_NEWNET | CLONE_NEWNS) || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) ||
         pipe2(ready, O_CLOEXEC))
@@ -1952,7 +2002,7 @@ int main(void)
         cmocka_unit_test(test_large),     cmocka_unit_test(test_listing),
         cmocka_unit_test(test_packets),   cmocka_unit_test(test_denied),
         cmocka_unit_test(test_rehost),    cmocka_unit_test(test_watch),
-        cmocka_unit_test(test_loopback),
+        cmocka_unit_test(test_loopback),  cmocka_unit_test(test_tap),
         cmocka_unit_test(test_bandwidth), cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_read_only), cmocka_unit_test(test_ends),
         cmocka_unit_test(test_gone),      cmocka_unit_test(test_untouched),

@@ -4,14 +4,18 @@
  *
  * probe escape        the attempts
  * probe sleep MARK    prints "up", then waits for its end (MARK finds it in the process list)
+ * probe tap           those of a microVM's network device
  * probe kvm           what /dev/kvm and its calls answer
  * probe exit N        ends with status N
  * probe x32           makes a call of a foreign ABI, which must end it */
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/capability.h>
+#include <linux/fs.h>
+#include <linux/if_tun.h>
 #include <linux/netlink.h>
 #include <linux/vm_sockets.h>
+#include <net/if.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <pthread.h>
@@ -20,6 +24,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
@@ -233,25 +238,103 @@ static void limits(void)
     TRY("mlock", mlock(&up, sizeof up));
 }
 
-static void memfds(void)
+#ifndef SYS_fchmodat2
+#define SYS_fchmodat2 452
+#endif
+
+/* What one of its descriptors can be made into: by number, by its link, and opened anew. */
+static void descriptor(const char *file, int fd)
 {
-    TRY("memory: reopen", open("/fd/13", O_RDWR));
-    int m = open("/fd/13", O_RDWR);
-    TRY("memory: read", pread(m, &(char){ 0 }, 1, 0));
-    TRY("memory: write", pwrite(m, "x", 1, 0));
-    TRY("memory: shared map", mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, m, 0));
-    TRY("memory: private map", mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE, m, 0));
-    TRY("memory: truncate", ftruncate(m, 0));
-    TRY("memory: grow", fallocate(m, 0, 0, 1 << 20));
-    TRY("memory: chmod", fchmod(m, 0777));
-    TRY("memory: xattr", fsetxattr(m, "user.x", "1", 1, 0));
-    TRY("memory: lock", syscall(SYS_flock, m, 2));
-    TRY("memory: seal", fcntl(m, F_ADD_SEALS, F_SEAL_SEAL));
-    TRY("state: reopen", open("/fd/14", O_RDWR));
-    TRY("state: write", pwrite(open("/fd/14", O_RDWR), "x", 1, 0));
-    TRY("state: truncate on open", open("/fd/14", O_RDWR | O_TRUNC));
+    char link[16], what[80];
+    snprintf(link, sizeof link, "/fd/%d", fd);
+    int again = open(link, O_RDWR), readable = open(link, O_RDONLY), flags = 0;
+    int at = again < 0 ? fd : again;
+    void *p = mmap(NULL, 4096, PROT_READ, MAP_SHARED, readable, 0);
+#define ATTEMPT(name, expr) (snprintf(what, sizeof what, "%s: %s", file, name), errno = 0, say(what, (long)(expr)))
+    ATTEMPT("reopen", open(link, O_RDWR));
+    ATTEMPT("reopen to truncate", open(link, O_WRONLY | O_TRUNC));
+    ATTEMPT("reopen below", open(link, O_PATH) < 0 ? -1 : openat(open(link, O_PATH), "..", O_RDONLY));
+    ATTEMPT("read", pread(at, &(char){ 0 }, 1, 0));
+    ATTEMPT("write", pwrite(at, "x", 1, 0));
+    ATTEMPT("shared map", mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, at, 0));
+    ATTEMPT("private map", mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE, at, 0));
+    ATTEMPT("map made writable", mprotect(p, 4096, PROT_READ | PROT_WRITE));
+    ATTEMPT("hole in the map", madvise(p, 4096, MADV_REMOVE));
+    ATTEMPT("truncate", ftruncate(at, 0));
+    ATTEMPT("truncate by link", truncate(link, 0));
+    ATTEMPT("allocate", fallocate(at, 0, 0, 1 << 20));
+    ATTEMPT("copy into", copy_file_range(readable, NULL, at, NULL, 1, 0));
+    ATTEMPT("chmod", fchmod(at, 0777));
+    ATTEMPT("chmod by link", chmod(link, 0777));
+    ATTEMPT("chmod by path", syscall(SYS_fchmodat2, at, "", 0777, AT_EMPTY_PATH));
+    ATTEMPT("chown", fchown(at, (uid_t)-1, 0));
+    ATTEMPT("xattr", fsetxattr(at, "user.x", "1", 1, 0));
+    ATTEMPT("xattr by link", setxattr(link, "user.x", "1", 1, 0));
+    ATTEMPT("xattr removed", fremovexattr(at, "user.x"));
+    ATTEMPT("times", futimens(at, NULL));
+    ATTEMPT("flags", ioctl(at, FS_IOC_SETFLAGS, &flags));
+    ATTEMPT("link", linkat(AT_FDCWD, link, AT_FDCWD, "/new", AT_SYMLINK_FOLLOW));
+    ATTEMPT("rename", rename(link, "/fd/99"));
+    ATTEMPT("lock", flock(at, LOCK_EX | LOCK_NB));
+    ATTEMPT("lock of a range", fcntl(at, F_SETLK, &(struct flock){ .l_type = F_WRLCK }));
+    ATTEMPT("lease", fcntl(at, F_SETLEASE, F_RDLCK));
+    ATTEMPT("lease to write", fcntl(at, F_SETLEASE, F_WRLCK));
+    ATTEMPT("signals", fcntl(at, F_SETOWN, getpid()));
+    ATTEMPT("seal", fcntl(at, F_ADD_SEALS, F_SEAL_SEAL));
+    ATTEMPT("mount", syscall(SYS_open_tree, at, "", AT_EMPTY_PATH | 1 /* OPEN_TREE_CLONE */));
+    close(again);
+    close(readable);
+}
+
+static void kept(void)
+{
+    descriptor("memory", 13);
+    descriptor("state", 14);
+    descriptor("disk", 15);
+    descriptor("kernel", 16);
+    descriptor("initrd", 17);
     TRY("log: reopen to read", open("/fd/1", O_RDONLY | O_NONBLOCK));
+    TRY("log: size", fcntl(1, F_SETPIPE_SZ, 1 << 20));
+    TRY("log: chmod", fchmod(1, 0777));
+    TRY("log: below", open("/fd/1/..", O_RDONLY));
     TRY("socket: reopen", open("/fd/11", O_RDWR));
+    TRY("control socket: reopen", open("/fd/12", O_RDWR));
+    TRY("socket: chmod", fchmod(11, 0777));
+    TRY("socket: below", open("/fd/11/..", O_RDONLY));
+    TRY("no input: reopen", open("/fd/0", O_RDWR));
+    int fds = open("/fd", O_RDONLY | O_DIRECTORY);
+    char dents[512];
+    TRY("descriptors: list", syscall(SYS_getdents64, fds, dents, sizeof dents));
+    TRY("descriptors: beside", openat(fds, "../status", O_RDONLY));
+    TRY("descriptors: above", openat(openat(fds, "..", O_RDONLY), "proc", O_RDONLY));
+    TRY("descriptors: create", openat(fds, "99", O_CREAT | O_RDWR, 0600));
+    close(fds);
+}
+
+/* The device behind the tap can be opened anew, which is a tap of nobody's. */
+static void tap(void)
+{
+    struct ifreq r = { .ifr_name = "tap0", .ifr_flags = IFF_TAP | IFF_NO_PI };
+    int again = open("/fd/18", O_RDWR);
+    TRY("reopen", again);
+    TRY("reopened: write", write(again, "x", 1));
+    TRY("reopened: attach", ioctl(again, TUNSETIFF, &r));
+    TRY("map", mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, 18, 0));
+    TRY("attach", ioctl(18, TUNSETIFF, &r));
+    TRY("queue", ioctl(18, TUNSETQUEUE, &r));
+    TRY("persist", ioctl(18, TUNSETPERSIST, 1));
+    TRY("owner", ioctl(18, TUNSETOWNER, 0));
+    TRY("link type", ioctl(18, TUNSETLINK, 1));
+    TRY("carrier", ioctl(18, TUNSETCARRIER, &(int){ 0 }));
+    TRY("debug", ioctl(18, TUNSETDEBUG, 1));
+    TRY("filter", ioctl(18, TUNATTACHFILTER, &r));
+    TRY("address", ioctl(18, SIOCSIFHWADDR, &r));
+    TRY("namespace", ioctl(18, TUNGETDEVNETNS, 0));
+    TRY("chmod", fchmod(18, 0777));
+    TRY("chmod by link", chmod("/fd/18", 0777));
+    TRY("xattr", fsetxattr(18, "user.x", "1", 1, 0));
+    TRY("below", open("/fd/18/..", O_RDONLY));
+    printf("end\n");
 }
 
 int main(int argc, char **argv)
@@ -268,6 +351,10 @@ int main(int argc, char **argv)
     if (!strcmp(mode, "x32"))
         return (int)syscall(0x40000000 | SYS_getpid);
 #endif
+    if (!strcmp(mode, "tap")) {
+        tap();
+        return 0;
+    }
     if (!strcmp(mode, "kvm")) {
         int kvm = open("/dev/kvm", O_RDWR);
         say("open /dev/kvm", kvm);
@@ -283,7 +370,7 @@ int main(int argc, char **argv)
     mounts();
     network();
     kernel();
-    memfds();
+    kept();
     limits();
     processes();
     printf("end\n");
