@@ -55,13 +55,16 @@ local function configuration()
   return g
 end
 
+-- Ubuntu's own; a profile gives a program what it takes from all others.
+local restricted = not root and read_line("/proc/sys/kernel/apparmor_restrict_unprivileged_userns") == "1"
+local LIFT = "sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0"
+
 local function confinement()
   local ok, why = internal.launch_check()
-  local restricted = not root and read_line("/proc/sys/kernel/apparmor_restrict_unprivileged_userns") == "1"
   if restricted and not ok then
     add("AppArmor", "error",
       "kernel.apparmor_restrict_unprivileged_userns is 1: this Ubuntu does not let ordinary users make user namespaces",
-      "sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0   (to keep it: a line in /etc/sysctl.d/)")
+      LIFT .. "   (to keep it: a line in /etc/sysctl.d/)")
   elseif restricted then
     add("AppArmor", "ok", "limits user namespaces, but the launcher has what it needs")
   end
@@ -167,6 +170,12 @@ local function images(g)
   if lacking[1] then
     add("mmdebstrap", "warn", table.concat(lacking, ", ") .. " not found; image build debian needs it",
       "sudo apt-get install --no-install-recommends " .. table.concat(lacking, " "))
+  elseif not root then
+    local r, why = orch.process.run({ "unshare", "--map-root-user", "--mount", "true" }, { timeout = "10s" })
+    if not r or r.status ~= 0 then
+      add("unshare", "warn", "makes no namespaces for this user, which image build debian needs: " .. (r and r.stderr or why),
+        restricted and LIFT .. "   (until the image is built)" or "see confinement")
+    end
   end
   if not in_path("lz4") then
     add("lz4", needed, "not found; image build unpacks Debian's kernel with it", "sudo apt-get install lz4")

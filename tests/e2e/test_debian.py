@@ -147,6 +147,22 @@ def default(env):
     expect(any("image base" in c["why"] for c in json.loads(r.out)["checks"] if c["name"] == "image"), r)
 
 
+@case("doctor: where unshare makes no namespaces for a user, as AppArmor has it on Ubuntu, the image cannot be built")
+def doctor(env):
+    find = lambda: {c["name"]: c for c in json.loads(env.orch("doctor", "--json", deadline_s=60).out)["checks"]}
+    expect("unshare" not in find())
+    path = env.write("fakes/unshare", "#!/bin/sh\necho 'unshare: write failed /proc/self/uid_map: Operation not permitted' >&2\nexit 1\n")
+    os.chmod(path, 0o755)
+    env.environ["PATH"] = os.path.dirname(path) + ":" + env.environ["PATH"]
+    if os.geteuid() == 0:
+        expect("unshare" not in find())
+        return
+    found = find()["unshare"]
+    expect(found["state"] == "warn" and "uid_map: Operation not permitted" in found["why"] and found["fix"], found)
+    r = env.orch("image", "build", "debian", "--fresh", deadline_s=60)
+    expect(r.status == 1 and "orch doctor" in r.err, r)
+
+
 @case("before it is built: refused at once, by the command that builds it")
 def not_built(env):
     env.project(more='vm = { image = "debian" }')
