@@ -850,13 +850,14 @@ int orch_image_open(int dir_fd, const char *path, struct orch_err *err)
                              "%s belongs to uid %u, who could change what every later microVM starts from; remove the image "
                              "(orch image rm) and build it again, or: sudo chown %u '%s'", path, st.st_uid, geteuid(), path);
     /* On a read-only filesystem nobody writes, whatever the mode. */
-    bool changed = writable(&st) && fchmod(fd, st.st_mode & 07555) == 0;
-    if (writable(&st) && (changed || errno != EROFS) && (fstat(fd, &st) < 0 || writable(&st)))
-        return orch_err_setc(err, ORCH_CLASS_ISOLATION, EPERM,
-                             "%s has mode %04o, and who may write to it could change what every later microVM starts from; fix: "
-                             "sudo chmod a-w '%s' (on a filesystem without modes: another cache directory, XDG_CACHE_HOME)", path,
-                             st.st_mode & 07777, path);
-    return orch_steal_fd(&fd);
+    if (!writable(&st) || (fchmod(fd, st.st_mode & 07555) < 0 && errno == EROFS))
+        return orch_steal_fd(&fd);
+    if (fstat(fd, &st) == 0 && !writable(&st))
+        return orch_steal_fd(&fd);
+    return orch_err_setc(err, ORCH_CLASS_ISOLATION, EPERM,
+                         "%s has mode %04o, and who may write to it could change what every later microVM starts from; fix: "
+                         "sudo chmod a-w '%s' (on a filesystem without modes: another cache directory, XDG_CACHE_HOME)", path,
+                         st.st_mode & 07777, path);
 }
 
 /* The hash of the recipe that the built image's disk was made of, whatever agent it has; NULL: no disk. */
