@@ -20,6 +20,7 @@ struct client {
     struct orch_watch *watch;
     struct orch_buf in;
     int fd, pid;
+    bool outside; /* in no user namespace of its own: not where children on the host are */
 };
 
 struct orch_control {
@@ -136,6 +137,20 @@ static void put_vms(struct orch *o, void (*put)(void *ud, struct orch_vm *vm), s
     orch_json_free(list);
 }
 
+static bool same_user_namespace(int pid)
+{
+    char path[64], own[64], its[64];
+    snprintf(path, sizeof path, "/proc/%d/ns/user", pid);
+    ssize_t n = readlink("/proc/self/ns/user", own, sizeof own), m = readlink(path, its, sizeof its);
+    return n > 0 && n == m && n < (ssize_t)sizeof own && memcmp(own, its, (size_t)n) == 0;
+}
+
+/* Whether it may ask for what loosens rules: nothing that orch started does, also when its parents are gone. */
+static bool may_change(const struct client *k)
+{
+    return k->outside && !orch_is_descendant(k->pid, getpid());
+}
+
 static void answer(struct client *k)
 {
     struct orch *o = k->control->o;
@@ -151,8 +166,8 @@ static void answer(struct client *k)
     } else if (op && orch_json_string_eq(&d, op, "stats")) {
         put_vms(o, put_vm_stats, &out);
     } else if (op && orch_json_string_eq(&d, op, "reload")) {
-        if (orch_is_descendant(k->pid, getpid()))
-            orch_buf_str(&out, "{\"ok\":false,\"error\":\"refused: asked by a process that orch started\"}");
+        if (!may_change(k))
+            orch_buf_str(&out, "{\"ok\":false,\"refused\":true,\"error\":\"refused: asked by a process that orch started\"}");
         else if (orch_host_reload(o, "orch reload") == 0)
             orch_buf_printf(&out, "{\"ok\":true,\"generation\":\"%s\"}", o->gen->hash);
         else {
@@ -220,6 +235,7 @@ static void accept_client(void *ud, int events)
     }
     struct client *k = orch_xcalloc(1, sizeof *k);
     *k = (struct client){ .next = c->clients, .control = c, .fd = fd, .pid = peer.pid };
+    k->outside = (peer.uid == 0 && getuid() != 0) || same_user_namespace(peer.pid);
     c->clients = k;
     c->n_clients++;
     k->watch = orch_watch_new(c->o->loop, fd, ORCH_READ, client_readable, k);

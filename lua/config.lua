@@ -243,6 +243,7 @@ local AGENT = "connect an agent with `orch mcp stdio`"
 -- path, kind, default, the kind's arguments. Ranges: what a small machine can hold and a peer must not
 -- exceed; the message limit is also the JSON scanner's.
 local SPEC = {
+  { "trust", choice, nil, { "always" } },
   { "policies", directory, "policies" },
   { "tools", directories, {} },
   { "workspace", workspace },

@@ -134,8 +134,10 @@ static void reap(void)
     }
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
+    if (argc > 1 && !strcmp(argv[1], "protect"))
+        orch_protect_exec(argv + 2);
     static struct orch_launch_msg msg;
     int type = 0, fds[ORCH_LAUNCH_FDS];
     socklen_t n_type = sizeof type;

@@ -18,7 +18,7 @@ return cli.main("reload", {
       if a.answer and a.answer.ok then
         cli.out(("%d: generation %s in force\n"):format(a.pid, a.answer.generation:sub(1, 12)))
       else
-        status = 6
+        status = a.answer and a.answer.refused and 3 or 6
         cli.err(("%d: %s"):format(a.pid, a.error or a.answer.error))
       end
     end
