@@ -282,11 +282,16 @@ static void tidy(struct plan *pl)
     pl->n = kept;
 }
 
+/* The program of this process; where it was replaced, what a next start would execute. */
 static char *own_program(void)
 {
+    static const char gone[] = " (deleted)";
     char exe[PATH_MAX];
     ssize_t n = readlink("/proc/self/exe", exe, sizeof exe - 1);
-    return n > 0 ? orch_xstrndup(exe, (size_t)n) : NULL;
+    size_t len = n > 0 ? (size_t)n : 0, tail = sizeof gone - 1;
+    if (len > tail && memcmp(exe + len - tail, gone, tail) == 0)
+        len -= tail;
+    return len ? orch_xstrndup(exe, len) : NULL;
 }
 
 static int protect_configuration(struct plan *pl, struct orch *o)
