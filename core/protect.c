@@ -21,8 +21,8 @@
 
 enum {
     LINKS_MAX = 40,
-    DEPTH_MAX = 4,     /* folders below one that is protected in which links are looked for */
     PATHS_MAX = 2000,
+    DEPTH = 1, /* folders below one that is protected in which links are looked for */
     MOUNTS_MAX_BYTES = 8 << 20,
 };
 
@@ -122,7 +122,7 @@ static int walk(struct plan *pl, const char *path, char real[PATH_MAX])
 
 static int protect_links(struct plan *pl, const char *dir, int depth);
 
-/* Read-only, with all below, and what links below lead to. What is not there is passed over. */
+/* Read-only, with all below, and what links in it lead to, down to depth. What is not there is passed over. */
 static int protect(struct plan *pl, const char *path, int depth)
 {
     char real[PATH_MAX];
@@ -133,12 +133,14 @@ static int protect(struct plan *pl, const char *path, int depth)
     }
     if (r < 0)
         return r == -ENOENT ? 0 : r;
-    return push(pl, 'r', real) < 0 ? -E2BIG : protect_links(pl, real, depth);
+    if (push(pl, 'r', real) < 0)
+        return -E2BIG;
+    return depth >= 0 ? protect_links(pl, real, depth) : 0;
 }
 
 static int protect_links(struct plan *pl, const char *dir, int depth)
 {
-    DIR *d = depth < DEPTH_MAX ? opendir(dir) : NULL;
+    DIR *d = opendir(dir);
     int r = 0;
     for (struct dirent *e; d && r == 0 && (e = readdir(d));) {
         if (strcmp(e->d_name, ".") == 0 || strcmp(e->d_name, "..") == 0)
@@ -148,9 +150,9 @@ static int protect_links(struct plan *pl, const char *dir, int depth)
         if (e->d_type == DT_UNKNOWN && lstat(path, &st) == 0)
             e->d_type = (unsigned char)IFTODT(st.st_mode);
         if (e->d_type == DT_LNK)
-            r = protect(pl, path, depth + 1);
-        else if (e->d_type == DT_DIR)
-            r = protect_links(pl, path, depth + 1);
+            r = protect(pl, path, -1);
+        else if (e->d_type == DT_DIR && depth > 0)
+            r = protect_links(pl, path, depth - 1);
     }
     if (d)
         closedir(d);
@@ -163,7 +165,7 @@ static int protect_made(struct plan *pl, const char *dir, mode_t mode)
     int r = orch_mkdir_p(dir, mode);
     if (r < 0 && r != -EACCES && r != -EPERM && r != -EROFS && r != -ENOTDIR && r != -EEXIST)
         return orch_err_set(pl->err, -r, "%s: cannot be made: %s", dir, strerror(-r));
-    return protect(pl, dir, 0);
+    return protect(pl, dir, DEPTH);
 }
 
 /* ---- the same files by other names: mounts of the same file system elsewhere */
@@ -228,7 +230,7 @@ static int protect_alias(struct plan *pl, const char *path, const struct mount *
         return r < 0 ? r : push(pl, 'r', alias);
     }
     /* Something of it is, unless at a place that is protected by its way. */
-    return below(m->root, inside) && !below(m->at, path) ? protect(pl, m->at, DEPTH_MAX) : 0;
+    return below(m->root, inside) && !below(m->at, path) ? protect(pl, m->at, -1) : 0;
 }
 
 static int protect_aliases(struct plan *pl)
@@ -300,10 +302,10 @@ static int protect_configuration(struct plan *pl, struct orch *o)
     const struct orch_config *c = &o->gen->cfg;
     cleanup_free char *base = orch_xstrdup(p->config);
     *strrchr(base, '/') = 0;
-    int r = protect(pl, p->named, 0);
-    r = r < 0 ? r : protect(pl, c->policies, 0);
+    int r = protect(pl, p->named, -1);
+    r = r < 0 ? r : protect(pl, c->policies, DEPTH);
     for (char **dir = c->tools; *dir && r == 0; dir++)
-        r = protect(pl, *dir, 0);
+        r = protect(pl, *dir, DEPTH);
     /* Where the whole folder is protected, nothing can come in. */
     bool whole = below(base, p->user_config) || below(base, ORCH_SYSTEM_CONFIG);
     for (const char *const *name = orch_beside; *name && !whole && r == 0; name++) {
@@ -324,16 +326,16 @@ static int protect_all(struct plan *pl, struct orch *o)
     const char *const own[] = { p->state, p->cache, p->runtime };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(own) && r == 0; i++)
         r = protect_made(pl, own[i], 0700);
-    r = r < 0 ? r : protect(pl, o->gen->cfg.audit_dir, DEPTH_MAX);
+    r = r < 0 ? r : protect(pl, o->gen->cfg.audit_dir, -1);
     static const char *const shared[] = { "lua", "policies", "orchestrator.lua" };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(shared) && r == 0; i++) {
         cleanup_free char *path = orch_xasprintf("%s/%s", p->share, shared[i]);
-        r = protect(pl, path, 0);
+        r = protect(pl, path, DEPTH);
     }
     const char *const files[] = { p->launcher, p->agent, program, o->script_file, o->kernel, o->modules };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(files) && r == 0; i++)
         if (files[i])
-            r = protect(pl, files[i], DEPTH_MAX);
+            r = protect(pl, files[i], -1);
     return r < 0 ? r : protect_aliases(pl);
 }
 

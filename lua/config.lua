@@ -243,10 +243,10 @@ local AGENT = "connect an agent with `orch mcp stdio`"
 -- path, kind, default, the kind's arguments. Ranges: what a small machine can hold and a peer must not
 -- exceed; the message limit is also the JSON scanner's.
 local SPEC = {
-  { "trust", choice, nil, { "always" } },
   { "policies", directory, "policies" },
   { "tools", directories, {} },
   { "workspace", workspace },
+  { "trust", choice, nil, { "always" } }, -- none: only a configuration in the working directory needs it
   { "vm.backend", choice, "auto", { "auto", "qemu", "firecracker" }, { firecracker = '"auto" or "qemu"' } },
   { "vm.accel", choice, "auto", { "auto", "kvm", "tcg" } },
   { "vm.image", image }, -- none: the host takes debian when it is built, else base

@@ -229,6 +229,23 @@ def aliases(env):
     expect(text_of(r) == "ok" and os.path.exists(env.path("p/free.txt")), r)
 
 
+@case("a script's server: open unless the script says protect = true; then the script is protected too")
+def script(env):
+    env.project(law("first"))
+    path = env.write("s.lua", '''local orch = require "orch"
+for _, protect in ipairs { false, true } do
+  local c = assert(orch.mcp.connect { command = { "%s", "%s" }, protect = protect })
+  for _, file in ipairs { "%s", "%s", "%s" } do
+    io.write(c:call_tool("try", { op = "write", path = file }).content[1].text, " ")
+  end
+  c:close()
+end
+print(select(2, orch.mcp.connect { command = { "/no/such/server" }, protect = true }))''' % (PY, FILES, env.path("p", RULES), env.path("p/s.lua"), env.path("p/free")))
+    env.write("free", "")
+    r = env.orch(path, config=True)
+    expect(r.status == 0 and r.out.startswith("ok ok ok EROFS EROFS ok ") and "/no/such/server: No such file" in r.err and "upstream" in r.err, r)
+
+
 @case("a policy with a second name is refused before the server starts")
 def hard_link(env):
     env.project(law("first"))
