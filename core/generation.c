@@ -648,7 +648,7 @@ static int find_trust(struct loading *l)
     struct orch_err err = { 0 };
     if (l->mode != ORCH_TRUST_CHECK || o->paths.origin == ORCH_CONFIG_BUILTIN)
         return 0;
-    if (orch_trust_read(o, l->base, &l->trust, &err) < 0) {
+    if (orch_trust_read(o, &l->trust, &err) < 0) {
         orch_load_fail(l, ORCH_CLASS_CONFIG, "trust: %s", err.msg);
         return -1;
     }
@@ -658,12 +658,12 @@ static int find_trust(struct loading *l)
 
 /* From now on this configuration is loaded only as the user has seen it, also by the next orch: what is in force is what
  * was seen last. */
-static void hold_to_trust(struct orch *o, const char *dir)
+static void hold_to_trust(struct orch *o)
 {
     struct orch_err err = { 0 };
     struct orch_trust t = { .list = o->gen->sources, .always = true };
-    if (orch_trust_record(o, dir, &t, &err) < 0)
-        orch_log(ORCH_ERROR, "that %s must be trusted could not be recorded: %s", dir, err.msg);
+    if (orch_trust_record(o, &t, &err) < 0)
+        orch_log(ORCH_ERROR, "that %s must be trusted could not be recorded: %s", o->paths.config, err.msg);
 }
 
 static int load_all(struct loading *l)
@@ -709,11 +709,13 @@ struct orch_generation *orch_generation_load(struct orch *o, enum orch_trust_mod
     l.g->refs = 1;
     l.base = orch_xstrdup(o->paths.config);
     *strrchr(l.base, '/') = 0;
+    l.trust_dir = orch_trust_dir(o);
     orch_sha256_init(&l.hash);
     int r = load_all(&l);
     if (l.unheld && o->gen)
-        hold_to_trust(o, l.base);
+        hold_to_trust(o);
     orch_trust_fini(&l.trust);
+    free(l.trust_dir);
     free(l.base);
     if (r < 0) {
         *cls = l.cls;

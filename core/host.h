@@ -118,14 +118,15 @@ enum orch_trust_mode { ORCH_TRUST_CHECK, ORCH_TRUST_ANY };
 
 /* Reads, checks and tests everything; NULL with all errors, a line each, in errors (class in cls). */
 struct orch_generation *orch_generation_load(struct orch *o, enum orch_trust_mode mode, struct orch_buf *errors, enum orch_class *cls);
-/* What is recorded of a folder (loading.c): files, and whether later edits are accepted (edits) and whether its configuration
+/* What is recorded of the folder in which the configuration was found, which is where a link to it lies (loading.c): files, and whether later edits are accepted (edits) and whether its configuration
  * is held to the record wherever it lies (always). 1 found, 0 nothing is, or a negative errno. */
 struct orch_trust {
     struct orch_trust_list list;
     bool edits, always;
 };
-int orch_trust_read(struct orch *o, const char *dir, struct orch_trust *t, struct orch_err *err);
-int orch_trust_record(struct orch *o, const char *dir, const struct orch_trust *t, struct orch_err *err);
+char *orch_trust_dir(const struct orch *o);
+int orch_trust_read(struct orch *o, struct orch_trust *t, struct orch_err *err);
+int orch_trust_record(struct orch *o, const struct orch_trust *t, struct orch_err *err);
 void orch_trust_fini(struct orch_trust *t);
 struct orch_generation *orch_generation_ref(struct orch_generation *g);
 void orch_generation_unref(struct orch_generation *g);

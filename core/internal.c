@@ -33,7 +33,7 @@ static int i_paths(lua_State *L)
     const char *const fields[][2] = { { "share", p->share },     { "launcher", p->launcher }, { "agent", p->agent },
                                       { "state", p->state },     { "cache", p->cache },       { "runtime", p->runtime },
                                       { "cwd", p->cwd },         { "home", p->home },         { "config", p->config },
-                                      { "user_config", p->user_config },
+                                      { "named", p->named },     { "user_config", p->user_config },
                                       { "origin", origins[p->origin] } };
     lua_newtable(L);
     for (size_t i = 0; i < ORCH_ARRAY_LEN(fields); i++) {
@@ -57,7 +57,7 @@ static int i_use_config(lua_State *L)
     free(p->config);
     p->config = real;
     free(p->named);
-    p->named = orch_xstrdup(real);
+    p->named = path[0] == '/' ? orch_xstrdup(path) : orch_xasprintf("%s/%s", p->cwd, path);
     p->origin = ORCH_CONFIG_OPTION;
     lua_pushstring(L, real);
     return 1;
@@ -195,13 +195,6 @@ static int i_packet(lua_State *L)
     return 2;
 }
 
-static char *config_dir(const struct orch *o)
-{
-    char *dir = orch_xstrdup(o->paths.config);
-    *strrchr(dir, '/') = 0;
-    return dir;
-}
-
 /* trust_look(): reads the configuration whether it is trusted or not: { { path, sha256, text, before = SHA-256 recorded or
  * nil }… }, and its list `gone` of paths that were recorded and are no more. Before anything is loaded. */
 static int i_trust_look(lua_State *L)
@@ -211,10 +204,9 @@ static int i_trust_look(lua_State *L)
     struct orch_trust known = { .edits = false };
     cleanup_buf struct orch_buf errors = { 0 };
     enum orch_class cls = ORCH_CLASS_CONFIG;
-    cleanup_free char *dir = config_dir(o);
     if (!o->gen && !(o->gen = orch_generation_load(o, ORCH_TRUST_ANY, &errors, &cls)))
         return push_errors(L, &errors, cls);
-    if (orch_trust_read(o, dir, &known, &err) < 0)
+    if (orch_trust_read(o, &known, &err) < 0)
         return orch_push_err(L, &err);
     const struct orch_trust_list *list = &o->gen->sources;
     lua_newtable(L);
@@ -254,9 +246,8 @@ static int i_trust(lua_State *L)
 {
     struct orch *o = host_of(L);
     struct orch_err err = { 0 };
-    cleanup_free char *dir = config_dir(o);
     struct orch_trust t = { .list = o->gen->sources, .edits = lua_toboolean(L, 1), .always = o->gen->cfg.trust_always };
-    if (orch_trust_record(o, dir, &t, &err) < 0)
+    if (orch_trust_record(o, &t, &err) < 0)
         return orch_push_err(L, &err);
     lua_pushboolean(L, 1);
     return 1;

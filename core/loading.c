@@ -41,11 +41,21 @@ static char *trust_db(const struct orch *o)
     return orch_xasprintf("%s/state.db", o->paths.state);
 }
 
+/* Not the folder that a link leads to: what lies in the working directory is not trusted because it says so elsewhere. */
+char *orch_trust_dir(const struct orch *o)
+{
+    cleanup_free char *dir = orch_xstrdup(o->paths.named);
+    char *slash = strrchr(dir, '/');
+    slash[slash == dir] = 0; /* "/" stays */
+    char *real = realpath(dir, NULL);
+    return real ? real : orch_steal_ptr(&dir);
+}
+
 /* In the record, an entry with an empty name says `always`. */
-int orch_trust_read(struct orch *o, const char *dir, struct orch_trust *t, struct orch_err *err)
+int orch_trust_read(struct orch *o, struct orch_trust *t, struct orch_err *err)
 {
     *t = (struct orch_trust){ .edits = false };
-    cleanup_free char *path = trust_db(o);
+    cleanup_free char *path = trust_db(o), *dir = orch_trust_dir(o);
     if (!ORCH_FEATURE_TRUST || access(path, F_OK) < 0)
         return 0;
     struct orch_db *db = orch_db_open(path, err);
@@ -58,9 +68,9 @@ int orch_trust_read(struct orch *o, const char *dir, struct orch_trust *t, struc
     return r;
 }
 
-int orch_trust_record(struct orch *o, const char *dir, const struct orch_trust *t, struct orch_err *err)
+int orch_trust_record(struct orch *o, const struct orch_trust *t, struct orch_err *err)
 {
-    cleanup_free char *path = trust_db(o);
+    cleanup_free char *path = trust_db(o), *dir = orch_trust_dir(o);
     cleanup_close int state = orch_own_dir(o->paths.state, err);
     struct orch_db *db = state < 0 ? NULL : orch_db_open(path, err);
     if (!db)
@@ -108,7 +118,7 @@ static bool check_trust(struct loading *l, const char *path, const char *sha)
                    trusted_file(l, path)                    ? "changed since it was trusted; look at it, then run"
                    : l->o->paths.origin == ORCH_CONFIG_CWD ? "not trusted; a configuration in the working directory is only loaded after"
                                                            : "not trusted; this configuration is only loaded after",
-                   l->base);
+                   l->trust_dir);
     return false;
 }
 
@@ -136,7 +146,7 @@ static int check_writers(struct loading *l, int fd, const struct stat *st, const
     if (!orch_protect_holds(o, fd)) {
         l->unheld = l->unheld || !product;
         orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: put there while a program runs that orch started and that may write to it; %s%s",
-                       orch_load_display(l, path), product ? "start orch anew" : "look at it, then run: orch trust ", product ? "" : l->base);
+                       orch_load_display(l, path), product ? "start orch anew" : "look at it, then run: orch trust ", product ? "" : l->trust_dir);
         return -EPERM;
     }
     if (product || st->st_nlink < 2)

@@ -17,6 +17,7 @@ struct loading {
     bool needs_trust;
     bool unheld; /* a child may have written to what was to be loaded */
     char *base; /* the configuration's folder */
+    char *trust_dir;
     struct orch_buf *errors;
     enum orch_class cls;
     struct orch_sha256_ctx hash;

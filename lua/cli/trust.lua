@@ -70,7 +70,7 @@ return cli.main("trust", {
         .. "accepted; run it in your own shell", 6)
     end
     local paths = internal.paths()
-    local file, why = paths.config, nil
+    local file, why = paths.named, nil
     if words[1] then
       file, why = cli.find_config(words[1])
     elseif paths.origin == "built-in" then

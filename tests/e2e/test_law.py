@@ -425,6 +425,17 @@ def trust_says(env):
     expect("\x1b" not in r.out)
 
 
+@case("a link in the working directory to a configuration that is trusted elsewhere is not trusted there")
+def linked(env):
+    env.project()
+    expect(env.person("trust").status == 0 and env.orch("policy", "check").status == 0)
+    os.mkdir(env.path("cloned"))
+    os.symlink(env.config, env.path("cloned/orchestrator.lua"))
+    r = env.orch("policy", "check", cwd=env.path("cloned"))
+    expect(r.status == 6 and "orch trust " + env.path("cloned") in r.err, r)
+    expect(env.person("trust", cwd=env.path("cloned")).status == 0 and env.orch("policy", "check", cwd=env.path("cloned")).status == 0)
+
+
 def always(env, origin):
     if origin == "--config":
         run, options, where = lambda *a: env.orch(*a, config=True), ["--config", env.config], env.path("p")
