@@ -385,16 +385,27 @@ def commands(env):
         return text_of(s.call("run", {"argv": list(argv), "env": same}))
     expect(re.match("3 .*refused", run(ORCH, "reload")), run(ORCH, "reload"))
     expect(re.match("3 .*refused", run(ORCH, "trust", env.path("p/evil"))))
-    # One that orch does not descend to any more, with a terminal of its own, and a copy of the program.
-    shutil.copy(ORCH, env.path("p/copy"))
-    for word in ("reload", "trust --edits " + env.path("p/evil")):
-        script = "import os, pty, sys; pid, fd = pty.fork()\nif pid == 0: os.execv(sys.argv[1], sys.argv[1:])\nout = b''\ntry:\n  while True:\n    b = os.read(fd, 999)\n    if not b: break\n    out += b\nexcept OSError: pass\nopen(os.environ['OUT'], 'wb').write(out + b'%d' % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])); os.rename(os.environ['OUT'], os.environ['OUT'] + '.done')"
-        out = env.path("p/out-" + word.split()[0])
-        inner = "OUT=%s %s -c %s %s %s" % (out, PY, shlex.quote(script), env.path("p/copy") if word == "reload" else ORCH, word)
-        run("setsid", "-f", "sh", "-c", inner)
-        until(lambda: os.path.exists(out + ".done"), 20 * SLOW, "the orphan's end")
-        said = open(out + ".done").read()
-        expect(not said.endswith("0") and re.search("refused|read-only|readonly|Read-only|missing", said), word, said)
+    # One whose parents are gone, at a terminal of its own.
+    script = """import os, pty, sys
+pid, fd = pty.fork()
+if pid == 0: os.execv(sys.argv[2], sys.argv[2:])
+out = b""
+try:
+    while not out or data:
+        data = os.read(fd, 999)
+        out += data
+except OSError: pass
+out += b"\\n%d" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+with open(sys.argv[1] + ".new", "wb") as f: f.write(out)
+os.rename(sys.argv[1] + ".new", sys.argv[1])
+"""
+    for words, refusal in ((["reload"], "refused: asked by a process that orch started"), (["trust", "--edits", env.path("p/evil")], "[Rr]ead-?only")):
+        out = env.path("p/out-" + words[0])
+        run("setsid", "-f", PY, "-c", script, out, ORCH, *words)
+        until(lambda: os.path.exists(out), 20 * SLOW, "the orphan's end")
+        with open(out) as f:
+            said = f.read()
+        expect(re.search(refusal, said) and not said.endswith("\n0"), words, said)
     expect(env.orch("reload").status == 0)  # the user's own
 
 
