@@ -1,9 +1,11 @@
-/* What programs on the host that an agent may steer cannot change: everything orch reads to judge, run or start. They are
- * executed by `launcher protect` in a mount namespace in which it is read-only (core/launch/protect.c).
+/* What programs on the host that an agent may steer cannot change: everything orch reads to judge,
+ * run or start. They are executed by `launcher protect` in a mount namespace in which it is
+ * read-only (core/launch/protect.c).
  *
- * A name is held as well as a file: where a child could rename a folder or replace a link on the way, that is a mount point
- * there too. What is not there yet is made, where orch reads it as soon as it is there. The mounts are on files: what
- * somebody else puts in the place of one is not protected any more, which every reload asks about (orch_protect_holds). */
+ * A name is held as well as a file: where a child could rename a folder or replace a link on the
+ * way, that is a mount point there too. What is not there yet is made, where orch reads it as soon
+ * as it is there. The mounts are on files: what somebody else puts in the place of one is not
+ * protected any more, which every reload asks about (orch_protect_holds). */
 #include "host.h"
 
 #include "launch/launch.h"
@@ -61,17 +63,20 @@ static void plan_free(struct plan *pl)
 static bool may_change(const char *dir)
 {
     struct stat st;
-    return (stat(dir, &st) == 0 && st.st_uid == geteuid()) || faccessat(AT_FDCWD, dir, W_OK, AT_EACCESS) == 0;
+    return (stat(dir, &st) == 0 && st.st_uid == geteuid()) ||
+           faccessat(AT_FDCWD, dir, W_OK, AT_EACCESS) == 0;
 }
 
 static bool is_mount(const char *path)
 {
     struct statx st;
-    return statx(AT_FDCWD, path, AT_SYMLINK_NOFOLLOW, 0, &st) == 0 && (st.stx_attributes & STATX_ATTR_MOUNT_ROOT);
+    return statx(AT_FDCWD, path, AT_SYMLINK_NOFOLLOW, 0, &st) == 0 &&
+           (st.stx_attributes & STATX_ATTR_MOUNT_ROOT);
 }
 
-/* Goes the way to an absolute path, pins what a child could replace on it, and leaves the real path. 0, -ENOENT or -ENOTDIR
- * when it ends before (real: the first name that is missing, or below what is no folder), or a negative errno with err. */
+/* Goes the way to an absolute path, pins what a child could replace on it, and leaves the real
+ * path. 0, -ENOENT or -ENOTDIR when it ends before (real: the first name that is missing, or below
+ * what is no folder), or a negative errno with err. */
 static int walk(struct plan *pl, const char *path, char real[PATH_MAX])
 {
     cleanup_free char *rest = orch_xstrdup(path);
@@ -101,7 +106,9 @@ static int walk(struct plan *pl, const char *path, char real[PATH_MAX])
         n += (size_t)snprintf(real + n, PATH_MAX - n, "/%.*s", (int)len, s);
         struct stat st;
         if (lstat(real, &st) < 0)
-            return errno == ENOENT || errno == ENOTDIR ? -errno : orch_err_set(pl->err, errno, "%s: %s", real, strerror(errno));
+            return errno == ENOENT || errno == ENOTDIR
+                       ? -errno
+                       : orch_err_set(pl->err, errno, "%s: %s", real, strerror(errno));
         if (open_to_change && (S_ISLNK(st.st_mode) || !is_mount(real)) && push(pl, 'p', real) < 0)
             return -E2BIG;
         s += len;
@@ -110,7 +117,8 @@ static int walk(struct plan *pl, const char *path, char real[PATH_MAX])
         char target[PATH_MAX];
         ssize_t t = readlink(real, target, sizeof target - 1);
         if (t < 0 || ++links > LINKS_MAX)
-            return orch_err_set(pl->err, t < 0 ? errno : ELOOP, "%s: %s", real, strerror(t < 0 ? errno : ELOOP));
+            return orch_err_set(pl->err, t < 0 ? errno : ELOOP, "%s: %s", real,
+                                strerror(t < 0 ? errno : ELOOP));
         target[t] = 0;
         n = target[0] == '/' ? 0 : parent;
         real[n] = 0;
@@ -122,7 +130,8 @@ static int walk(struct plan *pl, const char *path, char real[PATH_MAX])
 
 static int protect_links(struct plan *pl, const char *dir, int depth);
 
-/* Read-only, with all below, and what links in it lead to, down to depth. What is not there is passed over. */
+/* Read-only, with all below, and what links in it lead to, down to depth. What is not there is
+ * passed over. */
 static int protect(struct plan *pl, const char *path, int depth)
 {
     char real[PATH_MAX];
@@ -159,7 +168,8 @@ static int protect_links(struct plan *pl, const char *dir, int depth)
     return r;
 }
 
-/* The same for a folder that is made when it is not there. Where orch may not make it, neither may a child. */
+/* The same for a folder that is made when it is not there. Where orch may not make it, neither may
+ * a child. */
 static int protect_made(struct plan *pl, const char *dir, mode_t mode)
 {
     int r = orch_mkdir_p(dir, mode);
@@ -194,8 +204,10 @@ static size_t split_mounts(char *text, struct mount **out)
 {
     size_t n = 0;
     *out = NULL;
-    for (char *save, *line = strtok_r(text, "\n", &save); line; line = strtok_r(NULL, "\n", &save)) {
-        char *field, *id = strtok_r(line, " ", &field), *parent = strtok_r(NULL, " ", &field), *device = strtok_r(NULL, " ", &field);
+    for (char *save, *line = strtok_r(text, "\n", &save); line;
+         line = strtok_r(NULL, "\n", &save)) {
+        char *field, *id = strtok_r(line, " ", &field), *parent = strtok_r(NULL, " ", &field),
+                     *device = strtok_r(NULL, " ", &field);
         char *root = strtok_r(NULL, " ", &field), *at = strtok_r(NULL, " ", &field);
         if (!id || !parent || !device || !root || !at)
             continue;
@@ -214,20 +226,22 @@ static const char *below(const char *path, const char *dir)
     return strncmp(path, dir, n) == 0 && (path[n] == '/' || !path[n]) ? path + n : NULL;
 }
 
-static int protect_alias(struct plan *pl, const char *path, const struct mount *own, const struct mount *m)
+static int protect_alias(struct plan *pl, const char *path, const struct mount *own,
+                         const struct mount *m)
 {
     const char *rest = below(path, own->at), *tail;
     struct stat st, same;
     if (!rest || m == own || strcmp(m->device, own->device) != 0)
         return 0;
-    cleanup_free char *inside = orch_xasprintf("%s%s", strcmp(own->root, "/") == 0 ? "" : own->root, rest);
+    cleanup_free char *inside = orch_xasprintf("%s%s", strcmp(own->root, "/") == 0 ? "" : own->root,
+                                               rest);
     if ((tail = below(inside, m->root))) { /* it is seen there too */
-        cleanup_free char *alias = orch_xasprintf("%s%s", strcmp(m->at, "/") == 0 ? "" : m->at, tail);
-        if (strcmp(alias, path) == 0 || lstat(alias, &same) < 0 || lstat(path, &st) < 0 || st.st_dev != same.st_dev || st.st_ino != same.st_ino)
+        cleanup_free char *alias = orch_xasprintf("%s%s", strcmp(m->at, "/") == 0 ? "" : m->at,
+                                                  tail);
+        if (strcmp(alias, path) == 0 || lstat(alias, &same) < 0 || lstat(path, &st) < 0 ||
+            st.st_dev != same.st_dev || st.st_ino != same.st_ino)
             return 0;
-        char real[PATH_MAX];
-        int r = walk(pl, alias, real);
-        return r < 0 ? r : push(pl, 'r', alias);
+        return protect(pl, alias, -1);
     }
     /* Something of it is, unless at a place that is protected by its way. */
     return below(m->root, inside) && !below(m->at, path) ? protect(pl, m->at, -1) : 0;
@@ -332,14 +346,16 @@ static int protect_all(struct plan *pl, struct orch *o)
         cleanup_free char *path = orch_xasprintf("%s/%s", p->share, shared[i]);
         r = protect(pl, path, DEPTH);
     }
-    const char *const files[] = { p->launcher, p->agent, program, o->script_file, o->kernel, o->modules };
+    const char *const files[] = { p->launcher,    p->agent,  program,
+                                  o->script_file, o->kernel, o->modules };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(files) && r == 0; i++)
         if (files[i])
             r = protect(pl, files[i], -1);
     return r < 0 ? r : protect_aliases(pl);
 }
 
-static int refused(const struct orch_proc_via *v, const struct orch_proc_report *report, struct orch_err *err)
+static int refused(const struct orch_proc_via *v, const struct orch_proc_report *report,
+                   struct orch_err *err)
 {
     return orch_launch_unprotected(v->words[0], report, err);
 }
@@ -364,7 +380,10 @@ static struct orch_proc_via *begin(struct orch *o, struct plan *pl, char *launch
 {
     tidy(pl);
     struct orch_protect *p = orch_xcalloc(1, sizeof *p);
-    *p = (struct orch_protect){ .via = { .words = orch_xcalloc(pl->n + 4, sizeof(char *)), .root = -1, .refused = refused, .release = release },
+    *p = (struct orch_protect){ .via = { .words = orch_xcalloc(pl->n + 4, sizeof(char *)),
+                                         .root = -1,
+                                         .refused = refused,
+                                         .release = release },
                                 .o = o,
                                 .next = o->protects };
     o->protects = p;
@@ -380,7 +399,9 @@ static char *find_launcher(const struct orch *o, struct orch_err *err)
 {
     char *launcher = realpath(o->paths.launcher, NULL);
     if (!launcher)
-        orch_err_setc(err, ORCH_CLASS_ISOLATION, errno, "launcher %s: %s; reinstall orch, or give its path", o->paths.launcher, strerror(errno));
+        orch_err_setc(err, ORCH_CLASS_ISOLATION, errno,
+                      "launcher %s: %s; reinstall orch, or give its path", o->paths.launcher,
+                      strerror(errno));
     return launcher;
 }
 
@@ -391,8 +412,11 @@ struct orch_proc_via *orch_protect_new(struct orch *o, struct orch_err *err)
         return NULL;
     const char *linked = o->gen->linked;
     if (linked) {
-        orch_err_setc(err, ORCH_CLASS_ISOLATION, EMLINK, "%s: it has another name (a hard link), by which a child of orch could write to it; "
-                      "give it a file of its own: cp -p %s %s.new && mv %s.new %s", linked, linked, linked, linked, linked);
+        orch_err_setc(
+            err, ORCH_CLASS_ISOLATION, EMLINK,
+            "%s: it has another name (a hard link), by which a child of orch could write to it; "
+            "give it a file of its own: cp -p %s %s.new && mv %s.new %s",
+            linked, linked, linked, linked, linked);
         return NULL;
     }
     char *launcher = find_launcher(o, err);
@@ -411,7 +435,11 @@ int orch_protect_check(struct orch *o, struct orch_err *err)
     char *launcher = find_launcher(o, err);
     if (!launcher || push(&pl, 'r', launcher) < 0)
         return -ENOENT;
-    struct orch_proc *p = orch_proc_start(o->loop, &(struct orch_proc_opts){ .argv = argv, .null_stdio = true, .via = begin(o, &pl, launcher) }, err);
+    struct orch_proc *p = orch_proc_start(
+        o->loop,
+        &(struct orch_proc_opts){
+            .argv = argv, .null_stdio = true, .via = begin(o, &pl, launcher) },
+        err);
     orch_proc_free(p);
     return p ? 0 : -EPERM;
 }
@@ -425,12 +453,13 @@ bool orch_protect_holds(const struct orch *o, int fd)
     path[n < 0 ? 0 : n] = 0;
     if (path[0] != '/' || fstat(fd, &here) < 0)
         return false;
-    struct open_how how = { .flags = O_PATH | O_NOFOLLOW | O_CLOEXEC, .resolve = RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS };
+    struct open_how how = { .flags = O_PATH | O_NOFOLLOW | O_CLOEXEC,
+                            .resolve = RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS };
     for (const struct orch_protect *p = o->protects; p; p = p->next) {
         struct statvfs fs;
         cleanup_close int seen = (int)syscall(SYS_openat2, p->via.root, path + 1, &how, sizeof how);
-        if (seen < 0 || fstat(seen, &there) < 0 || fstatvfs(seen, &fs) < 0 || !(fs.f_flag & ST_RDONLY) || here.st_dev != there.st_dev ||
-            here.st_ino != there.st_ino)
+        if (seen < 0 || fstat(seen, &there) < 0 || fstatvfs(seen, &fs) < 0 ||
+            !(fs.f_flag & ST_RDONLY) || here.st_dev != there.st_dev || here.st_ino != there.st_ino)
             return false;
     }
     return true;

@@ -1,8 +1,10 @@
-/* `launcher protect`: executes a program in a mount namespace in which what orch judges by is read-only.
+/* `launcher protect`: executes a program in a mount namespace in which what orch judges by is
+ * read-only.
  *
- * Two user namespaces: A makes the mounts, B owns none of them. The kernel locks what a mount namespace inherits from a
- * more privileged one, so that in B, and in whatever is nested in it, they cannot be taken away, moved or made writable,
- * not even with B's capabilities. The program keeps its number, group, session, terminal and descriptors. */
+ * Two user namespaces: A makes the mounts, B owns none of them. The kernel locks what a mount
+ * namespace inherits from a more privileged one, so that in B, and in whatever is nested in it,
+ * they cannot be taken away, moved or made writable, not even with B's capabilities. The program
+ * keeps its number, group, session, terminal and descriptors. */
 #include "launcher.h"
 
 #include "../base/proc.h"
@@ -20,8 +22,9 @@
 #include <sys/wait.h>
 
 /* What root keeps of its capabilities, which are those over its ids and their files: no mounts. */
-#define KEPT (1U << CAP_CHOWN | 1U << CAP_DAC_OVERRIDE | 1U << CAP_DAC_READ_SEARCH | 1U << CAP_FOWNER | 1U << CAP_FSETID | 1U << CAP_KILL | \
-              1U << CAP_SETGID | 1U << CAP_SETUID | 1U << CAP_SETFCAP)
+#define KEPT \
+    (1U << CAP_CHOWN | 1U << CAP_DAC_OVERRIDE | 1U << CAP_DAC_READ_SEARCH | 1U << CAP_FOWNER | \
+     1U << CAP_FSETID | 1U << CAP_KILL | 1U << CAP_SETGID | 1U << CAP_SETUID | 1U << CAP_SETFCAP)
 
 static _Noreturn void refuse(const char *step, const char *file)
 {
@@ -58,8 +61,9 @@ static void identity(const char *name, char *out, size_t n)
     fclose(f);
 }
 
-/* Into a new user namespace with the same ids, and a mount namespace of its own. The maps are written by a child, which
- * stays behind: who may map more than itself is who has the capability outside. */
+/* Into a new user namespace with the same ids, and a mount namespace of its own. The maps are
+ * written by a child, which stays behind: who may map more than itself is who has the capability
+ * outside. */
 static void enter(bool all)
 {
     char uids[4096], gids[4096], c;
@@ -108,12 +112,14 @@ static bool may_map_all(void)
     return !syscall(SYS_capget, &h, d) && (d[0].effective & want) == want;
 }
 
-/* 'r' read-only with all below; 'p' pinned: a mount point cannot be renamed, removed or replaced. A link is not followed. */
+/* 'r' read-only with all below; 'p' pinned: a mount point cannot be renamed, removed or replaced. A
+ * link is not followed. */
 static void cover(char how, const char *path)
 {
     struct mount_attr ro = { .attr_set = MOUNT_ATTR_RDONLY };
     struct stat st;
-    int fd = open_tree(AT_FDCWD, path, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_RECURSIVE | AT_SYMLINK_NOFOLLOW);
+    int fd = open_tree(AT_FDCWD, path,
+                       OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_RECURSIVE | AT_SYMLINK_NOFOLLOW);
     if (fd < 0 || fstat(fd, &st))
         refuse("mount", path);
     if (how == 'r' && mount_setattr(fd, "", AT_EMPTY_PATH | AT_RECURSIVE, &ro, sizeof ro))
@@ -139,7 +145,10 @@ static void send_root(void)
 {
     union orch_launch_control c = { .bytes = { 0 } };
     struct iovec iov = { &(char){ 0 }, 1 };
-    struct msghdr h = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = c.bytes, .msg_controllen = CMSG_SPACE(sizeof(int)) };
+    struct msghdr h = { .msg_iov = &iov,
+                        .msg_iovlen = 1,
+                        .msg_control = c.bytes,
+                        .msg_controllen = CMSG_SPACE(sizeof(int)) };
     int fd = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
     struct cmsghdr *k = CMSG_FIRSTHDR(&h);
     k->cmsg_level = SOL_SOCKET;
@@ -162,7 +171,8 @@ _Noreturn void orch_protect_exec(char **words)
     if (!getcwd(cwd, sizeof cwd) || cwd[0] != '/' || stat(".", &before))
         refuse("working directory", NULL);
     enter(all);
-    if (mount(NULL, "/", NULL, MS_REC | MS_SLAVE, NULL))
+    /* Private: what the host mounts later, these files elsewhere perhaps, does not come in. */
+    if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL))
         refuse("private mounts", NULL);
     for (; *words && strcmp(*words, "--"); words++)
         cover(**words, *words + 1);

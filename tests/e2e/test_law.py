@@ -229,6 +229,22 @@ def aliases(env):
     expect(text_of(r) == "ok" and os.path.exists(env.path("p/free.txt")), r)
 
 
+@case("mounted elsewhere while the server runs: it does not see that")
+def later_alias(env):
+    env.project(law("first"))
+    os.mkdir(env.path("all"))
+    os.mkfifo(env.path("now"))
+    # The folder's mount is shared, as a machine's are: what is mounted reaches namespaces that do not mind.
+    setup = ("mount --bind {0} {0}; mount --make-shared {0}; (read x <{1}/now; mount --bind {1}/p {1}/all; touch {1}/mounted) & true"
+             .format(shlex.quote(env.dir), shlex.quote(env.dir)))
+    s = start(env, argv=in_namespaces(env, setup, *env.argv("mcp", "stdio", "--", PY, FILES)))
+    with open(env.path("now"), "w") as f:
+        f.write("go\n")
+    until(lambda: os.path.exists(env.path("mounted")), 5 * SLOW, "the mount")
+    said = attempt(s, "write", env.path("all/policies/tools.lua"))
+    expect(said == "ENOENT", said)
+
+
 @case("a script's server: open unless the script says protect = true; then the script is protected too")
 def script(env):
     env.project(law("first"))
