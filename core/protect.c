@@ -340,7 +340,7 @@ static int protect_all(struct plan *pl, struct orch *o)
     const char *const own[] = { p->state, p->cache, p->runtime };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(own) && r == 0; i++)
         r = protect_made(pl, own[i], 0700);
-    r = r < 0 ? r : protect(pl, o->gen->cfg.audit_dir, -1);
+    r = r < 0 ? r : protect_made(pl, o->gen->cfg.audit_dir, 0700);
     static const char *const shared[] = { "lua", "policies", "orchestrator.lua" };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(shared) && r == 0; i++) {
         cleanup_free char *path = orch_xasprintf("%s/%s", p->share, shared[i]);
