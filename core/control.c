@@ -145,12 +145,6 @@ static bool same_user_namespace(int pid)
     return n > 0 && n == m && n < (ssize_t)sizeof own && memcmp(own, its, (size_t)n) == 0;
 }
 
-/* Whether it may ask for what loosens rules: nothing that orch started does, also when its parents are gone. */
-static bool may_change(const struct client *k)
-{
-    return k->outside && !orch_is_descendant(k->pid, getpid());
-}
-
 static void answer(struct client *k)
 {
     struct orch *o = k->control->o;
@@ -159,16 +153,19 @@ static void answer(struct client *k)
     cleanup_buf struct orch_buf out = { 0 };
     struct orch_slice line = { k->in.p, k->in.n - 1 };
     uint32_t op = orch_json_scan(&d, line, &(struct orch_json_limits){ 0 }, &fault) == 0 ? orch_json_get(&d, 0, "op") : 0;
-    if (op && orch_json_string_eq(&d, op, "status")) {
+    bool reload = op && orch_json_string_eq(&d, op, "reload");
+    /* Nothing that orch started asks for what loosens rules; what it protects itself from, for nothing at all, also when
+     * its parents are gone. */
+    if (!k->outside || (reload && orch_is_descendant(k->pid, getpid()))) {
+        orch_buf_str(&out, "{\"ok\":false,\"refused\":true,\"error\":\"refused: asked by a process that orch started\"}");
+    } else if (op && orch_json_string_eq(&d, op, "status")) {
         put_status(o, &out);
     } else if (op && orch_json_string_eq(&d, op, "vms")) {
         put_vms(o, put_vm, &out);
     } else if (op && orch_json_string_eq(&d, op, "stats")) {
         put_vms(o, put_vm_stats, &out);
-    } else if (op && orch_json_string_eq(&d, op, "reload")) {
-        if (!may_change(k))
-            orch_buf_str(&out, "{\"ok\":false,\"refused\":true,\"error\":\"refused: asked by a process that orch started\"}");
-        else if (orch_host_reload(o, "orch reload") == 0)
+    } else if (reload) {
+        if (orch_host_reload(o, "orch reload") == 0)
             orch_buf_printf(&out, "{\"ok\":true,\"generation\":\"%s\"}", o->gen->hash);
         else {
             orch_buf_str(&out, "{\"ok\":false,\"error\":");
