@@ -120,6 +120,9 @@ static void read_config(struct loading *l, lua_State *L)
     c->tool_memory_bytes = (size_t)config_number(L, "limits.tool.memory");
     c->http_listen = config_string(L, "http.listen");
     c->http_token = config_secret(L, "http.token");
+    push_path(L, "trust");
+    c->trust_always = lua_isstring(L, -1); /* "always" is all there is */
+    lua_pop(L, 1);
     c->audit_dir = config_string(L, "audit.dir");
     if (!c->audit_dir)
         c->audit_dir = orch_xasprintf("%s/audit", l->o->paths.state);
@@ -164,9 +167,14 @@ int orch_load_config(struct loading *l)
     struct orch_generation *g = l->g;
     lua_State *L = orch_state_lua(g->policy);
     cleanup_buf struct orch_buf text = { 0 };
-    if (orch_load_read(l, AT_FDCWD, o->paths.config, o->paths.config, o->paths.origin == ORCH_CONFIG_BUILTIN, &text) < 0)
+    int dirfd = orch_hold_dir(o, *l->base ? l->base : "/");
+    if (dirfd < 0)
+        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: %s", l->base, strerror(-dirfd));
+    if (dirfd < 0 || orch_load_read(l, dirfd, strrchr(o->paths.config, '/') + 1, o->paths.config, o->paths.origin == ORCH_CONFIG_BUILTIN, &text) < 0)
         return -1;
     const char *shown = orch_load_display(l, o->paths.config);
+    char sha[sizeof l->sha];
+    memcpy(sha, l->sha, sizeof sha);
     struct orch_err err = { 0 };
     if (orch_state_load(g->policy, shown, (struct orch_slice){ text.p, text.n }, &err) < 0) {
         orch_load_fail_file(l, shown, &err);
@@ -204,6 +212,9 @@ int orch_load_config(struct loading *l)
     }
     lua_pop(L, 1);
     read_config(l, L);
+    memcpy(l->sha, sha, sizeof sha);
+    if (g->cfg.trust_always && orch_load_trust_config(l) < 0)
+        return -1;
     push_path(L, "notes");
     orch_load_take_lines(L, shown, add_note, l);
     lua_getfield(L, -2, "show"); /* value, module, cfg, show */

@@ -20,6 +20,7 @@ struct client {
     struct orch_watch *watch;
     struct orch_buf in;
     int fd, pid;
+    bool outside; /* in no user namespace of its own: not where children on the host are */
 };
 
 struct orch_control {
@@ -106,6 +107,14 @@ static void put_vms(struct orch *o, void (*put)(void *ud, struct orch_vm *vm), s
     orch_json_free(list);
 }
 
+static bool same_user_namespace(int pid)
+{
+    char path[64], own[64], its[64];
+    snprintf(path, sizeof path, "/proc/%d/ns/user", pid);
+    ssize_t n = readlink("/proc/self/ns/user", own, sizeof own), m = readlink(path, its, sizeof its);
+    return n > 0 && n == m && n < (ssize_t)sizeof own && memcmp(own, its, (size_t)n) == 0;
+}
+
 static void answer(struct client *k)
 {
     struct orch *o = k->control->o;
@@ -114,16 +123,19 @@ static void answer(struct client *k)
     cleanup_buf struct orch_buf out = { 0 };
     struct orch_slice line = { k->in.p, k->in.n - 1 };
     uint32_t op = orch_json_scan(&d, line, &(struct orch_json_limits){ 0 }, &fault) == 0 ? orch_json_get(&d, 0, "op") : 0;
-    if (op && orch_json_string_eq(&d, op, "status")) {
+    bool reload = op && orch_json_string_eq(&d, op, "reload");
+    /* Nothing that orch started asks for what loosens rules; what it protects itself from, for nothing at all, also when
+     * its parents are gone. */
+    if (!k->outside || (reload && orch_proc_descends(k->pid, getpid()))) {
+        orch_buf_str(&out, "{\"ok\":false,\"refused\":true,\"error\":\"refused: asked by a process that orch started\"}");
+    } else if (op && orch_json_string_eq(&d, op, "status")) {
         put_status(o, &out);
     } else if (op && orch_json_string_eq(&d, op, "vms")) {
         put_vms(o, put_vm, &out);
     } else if (op && orch_json_string_eq(&d, op, "stats")) {
         put_vms(o, put_vm_stats, &out);
-    } else if (op && orch_json_string_eq(&d, op, "reload")) {
-        if (orch_proc_descends(k->pid, getpid()))
-            orch_buf_str(&out, "{\"ok\":false,\"error\":\"refused: asked by a process that orch started\"}");
-        else if (orch_host_reload(o, "orch reload") == 0)
+    } else if (reload) {
+        if (orch_host_reload(o, "orch reload") == 0)
             orch_buf_printf(&out, "{\"ok\":true,\"generation\":\"%s\"}", o->gen->hash);
         else {
             orch_buf_str(&out, "{\"ok\":false,\"error\":");
@@ -190,6 +202,7 @@ static void accept_client(void *ud, int events)
     }
     struct client *k = orch_xcalloc(1, sizeof *k);
     *k = (struct client){ .next = c->clients, .control = c, .fd = fd, .pid = pid };
+    k->outside = (uid == 0 && getuid() != 0) || same_user_namespace(pid);
     c->clients = k;
     c->n_clients++;
     k->watch = orch_watch_new(c->o->loop, fd, ORCH_READ, client_readable, k);

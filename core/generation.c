@@ -87,20 +87,21 @@ static int load_policy_file(struct loading *l, int dirfd, const char *name)
     return l->errors->n == before ? 0 : -1;
 }
 
-/* Where everybody may write, everybody can put another file in the place of one. */
+/* Where everybody may write, everybody can put another file in the place of one. Borrowed. */
 static int open_dir(struct loading *l, const char *path, const char *what, const char *fix)
 {
     struct stat st;
-    cleanup_close int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int fd = orch_hold_dir(l->o, path);
     if (fd < 0 || fstat(fd, &st) < 0) {
-        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: the %s directory cannot be opened: %s%s", orch_load_display(l, path), what, strerror(errno), fix);
+        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: the %s directory cannot be opened: %s%s", orch_load_display(l, path), what,
+                       strerror(fd < 0 ? -fd : errno), fix);
         return -1;
     }
     if (st.st_mode & S_IWOTH) {
         orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: everybody may write to the %s directory; run: chmod o-w %s", orch_load_display(l, path), what, path);
         return -1;
     }
-    return orch_steal_fd(&fd);
+    return fd;
 }
 
 static int by_name(const void *a, const void *b)
@@ -158,7 +159,7 @@ static int load_policies(struct loading *l)
     g->judge_ref = luaL_ref(L, LUA_REGISTRYINDEX);
     g->engine_ref = luaL_ref(L, LUA_REGISTRYINDEX);
 
-    cleanup_close int dirfd = open_dir(l, g->cfg.policies, "policies", "; run: orch init");
+    int dirfd = open_dir(l, g->cfg.policies, "policies", "; run: orch init");
     if (dirfd < 0)
         return -1;
     char **names;
@@ -385,7 +386,7 @@ static int load_dir(struct loading *l, const char *dir, const char *what, bool p
 {
     struct orch_generation *g = l->g;
     lua_State *L = orch_state_lua(g->tools_state);
-    cleanup_close int dirfd = open_dir(l, dir, what, "");
+    int dirfd = open_dir(l, dir, what, "");
     if (dirfd < 0)
         return -1;
     char **names;
@@ -481,7 +482,7 @@ static int load_offer(struct loading *l)
     int r = 0;
     for (size_t i = 0; i < ORCH_ARRAY_LEN(dirs); i++) {
         cleanup_free char *path = orch_xasprintf("%s/lua/%s", l->base, dirs[i].name);
-        if (access(path, F_OK) == 0 && load_dir(l, path, dirs[i].name, false, take_offer_file, &dirs[i]) < 0)
+        if (orch_hold_dir(l->o, path) != -ENOENT && load_dir(l, path, dirs[i].name, false, take_offer_file, &dirs[i]) < 0)
             r = -1;
     }
     orch_sha256_final(&sum, g->offer_digest);
@@ -644,24 +645,25 @@ static int run_policy_tests(struct loading *l)
 static int find_trust(struct loading *l)
 {
     struct orch *o = l->o;
-    l->needs_trust = l->mode == ORCH_TRUST_CHECK && o->paths.origin == ORCH_CONFIG_CWD;
-    if (!l->needs_trust)
-        return 0;
     struct orch_err err = { 0 };
-    cleanup_free char *path = orch_xasprintf("%s/state.db", o->paths.state);
-    struct orch_db *db = access(path, F_OK) == 0 ? orch_db_open(path, &err) : NULL;
-    if (!db) {
-        if (err.msg[0]) {
-            orch_load_fail(l, ORCH_CLASS_CONFIG, "trust: %s", err.msg);
-            return -1;
-        }
-        return 0; /* nothing was ever trusted: read_source says so */
-    }
-    int r = orch_db_trust_get(db, l->base, &l->trust_edits, &l->trusted, &l->n_trusted, &err);
-    orch_db_close(db);
-    if (r < 0)
+    if (l->mode != ORCH_TRUST_CHECK || o->paths.origin == ORCH_CONFIG_BUILTIN)
+        return 0;
+    if (orch_trust_read(o, &l->trust, &err) < 0) {
         orch_load_fail(l, ORCH_CLASS_CONFIG, "trust: %s", err.msg);
-    return r < 0 ? -1 : 0;
+        return -1;
+    }
+    l->needs_trust = o->paths.origin == ORCH_CONFIG_CWD || l->trust.always;
+    return 0;
+}
+
+/* From now on this configuration is loaded only as the user has seen it, also by the next orch: what is in force is what
+ * was seen last. */
+static void hold_to_trust(struct orch *o)
+{
+    struct orch_err err = { 0 };
+    struct orch_trust t = { .list = o->gen->sources, .always = true };
+    if (orch_trust_record(o, &t, &err) < 0)
+        orch_log(ORCH_ERROR, "that %s must be trusted could not be recorded: %s", o->paths.config, err.msg);
 }
 
 static int load_all(struct loading *l)
@@ -699,18 +701,21 @@ static int load_all(struct loading *l)
     return 0;
 }
 
-struct orch_generation *orch_generation_load(struct orch *o, enum orch_trust_mode mode, struct orch_trust_list *collected,
-                                             struct orch_buf *errors, enum orch_class *cls)
+struct orch_generation *orch_generation_load(struct orch *o, enum orch_trust_mode mode, struct orch_buf *errors, enum orch_class *cls)
 {
-    struct loading l = { .o = o, .mode = mode, .collected = collected, .errors = errors, .cls = ORCH_CLASS_CONFIG };
+    struct loading l = { .o = o, .mode = mode, .errors = errors, .cls = ORCH_CLASS_CONFIG };
     l.g = orch_xcalloc(1, sizeof *l.g);
     l.g->host = o;
     l.g->refs = 1;
     l.base = orch_xstrdup(o->paths.config);
     *strrchr(l.base, '/') = 0;
+    l.trust_dir = orch_trust_dir(o);
     orch_sha256_init(&l.hash);
     int r = load_all(&l);
-    orch_trust_files_free(l.trusted, l.n_trusted);
+    if (l.unheld && o->gen)
+        hold_to_trust(o);
+    orch_trust_fini(&l.trust);
+    free(l.trust_dir);
     free(l.base);
     if (r < 0) {
         *cls = l.cls;
@@ -757,6 +762,8 @@ void orch_generation_unref(struct orch_generation *g)
     free(c->vm_accel);
     free(c->vm_image);
     free(g->config_show);
+    free(g->linked);
+    orch_trust_files_free(g->sources.files, g->sources.n);
     orch_buf_free(&g->list);
     orch_buf_free(&g->audit_field);
     orch_buf_free(&g->notes);

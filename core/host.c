@@ -76,14 +76,16 @@ static bool try_config(struct orch_paths *p, char *path, enum orch_config_origin
     p->config = realpath(path, NULL);
     if (!p->config)
         p->config = orch_xstrdup(path);
-    free(path);
+    p->named = path[0] == '/' ? path : orch_xasprintf("%s/%s", p->cwd, path);
+    if (p->named != path)
+        free(path);
     p->origin = origin;
     return true;
 }
 
 static int find_config(struct orch_paths *p, const char *option, struct orch_err *err)
 {
-    const char *env = getenv("ORCH_CONFIG"), *config_home = getenv("XDG_CONFIG_HOME");
+    const char *env = getenv("ORCH_CONFIG");
     const char *named = option ? option : env && *env ? env : NULL;
     if (named) {
         if (try_config(p, orch_xstrdup(named), option ? ORCH_CONFIG_OPTION : ORCH_CONFIG_ENV))
@@ -91,13 +93,9 @@ static int find_config(struct orch_paths *p, const char *option, struct orch_err
         return orch_err_setc(err, ORCH_CLASS_CONFIG, ENOENT, "%s: no such configuration (given by %s)", named,
                              option ? "--config" : "ORCH_CONFIG");
     }
-    char *xdg_config = config_home && *config_home == '/' ? orch_xasprintf("%s/orch/orchestrator.lua", config_home)
-                                                          : orch_xasprintf("%s/.config/orch/orchestrator.lua", p->home);
-    if (try_config(p, orch_xasprintf("%s/orchestrator.lua", p->cwd), ORCH_CONFIG_CWD)) {
-        free(xdg_config);
-        return 0;
-    }
-    if (try_config(p, xdg_config, ORCH_CONFIG_XDG) || try_config(p, orch_xstrdup("/etc/orch/orchestrator.lua"), ORCH_CONFIG_ETC) ||
+    if (try_config(p, orch_xasprintf("%s/orchestrator.lua", p->cwd), ORCH_CONFIG_CWD) ||
+        try_config(p, orch_xasprintf("%s/orchestrator.lua", p->user_config), ORCH_CONFIG_XDG) ||
+        try_config(p, orch_xstrdup(ORCH_SYSTEM_CONFIG "/orchestrator.lua"), ORCH_CONFIG_ETC) ||
         try_config(p, orch_xasprintf("%s/orchestrator.lua", p->share), ORCH_CONFIG_BUILTIN))
         return 0;
     return orch_err_setc(err, ORCH_CLASS_CONFIG, ENOENT, "%s/orchestrator.lua: the built-in configuration is missing; is orch installed whole?",
@@ -121,6 +119,7 @@ int orch_paths_find(struct orch_paths *p, const char *config_option, struct orch
     p->runtime = root && !run           ? orch_xstrdup("/run/orch")
                  : run && *run == '/' ? orch_xasprintf("%s/orch", run)
                                       : orch_xasprintf("%s/run", p->state);
+    p->user_config = xdg("XDG_CONFIG_HOME", p->home, ".config");
     return find_config(p, config_option, err);
 }
 
@@ -135,7 +134,53 @@ void orch_paths_fini(struct orch_paths *p)
     free(p->cwd);
     free(p->home);
     free(p->config);
+    free(p->named);
+    free(p->user_config);
     *p = (struct orch_paths){ 0 };
+}
+
+struct orch_held {
+    struct orch_held *next;
+    char *path;
+    int fd;
+    bool told;
+};
+
+/* Below one that is held already, since the way to that may lead elsewhere by now. */
+static int open_held(struct orch *o, const char *path)
+{
+    const struct orch_held *best = NULL;
+    size_t n = 0;
+    for (const struct orch_held *h = o->held; h; h = h->next) {
+        size_t len = strlen(h->path);
+        if (len > n && strncmp(path, h->path, len) == 0 && path[len] == '/') {
+            best = h;
+            n = len;
+        }
+    }
+    int fd = openat(best ? best->fd : AT_FDCWD, best ? path + n + 1 : path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    return fd < 0 ? -errno : fd;
+}
+
+int orch_hold_dir(struct orch *o, const char *path)
+{
+    struct orch_held *h = o->held;
+    struct stat is, was;
+    while (h && strcmp(h->path, path) != 0)
+        h = h->next;
+    if (!h) {
+        int fd = open_held(o, path);
+        if (fd < 0)
+            return fd;
+        h = orch_xmalloc(sizeof *h);
+        *h = (struct orch_held){ .next = o->held, .path = orch_xstrdup(path), .fd = fd };
+        o->held = h;
+    }
+    bool moved = stat(path, &is) < 0 || fstat(h->fd, &was) < 0 || is.st_dev != was.st_dev || is.st_ino != was.st_ino;
+    if (moved && !h->told)
+        orch_log(ORCH_WARN, "%s: moved or replaced since orch opened it; what is there now is not read before orch is started anew", path);
+    h->told = moved;
+    return h->fd;
 }
 
 /* ---- generations */
@@ -154,7 +199,7 @@ int orch_host_generation(struct orch *o, struct orch_err *err)
         return 0;
     cleanup_buf struct orch_buf errors = { 0 };
     enum orch_class cls = ORCH_CLASS_CONFIG;
-    o->gen = orch_generation_load(o, ORCH_TRUST_CHECK, NULL, &errors, &cls);
+    o->gen = orch_generation_load(o, ORCH_TRUST_CHECK, &errors, &cls);
     if (!o->gen) {
         while (errors.n && errors.p[errors.n - 1] == '\n')
             errors.p[--errors.n] = 0;
@@ -191,7 +236,7 @@ int orch_host_reload(struct orch *o, const char *why)
     cleanup_buf struct orch_buf errors = { 0 };
     enum orch_class cls = ORCH_CLASS_CONFIG;
     int64_t started = orch_now_us();
-    struct orch_generation *g = orch_generation_load(o, ORCH_TRUST_CHECK, NULL, &errors, &cls);
+    struct orch_generation *g = orch_generation_load(o, ORCH_TRUST_CHECK, &errors, &cls);
     o->reload_error.n = 0;
     if (!g) {
         orch_buf_slice(&o->reload_error, (struct orch_slice){ errors.p, errors.n });
@@ -240,8 +285,8 @@ void orch_host_watch(struct orch *o)
     orch_buf_add(&dirs, o->gen->cfg.policies, strlen(o->gen->cfg.policies) + 1);
     for (char **dir = o->gen->cfg.tools; *dir; dir++)
         orch_buf_add(&dirs, *dir, strlen(*dir) + 1);
-    for (int i = 0; i < 2; i++) {
-        cleanup_free char *dir = orch_xasprintf("%s/lua/%s", config_dir, i ? "prompts" : "resources");
+    for (const char *const *name = orch_beside; *name; name++) {
+        cleanup_free char *dir = orch_xasprintf("%s/%s", config_dir, *name);
         if (access(dir, F_OK) == 0)
             orch_buf_add(&dirs, dir, strlen(dir) + 1);
     }
@@ -365,6 +410,11 @@ static int env_fill_policy(void *ud, struct orch_policy *p, struct orch_err *err
     return orch_fill_policy(ud, p, err);
 }
 
+static struct orch_proc_via *env_protect(void *ud, struct orch_err *err)
+{
+    return orch_protect_new(ud, err);
+}
+
 /* ---- sessions */
 
 struct orch_session *orch_session_new(struct orch *o, const char *caller)
@@ -437,7 +487,7 @@ struct orch *orch_host_open(const char *config, const struct orch_options *opts,
     }
     snprintf(o->call_prefix, sizeof o->call_prefix, "c%02x%02x%02x%02x", prefix[0], prefix[1], prefix[2], prefix[3]);
     o->env = (struct orch_env){ .loop = o->loop, .vms = env_vms, .http = env_http, .vm_defaults = env_vm_defaults,
-                                .serve = orch_serve, .serve_stop = orch_serve_stop, .changed = orch_serve_changed, .rules = env_rules,
+                                .protect = env_protect, .serve = orch_serve, .serve_stop = orch_serve_stop, .changed = orch_serve_changed, .rules = env_rules,
                                 .fill_policy = env_fill_policy, .exit = env_exit, .call = &orch_call_ops, .ud = o };
     return o;
 }
@@ -498,6 +548,13 @@ void orch_close(struct orch *o)
     orch_audit_close(o->audit);
     orch_loop_free(o->loop);
     orch_paths_fini(&o->paths);
+    for (struct orch_held *h; (h = o->held);) {
+        o->held = h->next;
+        close(h->fd);
+        free(h->path);
+        free(h);
+    }
+    free(o->script_file);
     orch_buf_free(&o->reload_error);
     orch_buf_free(&o->watched);
     free(o->offer.server_info);
@@ -669,6 +726,8 @@ int orch_host_run(struct orch *o, const char *name, struct orch_slice text, int 
     if (!s)
         return -1;
     lua_State *L = orch_state_lua(s);
+    if (!o->script_file)
+        o->script_file = realpath(name, NULL); /* NULL: it is no file */
     if (text.n > 2 && text.p[0] == '#') { /* keep the line's number */
         const char *nl = memchr(text.p, '\n', text.n);
         size_t skip = nl ? (size_t)(nl - text.p) : text.n;

@@ -28,13 +28,22 @@ struct orch_paths {
     char *launcher, *agent;
     char *state, *cache, *runtime;
     char *cwd, *home;
-    char *config; /* absolute */
+    char *config; /* absolute, without links */
+    char *named;  /* the same as it was named or found */
+    char *user_config; /* $XDG_CONFIG_HOME/orch */
     enum orch_config_origin origin;
 };
+
+#define ORCH_SYSTEM_CONFIG "/etc/orch"
+/* Folders beside the configuration that are read when they are there; ended by NULL. */
+extern const char *const orch_beside[];
 
 /* config_option: --config or NULL. Fails with class CONFIG when the named file does not exist. */
 int orch_paths_find(struct orch_paths *p, const char *config_option, struct orch_err *err);
 void orch_paths_fini(struct orch_paths *p);
+/* A descriptor of a folder of the configuration, held from its first use on, so that nobody puts another in its place;
+ * borrowed, or a negative errno. */
+int orch_hold_dir(struct orch *o, const char *path);
 
 /* ---- one generation: configuration, policies and tools as one immutable set */
 
@@ -52,6 +61,7 @@ struct orch_config {
     struct orch_cidr *permit; /* net.permit_private */
     size_t n_permit;
     char *http_listen, *http_token;
+    bool trust_always;
 };
 
 struct orch_tool {
@@ -70,6 +80,11 @@ struct orch_tool {
     int64_t timeout_ms;
     orch_tool_fn *fn; /* a tool written in C, by an embedder */
     void *fn_ud;
+};
+
+struct orch_trust_list {
+    struct orch_trust_file *files;
+    size_t n;
 };
 
 struct orch_generation {
@@ -91,19 +106,25 @@ struct orch_generation {
     struct orch_buf audit_field; /* ,"generation":"…" */
     struct orch_buf notes;       /* warnings, a line each */
     char *config_show;           /* JSON for config show */
+    struct orch_trust_list sources; /* configuration, policies and tools as they were read */
+    char *linked;                /* one of them that has another name too, and is not trusted by its content; NULL: none */
 };
 
-enum orch_trust_mode { ORCH_TRUST_CHECK, ORCH_TRUST_COLLECT, ORCH_TRUST_NONE };
+/* ANY: whether it is trusted or not, for orch trust. */
+enum orch_trust_mode { ORCH_TRUST_CHECK, ORCH_TRUST_ANY };
 
-struct orch_trust_list {
-    struct orch_trust_file *files;
-    size_t n;
+/* Reads, checks and tests everything; NULL with all errors, a line each, in errors (class in cls). */
+struct orch_generation *orch_generation_load(struct orch *o, enum orch_trust_mode mode, struct orch_buf *errors, enum orch_class *cls);
+/* What is recorded of the folder in which the configuration was found, which is where a link to it lies (loading.c): files, and whether later edits are accepted (edits) and whether its configuration
+ * is held to the record wherever it lies (always). 1 found, 0 nothing is, or a negative errno. */
+struct orch_trust {
+    struct orch_trust_list list;
+    bool edits, always;
 };
-
-/* Reads, checks and tests everything; NULL with all errors, a line each, in errors (class in cls).
- * collected: with COLLECT, what orch trust records. */
-struct orch_generation *orch_generation_load(struct orch *o, enum orch_trust_mode mode, struct orch_trust_list *collected,
-                                             struct orch_buf *errors, enum orch_class *cls);
+char *orch_trust_dir(const struct orch *o);
+int orch_trust_read(struct orch *o, struct orch_trust *t, struct orch_err *err);
+int orch_trust_record(struct orch *o, const struct orch_trust *t, struct orch_err *err);
+void orch_trust_fini(struct orch_trust *t);
 struct orch_generation *orch_generation_ref(struct orch_generation *g);
 void orch_generation_unref(struct orch_generation *g);
 struct orch_tool *orch_generation_tool(const struct orch_generation *g, struct orch_slice wire_name);
@@ -215,6 +236,9 @@ struct orch {
     struct orch_loop *loop;
     struct orch_paths paths;
     char *kernel, *modules;          /* --kernel, --modules */
+    char *script_file;               /* of the script that runs */
+    struct orch_held *held;          /* orch_hold_dir */
+    struct orch_protect *protects;   /* children that are protected from */
     struct orch_generation *gen;     /* in force */
     struct orch_state *script;       /* trusted state, made at the first script */
     struct orch_audit *audit;
@@ -282,10 +306,21 @@ void orch_control_free(struct orch_control *c);
  * {"pid":…,"answer":…} or {"pid":…,"error":…}. Waits at most 3 s for each. */
 void orch_control_ask(struct orch *o, int pid, struct orch_slice request, struct orch_buf *out);
 
+/* ---- what children cannot change (core/protect.c) */
+
+/* For orch_proc_opts: the program cannot change what orch reads to judge, run or start. Loads a generation when none is.
+ * NULL with err (class ISOLATION, or the configuration's). */
+struct orch_proc_via *orch_protect_new(struct orch *o, struct orch_err *err);
+/* Whether it works here: starts a program that ends at once, and changes nothing. */
+int orch_protect_check(struct orch *o, struct orch_err *err);
+/* Whether every such child that runs sees the open file, and cannot write to it. */
+bool orch_protect_holds(const struct orch *o, int fd);
+
 /* ---- the thin proxy: one server behind the policy (core/upstream.c) */
-/* on_settled is called once, from the loop: its tools are known, or it failed (orch_upstream_ready). */
-struct orch_upstream *orch_upstream_start(struct orch *o, const char *name, const char *const *command, void (*on_settled)(void *ud),
-                                          void *ud);
+/* on_settled is called once, from the loop: its tools are known, or it failed (orch_upstream_ready). NULL with err: orch's
+ * files cannot be protected from it. */
+struct orch_upstream *orch_upstream_start(struct orch *o, const char *name, const char *const *command, bool protect,
+                                          void (*on_settled)(void *ud), void *ud, struct orch_err *err);
 void orch_upstream_free(struct orch_upstream *u);
 /* Adds its tools to a generation, none before it is ready. */
 int orch_upstream_add_tools(struct orch_upstream *u, struct orch_generation *g, struct orch_err *err);

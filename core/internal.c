@@ -35,6 +35,7 @@ static int i_paths(lua_State *L)
     const char *const fields[][2] = { { "share", p->share },     { "launcher", p->launcher }, { "agent", p->agent },
                                       { "state", p->state },     { "cache", p->cache },       { "runtime", p->runtime },
                                       { "cwd", p->cwd },         { "home", p->home },         { "config", p->config },
+                                      { "named", p->named },     { "user_config", p->user_config },
                                       { "origin", origins[p->origin] } };
     lua_newtable(L);
     for (size_t i = 0; i < ORCH_ARRAY_LEN(fields); i++) {
@@ -57,6 +58,8 @@ static int i_use_config(lua_State *L)
     }
     free(p->config);
     p->config = real;
+    free(p->named);
+    p->named = path[0] == '/' ? orch_xstrdup(path) : orch_xasprintf("%s/%s", p->cwd, path);
     p->origin = ORCH_CONFIG_OPTION;
     lua_pushstring(L, real);
     return 1;
@@ -88,14 +91,14 @@ static void set_count(lua_State *L, struct orch_generation *g, const char *key)
     lua_pop(policy, 2);
 }
 
-/* load(): { generation, tools = { { name, server, listed, file }… }, rules, tests, notes, policies, audit_dir,
- * workspace, image } of the configuration as it is on disk; or nil, all errors, class. */
+/* load(): { generation, tools = { { name, server, listed, file }… }, sources = { path… }, rules, tests, notes, policies,
+ * audit_dir, workspace, image } of the configuration as it is on disk; or nil, all errors, class. */
 static int i_load(lua_State *L)
 {
     struct orch *o = host_of(L);
     cleanup_buf struct orch_buf errors = { 0 };
     enum orch_class cls = ORCH_CLASS_CONFIG;
-    if (!o->gen && !(o->gen = orch_generation_load(o, ORCH_TRUST_CHECK, NULL, &errors, &cls)))
+    if (!o->gen && !(o->gen = orch_generation_load(o, ORCH_TRUST_CHECK, &errors, &cls)))
         return push_errors(L, &errors, cls);
     struct orch_generation *g = o->gen;
     lua_newtable(L);
@@ -118,6 +121,12 @@ static int i_load(lua_State *L)
         lua_rawseti(L, -2, (int)i + 1);
     }
     lua_setfield(L, -2, "tools");
+    lua_newtable(L);
+    for (size_t i = 0; i < g->sources.n; i++) {
+        lua_pushstring(L, g->sources.files[i].path);
+        lua_rawseti(L, -2, (int)i + 1);
+    }
+    lua_setfield(L, -2, "sources");
     return 1;
 }
 
@@ -188,57 +197,97 @@ static int i_packet(lua_State *L)
     return 2;
 }
 
-/* trust(edits): records the files of the configuration in force; returns the list { { path, sha256 }… }. */
+/* trust_look(): reads the configuration whether it is trusted or not: { { path, sha256, text, before = SHA-256 recorded or
+ * nil }… }, and its list `gone` of paths that were recorded and are no more. Before anything is loaded. */
+static int i_trust_look(lua_State *L)
+{
+    struct orch *o = host_of(L);
+    struct orch_err err = { 0 };
+    struct orch_trust known = { .edits = false };
+    cleanup_buf struct orch_buf errors = { 0 };
+    enum orch_class cls = ORCH_CLASS_CONFIG;
+    if (!o->gen && !(o->gen = orch_generation_load(o, ORCH_TRUST_ANY, &errors, &cls)))
+        return push_errors(L, &errors, cls);
+    if (orch_trust_read(o, &known, &err) < 0)
+        return orch_push_err(L, &err);
+    const struct orch_trust_list *list = &o->gen->sources;
+    lua_newtable(L);
+    for (size_t i = 0; i < list->n && !err.cls; i++) {
+        const struct orch_trust_file *f = &list->files[i];
+        cleanup_buf struct orch_buf text = { 0 };
+        char sha[65];
+        int r = orch_read_file(AT_FDCWD, f->path, 1 << 20, &text);
+        orch_sha256_hex(text.p, text.n, sha);
+        if (r < 0 || strcmp(sha, f->sha256) != 0)
+            orch_err_set(&err, r < 0 ? -r : ESTALE, "%s: it changes while it is read; try again", f->path);
+        lua_newtable(L);
+        set_string(L, "path", f->path);
+        set_string(L, "sha256", f->sha256);
+        lua_pushlstring(L, text.p ? text.p : "", text.n);
+        lua_setfield(L, -2, "text");
+        for (size_t k = 0; k < known.list.n; k++)
+            if (strcmp(known.list.files[k].path, f->path) == 0) {
+                set_string(L, "before", known.list.files[k].sha256);
+                known.list.files[k].path[0] = 0; /* seen */
+            }
+        lua_rawseti(L, -2, (int)i + 1);
+    }
+    lua_newtable(L);
+    for (size_t k = 0, n = 0; k < known.list.n; k++)
+        if (*known.list.files[k].path) {
+            lua_pushstring(L, known.list.files[k].path);
+            lua_rawseti(L, -2, (int)++n);
+        }
+    lua_setfield(L, -2, "gone");
+    orch_trust_fini(&known);
+    return err.cls ? orch_push_err(L, &err) : 1;
+}
+
+/* trust(edits): records what trust_look read. */
 static int i_trust(lua_State *L)
 {
     struct orch *o = host_of(L);
     struct orch_err err = { 0 };
-    struct orch_trust_list list = { 0 };
-    cleanup_buf struct orch_buf errors = { 0 };
-    enum orch_class cls = ORCH_CLASS_CONFIG;
-    struct orch_generation *g = orch_generation_load(o, ORCH_TRUST_COLLECT, &list, &errors, &cls);
-    if (!g) {
-        orch_trust_files_free(list.files, list.n);
-        return push_errors(L, &errors, cls);
-    }
-    orch_generation_unref(g);
-    cleanup_free char *dir = orch_xstrdup(o->paths.config);
-    *strrchr(dir, '/') = 0;
-    cleanup_free char *path = orch_xasprintf("%s/state.db", o->paths.state);
-    cleanup_close int state = orch_own_dir(o->paths.state, &err);
-    int r = state;
-    struct orch_db *db = NULL;
-    if (r >= 0 && (db = orch_db_open(path, &err)))
-        r = orch_db_trust_set(db, dir, lua_toboolean(L, 1), list.files, list.n, &err);
-    bool ok = db && r >= 0;
-    orch_db_close(db);
-    if (ok) {
-        lua_newtable(L);
-        for (size_t i = 0; i < list.n; i++) {
-            lua_newtable(L);
-            lua_pushstring(L, list.files[i].path);
-            lua_setfield(L, -2, "path");
-            lua_pushstring(L, list.files[i].sha256);
-            lua_setfield(L, -2, "sha256");
-            lua_rawseti(L, -2, (int)i + 1);
-        }
-    }
-    orch_trust_files_free(list.files, list.n);
-    return ok ? 1 : orch_push_err(L, &err);
+    struct orch_trust t = { .list = o->gen->sources, .edits = lua_toboolean(L, 1), .always = o->gen->cfg.trust_always };
+    if (orch_trust_record(o, &t, &err) < 0)
+        return orch_push_err(L, &err);
+    lua_pushboolean(L, 1);
+    return 1;
 }
 
-/* Refused where an agent could reach it: below a process that an orch started. */
+/* Whether a person can see and type: standard input and standard error are terminals. */
+static int i_terminal(lua_State *L)
+{
+    lua_pushboolean(L, isatty(STDIN_FILENO) && isatty(STDERR_FILENO));
+    return 1;
+}
+
+static void read_link(int pid, const char *name, char *out, size_t n)
+{
+    char path[64];
+    snprintf(path, sizeof path, "/proc/%d/%s", pid, name);
+    ssize_t got = readlink(path, out, n - 1);
+    out[got < 0 ? 0 : got] = 0;
+}
+
+static bool same_name(int pid)
+{
+    char path[64];
+    cleanup_buf struct orch_buf own = { 0 }, its = { 0 };
+    snprintf(path, sizeof path, "/proc/%d/comm", pid);
+    return orch_read_file(AT_FDCWD, "/proc/self/comm", 64, &own) == 0 && orch_read_file(AT_FDCWD, path, 64, &its) == 0 && own.n == its.n &&
+           memcmp(own.p, its.p, own.n) == 0;
+}
+
+/* Refused where an agent could reach it: below a process that an orch started. What orch protects itself from cannot see
+ * its program, so there the name says it; what it then could do, the kernel refuses. */
 static int i_below_orch(lua_State *L)
 {
     char self[4096], exe[4096];
-    ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
-    self[n < 0 ? 0 : n] = 0;
+    read_link(getpid(), "exe", self, sizeof self);
     for (int pid = getppid(), depth = 0; pid > 1 && depth < ORCH_ANCESTORS_MAX; depth++, pid = orch_proc_parent(pid)) {
-        char path[64];
-        snprintf(path, sizeof path, "/proc/%d/exe", pid);
-        n = readlink(path, exe, sizeof exe - 1);
-        exe[n < 0 ? 0 : n] = 0;
-        if (self[0] && strcmp(self, exe) == 0) {
+        read_link(pid, "exe", exe, sizeof exe);
+        if (exe[0] ? self[0] && strcmp(self, exe) == 0 : same_name(pid)) {
             lua_pushinteger(L, pid);
             return 1;
         }
@@ -314,6 +363,16 @@ static int i_launch_check(lua_State *L)
 {
     struct orch_err err = { 0 };
     if (orch_launch_check(host_of(L)->paths.launcher, &err) < 0)
+        return orch_push_err(L, &err);
+    lua_pushboolean(L, 1);
+    return 1;
+}
+
+/* protect_check(): can a program be kept from changing orch's files? */
+static int i_protect_check(lua_State *L)
+{
+    struct orch_err err = { 0 };
+    if (orch_protect_check(host_of(L), &err) < 0)
         return orch_push_err(L, &err);
     lua_pushboolean(L, 1);
     return 1;
@@ -557,7 +616,10 @@ int orch_luaopen_internal(lua_State *L)
         { "rules", i_rules },
         { "nft", i_nft },
         { "packet", i_packet },
+        { "trust_look", i_trust_look },
         { "trust", i_trust },
+        { "terminal", i_terminal },
+        { "protect_check", i_protect_check },
         { "below_orch", i_below_orch },
         { "audit_list", i_audit_list },
         { "audit_verify", i_audit_verify },

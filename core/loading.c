@@ -36,30 +36,128 @@ const char *orch_load_display(const struct loading *l, const char *path)
     return path;
 }
 
+static char *trust_db(const struct orch *o)
+{
+    return orch_xasprintf("%s/state.db", o->paths.state);
+}
+
+/* Not the folder that a link leads to: what lies in the working directory is not trusted because it says so elsewhere. */
+char *orch_trust_dir(const struct orch *o)
+{
+    cleanup_free char *dir = orch_xstrdup(o->paths.named);
+    char *slash = strrchr(dir, '/');
+    slash[slash == dir] = 0; /* "/" stays */
+    char *real = realpath(dir, NULL);
+    return real ? real : orch_steal_ptr(&dir);
+}
+
+/* In the record, an entry with an empty name says `always`. */
+int orch_trust_read(struct orch *o, struct orch_trust *t, struct orch_err *err)
+{
+    *t = (struct orch_trust){ .edits = false };
+    cleanup_free char *path = trust_db(o), *dir = orch_trust_dir(o);
+    if (!ORCH_FEATURE_TRUST || access(path, F_OK) < 0)
+        return 0;
+    struct orch_db *db = orch_db_open(path, err);
+    if (!db)
+        return -EIO;
+    int r = orch_db_trust_get(db, dir, &t->edits, &t->list.files, &t->list.n, err);
+    orch_db_close(db);
+    for (size_t i = 0; i < t->list.n; i++)
+        t->always = t->always || !*t->list.files[i].path;
+    return r;
+}
+
+int orch_trust_record(struct orch *o, const struct orch_trust *t, struct orch_err *err)
+{
+    cleanup_free char *path = trust_db(o), *dir = orch_trust_dir(o);
+    cleanup_close int state = orch_own_dir(o->paths.state, err);
+    struct orch_db *db = state < 0 ? NULL : orch_db_open(path, err);
+    if (!db)
+        return -EIO;
+    cleanup_free struct orch_trust_file *files = orch_xcalloc(t->list.n + 1, sizeof *files);
+    size_t n = 0;
+    for (size_t i = 0; i < t->list.n; i++)
+        if (*t->list.files[i].path)
+            files[n++] = t->list.files[i];
+    if (t->always) {
+        files[n].path = (char *)(uintptr_t)"";
+        memset(files[n++].sha256, '0', 64);
+    }
+    int r = orch_db_trust_set(db, dir, t->edits, files, n, err);
+    orch_db_close(db);
+    return r;
+}
+
+void orch_trust_fini(struct orch_trust *t)
+{
+    orch_trust_files_free(t->list.files, t->list.n);
+    *t = (struct orch_trust){ .edits = false };
+}
+
+static const struct orch_trust_file *trusted_file(const struct loading *l, const char *path)
+{
+    for (size_t i = 0; i < l->trust.list.n; i++)
+        if (strcmp(l->trust.list.files[i].path, path) == 0)
+            return &l->trust.list.files[i];
+    return NULL;
+}
+
+/* Whether the user has seen these very bytes. */
+static bool trusted_content(const struct loading *l, const char *path, const char *sha)
+{
+    const struct orch_trust_file *f = trusted_file(l, path);
+    return f && strcmp(f->sha256, sha) == 0;
+}
+
 static bool check_trust(struct loading *l, const char *path, const char *sha)
 {
-    if (l->mode == ORCH_TRUST_COLLECT) {
-        struct orch_trust_list *c = l->collected;
-        c->files = orch_xrealloc(c->files, (c->n + 1) * sizeof *c->files);
-        c->files[c->n].path = orch_xstrdup(path);
-        memcpy(c->files[c->n++].sha256, sha, 65);
+    if (!l->needs_trust || l->trust.edits || trusted_content(l, path, sha))
         return true;
-    }
-    if (!l->needs_trust)
-        return true;
-    for (size_t i = 0; i < l->n_trusted; i++) {
-        if (strcmp(l->trusted[i].path, path) != 0)
-            continue;
-        if (l->trust_edits || strcmp(l->trusted[i].sha256, sha) == 0)
-            return true;
-        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: changed since it was trusted; look at it, then run: orch trust %s", orch_load_display(l, path), l->base);
-        return false;
-    }
-    if (l->trust_edits)
-        return true;
-    orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: not trusted; a configuration in the working directory is only loaded after: orch trust %s",
-         orch_load_display(l, path), l->base);
+    orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: %s: orch trust %s", orch_load_display(l, path),
+                   trusted_file(l, path)                    ? "changed since it was trusted; look at it, then run"
+                   : l->o->paths.origin == ORCH_CONFIG_CWD ? "not trusted; a configuration in the working directory is only loaded after"
+                                                           : "not trusted; this configuration is only loaded after",
+                   l->trust_dir);
     return false;
+}
+
+int orch_load_trust_config(struct loading *l)
+{
+    if (l->mode != ORCH_TRUST_CHECK || l->needs_trust)
+        return 0;
+    l->needs_trust = true;
+    return check_trust(l, l->o->paths.config, l->sha) ? 0 : -EPERM;
+}
+
+static void keep_source(struct orch_trust_list *list, const char *path, const char *sha)
+{
+    list->files = orch_xrealloc(list->files, (list->n + 1) * sizeof *list->files);
+    list->files[list->n].path = orch_xstrdup(path);
+    memcpy(list->files[list->n++].sha256, sha, 65);
+}
+
+/* What a child may have written is the law only when the user has seen it. */
+static int check_writers(struct loading *l, int fd, const struct stat *st, const char *path, bool product)
+{
+    struct orch *o = l->o;
+    if (trusted_content(l, path, l->sha))
+        return 0;
+    if (!orch_protect_holds(o, fd)) {
+        l->unheld = l->unheld || !product;
+        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: put there while a program runs that orch started and that may write to it; %s%s",
+                       orch_load_display(l, path), product ? "start orch anew" : "look at it, then run: orch trust ", product ? "" : l->trust_dir);
+        return -EPERM;
+    }
+    if (product || st->st_nlink < 2)
+        return 0;
+    if (!l->g->linked)
+        l->g->linked = orch_xstrdup(path);
+    if (!o->protects)
+        return 0;
+    orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: it has another name (a hard link), by which a program that orch started may write to it; remove that one",
+                   orch_load_display(l, path));
+    return -EPERM;
 }
 
 /* dirfd/name is opened; path is the absolute name. Product files (lua/) are hashed but need no trust. */
@@ -70,13 +168,14 @@ int orch_load_read(struct loading *l, int dirfd, const char *name, const char *p
         orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: more than %d files", orch_load_display(l, path), FILES_MAX);
         return -E2BIG;
     }
-    int r = fstatat(dirfd, name, &st, 0) < 0 ? -errno : 0;
+    cleanup_close int fd = openat(dirfd, name, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    int r = fd < 0 || fstat(fd, &st) < 0 ? -errno : S_ISDIR(st.st_mode) ? -EISDIR : 0;
     if (r == 0 && (st.st_mode & S_IWOTH) && !product) {
         orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: everybody may write it; run: chmod o-w %s", orch_load_display(l, path), path);
         return -EPERM;
     }
     if (r == 0)
-        r = orch_read_file(dirfd, name, SOURCE_MAX_BYTES, out);
+        r = orch_read_fd(fd, SOURCE_MAX_BYTES, out);
     if (r == -EFBIG)
         orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: larger than 1 MiB", orch_load_display(l, path));
     else if (r < 0)
@@ -86,6 +185,10 @@ int orch_load_read(struct loading *l, int dirfd, const char *name, const char *p
     orch_sha256_hex(out->p, out->n, l->sha);
     if (!product && !check_trust(l, path, l->sha))
         return -EPERM;
+    if ((r = check_writers(l, fd, &st, path, product)) < 0)
+        return r;
+    if (!product)
+        keep_source(&l->g->sources, path, l->sha);
     orch_sha256_update(&l->hash, path, strlen(path) + 1);
     orch_sha256_update(&l->hash, l->sha, 64);
     return 0;

@@ -13,11 +13,11 @@ struct loading {
     struct orch *o;
     struct orch_generation *g;
     enum orch_trust_mode mode;
-    struct orch_trust_list *collected;
-    struct orch_trust_file *trusted; /* CHECK: what was recorded */
-    size_t n_trusted;
-    bool trust_edits, needs_trust;
+    struct orch_trust trust; /* CHECK: what was recorded */
+    bool needs_trust;
+    bool unheld; /* a child may have written to what was to be loaded */
     char *base; /* the configuration's folder */
+    char *trust_dir;
     struct orch_buf *errors;
     enum orch_class cls;
     struct orch_sha256_ctx hash;
@@ -33,6 +33,8 @@ void orch_load_fail_file(struct loading *l, const char *shown, const struct orch
 const char *orch_load_display(const struct loading *l, const char *path);
 /* Reads dirfd/name once, hashes it, holds it against what is trusted. Product files need no trust. */
 int orch_load_read(struct loading *l, int dirfd, const char *name, const char *path, bool product, struct orch_buf *out);
+/* The configuration says trust = "always": it is held against what is trusted now, unless it was before. */
+int orch_load_trust_config(struct loading *l);
 /* Compiles and runs a source; its one result is left on the stack. n_args values on the stack are its
  * arguments (they are consumed). */
 int orch_load_run(struct loading *l, struct orch_state *s, const char *shown, struct orch_slice text, int n_args);

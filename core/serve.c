@@ -357,7 +357,11 @@ static int serve_stdio(struct serving *v, const struct orch_serve_opts *so, cons
     if (so->command) {
         v->waiting = true;
         orch_mcp_stdio_hold(v->stdio, true);
-        o->upstream = orch_upstream_start(o, so->as, so->command, upstream_settled, v);
+        if (!so->protect)
+            orch_log(ORCH_WARN, "%s: nothing keeps this server from rewriting the policies that judge it", so->as);
+        o->upstream = orch_upstream_start(o, so->as, so->command, so->protect, upstream_settled, v, err);
+        if (!o->upstream)
+            return -EIO;
     }
     return 0;
 }

@@ -256,9 +256,14 @@ static void settled_at_start(void *ud)
     settle(u, &u->start_error);
 }
 
-struct orch_upstream *orch_upstream_start(struct orch *o, const char *name, const char *const *command, void (*on_settled)(void *ud),
-                                          void *ud)
+struct orch_upstream *orch_upstream_start(struct orch *o, const char *name, const char *const *command, bool protect,
+                                          void (*on_settled)(void *ud), void *ud, struct orch_err *err)
 {
+    struct orch_proc_via *via = protect ? orch_protect_new(o, err) : NULL;
+    if (protect && !via) {
+        orch_err_wrap(err, "%s", name);
+        return NULL;
+    }
     /* Children on the host get PATH, HOME and LANG, nothing else (ORCH_DEPTH: see main.c). */
     static const char *const passed[] = { "PATH", "HOME", "LANG", "ORCH_DEPTH" };
     char *env[ORCH_ARRAY_LEN(passed) + 1];
@@ -277,6 +282,7 @@ struct orch_upstream *orch_upstream_start(struct orch *o, const char *name, cons
                                     &(struct orch_mcp_client_opts){ .name = u->name,
                                                                     .argv = command,
                                                                     .env = (const char *const *)env,
+                                                                    .via = via,
                                                                     .limits = { .bytes = o->gen->cfg.message_bytes },
                                                                     .ready = ready,
                                                                     .lost = lost,
@@ -287,6 +293,11 @@ struct orch_upstream *orch_upstream_start(struct orch *o, const char *name, cons
                                     &u->start_error);
     while (n)
         free(env[--n]);
+    if (!u->client && u->start_error.cls == ORCH_CLASS_ISOLATION) {
+        *err = u->start_error;
+        orch_upstream_free(u);
+        return NULL;
+    }
     if (!u->client)
         orch_loop_post(o->loop, settled_at_start, u);
     return u;

@@ -276,6 +276,15 @@ end
 
 -- ---- running orch processes
 
+-- What each answered: { pid =, answer = } or { pid =, error =, refused = }.
+function cli.control(request, pid)
+  local answers = internal.control(request, pid)
+  for _, a in ipairs(answers) do
+    if a.answer and a.answer.refused then a.error, a.refused, a.answer = a.answer.error, true, nil end
+  end
+  return answers
+end
+
 function cli.none_running(pid)
   cli.out(pid and ("no orch process %d of yours is running\n"):format(pid) or "no orch process of yours is running\n")
 end

@@ -246,6 +246,7 @@ local SPEC = {
   { "policies", directory, "policies" },
   { "tools", directories, {} },
   { "workspace", workspace },
+  { "trust", choice, nil, { "always" } }, -- none: only a configuration in the working directory needs it
   { "vm.backend", choice, "auto", { "auto", "qemu", "firecracker" }, { firecracker = '"auto" or "qemu"' } },
   { "vm.accel", choice, "auto", { "auto", "kvm", "tcg" } },
   { "vm.image", image }, -- none: the host takes debian when it is built, else base

@@ -8,8 +8,12 @@ local function stdio(opts, _, cmd, name)
   elseif opts.sandbox and opts.sandbox ~= "host" then
     return require "cli".fail(name, "--sandbox " .. opts.sandbox .. " is not available yet; only host is", 2)
   end
-  local status, why, code = orch.mcp.serve { transport = "stdio", as = as, command = cmd and cmd[1] and cmd or nil }
-  if not status then return require "cli".fail(name, why, code) end
+  local status, why, code = orch.mcp.serve { transport = "stdio", as = as, command = cmd and cmd[1] and cmd or nil,
+    protect = not opts["no-protect"] }
+  if not status then
+    if code == "isolation" and cmd and not opts["no-protect"] then why = why .. "\nOr give it --no-protect: see orch mcp stdio --help" end
+    return require "cli".fail(name, why, code)
+  end
   if why then orch.log.info("mcp stdio: ended: " .. why) end
   return status
 end
@@ -29,14 +33,17 @@ return require "cli".main("mcp", {
   commands = {
     { "stdio", spec = {
       summary = "MCP server on stdin and stdout, or a proxy in front of CMD",
-      usage = "[--as NAME] [--] [CMD ARG…]",
+      usage = "[--as NAME] [--no-protect] [--] [CMD ARG…]",
       about = "An MCP server on standard input and output with the configured tools. With CMD: that server "
         .. "behind the policy, its tools under their own names on the wire and as NAME__tool in policies. "
-        .. "Logs go to stderr.",
+        .. "To CMD, orch's configuration, policies, tools, state and caches are read-only. Logs go to stderr.",
       options = { { "--as", "NAME", "name of CMD's server in policies (default: cmd)" },
-        { "--sandbox", "host", "where CMD runs; vm is not available yet" } },
+        { "--sandbox", "host", "where CMD runs; vm is not available yet" },
+        { "--no-protect", nil, "leave orch's own files open to CMD: an agent that steers it can then rewrite the policies "
+          .. "that judge it, and what trust and the audit log hold" } },
       examples = { "orch mcp stdio", "orch mcp stdio -- npx -y @modelcontextprotocol/server-filesystem ." },
-      status = "0 input ended, 6 configuration invalid or not trusted, 7 CMD's server failed, 2 usage",
+      status = "0 input ended, 5 orch's files cannot be protected from CMD, 6 configuration invalid or not trusted, "
+        .. "7 CMD's server failed, 2 usage",
       command = "word", words = { 0, 0 }, run = stdio } },
     { "test", spec = { summary = "connect to a server, list its tools or call one", delegate = "test-mcp" } },
     { "http", spec = {

@@ -427,7 +427,7 @@ end
 
 local KNOWN = { command = "table", url = "string", headers = "table", env = "table", cwd = "string", timeout = true, sandbox = "string",
   protocol = "string", elicit = "function", elicit_url = "function", sample = "function", roots = true, auth = "table",
-  capabilities = "table", on_notification = "function", on_log = "function", name = "string" }
+  protect = "boolean", capabilities = "table", on_notification = "function", on_log = "function", name = "string" }
 
 function M.connect(o)
   local function bad(why) error("orch.mcp.connect: " .. why, 3) end

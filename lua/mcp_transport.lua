@@ -63,7 +63,7 @@ end
 
 local function start(self)
   local o = self.o
-  local pipe, why, code = verbs.process_open { command = o.command, env = o.env, cwd = o.cwd }
+  local pipe, why, code = verbs.process_open { command = o.command, env = o.env, cwd = o.cwd, protect = o.protect }
   if not pipe then return nil, why, code end
   self.pipe, self.gone = pipe, nil
   orch.task.spawn(pump, self, pipe)

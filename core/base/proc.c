@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -20,6 +21,7 @@ enum {
     STDERR_READ = 16 * 1024,
     STDERR_GRACE_MS = 200,
     REAP_WAIT_MS = 2000,
+    VIA_WAIT_MS = 5000,
     CHILD_STACK = 32 * 1024,
     MAX_FDS = ORCH_ARRAY_LEN(((struct orch_proc_opts *)0)->fds),
 };
@@ -30,6 +32,7 @@ struct orch_proc {
     int pidfd, in, out, err;
     struct orch_watch *exit_watch, *err_watch;
     struct orch_timer *grace;
+    struct orch_proc_via *via;
     bool exited, reaped;
     int status;
     struct orch_buf tail; /* up to twice `keep` bytes of stderr, the last `keep` are shown */
@@ -162,21 +165,77 @@ static char *find_program(const struct orch_proc_opts *o, int cwd, struct orch_e
     return NULL;
 }
 
-static int start_error(const struct child *c, const struct orch_proc_opts *o, struct orch_err *err)
+static int start_error(const char *path, const char *step, int code, const struct orch_proc_opts *o, struct orch_err *err)
 {
-    if (strcmp(c->step, "execve") != 0)
-        return orch_err_set(err, c->error, "%s: cannot start: %s: %s", c->path, c->step, strerror(c->error));
-    switch (c->error) {
+    if (strcmp(step, "execve") != 0)
+        return orch_err_set(err, code, "%s: cannot start: %s: %s", path, step, strerror(code));
+    switch (code) {
     case ENOENT: /* the file was there a moment ago */
-        return orch_err_set(err, ENOENT, "%s: the interpreter its first line or header names does not exist", c->path);
+        return orch_err_set(err, ENOENT, "%s: the interpreter its first line or header names does not exist", path);
     case ENOEXEC:
-        return orch_err_set(err, ENOEXEC, "%s: not a program of this machine (a script needs a #! line)", c->path);
+        return orch_err_set(err, ENOEXEC, "%s: not a program of this machine (a script needs a #! line)", path);
     case E2BIG:
-        return orch_err_set(err, E2BIG, "%s: arguments and environment are too long", c->path);
+        return orch_err_set(err, E2BIG, "%s: arguments and environment are too long", path);
     default:
-        return orch_err_set(err, c->error, "%s: cannot execute: %s%s%s", c->path, strerror(c->error),
+        return orch_err_set(err, code, "%s: cannot execute: %s%s%s", path, strerror(code),
                             o->cwd ? ", in " : "", o->cwd ? o->cwd : "");
     }
+}
+
+/* words… PATH ARGV0 ARG… NULL, all borrowed. */
+static char **via_argv(const struct orch_proc_opts *o, char *path)
+{
+    size_t n = 0, words = 0;
+    while (o->argv[n])
+        n++;
+    while (o->via->words[words])
+        words++;
+    char **out = orch_xcalloc(words + n + 2, sizeof *out);
+    memcpy(out, o->via->words, words * sizeof *out);
+    out[words] = path;
+    memcpy(out + words + 1, o->argv, n * sizeof *out);
+    return out;
+}
+
+/* Waits until the program was executed, and takes the root it has; or why it was not. */
+static int via_wait(const struct orch_proc_opts *o, const char *path, int sock, struct orch_err *err)
+{
+    struct orch_proc_via *v = o->via;
+    int64_t until = orch_now_us() / 1000 + VIA_WAIT_MS;
+    for (;;) {
+        union {
+            struct cmsghdr align;
+            char bytes[CMSG_SPACE(sizeof(int))];
+        } control;
+        struct orch_proc_report report = { 0 };
+        struct iovec iov = { &report, sizeof report };
+        struct msghdr h = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = sizeof control.bytes };
+        struct pollfd pfd = { .fd = sock, .events = POLLIN };
+        int64_t left = until - orch_now_us() / 1000;
+        int ready = left > 0 ? poll(&pfd, 1, (int)left) : 0;
+        if (ready < 0 && errno == EINTR)
+            continue;
+        ssize_t n = ready > 0 ? recvmsg(sock, &h, MSG_CMSG_CLOEXEC | MSG_DONTWAIT) : -1;
+        if (ready > 0 && n < 0 && errno == EINTR)
+            continue;
+        struct cmsghdr *k = n > 0 ? CMSG_FIRSTHDR(&h) : NULL;
+        if (k && k->cmsg_type == SCM_RIGHTS && v->root < 0) {
+            memcpy(&v->root, CMSG_DATA(k), sizeof v->root);
+        } else if (n == 0 && v->root >= 0) {
+            return 0;
+        } else if (n == sizeof report && !report.step[sizeof report.step - 1] && !report.file[sizeof report.file - 1]) {
+            return strcmp(report.step, "execve") == 0 ? start_error(path, report.step, report.code, o, err) : v->refused(v, &report, err);
+        } else {
+            const char *why = ready > 0 ? "it ended" : "it did not answer within 5 s";
+            return orch_err_setc(err, ORCH_CLASS_ISOLATION, EPIPE, "%s: cannot start: %s: %s", path, v->words[0], why);
+        }
+    }
+}
+
+static void via_release(struct orch_proc_via **v)
+{
+    if (*v)
+        (*v)->release(*v);
 }
 
 static void finish(struct orch_proc *p)
@@ -262,7 +321,8 @@ static int set_nonblock(int fd)
 
 struct orch_proc *orch_proc_start(struct orch_loop *l, const struct orch_proc_opts *o, struct orch_err *err)
 {
-    if (!o->argv || !o->argv[0] || o->n_fds > MAX_FDS) {
+    ORCH_CLEANUP(via_release) struct orch_proc_via *via = o->via;
+    if (!o->argv || !o->argv[0] || o->n_fds > MAX_FDS || (via && o->n_fds)) {
         orch_err_set(err, EINVAL, "process: no program is named, or more than %d descriptors are passed", (int)MAX_FDS);
         return NULL;
     }
@@ -275,7 +335,7 @@ struct orch_proc *orch_proc_start(struct orch_loop *l, const struct orch_proc_op
     if (!path)
         return NULL;
 
-    cleanup_close int in_r = -1, in_w = -1, out_r = -1, out_w = -1, err_r = -1, err_w = -1, null = -1;
+    cleanup_close int in_r = -1, in_w = -1, out_r = -1, out_w = -1, err_r = -1, err_w = -1, null = -1, told = -1, tell = -1;
     int p[2], failed = 0;
     if (o->null_stdio) {
         null = open("/dev/null", O_RDWR | O_CLOEXEC);
@@ -298,21 +358,28 @@ struct orch_proc *orch_proc_start(struct orch_loop *l, const struct orch_proc_op
         err_w = p[1];
         failed = set_nonblock(err_r) < 0;
     }
+    if (!failed && via && !(failed = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, p) < 0)) {
+        told = p[0];
+        tell = p[1];
+    }
     if (failed) {
         orch_err_set(err, errno, "%s: cannot start: pipes: %s", o->argv[0], strerror(errno));
         return NULL;
     }
 
     static const char *const no_env[] = { NULL };
+    cleanup_free char **through = via ? via_argv(o, path) : NULL;
     struct child c = {
-        .path = path,
-        .argv = (char *const *)(uintptr_t)o->argv,
+        .path = via ? via->words[0] : path,
+        .argv = via ? through : (char *const *)(uintptr_t)o->argv,
         .env = (char *const *)(uintptr_t)(o->env ? o->env : no_env),
         .cwd = cwd,
         .fds = { null >= 0 ? null : in_r, null >= 0 ? null : out_w, err_w },
-        .n_fds = 3 + (int)o->n_fds,
+        .n_fds = 3 + (int)o->n_fds + (via != NULL),
         .parent = getpid(),
     };
+    if (via)
+        c.fds[3] = tell;
     if (o->n_fds)
         memcpy(c.fds + 3, o->fds, o->n_fds * sizeof c.fds[0]);
 
@@ -333,7 +400,13 @@ struct orch_proc *orch_proc_start(struct orch_loop *l, const struct orch_proc_op
     }
     if (c.step) {
         waitid(P_PIDFD, (id_t)pidfd, &(siginfo_t){ 0 }, WEXITED);
-        start_error(&c, o, err);
+        start_error(c.path, c.step, c.error, o, err);
+        return NULL;
+    }
+    close(orch_steal_fd(&tell)); /* -1 without via */
+    if (via && via_wait(o, path, told, err) < 0) {
+        kill(pid, SIGKILL);
+        waitid(P_PIDFD, (id_t)pidfd, &(siginfo_t){ 0 }, WEXITED);
         return NULL;
     }
 
@@ -342,6 +415,7 @@ struct orch_proc *orch_proc_start(struct orch_loop *l, const struct orch_proc_op
         .loop = l,
         .pid = pid,
         .pidfd = orch_steal_fd(&pidfd),
+        .via = orch_steal_ptr(&via),
         .in = orch_steal_fd(&in_w),
         .out = orch_steal_fd(&out_r),
         .err = orch_steal_fd(&err_r),
@@ -427,6 +501,7 @@ void orch_proc_free(struct orch_proc *p)
     orch_cleanup_close(&p->out);
     orch_cleanup_close(&p->err);
     orch_buf_free(&p->tail);
+    via_release(&p->via);
     free(p);
 }
 

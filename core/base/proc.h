@@ -15,15 +15,31 @@ struct orch_proc;
 /* status: as wait(2) gives it; called once, after stderr reached its end or 200 ms passed. */
 typedef void orch_proc_exit_fn(void *ud, int status);
 
+/* A program that executes another in its own place, changed in some way: `words… PATH ARGV0 ARG…`. Its descriptor 3 is a
+ * SEQPACKET socket: it sends a report when it cannot, else a byte with the root directory the other will have, and execs.
+ * The start waits for that, at most 5 s. */
+struct orch_proc_report {
+    int32_t code; /* errno */
+    char step[32];
+    char file[4096]; /* that the step was about, or empty */
+};
+struct orch_proc_via {
+    char **words; /* NULL-terminated; words[0]: absolute path */
+    int root;     /* set by the start: O_PATH, or -1 */
+    int (*refused)(const struct orch_proc_via *v, const struct orch_proc_report *r, struct orch_err *err);
+    void (*release)(struct orch_proc_via *v); /* closes root and frees v */
+};
+
 struct orch_proc_opts {
     /* argv[0] is looked up in the absolute entries of the child's PATH unless it has a slash; then a
      * relative one is relative to cwd. */
     const char *const *argv;
     const char *const *env;  /* "NAME=value"; NULL: an empty environment */
     const char *cwd;         /* NULL: unchanged */
-    int fds[16];             /* passed as descriptors 3…; n_fds of them; borrowed */
+    int fds[16];             /* passed as descriptors 3…; n_fds of them; borrowed; none with via */
     size_t n_fds;
     bool null_stdio;         /* stdin and stdout are /dev/null instead of pipes */
+    struct orch_proc_via *via; /* taken, also when the start fails; released with the process */
     size_t stderr_keep;      /* bytes of stderr kept, default 8 KiB */
     orch_proc_exit_fn *on_exit;
     void (*on_stderr)(void *ud, struct orch_slice bytes); /* as it comes; optional */

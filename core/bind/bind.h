@@ -11,6 +11,7 @@
 #include <lauxlib.h>
 
 struct sockaddr;
+struct orch_proc_via;
 struct orch_policy;
 struct orch_vms;
 struct orch_vm_opts;
@@ -79,6 +80,7 @@ struct orch_serve_opts {
     const char *name, *version, *instructions; /* of the server; NULL: orch's */
     const char *const *command; /* a server to put behind the policy; NULL: none */
     const char *as;             /* its name in policy, "cmd" unless given */
+    bool protect;               /* orch's files from it */
     void (*done)(void *ud, int status, const char *why);
     void *ud;
 };
@@ -97,6 +99,8 @@ struct orch_env {
     /* Fills permit and host: what the configuration permits, and the host's addresses as they are now.
      * What it points to is the host's, good until the next call. */
     int (*fill_policy)(void *ud, struct orch_policy *p, struct orch_err *err);
+    /* For orch_proc_opts: the program cannot change what orch reads to judge, run or start. NULL with err. */
+    struct orch_proc_via *(*protect)(void *ud, struct orch_err *err);
     /* orch.mcp.serve: returns at once, done is called from the loop when the session ended. */
     int (*serve)(void *ud, const struct orch_serve_opts *o, struct orch_err *err);
     void (*serve_stop)(void *ud); /* ends it at once; done is not called */

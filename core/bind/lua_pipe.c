@@ -1,5 +1,5 @@
 /* Of the private module "orch.transport": a child process spoken to by lines.
- *   process_open{ command, env, cwd }  pipe
+ *   process_open{ command, env, cwd, protect }  pipe; protect: it cannot change orch's own files
  *   pipe:read()      waits for the next line, without its end; nil, message, code once the child is gone
  *   pipe:send(text)  text and a line's end; does not wait
  *   pipe:stderr()    the end of what it wrote to stderr
@@ -267,6 +267,7 @@ static int t_process_open(lua_State *L)
     struct orch_env *env = orch_env_of(L);
     struct orch_opts o = orch_opts_begin(L, 1, "orch.mcp.connect");
     const char *cwd = orch_opt_string(&o, "cwd", NULL);
+    bool protect = orch_opt_bool(&o, "protect", false);
     const char **envp = orch_opt_push(&o, "env", LUA_TTABLE) ? orch_check_strings(L, -1, "env", ARGV_MAX) : NULL;
     if (!orch_opt_push(&o, "command", LUA_TTABLE))
         return luaL_error(L, "orch.mcp.connect: command is missing (a list: program and arguments)");
@@ -279,17 +280,22 @@ static int t_process_open(lua_State *L)
     luaL_getmetatable(L, PIPE_META);
     lua_setmetatable(L, -2);
     struct orch_err err = { 0 };
+    struct orch_proc_via *via = protect ? env->protect(env->ud, &err) : NULL;
+    if (protect && !via)
+        return orch_push_err(L, &err);
     p->proc = orch_proc_start(env->loop,
                               &(struct orch_proc_opts){ .argv = argv,
                                                         .env = envp ? envp : (const char *const *)environ,
                                                         .cwd = cwd,
+                                                        .via = via,
                                                         .on_exit = on_exit_status,
                                                         .on_stderr = on_stderr,
                                                         .ud = p },
                               &err);
     if (!p->proc) {
         orch_err_wrap(&err, "%s", argv[0]);
-        err.cls = ORCH_CLASS_UPSTREAM;
+        if (err.cls != ORCH_CLASS_ISOLATION)
+            err.cls = ORCH_CLASS_UPSTREAM;
         return orch_push_err(L, &err);
     }
     p->in = orch_watch_new(env->loop, orch_proc_stdout(p->proc), 0, on_readable, p);

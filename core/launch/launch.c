@@ -110,6 +110,12 @@ static const struct {
     { "/dev/net/tun", EACCES, "the device is for everyone to use on an ordinary system: chmod 666 /dev/net/tun" },
     { "/dev/net/tun", 0, "load its module (modprobe tun); in a container, pass the device in (--device /dev/net/tun)" },
     { "netfilter socket", 0, "the kernel needs nfnetlink and nf_tables (modprobe nf_tables)" },
+    { "unshare of the user namespace", EPERM,
+      "user namespaces are refused; " KNOB CONTAINER " (Docker: --security-opt seccomp=…); orch must not run in a chroot" },
+    { "unshare of the user namespace", EINVAL, "the kernel was built without user namespaces (CONFIG_USER_NS); use one with them" },
+    { "mount", ENOENT, "it went away meanwhile; start again" },
+    { "mount of a link", 0, "this kernel cannot hold a symbolic link in its place; name the folder without it" },
+    { "working directory", 0, "start orch in a directory that is still there" },
     { "filter", 0, "libseccomp could not build the VMM's filter; reinstall it (package libseccomp2)" },
     { "", 0, "see `orch doctor`; " CONTAINER },
 };
@@ -136,17 +142,14 @@ static bool of_network(const char *step)
     return false;
 }
 
-static int explain(const char *launcher, const struct orch_launch_msg *m, struct orch_err *err)
+static void find_fix(const char *launcher, const char *step, int code, char *fix, size_t n)
 {
-    const char *step = m->step, *file = m->blob_len ? m->blob : "";
-    int code = m->sys_errno;
-    char fix[1200];
     size_t i = 0;
     while (*fixes[i].step && (strcmp(fixes[i].step, step) || (fixes[i].code && fixes[i].code != code)))
         i++;
-    snprintf(fix, sizeof fix, "%s", fixes[i].fix);
+    snprintf(fix, n, "%s", fixes[i].fix);
     if (wants_capabilities(step, code)) {
-        snprintf(fix, sizeof fix,
+        snprintf(fix, n,
                  "user namespaces come without capabilities here. With AppArmor's "
                  "kernel.apparmor_restrict_unprivileged_userns=1 (Ubuntu 24.04), fix once as root: put these lines "
                  "into /etc/apparmor.d/orch-launcher and run `apparmor_parser -r /etc/apparmor.d/orch-launcher`:\n"
@@ -156,12 +159,27 @@ static int explain(const char *launcher, const struct orch_launch_msg *m, struct
     } else if (code == ENOSPC && (!strncmp(step, "clone", 5) || !strncmp(step, "unshare", 7))) {
         char limits[320] = "";
         add_limits(limits, sizeof limits);
-        snprintf(fix, sizeof fix, "a limit of namespaces is reached; raise the one that is too low (sysctl -w):%s",
-                 limits);
+        snprintf(fix, n, "a limit of namespaces is reached; raise the one that is too low (sysctl -w):%s", limits);
     }
+}
+
+static int explain(const char *launcher, const struct orch_launch_msg *m, struct orch_err *err)
+{
+    const char *step = m->step, *file = m->blob_len ? m->blob : "";
+    int code = m->sys_errno;
+    char fix[1200];
+    find_fix(launcher, step, code, fix, sizeof fix);
     return orch_err_setc(err, ORCH_CLASS_ISOLATION, code, "%s: %s%s%s: %s; %s",
                          of_network(step) ? "no network" : "no confined VMM", step, *file ? " " : "", file, strerror(code),
                          fix);
+}
+
+int orch_launch_unprotected(const char *launcher, const struct orch_proc_report *r, struct orch_err *err)
+{
+    char fix[1200];
+    find_fix(launcher, r->step, r->code, fix, sizeof fix);
+    return orch_err_setc(err, ORCH_CLASS_ISOLATION, r->code, "it was not started, since orch's files cannot be protected from it: %s%s%s: %s; %s",
+                         r->step, *r->file ? " " : "", r->file, strerror(r->code), fix);
 }
 
 static int refuse(struct orch_err *err, int code, const char *path, const char *what)

@@ -3,7 +3,7 @@
 #ifndef ORCH_LAUNCH_LAUNCH_H
 #define ORCH_LAUNCH_LAUNCH_H
 
-#include "../base/loop.h"
+#include "../base/proc.h"
 #include "wire.h"
 
 struct orch_launcher;
@@ -63,6 +63,9 @@ int orch_cell_init(const struct orch_cell *c);
 
 /* Ends VMM and namespaces; no callback follows. Returns at once; the kernel is done within 0.1 s. */
 void orch_cell_free(struct orch_cell *c);
+
+/* Why `launcher protect` did not execute a program (class ISOLATION), with the fix. */
+int orch_launch_unprotected(const char *launcher, const struct orch_proc_report *r, struct orch_err *err);
 
 /* For doctor: can this user get a confined VMM? Makes an empty cell and takes it down. 0, or the
  * error of the first step that failed, with the fix. Waits at most 5 s. */

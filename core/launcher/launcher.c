@@ -1,6 +1,6 @@
 /* The launcher: one thread without policy that makes each microVM's init and reaps it. It lives as long
  * as its main socket; the inits die with it (PDEATHSIG) and each with its ctl, so there is nothing to
- * clean up however it ends.
+ * clean up however it ends. (As `launcher protect` it is none of this: see protect.c.)
  *
  * Each NEW takes a helper process: it drops root's uid where there is one, waits out namespace limits
  * without holding up the launcher, and makes init the launcher's child (CLONE_PARENT). */
@@ -103,7 +103,7 @@ static void reap(void)
     }
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
     static struct orch_launch_msg msg;
     int type = 0, fds[ORCH_LAUNCH_FDS];
@@ -114,6 +114,8 @@ int main(void)
         fprintf(stderr, "launcher: this program is started by orch, which gives it a socket\n");
         return 2;
     }
+    if (argc > 1 && !strcmp(argv[1], "protect"))
+        orch_protect_exec(argv + 2);
     close_range(ORCH_LAUNCH_SOCK + 1, ~0U, 0);
     umask(022);
     if (chdir("/"))

@@ -51,6 +51,9 @@ struct orch_confine {
 };
 _Noreturn void orch_confine_exec(struct orch_confine *c);
 
+/* protect.c: `launcher protect r/PATH|p/PATH… -- PROGRAM ARGV0 ARG…`, with a socket as descriptor 3. */
+_Noreturn void orch_protect_exec(char **words);
+
 /* filter.c: the VMM's seccomp filters are built once, in the launcher. 0 or a negative errno. */
 int orch_filter_build(void);
 const struct sock_fprog *orch_filter_get(bool kvm);

@@ -326,10 +326,10 @@ struct orch_mcp_client *orch_mcp_client_new(struct orch_loop *l, const struct or
     if (!c->o.limits.bytes)
         c->o.limits.bytes = 16 << 20;
     c->proc = orch_proc_start(
-        l, &(struct orch_proc_opts){ .argv = o->argv, .env = o->env, .cwd = o->cwd, .on_exit = on_exit_status, .on_stderr = on_stderr, .ud = c }, err);
+        l, &(struct orch_proc_opts){ .argv = o->argv, .env = o->env, .cwd = o->cwd, .via = o->via, .on_exit = on_exit_status, .on_stderr = on_stderr, .ud = c }, err);
     if (!c->proc) {
         orch_err_wrap(err, "%s", c->name);
-        if (err)
+        if (err && err->cls != ORCH_CLASS_ISOLATION)
             err->cls = ORCH_CLASS_UPSTREAM;
         free(c->name);
         free(c);

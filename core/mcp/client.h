@@ -16,6 +16,7 @@ struct orch_mcp_client_opts {
     const char *const *argv;
     const char *const *env;      /* "NAME=value" */
     const char *cwd;
+    struct orch_proc_via *via;   /* as in orch_proc_opts */
     int64_t start_timeout_ms;    /* until the initialize answer; default 10 s */
     struct orch_json_limits limits;
     /* The handshake is done, or the server failed (class UPSTREAM, with exit status and stderr tail).
@@ -31,6 +32,7 @@ struct orch_mcp_client_opts {
     void *ud;
 };
 
+/* Errors have the class UPSTREAM, or ISOLATION by via. */
 struct orch_mcp_client *orch_mcp_client_new(struct orch_loop *l, const struct orch_mcp_client_opts *o, struct orch_err *err);
 /* Closes stdin, gives the child grace_ms to end, then ends its process group. No callbacks follow. */
 void orch_mcp_client_free(struct orch_mcp_client *c, int64_t grace_ms);

@@ -75,6 +75,34 @@ local function confinement()
   end
 end
 
+-- Whether the servers that orch starts on this machine can be kept from changing what judges them.
+local function protection()
+  local ok, why = internal.protect_check()
+  if ok then
+    add("protection", "ok", "a server behind `orch mcp stdio -- CMD` cannot change orch's own files")
+  else
+    add("protection", "error", why, "`orch mcp stdio -- CMD` is refused until then")
+  end
+end
+
+local function beneath(path, dir)
+  return dir and (path == dir or dir == "/" or path:sub(1, #dir + 1) == dir .. "/")
+end
+
+-- Where an agent works, its client's own tools write, as the user.
+local function place(g)
+  if not g or paths.origin == "built-in" then return end
+  for _, path in ipairs(g.sources) do
+    local where = beneath(path, g.workspace) and "the workspace " .. g.workspace or beneath(path, paths.cwd) and "the current folder"
+    if where then
+      add("place", "warn", ("%s lies in %s: your agent's own Write and Edit can change it without orch"):format(path, where),
+        "keep configuration, policies and tools in " .. paths.user_config .. ', or say trust = "always" in the configuration')
+      return
+    end
+  end
+  add("place", "ok", "configuration, policies and tools lie outside of the workspace and the current folder")
+end
+
 local function machine()
   local qemu = first_file { "/usr/bin/qemu-system-x86_64", "/usr/local/bin/qemu-system-x86_64" }
   if qemu then
@@ -241,6 +269,8 @@ return cli.main("doctor", {
     program()
     local g = configuration()
     confinement()
+    protection()
+    place(g)
     machine()
     network()
     images(g)
@@ -250,8 +280,8 @@ return cli.main("doctor", {
     disk()
     audit(g)
     add("your agent", "ok",
-      "orch judges only the calls that go through it: a client's own shell tool runs beside it, unjudged",
-      'switch it off there, e.g. Claude Code: "permissions": { "deny": ["Bash"] } in .claude/settings.json')
+      "orch judges only the calls that go through it: a client's own shell, Write and Edit run beside it, unjudged, as you",
+      'switch them off there, e.g. Claude Code: "permissions": { "deny": ["Bash", "Write", "Edit"] } in .claude/settings.json')
     local errors = 0
     for _, c in ipairs(checks) do
       if c.state == "error" then errors = errors + 1 end

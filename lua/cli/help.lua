@@ -22,12 +22,14 @@ local CONFIG = [[
 The configuration is one Lua table, orchestrator.lua. The first of these that exists is used:
   --config FILE   $ORCH_CONFIG   ./orchestrator.lua   $XDG_CONFIG_HOME/orch/orchestrator.lua
   /etc/orch/orchestrator.lua   and else the built-in one: run_command in a microVM, all else denied.
-Only ./orchestrator.lua needs `orch trust`. Relative paths are relative to the file. All keys may be left out.
+Only ./orchestrator.lua needs `orch trust`, and one that says trust = "always". Relative paths are relative to the file.
+All keys may be left out.
 
   return {
     policies  = "policies",           -- directory of tools.lua and network.lua
     tools     = { "lua/tools" },      -- directories of tool files
     workspace = ".",                  -- the only host directory that tools may see
+    trust     = nil,                  -- "always": loaded only as `orch trust` saw it, wherever it lies
     vm = { backend = "auto", accel = "auto", image = "debian", memory = "256M", vcpus = 1, timeout = "60s", max = 16 },
     limits = { message = "16M", depth = 64, calls = 64,
                policy = { time = "100ms", memory = "64M" }, tool = { cpu = "2s", memory = "256M" } },

@@ -1,4 +1,5 @@
 local orch = require "orch"
+local internal = require "orch.internal"
 local cli = require "cli"
 
 local FILES = {
@@ -73,6 +74,7 @@ return cli.main("init", {
     end
     cli.out("\nNext: read them, then accept them with\n  orch trust", words[1] and " " .. cli.line(dir) or "",
       "\nand connect an agent to `orch mcp stdio`, started in that folder.\n",
+      "Where the agent's own tools cannot write they are safer: orch init ", cli.line(internal.paths().user_config), "\n",
       "What is missing on this machine: orch doctor\n")
     return 0
   end,

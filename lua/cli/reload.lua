@@ -1,4 +1,3 @@
-local internal = require "orch.internal"
 local cli = require "cli"
 
 return cli.main("reload", {
@@ -13,12 +12,12 @@ return cli.main("reload", {
   run = function(opts, _, _, name)
     local refused = cli.refuse_below(name)
     if refused then return refused end
-    local answers, status = internal.control('{"op":"reload"}', opts.pid), 0
+    local answers, status = cli.control('{"op":"reload"}', opts.pid), 0
     for _, a in ipairs(answers) do
       if a.answer and a.answer.ok then
         cli.out(("%d: generation %s in force\n"):format(a.pid, a.answer.generation:sub(1, 12)))
       else
-        status = 6
+        status = a.refused and 3 or 6
         cli.err(("%d: %s"):format(a.pid, a.error or a.answer.error))
       end
     end

@@ -1,5 +1,4 @@
 local orch = require "orch"
-local internal = require "orch.internal"
 local cli = require "cli"
 
 local function duration(s)
@@ -16,7 +15,7 @@ return cli.main("status", {
   status = "0 done (also when none runs), 2 usage",
   words = { 0, 0 },
   run = function(opts)
-    local answers = internal.control('{"op":"status"}', opts.pid)
+    local answers = cli.control('{"op":"status"}', opts.pid)
     if opts.json then
       local all = {}
       for i, a in ipairs(answers) do all[i] = a.answer or { pid = a.pid, error = a.error } end

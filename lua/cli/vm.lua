@@ -1,5 +1,4 @@
 local orch = require "orch"
-local internal = require "orch.internal"
 local cli = require "cli"
 
 local function options(...)
@@ -70,7 +69,7 @@ end
 
 -- Asks every process for its microVMs; `head` and `row` are the table of them.
 local function show(opts, name, request, id, head, row)
-  local answers = internal.control(request, opts.pid)
+  local answers = cli.control(request, opts.pid)
   local rows, all = { head }, {}
   for _, a in ipairs(answers) do
     if a.error then cli.err(("orch %s: pid %d: %s"):format(name, a.pid, a.error)) end

@@ -261,6 +261,7 @@ orch.mcp = {}
 ---@field complete? fun(ref: table, argument: { name: string, value: string }, ctx: orch.Ctx, context: table?): string[]|table
 ---@field command? string[] stdio: a server to put behind the policy, its tools unprefixed on the wire
 ---@field as? string its name in policies, default "cmd"
+---@field protect? boolean orch's own files are read-only to command, default true; needs user namespaces, else code "isolation"
 
 ---lua/resources/*.lua beside the configuration return one of these, or an orch.ResourceTemplate.
 ---@class orch.Resource
@@ -317,6 +318,7 @@ function orch.mcp.changed(what) end
 ---@field cwd? string
 ---@field timeout? orch.duration until the handshake is done, default 10 s
 ---@field sandbox? "host" the only one yet
+---@field protect? boolean orch's own files, and this script, are read-only to command, as to a server of the thin proxy: for what an agent may steer. Default false
 ---@field protocol? string a revision, "2025-11-25"; default: asked by server/discover, then initialize. The verdict is kept, of the older era for 5 minutes
 ---@field elicit? fun(params: table): table|string answers a form: { action = "accept", content = {…} }, or "decline", "cancel"; what content leaves out has the schema's defaults
 ---@field elicit_url? fun(params: table): table|string the same for questions that send a person to a URL

@@ -744,6 +744,103 @@ static void test_fakes(void **state)
     run_as(0, fake_case);
 }
 
+/* ---- programs executed by the launcher: orch_proc_via */
+
+static int n_released;
+
+static int via_refused(const struct orch_proc_via *v, const struct orch_proc_report *r, struct orch_err *err)
+{
+    return orch_launch_unprotected(v->words[0], r, err);
+}
+
+static void via_release(struct orch_proc_via *v)
+{
+    n_released++;
+    if (v->root >= 0)
+        close(v->root);
+    v->root = -1;
+}
+
+static void proc_exited(void *ud, int status)
+{
+    *(int *)ud = status;
+}
+
+static void via_case(void)
+{
+    char protected[80], pinned[80], script[600], garbage[80];
+    snprintf(protected, sizeof protected, "r%s", data);
+    snprintf(pinned, sizeof pinned, "p%s", dir);
+    snprintf(garbage, sizeof garbage, "%s/garbage", dir);
+    char *words[] = { launcher, (char *)(uintptr_t)"protect", pinned, protected, (char *)(uintptr_t)"--", NULL };
+    char *nowhere[] = { launcher, (char *)(uintptr_t)"protect", (char *)(uintptr_t)"r/nowhere", (char *)(uintptr_t)"--", NULL };
+    char *silent[] = { (char *)(uintptr_t)"/bin/true", NULL };
+    struct orch_err err = { .code = 0 };
+    int before = count_fds(getpid()), status = -1;
+    loop = orch_loop_new(&err);
+
+    /* 7 when the file is as it was and all that was tried failed. */
+    snprintf(script, sizeof script, "(echo x >>%s; mv %s %s.away; mv %s %s.away) 2>/dev/null; test \"$(cat %s)\" = data && test -d %s && exit 7",
+             data, data, data, dir, dir, data, dir);
+    const char *argv[] = { "/bin/sh", "-c", script, NULL };
+    struct orch_proc_via via = { .words = words, .root = -1, .refused = via_refused, .release = via_release };
+    struct orch_proc_opts o = { .argv = argv, .null_stdio = true, .on_exit = proc_exited, .ud = &status, .via = &via };
+    struct orch_proc *p = orch_proc_start(loop, &o, &err);
+    CHECK(p, "%s", err.msg);
+    CHECK(via.root >= 0 && !n_released && getpgid(orch_proc_pid(p)) == orch_proc_pid(p), "%d", via.root);
+    WAIT(status != -1);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 7, "%x", status);
+    orch_proc_free(p);
+    CHECK(n_released == 1, "%d", n_released);
+
+    /* What cannot be protected is not executed; what cannot be executed is told as without. */
+    via.words = nowhere;
+    CHECK(!orch_proc_start(loop, &o, &err), "it runs");
+    EXPECT(&err, "mount /nowhere: No such file", "not started");
+    CHECK(err.cls == ORCH_CLASS_ISOLATION && n_released == 2, "%d %d", (int)err.cls, n_released);
+    via.words = words;
+    CHECK(!orch_write_file(AT_FDCWD, garbage, "\x01\x02", 2, 0755), "%m");
+    argv[0] = garbage;
+    CHECK(!orch_proc_start(loop, &o, &err), "it runs");
+    CHECK(strstr(err.msg, garbage) && strstr(err.msg, "not a program of this machine") && err.cls != ORCH_CLASS_ISOLATION, "%s", err.msg);
+    argv[0] = "/bin/true";
+    via.words = silent;
+    CHECK(!orch_proc_start(loop, &o, &err), "it runs");
+    EXPECT(&err, "/bin/true: it ended");
+    via.words = nowhere + 2; /* r/nowhere */
+    CHECK(!orch_proc_start(loop, &o, &err), "it runs");
+    CHECK(n_released == 5, "%d", n_released);
+    unlink(garbage);
+    orch_loop_free(loop);
+    CHECK(count_fds(getpid()) == before, "%d descriptors, were %d", count_fds(getpid()), before);
+}
+
+static void no_via_case(void)
+{
+    char *words[] = { launcher, (char *)(uintptr_t)"protect", (char *)(uintptr_t)"--", NULL };
+    static const char *const argv[] = { "/bin/true", NULL };
+    struct orch_err err = { .code = 0 };
+    struct orch_proc_via via = { .words = words, .root = -1, .refused = via_refused, .release = via_release };
+    loop = orch_loop_new(&err);
+    enter_userns("1000 1000 1", "1000 1000 1");
+    for (const char *limit = "0"; limit; limit = *limit == '0' ? "1" : NULL) { /* one is enough for the first alone */
+        write_text("/proc/sys/user/max_user_namespaces", limit);
+        CHECK(!orch_proc_start(loop, &(struct orch_proc_opts){ .argv = argv, .null_stdio = true, .via = &via }, &err), "it runs");
+        EXPECT(&err, "unshare of the user namespace: No space", "user.max_user_namespaces=");
+    }
+    orch_loop_free(loop);
+}
+
+static void test_via(void **state)
+{
+    (void)state;
+    /* An ordinary user's own folder: what fails does so for the mounts. */
+    assert_int_equal(chmod(dir, 0777), 0);
+    run_as_both(via_case);
+    run_as(USER, no_via_case);
+    assert_int_equal(chmod(dir, 0755), 0);
+}
+
 /* ---- the protocol, without the client */
 
 static int raw_launcher(pid_t *pid)
@@ -1179,7 +1276,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_exit),
         cmocka_unit_test(test_errors),     cmocka_unit_test(test_namespaces), cmocka_unit_test(test_fakes),
         cmocka_unit_test(test_protocol),   cmocka_unit_test(test_kill),    cmocka_unit_test(test_restart),
-        cmocka_unit_test(test_sequence),
+        cmocka_unit_test(test_sequence),   cmocka_unit_test(test_via),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }

@@ -5,7 +5,7 @@ temporary home of its own, an environment made from nothing, a configuration to 
 sessions to start. Everything started ends with the case; a process that is left is a failure.
 Waiting is always for an event (a line, an exit) with a deadline, never for a length of time.
 """
-import contextlib, ctypes, json, os, re, select, shutil, signal, subprocess, sys, tempfile, time, traceback
+import contextlib, ctypes, json, os, pty, re, select, shutil, signal, subprocess, sys, tempfile, time, traceback
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 ORCH = os.path.abspath(os.environ.get("ORCH_BIN") or os.path.join(ROOT, "build/release/orch"))
@@ -332,6 +332,10 @@ class Env:
         """One command to its end: status, stdout, stderr (text)."""
         return run(self.argv(*args, config=config), environ or self.environ, cwd or self.path("p"), input, deadline_s)
 
+    def person(self, *args, config=False, environ=None, cwd=None):
+        """The same at a terminal, which has what orch says on stderr."""
+        return run_pty(self.argv(*args, config=config), environ or self.environ, cwd or self.path("p"))
+
     def audit(self):
         """All lines of the audit log, parsed, in order."""
         lines = []
@@ -373,6 +377,35 @@ def run(argv, environ, cwd, input=b"", deadline_s=10):
         out, err = child.communicate()
         raise AssertionError("no end within %g s: %s\n%s" % (deadline_s, " ".join(argv), err.decode("utf-8", "replace")))
     return Result(child.returncode, out, err)
+
+
+def run_pty(argv, environ, cwd, deadline_s=10):
+    """One command to its end with a terminal as standard input and error; nobody types."""
+    terminal, theirs = pty.openpty()
+    child = subprocess.Popen(argv, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, env=environ, cwd=cwd, start_new_session=True)
+    os.close(theirs)
+    out, end = {terminal: b"", child.stdout.fileno(): b""}, time.monotonic() + deadline_s * SLOW
+    waiting = set(out)
+    try:
+        while waiting:
+            ready, _, _ = select.select(list(waiting), [], [], max(0, end - time.monotonic()))
+            if not ready:
+                child.kill()
+                raise AssertionError("no end within %g s: %s\n%r" % (deadline_s, " ".join(argv), out))
+            for fd in ready:
+                try:
+                    data = os.read(fd, 1 << 16)
+                except OSError:  # EIO: the terminal has no user any more
+                    data = b""
+                out[fd] += data
+                if not data:
+                    waiting.remove(fd)
+        child.wait()
+        return Result(child.returncode, out[child.stdout.fileno()], out[terminal].replace(b"\r\n", b"\n"))
+    finally:
+        child.wait()
+        child.stdout.close()
+        os.close(terminal)
 
 
 # ---- registry

@@ -144,7 +144,7 @@ def open_directories(env):
         os.chmod(env.path(name, "orch"), 0o777)
         r = env.orch("vm", "run", "--", "id", config=True)
         expect(r.status == 125 and "others may write" in r.err and env.path(name) in r.err, r)
-    r = env.orch("trust", env.path("p"))
+    r = env.person("trust", env.path("p"))
     expect(r.status == 1 and "others may write" in r.err, r)
 
 

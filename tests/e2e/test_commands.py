@@ -176,7 +176,7 @@ def broken(env):
         expect(r.status == status, args, r)
     r = env.orch("doctor", deadline_s=60)
     expect(r.status == 1 and re.search("error +configuration .*not trusted", r.out), r)
-    r = env.orch("trust")
+    r = env.person("trust")
     expect(r.status == 6 and "policies" in r.err and "polices" in r.err, r)
     r = env.orch("policy", "check")
     expect(r.status == 6 and "orch trust" in r.err, r)
@@ -203,10 +203,10 @@ def doctor(env):
 
 @case("trust DIR and trust of the working directory; a folder without a configuration")
 def trust(env):
-    r = env.orch("trust")
+    r = env.person("trust")
     expect(r.status == 6 and "orch init" in r.err, r)
     env.project()
-    r = env.orch("trust", env.path("p"), cwd=env.path("home"))
+    r = env.person("trust", env.path("p"), cwd=env.path("home"))
     expect(r.status == 0 and "orchestrator.lua" in r.out and "echo.lua" in r.out and re.search("4 files|3 files", r.out), r)
     expect(env.orch("policy", "check").status == 0, env.orch("policy", "check"))
     env.write("lua/tools/echo.lua", ECHO + "\n")
