@@ -261,6 +261,8 @@ orch.mcp = {}
 ---@field complete? fun(ref: table, argument: { name: string, value: string }, ctx: orch.Ctx, context: table?): string[]|table
 ---@field command? string[] stdio: a server to put behind the policy, its tools unprefixed on the wire
 ---@field as? string its name in policies, default "cmd"
+---@field start_timeout? orch.duration from its start until its tools are known, default 5 min; lists and calls wait
+---@field timeout? orch.duration of a call to it, anew from each progress, default 1 h
 
 ---lua/resources/*.lua beside the configuration return one of these, or an orch.ResourceTemplate.
 ---@class orch.Resource
@@ -315,7 +317,7 @@ function orch.mcp.changed(what) end
 ---@field headers? table<string, string> for every HTTP request
 ---@field env? string[] "NAME=value" each; default: the environment of this process
 ---@field cwd? string
----@field timeout? orch.duration until the handshake is done, default 10 s
+---@field timeout? orch.duration until the handshake is done, default 5 min for a command (it may have to be fetched), 1 min for a url
 ---@field sandbox? "host" the only one yet
 ---@field protocol? string a revision, "2025-11-25"; default: asked by server/discover, then initialize. The verdict is kept, of the older era for 5 minutes
 ---@field elicit? fun(params: table): table|string answers a form: { action = "accept", content = {…} }, or "decline", "cancel"; what content leaves out has the schema's defaults
@@ -337,7 +339,7 @@ function orch.mcp.changed(what) end
 local Client = {}
 
 ---@class orch.mcp.CallOptions
----@field timeout? orch.duration default 60 s; progress sets its clock back
+---@field timeout? orch.duration default 5 min; progress sets its clock back
 ---@field max_timeout? orch.duration not longer whatever the progress, default ten times timeout
 ---@field progress? fun(done: number, total: number?, message: string?) must not wait
 ---@field meta? table for params._meta
@@ -416,7 +418,7 @@ function Client:listen(kinds) end
 ---@return table? # or nil, message, code
 function Client:ping(options) end
 
----Ends the server, or its session.
+---Ends the server, or its session. A command has 2 s from the end of its input, 3 s from SIGTERM, then it is killed.
 function Client:close() end
 
 -- ---- The host. S
