@@ -8,7 +8,17 @@ local function stdio(opts, _, cmd, name)
   elseif opts.sandbox and opts.sandbox ~= "host" then
     return require "cli".fail(name, "--sandbox " .. opts.sandbox .. " is not available yet; only host is", 2)
   end
-  local status, why, code = orch.mcp.serve { transport = "stdio", as = as, command = cmd and cmd[1] and cmd or nil }
+  cmd = cmd and cmd[1] and cmd or nil
+  for _, option in ipairs { "start-timeout", "timeout" } do
+    local text = opts[option]
+    if text and not cmd then
+      return require "cli".usage(name, "--" .. option .. " is for a server CMD, and none is named")
+    elseif text and not text:find("[1-9]") then
+      return require "cli".usage(name, "--" .. option .. " must be over zero, got " .. text)
+    end
+  end
+  local status, why, code = orch.mcp.serve { transport = "stdio", as = as, command = cmd,
+    start_timeout = opts["start-timeout"], timeout = opts.timeout }
   if not status then return require "cli".fail(name, why, code) end
   if why then orch.log.info("mcp stdio: ended: " .. why) end
   return status
@@ -29,11 +39,14 @@ return require "cli".main("mcp", {
   commands = {
     { "stdio", spec = {
       summary = "MCP server on stdin and stdout, or a proxy in front of CMD",
-      usage = "[--as NAME] [--] [CMD ARG…]",
+      usage = "[--as NAME] [--start-timeout DURATION] [--timeout DURATION] [--] [CMD ARG…]",
       about = "An MCP server on standard input and output with the configured tools. With CMD: that server "
-        .. "behind the policy, its tools under their own names on the wire and as NAME__tool in policies. "
-        .. "Logs go to stderr.",
+        .. "behind the policy, its tools under their own names on the wire and as NAME__tool in policies. It may take its "
+        .. "time to start: what the client asks meanwhile waits, and says so where the client hears progress. "
+        .. "Logs go to stderr; -v shows what CMD writes there.",
       options = { { "--as", "NAME", "name of CMD's server in policies (default: cmd)" },
+        { "--start-timeout", "DURATION", "how long CMD may take until its tools are known (default: 5m)", kind = "duration" },
+        { "--timeout", "DURATION", "how long a call may take without progress of CMD (default: 1h)", kind = "duration" },
         { "--sandbox", "host", "where CMD runs; vm is not available yet" } },
       examples = { "orch mcp stdio", "orch mcp stdio -- npx -y @modelcontextprotocol/server-filesystem ." },
       status = "0 input ended, 6 configuration invalid or not trusted, 7 CMD's server failed, 2 usage",
