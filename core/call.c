@@ -197,7 +197,10 @@ static void set_failure(struct orch_toolcall *c, const char *kind, const char *t
 
 void orch_call_fail(struct orch_toolcall *c, const struct orch_err *err)
 {
-    set_failure(c, err->cls == ORCH_CLASS_ISOLATION ? "not run" : err->cls == ORCH_CLASS_CANCELLED ? "cancelled" : "failed", err->msg);
+    if (err->cls == ORCH_CLASS_CANCELLED) /* a task's, which says so itself */
+        put_text_result(c, (struct orch_slice){ 0 }, orch_slice_str(err->msg), true);
+    else
+        set_failure(c, err->cls == ORCH_CLASS_ISOLATION ? "not run" : "failed", err->msg);
 }
 
 void orch_call_rpc_error(struct orch_toolcall *c, int code, const char *text)
@@ -592,7 +595,9 @@ static void deadline_passed(void *ud)
     struct orch_toolcall *c = ud;
     if (c->finished) /* by an event of the same turn */
         return;
-    cleanup_free char *m = orch_xasprintf("no answer within %lld ms (the tool's timeout)", (long long)c->tool->timeout_ms);
+    double s = (double)c->tool->timeout_ms / 1000;
+    cleanup_free char *m = c->upstream ? orch_xasprintf("no answer and no progress within %g s (--timeout)", s)
+                                       : orch_xasprintf("no answer within %g s (the tool's timeout)", s);
     if (c->upstream)
         orch_mcp_client_cancel(c->upstream, "timeout");
     c->upstream = NULL;
@@ -627,9 +632,14 @@ static void upstream_done(void *ud, struct orch_slice result, const struct orch_
     orch_call_end(c);
 }
 
+/* A server that says how far it is has its time anew, from now or from when what it asked is answered. */
 static void upstream_progress(void *ud, double done, double total, struct orch_slice message)
 {
-    orch_call_ops.progress(ud, done, total, message);
+    struct orch_toolcall *c = ud;
+    c->deadline_us = (c->holds ? c->held_since_us : orch_now_us()) + c->tool->timeout_ms * 1000;
+    if (!c->holds)
+        orch_timer_set(c->timer, c->tool->timeout_ms);
+    orch_call_ops.progress(c, done, total, message);
 }
 
 static void call_run(struct orch_toolcall *c)
@@ -764,10 +774,8 @@ void orch_call_answer(struct orch_toolcall *c)
         return;
     if (c->job)
         orch_job_end(c);
-    if (c->rq) {
-        if (c->cancelled)
-            orch_mcp_request_drop(c->rq);
-        else if (c->rpc_code)
+    if (c->rq) { /* of one that the client cancelled nothing is sent */
+        if (c->rpc_code)
             orch_mcp_respond_error(c->rq, c->rpc_code, text, (struct orch_slice){ c->rpc_data.p, c->rpc_data.n });
         else
             orch_mcp_respond(c->rq, text);

@@ -534,7 +534,7 @@ void orch_close(struct orch *o)
     orch_serve_stop(o);
     orch_asking_stop(o, NULL);
     end_calls(o);
-    orch_upstream_free(o->upstream);
+    orch_upstream_free(o->upstream, true);
     orch_state_free(o->script);
     orch_vm_handles_close(&o->env.vm_handles);
     orch_vms_free(o->vms);

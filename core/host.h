@@ -317,11 +317,21 @@ int orch_protect_check(struct orch *o, struct orch_err *err);
 bool orch_protect_holds(const struct orch *o, int fd);
 
 /* ---- the thin proxy: one server behind the policy (core/upstream.c) */
-/* on_settled is called once, from the loop: its tools are known, or it failed (orch_upstream_ready). NULL with err: orch's
- * files cannot be protected from it. */
-struct orch_upstream *orch_upstream_start(struct orch *o, const char *name, const char *const *command, bool protect,
-                                          void (*on_settled)(void *ud), void *ud, struct orch_err *err);
-void orch_upstream_free(struct orch_upstream *u);
+struct orch_upstream_opts {
+    const char *name;            /* in policy */
+    const char *const *command;
+    int64_t start_ms;            /* from the start until its tools are known; also for each later list */
+    int64_t timeout_ms;          /* of a call, anew from each progress notification */
+    bool protect;                /* orch's own files are read-only to it */
+    void (*on_settled)(void *ud); /* once, from the loop: its tools are known, or it failed (orch_upstream_ready) */
+    void *ud;
+};
+/* NULL with err: orch's files cannot be protected from it. */
+struct orch_upstream *orch_upstream_start(struct orch *o, const struct orch_upstream_opts *uo, struct orch_err *err);
+/* Ends it, in its own time (orch_proc_end) unless in a hurry. */
+void orch_upstream_free(struct orch_upstream *u, bool hurry);
+/* Appends what a start is at, for people: "starting npx: the last line of its stderr". */
+void orch_upstream_doing(const struct orch_upstream *u, struct orch_buf *out);
 /* Adds its tools to a generation, none before it is ready. */
 int orch_upstream_add_tools(struct orch_upstream *u, struct orch_generation *g, struct orch_err *err);
 bool orch_upstream_ready(const struct orch_upstream *u);

@@ -12,6 +12,8 @@
 
 enum {
     EOF_GRACE_MS = 1000, /* calls under way when the input ends may still answer */
+    CANCEL_MS = 500,     /* then they are cancelled, and answered so */
+    TICK_MS = 2000,      /* progress of a server's start */
     DRAIN_MS = 200,
     PAGE_TOOLS = 500,
 };
@@ -44,9 +46,10 @@ struct serving {
     /* stdio */
     struct orch_mcp_session *mcp;
     struct orch_mcp_stdio *stdio;
-    struct orch_timer *grace;
-    bool ending;
-    bool waiting; /* for the upstream; input is held */
+    struct orch_timer *grace, *tick;
+    bool ending, cancelled;
+    bool waiting; /* for the upstream: calls and lists are held */
+    unsigned ticks;
     /* http */
     struct orch_http_server *http;
     struct orch_mcp_endpoint *endpoint;
@@ -142,7 +145,7 @@ static void ops_detach(void *ud, struct orch_mcp_request *rq)
 
 static unsigned features_of(const struct orch *o)
 {
-    return (o->offer.on ? o->offer.features : o->gen->features) | ORCH_MCP_TASKS;
+    return (o->offer.on ? o->offer.features : o->upstream ? 0u : o->gen->features) | ORCH_MCP_TASKS;
 }
 
 static struct orch_mcp_server_ops server_ops(const struct orch *o)
@@ -177,7 +180,7 @@ static void tell(void *ud, struct orch_mcp_session *s)
 static void tell_all(struct orch *o, struct change c)
 {
     for (struct serving *v = o->serving; v; v = v->next) {
-        if (v->mcp)
+        if (v->mcp && !v->waiting) /* which has given no list yet */
             tell(&c, v->mcp);
         if (v->endpoint)
             orch_mcp_endpoint_each(v->endpoint, tell, &c);
@@ -209,7 +212,7 @@ void orch_serve_task_changed(struct orch *o, struct orch_slice id, struct orch_s
 }
 
 /* Calls under way are cancelled, their outcomes written. */
-static void serving_free(struct serving *v)
+static void serving_free(struct serving *v, bool hurry)
 {
     struct orch *o = v->o;
     for (struct serving **at = &o->serving; *at; at = &(*at)->next)
@@ -236,8 +239,9 @@ static void serving_free(struct serving *v)
         free(k);
     }
     orch_timer_free(v->grace);
+    orch_timer_free(v->tick);
     if (v->stdio) {
-        orch_upstream_free(o->upstream);
+        orch_upstream_free(o->upstream, hurry);
         o->upstream = NULL;
     }
     free(v->host);
@@ -248,7 +252,7 @@ void orch_serve_stop(void *ud)
 {
     struct orch *o = ud;
     while (o->serving)
-        serving_free(o->serving);
+        serving_free(o->serving, true);
 }
 
 /* ---- stdio */
@@ -261,7 +265,7 @@ static void serving_finish(void *ud)
     int status = v->status;
     char why[sizeof v->why];
     memcpy(why, v->why, sizeof why);
-    serving_free(v);
+    serving_free(v, false);
     done(done_ud, status, why[0] ? why : NULL);
 }
 
@@ -278,15 +282,46 @@ static void serving_batch_end(void *ud)
     orch_calls_run(v->o);
 }
 
-/* Input ended: what is under way gets a moment to answer, then everything ends. */
+/* Input ended: what is under way gets a moment to answer, then it is cancelled, then everything ends. What is held for
+ * the upstream waits for that, whose start is bounded. */
 static void serving_closed(void *ud, const char *why)
 {
     struct serving *v = ud;
     if (why)
         snprintf(v->why, sizeof v->why, "%s", why);
     v->ending = true;
-    bool gone = why != NULL || (!v->waiting && orch_mcp_session_in_flight(v->mcp) == 0);
-    orch_timer_set(v->grace, gone ? 0 : EOF_GRACE_MS);
+    if (why || orch_mcp_session_in_flight(v->mcp) == 0)
+        orch_timer_set(v->grace, 0);
+    else if (!v->waiting)
+        orch_timer_set(v->grace, EOF_GRACE_MS);
+}
+
+static void grace_over(void *ud)
+{
+    struct serving *v = ud;
+    if (v->why[0] || v->cancelled || orch_mcp_session_in_flight(v->mcp) == 0) {
+        serving_finish(v);
+        return;
+    }
+    v->cancelled = true;
+    for (struct caller *k = v->callers; k; k = k->next)
+        orch_calls_cancel(v->o, k->session, "the client's input ended");
+    orch_timer_set(v->grace, CANCEL_MS);
+}
+
+/* While the upstream starts: clients that can hear how it goes do not give up so soon. */
+static void tick(void *ud)
+{
+    struct serving *v = ud;
+    cleanup_buf struct orch_buf b = { 0 };
+    if (v->ending && orch_mcp_stdio_gone(v->stdio)) {
+        serving_closed(v, "nobody reads the output");
+        return;
+    }
+    orch_upstream_doing(v->o->upstream, &b);
+    /* Progress has to grow, and the server's own, which often counts from 1, comes after it. */
+    orch_mcp_session_held_progress(v->mcp, ++v->ticks * (TICK_MS / 1e6), (struct orch_slice){ b.p, b.n });
+    orch_timer_set(v->tick, TICK_MS);
 }
 
 /* The server behind the proxy is ready or has failed: what the client sent meanwhile is handled now. */
@@ -304,8 +339,11 @@ static void upstream_settled(void *ud)
         }
     }
     v->waiting = false;
-    orch_mcp_stdio_hold(v->stdio, false);
-    finish_when_idle(v);
+    orch_timer_cancel(v->tick);
+    orch_mcp_session_hold(v->mcp, false);
+    orch_calls_run(o);
+    if (v->ending)
+        serving_closed(v, NULL);
 }
 
 /* ---- what a script serves itself */
@@ -342,7 +380,7 @@ static int serve_stdio(struct serving *v, const struct orch_serve_opts *so, cons
     struct caller *k = caller_of(v, name);
     v->mcp = orch_mcp_session_new(&v->ops, k, limits);
     k->session->mcp = v->mcp;
-    v->grace = orch_timer_new(o->loop, serving_finish, v);
+    v->grace = orch_timer_new(o->loop, grace_over, v);
     v->stdio = orch_mcp_stdio_new(o->loop, v->mcp,
                                   &(struct orch_mcp_stdio_opts){ .in_fd = STDIN_FILENO,
                                                                  .out_fd = STDOUT_FILENO,
@@ -356,12 +394,22 @@ static int serve_stdio(struct serving *v, const struct orch_serve_opts *so, cons
     orch_mcp_session_on_idle(v->mcp, finish_when_idle, v);
     if (so->command) {
         v->waiting = true;
-        orch_mcp_stdio_hold(v->stdio, true);
         if (!so->protect)
             orch_log(ORCH_WARN, "%s: nothing keeps this server from rewriting the policies that judge it", so->as);
-        o->upstream = orch_upstream_start(o, so->as, so->command, so->protect, upstream_settled, v, err);
+        o->upstream = orch_upstream_start(o, &(struct orch_upstream_opts){ .name = so->as,
+                                                                           .command = so->command,
+                                                                           .start_ms = so->start_ms,
+                                                                           .timeout_ms = so->timeout_ms,
+                                                                           .protect = so->protect,
+                                                                           .on_settled = upstream_settled,
+                                                                           .ud = v },
+                                          err);
         if (!o->upstream)
             return -EIO;
+        orch_mcp_session_hold(v->mcp, true);
+        v->ops.features = features_of(o);
+        v->tick = orch_timer_new(o->loop, tick, v);
+        orch_timer_set(v->tick, TICK_MS);
     }
     return 0;
 }
@@ -498,7 +546,7 @@ int orch_serve(void *ud, const struct orch_serve_opts *so, struct orch_err *err)
     o->serving = v;
     struct orch_json_limits limits = { .bytes = o->gen->cfg.message_bytes, .depth = o->gen->cfg.depth };
     if ((stdio ? serve_stdio(v, so, &limits, err) : serve_http(v, so, &limits, err)) < 0) {
-        serving_free(v);
+        serving_free(v, true);
         return -EIO;
     }
     v->done = so->done;

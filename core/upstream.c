@@ -10,10 +10,8 @@ enum {
     PAGES_MAX = 100,
     TOOLS_MAX = 1000,
     QUALIFIED_MAX = 64, /* characters of SERVER__TOOL */
-    LIST_TIMEOUT_MS = 10000,
-    CALL_TIMEOUT_MS = 60000,
     RELIST_MS = 200,
-    GRACE_MS = 500,
+    LINE_SHOWN = 200,
     QUESTIONS_MAX = 64,
     ID_MAX_BYTES = 256,
 };
@@ -28,8 +26,11 @@ struct question {
 
 struct orch_upstream {
     struct orch *o;
-    char *name;
+    char *name, *program;
     struct orch_mcp_client *client;
+    int64_t start_ms, timeout_ms;
+    struct orch_timer *late;                /* its start, or its list, takes too long */
+    struct orch_mcp_client_call *list_call; /* under way */
     struct orch_buf tools;   /* JSON: [page.tools, page.tools, …] */
     struct orch_buf listing; /* the same while it is being asked for */
     unsigned pages;
@@ -49,6 +50,7 @@ static void settle(struct orch_upstream *u, const struct orch_err *err)
 {
     bool relisting = u->relisting;
     u->relisting = false;
+    orch_timer_cancel(u->late);
     if (err) {
         /* A list that cannot be had again leaves the one before in force, unless the server is gone. */
         if (!relisting || !orch_mcp_client_alive(u->client))
@@ -66,6 +68,7 @@ static void settle(struct orch_upstream *u, const struct orch_err *err)
 static void page_done(void *ud, struct orch_slice result, const struct orch_err *err)
 {
     struct orch_upstream *u = ud;
+    u->list_call = NULL;
     if (err) {
         settle(u, err);
         return;
@@ -106,14 +109,31 @@ static void list_page(struct orch_upstream *u, struct orch_slice cursor)
         orch_buf_slice(&params, cursor);
         orch_buf_char(&params, '}');
     }
-    if (!orch_mcp_client_call(u->client,
-                              &(struct orch_mcp_client_request){ .method = "tools/list",
-                                                                 .params = { params.p, params.n },
-                                                                 .timeout_ms = LIST_TIMEOUT_MS,
-                                                                 .done = page_done,
-                                                                 .ud = u },
-                              &err))
+    u->list_call = orch_mcp_client_call(u->client,
+                                        &(struct orch_mcp_client_request){ .method = "tools/list",
+                                                                           .params = { params.p, params.n },
+                                                                           .done = page_done,
+                                                                           .ud = u },
+                                        &err);
+    if (!u->list_call)
         settle(u, &err);
+}
+
+/* One limit for all from the start to the list's last page, and for each later list. */
+static void too_late(void *ud)
+{
+    struct orch_upstream *u = ud;
+    char why[128];
+    snprintf(why, sizeof why, "no %s answer within %g s (--start-timeout)", orch_mcp_client_ready(u->client) ? "tools/list" : "initialize",
+             (double)u->start_ms / 1000);
+    if (!u->settled) {
+        orch_mcp_client_give_up(u->client, why); /* which settles it */
+        return;
+    }
+    struct orch_err err = { 0 };
+    orch_err_setc(&err, ORCH_CLASS_UPSTREAM, ETIMEDOUT, "%s: %s; the list before stays in force", u->name, why);
+    orch_mcp_client_cancel(orch_steal_ptr(&u->list_call), "timeout");
+    settle(u, &err);
 }
 
 static void ready(void *ud, const struct orch_err *err)
@@ -149,6 +169,7 @@ static void relist(void *ud)
     u->relisting = true;
     u->listing.n = 0;
     u->pages = 0;
+    orch_timer_set(u->late, u->start_ms);
     list_page(u, (struct orch_slice){ 0 });
 }
 
@@ -256,12 +277,11 @@ static void settled_at_start(void *ud)
     settle(u, &u->start_error);
 }
 
-struct orch_upstream *orch_upstream_start(struct orch *o, const char *name, const char *const *command, bool protect,
-                                          void (*on_settled)(void *ud), void *ud, struct orch_err *err)
+struct orch_upstream *orch_upstream_start(struct orch *o, const struct orch_upstream_opts *uo, struct orch_err *err)
 {
-    struct orch_proc_via *via = protect ? orch_protect_new(o, err) : NULL;
-    if (protect && !via) {
-        orch_err_wrap(err, "%s", name);
+    struct orch_proc_via *via = uo->protect ? orch_protect_new(o, err) : NULL;
+    if (uo->protect && !via) {
+        orch_err_wrap(err, "%s", uo->name);
         return NULL;
     }
     /* Children on the host get PATH, HOME and LANG, nothing else (ORCH_DEPTH: see main.c). */
@@ -275,12 +295,16 @@ struct orch_upstream *orch_upstream_start(struct orch *o, const char *name, cons
     struct orch_upstream *u = orch_xcalloc(1, sizeof *u);
     u->o = o;
     u->relist = orch_timer_new(o->loop, relist, u);
-    u->on_settled = on_settled;
-    u->ud = ud;
-    u->name = orch_xstrdup(name);
+    u->late = orch_timer_new(o->loop, too_late, u);
+    u->start_ms = uo->start_ms;
+    u->timeout_ms = uo->timeout_ms;
+    u->on_settled = uo->on_settled;
+    u->ud = uo->ud;
+    u->name = orch_xstrdup(uo->name);
+    u->program = orch_xstrdup(uo->command[0]);
     u->client = orch_mcp_client_new(o->loop,
                                     &(struct orch_mcp_client_opts){ .name = u->name,
-                                                                    .argv = command,
+                                                                    .argv = uo->command,
                                                                     .env = (const char *const *)env,
                                                                     .via = via,
                                                                     .limits = { .bytes = o->gen->cfg.message_bytes },
@@ -295,37 +319,52 @@ struct orch_upstream *orch_upstream_start(struct orch *o, const char *name, cons
         free(env[--n]);
     if (!u->client && u->start_error.cls == ORCH_CLASS_ISOLATION) {
         *err = u->start_error;
-        orch_upstream_free(u);
+        orch_upstream_free(u, true);
         return NULL;
     }
-    if (!u->client)
+    if (u->client)
+        orch_timer_set(u->late, u->start_ms);
+    else
         orch_loop_post(o->loop, settled_at_start, u);
     return u;
 }
 
-void orch_upstream_free(struct orch_upstream *u)
+void orch_upstream_free(struct orch_upstream *u, bool hurry)
 {
     if (!u)
         return;
+    hurry = hurry || !u->settled;
     orch_loop_unpost(u->o->loop, settled_at_start, u);
     orch_timer_free(u->relist);
+    orch_timer_free(u->late);
     while (u->questions)
         question_free(u->questions);
-    orch_mcp_client_free(u->client, GRACE_MS);
+    orch_mcp_client_free(u->client, hurry ? ORCH_PROC_HURRY_EOF_MS : ORCH_PROC_EOF_MS, hurry ? ORCH_PROC_HURRY_TERM_MS : ORCH_PROC_TERM_MS);
     orch_buf_free(&u->tools);
     orch_buf_free(&u->listing);
     free(u->name);
+    free(u->program);
     free(u);
 }
 
 bool orch_upstream_ready(const struct orch_upstream *u)
 {
-    return !u->problem.cls;
+    return u->settled && !u->problem.cls;
 }
 
 const char *orch_upstream_problem(const struct orch_upstream *u)
 {
-    return u->problem.msg;
+    return u->settled ? u->problem.msg : "starting";
+}
+
+void orch_upstream_doing(const struct orch_upstream *u, struct orch_buf *out)
+{
+    struct orch_slice line = u->client ? orch_mcp_client_stderr_line(u->client) : (struct orch_slice){ 0 };
+    orch_buf_str(out, "starting ");
+    orch_buf_str(out, u->program);
+    if (line.n)
+        orch_buf_str(out, ": ");
+    orch_escape_terminal(out, (struct orch_slice){ line.p, line.n < LINE_SHOWN ? line.n : LINE_SHOWN }, false);
 }
 
 struct orch_mcp_client *orch_upstream_client(struct orch_upstream *u)
@@ -374,7 +413,7 @@ static void add_tool(struct orch_upstream *u, struct orch_generation *g, const s
                            .input = orch_xstrndup(input.p, input.n),
                            .run_ref = LUA_NOREF,
                            .output_ref = LUA_NOREF,
-                           .timeout_ms = CALL_TIMEOUT_MS };
+                           .timeout_ms = u->timeout_ms };
     cleanup_buf struct orch_buf untrusted = { 0 };
     struct orch_err err = { 0 };
     put_untrusted(d, tok, &untrusted);

@@ -8,8 +8,17 @@ local function stdio(opts, _, cmd, name)
   elseif opts.sandbox and opts.sandbox ~= "host" then
     return require "cli".fail(name, "--sandbox " .. opts.sandbox .. " is not available yet; only host is", 2)
   end
-  local status, why, code = orch.mcp.serve { transport = "stdio", as = as, command = cmd and cmd[1] and cmd or nil,
-    protect = not opts["no-protect"] }
+  cmd = cmd and cmd[1] and cmd or nil
+  for _, option in ipairs { "start-timeout", "timeout" } do
+    local text = opts[option]
+    if text and not cmd then
+      return require "cli".usage(name, "--" .. option .. " is for a server CMD, and none is named")
+    elseif text and not text:find("[1-9]") then
+      return require "cli".usage(name, "--" .. option .. " must be over zero, got " .. text)
+    end
+  end
+  local status, why, code = orch.mcp.serve { transport = "stdio", as = as, command = cmd,
+    start_timeout = opts["start-timeout"], timeout = opts.timeout, protect = not opts["no-protect"] }
   if not status then
     if code == "isolation" and cmd and not opts["no-protect"] then why = why .. "\nOr give it --no-protect: see orch mcp stdio --help" end
     return require "cli".fail(name, why, code)
@@ -33,11 +42,14 @@ return require "cli".main("mcp", {
   commands = {
     { "stdio", spec = {
       summary = "MCP server on stdin and stdout, or a proxy in front of CMD",
-      usage = "[--as NAME] [--no-protect] [--] [CMD ARG…]",
+      usage = "[--as NAME] [--start-timeout DURATION] [--timeout DURATION] [--no-protect] [--] [CMD ARG…]",
       about = "An MCP server on standard input and output with the configured tools. With CMD: that server "
-        .. "behind the policy, its tools under their own names on the wire and as NAME__tool in policies. "
-        .. "To CMD, orch's configuration, policies, tools, state and caches are read-only. Logs go to stderr.",
+        .. "behind the policy, its tools under their own names on the wire and as NAME__tool in policies. It may take its "
+        .. "time to start: what the client asks meanwhile waits, and says so where the client hears progress. "
+        .. "To CMD, orch's configuration, policies, tools, state and caches are read-only. Logs go to stderr; -v shows what CMD writes there.",
       options = { { "--as", "NAME", "name of CMD's server in policies (default: cmd)" },
+        { "--start-timeout", "DURATION", "how long CMD may take until its tools are known (default: 5m)", kind = "duration" },
+        { "--timeout", "DURATION", "how long a call may take without progress of CMD (default: 1h)", kind = "duration" },
         { "--sandbox", "host", "where CMD runs; vm is not available yet" },
         { "--no-protect", nil, "leave orch's own files open to CMD: an agent that steers it can then rewrite the policies "
           .. "that judge it, and what trust and the audit log hold" } },

@@ -10,6 +10,9 @@ local MODERN, LEGACY = "2026-07-28", "2025-11-25"
 local KNOWN_LEGACY = { ["2025-11-25"] = true, ["2025-06-18"] = true, ["2025-03-26"] = true, ["2024-11-05"] = true }
 local META = "io.modelcontextprotocol/"
 local ROUNDS, PAGES, VERDICT_S = 16, 1000, 300
+-- Until the handshake is done, where connect's timeout does not say: what is started here may have to be fetched first.
+-- The probe of an era is no more than that: some servers are silent at a request that they do not know.
+local START_S, CONNECT_S, PROBE_S, CALL_S = 300, 60, 5, 300
 local null = orch.json.null
 
 local function object() return orch.json.decode("{}") end
@@ -100,15 +103,25 @@ Call.__index = Call
 
 function Call:left() return math.max(self.deadline - orch.now(), 0) end
 function Call:alive()
+  self.moved = true
   self.deadline = math.min(orch.now() + self.timeout, self.hard)
 end
 
-local function new_call(self, opts)
-  local now, timeout = orch.now(), http.seconds(opts.timeout, self._.timeout)
-  local hard = now + math.max(http.seconds(opts.max_timeout, timeout * 10), timeout)
+-- Which limit it was that is over.
+function Call:late()
+  if self.moved and self.deadline == self.hard then
+    return ("no %s answer within %g s, for all its progress (max_timeout)"):format(self.method, self.most)
+  end
+  return ("no %s answer within %g s%s (timeout)"):format(self.method, self.limit, self.moved and " of its last progress" or "")
+end
+
+-- opts.limit: what to say that the limit is, where timeout is what is left of it.
+local function new_call(self, method, opts)
+  local now, timeout = orch.now(), http.seconds(opts.timeout, CALL_S)
+  local most = math.max(http.seconds(opts.max_timeout, timeout * 10), timeout)
   self._.next_id = self._.next_id + 1
-  return setmetatable({ id = self._.next_id, timeout = timeout, deadline = now + timeout, hard = hard,
-    progress = opts.progress, headers = opts.headers, on_message = opts.on_message }, Call)
+  return setmetatable({ id = self._.next_id, method = method, timeout = timeout, limit = opts.limit or timeout, deadline = now + timeout,
+    most = most, hard = now + most, progress = opts.progress, headers = opts.headers, on_message = opts.on_message }, Call)
 end
 
 -- Anything that is no answer to a request of ours.
@@ -153,7 +166,7 @@ end
 -- One request and its answer: result; or nil, message, code, the JSON-RPC error, the HTTP status.
 local function once(self, method, params, opts)
   local _ = self._
-  local call = new_call(self, opts)
+  local call = new_call(self, method, opts)
   params = copy(params)
   local meta = copy(is_object(params._meta) and params._meta or opts.meta)
   if opts.progress then meta.progressToken = call.id end
@@ -192,7 +205,7 @@ function Client:request(method, params, opts)
       local wanted = err and err.code == -32022 and is_object(err.data) and is_object(err.data.supported) and err.data.supported or {}
       if self.era == "legacy" and status == 404 and _.link.session and not again then
         _.link.session = nil
-        local ok, why2, code2 = handshake.legacy(self, opts.timeout)
+        local ok, why2, code2 = handshake.legacy(self, _.connect_timeout)
         if not ok then return nil, why2, code2 end
       elseif self.era == "modern" and not again and transport.has(wanted, MODERN) then
         self.protocol_version = MODERN
@@ -346,7 +359,7 @@ function handshake.legacy(self, timeout)
   local version = _.o.protocol and KNOWN_LEGACY[_.o.protocol] and _.o.protocol or LEGACY
   self.protocol_version = nil
   local result, why, code, err = once(self, "initialize",
-    { protocolVersion = version, capabilities = _.capabilities, clientInfo = _.info }, { timeout = timeout })
+    { protocolVersion = version, capabilities = _.capabilities, clientInfo = _.info }, { timeout = timeout, limit = _.connect_timeout })
   if not result then return nil, why, code, err end
   if type(result.protocolVersion) ~= "string" or not KNOWN_LEGACY[result.protocolVersion] then
     return nil, ("%s: the server speaks protocol %s, which orch does not"):format(_.name, tostring(result.protocolVersion)), "upstream"
@@ -363,7 +376,7 @@ end
 function handshake.modern(self, timeout)
   self.era, self.protocol_version = "modern", MODERN
   self._.probe = self._.next_id + 1
-  local result, why, code, err, status = once(self, "server/discover", nil, { timeout = timeout })
+  local result, why, code, err, status = once(self, "server/discover", nil, { timeout = timeout, limit = self._.connect_timeout })
   if result then
     if not is_object(result.supportedVersions) or not transport.has(result.supportedVersions, MODERN) then
       if is_object(result.supportedVersions) then return false, self._.name .. ": the server does not speak " .. MODERN end
@@ -391,22 +404,25 @@ local verdicts = {} -- by who is asked and as whom: { modern, until }
 
 local function negotiate(self)
   local _, o = self._, self._.o
-  local timeout = _.connect_timeout
+  local till = orch.now() + _.connect_timeout
+  local function left() return math.max(till - orch.now(), 0) end
   if o.protocol == MODERN then
-    local ok, why, code = handshake.modern(self, timeout)
+    local ok, why, code = handshake.modern(self, left())
     if ok == false then return nil, why or self._.name .. ": the server does not speak " .. MODERN, "upstream" end
     return ok, why, code
   elseif o.protocol then
-    return handshake.legacy(self, timeout)
+    return handshake.legacy(self, left())
   end
+  local unread -- the probe: it has not read that yet, or says nothing to it
   local key = _.link:key()
   local known = verdicts[key]
   if not known or known.till < orch.now() then
-    local modern, why, code, status = handshake.modern(self, _.link.http and timeout or timeout / 2)
+    local modern, why, code, status = handshake.modern(self, _.link.http and left() or math.min(left() / 2, PROBE_S))
     if modern == nil then
       -- A stdio server may end, or fall silent, when its first request is none it knows.
       if _.link.http or status then return nil, why, code end
-      if code ~= "timeout" then
+      unread = code == "timeout"
+      if not unread then
         local ok, why2, code2 = _.link:restart()
         if not ok then return nil, why2, code2 end
       end
@@ -415,12 +431,15 @@ local function negotiate(self)
     verdicts[key] = known
     if modern then return true end
   elseif known.modern then
-    return handshake.modern(self, timeout)
+    return handshake.modern(self, left())
   end
-  local ok, why, code, err = handshake.legacy(self, timeout)
-  if not ok and err and (_.late or err.code == -32022) then -- slow to start, it has taken the probe for its opening
+  local ok, why, code, err = handshake.legacy(self, left())
+  if not ok and unread and _.link.gone then -- it has read it now, and ended of it
+    ok, why, code = _.link:restart()
+    if ok then ok, why, code = handshake.legacy(self, left()) end
+  elseif not ok and err and (_.late or err.code == -32022) then -- slow to start, it has taken the probe for its opening
     verdicts[key] = nil
-    return handshake.modern(self, timeout)
+    return handshake.modern(self, left())
   end
   return ok, why, code
 end
@@ -439,9 +458,9 @@ function M.connect(o)
   if o.sandbox and o.sandbox ~= "host" then bad('sandbox "' .. o.sandbox .. '" is not available yet') end
   if o.protocol and o.protocol ~= MODERN and not KNOWN_LEGACY[o.protocol] then bad("protocol " .. o.protocol .. " is unknown") end
   if o.url and o.command then bad("url and command exclude each other") end
-  local timeout = http.seconds(o.timeout, 10)
+  local timeout = http.seconds(o.timeout, o.url and CONNECT_S or START_S)
   local client = setmetatable({}, Client)
-  client._ = { o = o, next_id = 0, calls = {}, connect_timeout = timeout, timeout = 60, capabilities = capabilities(o),
+  client._ = { o = o, next_id = 0, calls = {}, connect_timeout = timeout, capabilities = capabilities(o),
     info = { name = o.name or "orch", version = orch.version }, result_types = {} }
   local function on_message(msg, call) take(client, msg, call) end
   local link, why, code

@@ -10,7 +10,7 @@ local http = require "http"
 local verbs = require "orch.transport"
 local M = {}
 
-local NOTE_S, LISTEN_S, RETRY_MOST_S, RETRIES = 30, 2, 600, 5
+local LISTEN_S, RETRY_MOST_S, RETRIES = 2, 600, 5
 
 function M.has(list, value)
   for _, v in ipairs(list) do
@@ -110,7 +110,7 @@ function Stdio:exchange(msg, call)
   self.waiting[msg.id] = nil
   if w.msg then return w.msg end
   if self.gone then return nil, self.gone[1], self.gone[2] end
-  return nil, ("%s: no answer within %d ms; %s"):format(self.name, call.timeout * 1000, self.pipe:stderr()), "timeout"
+  return nil, ("%s: %s; %s"):format(self.name, call:late(), self.pipe:stderr()), "timeout"
 end
 
 function Stdio:close() self.pipe:close() end
@@ -248,7 +248,7 @@ local function resume(self, call, why, code, id, retry)
   return nil, why, code
 end
 
-function Http:exchange(msg, call)
+local function exchange(self, msg, call)
   local stream, status, h, http_status = open(self, "POST", post_headers(self, msg, call), orch.json.encode(msg), call:left())
   if not stream then return nil, status, h, http_status end
   if msg.method == "initialize" then self.session = h["mcp-session-id"] end
@@ -257,7 +257,6 @@ function Http:exchange(msg, call)
     local answer, why, code, id, retry = events(self, stream, call)
     stream:close()
     if not answer and self.client.era ~= "modern" then answer, why, code = resume(self, call, why, code, id, retry) end
-    if not answer and code == "timeout" then why = ("no answer within %d ms"):format(call.timeout * 1000) end
     if not answer then return nil, self.name .. ": " .. tostring(why), code end
     return answer
   end
@@ -268,6 +267,12 @@ function Http:exchange(msg, call)
   return M.as_error(self, status, msg.method, #body)
 end
 
+function Http:exchange(msg, call)
+  local answer, why, code, status = exchange(self, msg, call)
+  if not answer and code == "timeout" and call:left() <= 0 then why = self.name .. ": " .. call:late() end
+  return answer, why, code, status
+end
+
 function M.as_error(self, status, method, size)
   local why = ({ [401] = "it wants authorization (connect with auth or an Authorization header)", [403] = "it forbids this" })[status]
     or (size == 0 and "without a body" or "with no JSON-RPC answer in it")
@@ -275,7 +280,11 @@ function M.as_error(self, status, method, size)
 end
 
 function Http:send(msg)
-  local stream, status, h = open(self, "POST", post_headers(self, msg), orch.json.encode(msg), NOTE_S)
+  local limit = self.client._.connect_timeout
+  local stream, status, h = open(self, "POST", post_headers(self, msg), orch.json.encode(msg), limit)
+  if not stream and h == "timeout" then
+    status = ("%s: %s not taken within %g s (timeout of connect)"):format(self.name, msg.method or "an answer", limit)
+  end
   if not stream then return nil, status, h end
   stream:close()
   if status >= 300 then return M.as_error(self, status, msg.method, 0) end
@@ -298,7 +307,7 @@ function Http:listen()
   self.listening = orch.task.spawn(function()
     local last, tries = nil, 0
     while not self.closed and tries < RETRIES do
-      local stream, status, h = get(self, last, NOTE_S)
+      local stream, status, h = get(self, last, self.client._.connect_timeout)
       opening:cancel()
       if stream and (status ~= 200 or not (h["content-type"] or ""):find("text/event-stream", 1, true)) then
         stream:close()

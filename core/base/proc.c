@@ -22,6 +22,10 @@ enum {
     STDERR_GRACE_MS = 200,
     REAP_WAIT_MS = 2000,
     VIA_WAIT_MS = 5000,
+    LAST_MS = 1000,              /* for those that outlive the child and hold its stdout */
+    LOG_LINE_BYTES = 1000,
+    LOG_SECOND_BYTES = 64 * 1024, /* of one child's stderr in one second */
+    STDERR_SHOWN = 1000,
     CHILD_STACK = 32 * 1024,
     MAX_FDS = ORCH_ARRAY_LEN(((struct orch_proc_opts *)0)->fds),
 };
@@ -39,6 +43,11 @@ struct orch_proc {
     size_t keep;
     orch_proc_exit_fn *on_exit;
     void (*on_stderr)(void *ud, struct orch_slice bytes);
+    const char *log_as;
+    struct orch_buf line; /* begun, not ended: for the log */
+    int64_t log_second;
+    size_t logged;        /* bytes in that second */
+    unsigned unlogged;    /* lines */
     void *ud;
 };
 
@@ -238,8 +247,54 @@ static void via_release(struct orch_proc_via **v)
         (*v)->release(*v);
 }
 
+static void log_left_out(struct orch_proc *p)
+{
+    if (p->unlogged)
+        orch_log(ORCH_INFO, "%s: %u lines of its stderr are left out here", p->log_as, p->unlogged);
+    p->logged = p->unlogged = 0;
+}
+
+static void log_line(struct orch_proc *p)
+{
+    cleanup_buf struct orch_buf b = { 0 };
+    int64_t second = orch_now_us() / 1000000;
+    if (!p->line.n)
+        return;
+    if (second != p->log_second)
+        log_left_out(p);
+    p->log_second = second;
+    if (p->logged < LOG_SECOND_BYTES) {
+        orch_buf_printf(&b, "%s: ", p->log_as);
+        orch_buf_slice(&b, (struct orch_slice){ p->line.p, p->line.n });
+        orch_log_fields(ORCH_INFO, (struct orch_slice){ b.p, b.n }, (struct orch_slice){ 0 });
+        p->logged += b.n;
+    } else {
+        p->unlogged++;
+    }
+    p->line.n = 0;
+}
+
+/* A progress bar's carriage return ends a line too. */
+static bool ends_line(char c)
+{
+    return c == '\n' || c == '\r';
+}
+
+static void log_stderr(struct orch_proc *p, struct orch_slice s)
+{
+    if (!p->log_as || !orch_log_on(ORCH_INFO))
+        return;
+    for (size_t i = 0; i < s.n; i++) {
+        if (ends_line(s.p[i]))
+            log_line(p);
+        else if (p->line.n < LOG_LINE_BYTES)
+            orch_buf_char(&p->line, s.p[i]);
+    }
+}
+
 static void finish(struct orch_proc *p)
 {
+    log_line(p);
     orch_timer_cancel(p->grace);
     orch_proc_exit_fn *fn = p->on_exit;
     p->on_exit = NULL;
@@ -270,6 +325,7 @@ static void stderr_ready(void *ud, int events)
         if (p->tail.n + n > 2 * p->keep)
             orch_buf_consume(&p->tail, p->tail.n - p->keep);
         orch_buf_add(&p->tail, last, n);
+        log_stderr(p, (struct orch_slice){ chunk, (size_t)r });
         if (p->on_stderr)
             p->on_stderr(p->ud, (struct orch_slice){ chunk, (size_t)r });
         return;
@@ -420,6 +476,7 @@ struct orch_proc *orch_proc_start(struct orch_loop *l, const struct orch_proc_op
         .out = orch_steal_fd(&out_r),
         .err = orch_steal_fd(&err_r),
         .on_stderr = o->on_stderr,
+        .log_as = o->log_as,
         .keep = o->stderr_keep ? o->stderr_keep : STDERR_KEEP,
         .on_exit = o->on_exit,
         .ud = o->ud,
@@ -457,6 +514,28 @@ struct orch_slice orch_proc_stderr(const struct orch_proc *p)
     return (struct orch_slice){ n ? p->tail.p + p->tail.n - n : "", n };
 }
 
+struct orch_slice orch_proc_stderr_line(const struct orch_proc *p)
+{
+    struct orch_slice s = orch_proc_stderr(p);
+    while (s.n && (ends_line(s.p[s.n - 1]) || s.p[s.n - 1] == ' '))
+        s.n--;
+    size_t from = s.n;
+    while (from && !ends_line(s.p[from - 1]))
+        from--;
+    return (struct orch_slice){ s.p + from, s.n - from };
+}
+
+void orch_proc_stderr_describe(const struct orch_proc *p, struct orch_buf *b)
+{
+    struct orch_slice tail = orch_proc_stderr(p);
+    if (tail.n > STDERR_SHOWN)
+        tail = (struct orch_slice){ tail.p + tail.n - STDERR_SHOWN, STDERR_SHOWN };
+    while (tail.n && (tail.p[tail.n - 1] == '\n' || tail.p[tail.n - 1] == ' '))
+        tail.n--;
+    orch_buf_str(b, tail.n ? "its stderr ends: " : "it wrote nothing to stderr");
+    orch_escape_terminal(b, tail, true);
+}
+
 void orch_proc_kill(struct orch_proc *p, int signo)
 {
     if (p->reaped)
@@ -477,10 +556,55 @@ void orch_proc_describe(int status, char *out, size_t n)
     }
 }
 
+/* False at the end of its stdout. */
+static bool discard_stdout(struct orch_proc *p)
+{
+    char chunk[16384];
+    ssize_t r = read(p->out, chunk, sizeof chunk);
+    return r > 0 || (r < 0 && (errno == EAGAIN || errno == EINTR));
+}
+
+void orch_proc_end(struct orch_proc *p, int64_t eof_ms, int64_t term_ms)
+{
+    bool told = false, exited = p->exited, closed = p->out < 0;
+    int64_t now = orch_now_us() / 1000, until = now + (exited && eof_ms > LAST_MS ? LAST_MS : eof_ms);
+    p->on_exit = NULL;
+    orch_proc_close_stdin(p);
+    while (!exited || !closed) {
+        if (now >= until) {
+            if (told || exited)
+                return;
+            told = true;
+            orch_proc_kill(p, SIGTERM);
+            until = now + term_ms;
+        }
+        struct pollfd fds[] = { { .fd = exited ? -1 : p->pidfd, .events = POLLIN },
+                                { .fd = closed ? -1 : p->out, .events = POLLIN },
+                                { .fd = p->err, .events = POLLIN } };
+        int n = poll(fds, ORCH_ARRAY_LEN(fds), (int)(until - now));
+        now = orch_now_us() / 1000;
+        if (n < 0 && !told)
+            until = now;
+        if (n <= 0)
+            continue;
+        if (fds[2].revents)
+            stderr_ready(p, 0);
+        if (fds[1].revents)
+            closed = !discard_stdout(p);
+        if (fds[0].revents) {
+            exited = true;
+            if (until > now + LAST_MS)
+                until = now + LAST_MS;
+        }
+    }
+}
+
 void orch_proc_free(struct orch_proc *p)
 {
     if (!p)
         return;
+    log_line(p);
+    log_left_out(p);
     /* Also after the child's exit: what it left behind in its group ends here. */
     orch_proc_kill(p, SIGKILL);
     if (!p->reaped) {
@@ -502,6 +626,7 @@ void orch_proc_free(struct orch_proc *p)
     orch_cleanup_close(&p->err);
     orch_buf_free(&p->tail);
     via_release(&p->via);
+    orch_buf_free(&p->line);
     free(p);
 }
 

@@ -43,6 +43,7 @@ struct orch_proc_opts {
     size_t stderr_keep;      /* bytes of stderr kept, default 8 KiB */
     orch_proc_exit_fn *on_exit;
     void (*on_stderr)(void *ud, struct orch_slice bytes); /* as it comes; optional */
+    const char *log_as;      /* its stderr goes to the log under this name, a line each (info); borrowed until free */
     void *ud;
 };
 
@@ -54,7 +55,19 @@ int orch_proc_stdin(const struct orch_proc *p);
 int orch_proc_stdout(const struct orch_proc *p);
 void orch_proc_close_stdin(struct orch_proc *p);
 struct orch_slice orch_proc_stderr(const struct orch_proc *p); /* the last bytes, borrowed */
+/* The last line with anything in it of those; empty when there is none. */
+struct orch_slice orch_proc_stderr_line(const struct orch_proc *p);
+/* Appends "its stderr ends: …" or that it wrote nothing, escaped for a terminal. */
+void orch_proc_stderr_describe(const struct orch_proc *p, struct orch_buf *b);
 void orch_proc_kill(struct orch_proc *p, int signo); /* the child's whole process group */
+/* Waits while the child ends in its own time: its stdin is closed; eof_ms later its group gets SIGTERM, and
+ * has term_ms from then. What it writes to stdout meanwhile is thrown away. It has ended when its stdout is
+ * closed too, since what the caller spoke to may be a child of a wrapper that goes first. A signal to this
+ * process ends the first of the two waits. orch_proc_free follows; on_exit is not called. */
+void orch_proc_end(struct orch_proc *p, int64_t eof_ms, int64_t term_ms);
+/* For servers that speak over stdin and stdout, as MCP's clients are told to end them; and where somebody waits for
+ * our own end, or there is nothing yet that the child could lose. */
+enum { ORCH_PROC_EOF_MS = 2000, ORCH_PROC_TERM_MS = 3000, ORCH_PROC_HURRY_EOF_MS = 500, ORCH_PROC_HURRY_TERM_MS = 1000 };
 /* "exit status 3" or "killed by signal 9 (Killed)". */
 void orch_proc_describe(int status, char *out, size_t n);
 /* Kills what is still running of the process group, reaps (waits up to 2 s for that), on_exit is not

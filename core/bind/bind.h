@@ -81,6 +81,7 @@ struct orch_serve_opts {
     const char *const *command; /* a server to put behind the policy; NULL: none */
     const char *as;             /* its name in policy, "cmd" unless given */
     bool protect;               /* orch's files from it */
+    int64_t start_ms, timeout_ms; /* its time to start, and to answer a call */
     void (*done)(void *ud, int status, const char *why);
     void *ud;
 };

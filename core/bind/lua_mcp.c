@@ -79,6 +79,8 @@ static int l_serve(lua_State *L)
     struct orch_serve_opts so = { .transport = orch_opt_string(&o, "transport", "stdio"),
                                   .as = orch_opt_string(&o, "as", "cmd"),
                                   .protect = orch_opt_bool(&o, "protect", true),
+                                  .start_ms = orch_opt_duration_ms(&o, "start_timeout", 5 * 60 * 1000),
+                                  .timeout_ms = orch_opt_duration_ms(&o, "timeout", 60 * 60 * 1000),
                                   .listen = orch_opt_string(&o, "listen", NULL),
                                   .token = orch_opt_string(&o, "token", NULL),
                                   .name = orch_opt_string(&o, "name", NULL),

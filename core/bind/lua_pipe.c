@@ -3,7 +3,7 @@
  *   pipe:read()      waits for the next line, without its end; nil, message, code once the child is gone
  *   pipe:send(text)  text and a line's end; does not wait
  *   pipe:stderr()    the end of what it wrote to stderr
- *   pipe:close()     closes its stdin, gives it half a second, then ends its process group
+ *   pipe:close()     ends it, waiting as orch_proc_end does
  * Its stdout is read only while a task waits for a line, so that a flood stays in the child. */
 #include "bind.h"
 
@@ -12,18 +12,14 @@
 #include "../base/proc.h"
 
 #include <errno.h>
-#include <poll.h>
 #include <signal.h>
 #include <string.h>
-#include <sys/syscall.h>
 
 enum {
     READ_BYTES = 64 * 1024,
     LINE_MAX_BYTES = 16 << 20,
     OUT_MAX_BYTES = 64 << 20,
-    STDERR_SHOWN = 1000,
     ARGV_MAX = 4096,
-    CLOSE_GRACE_MS = 500,
 };
 
 #define PIPE_META "orch.pipe"
@@ -146,25 +142,6 @@ static void on_writable(void *ud, int events)
     flush(ud);
 }
 
-static void describe_stderr(struct pipe *p, struct orch_buf *b)
-{
-    struct orch_slice tail = orch_proc_stderr(p->proc);
-    if (tail.n > STDERR_SHOWN)
-        tail = (struct orch_slice){ tail.p + tail.n - STDERR_SHOWN, STDERR_SHOWN };
-    while (tail.n && (tail.p[tail.n - 1] == '\n' || tail.p[tail.n - 1] == ' '))
-        tail.n--;
-    orch_buf_str(b, tail.n ? "its stderr ends: " : "it wrote nothing to stderr");
-    orch_escape_terminal(b, tail, true);
-}
-
-static void on_stderr(void *ud, struct orch_slice bytes)
-{
-    struct pipe *p = ud;
-    while (bytes.n && bytes.p[bytes.n - 1] == '\n')
-        bytes.n--;
-    orch_log(ORCH_INFO, "%s: %.*s", p->name, (int)bytes.n, bytes.p);
-}
-
 static void on_exit_status(void *ud, int status)
 {
     struct pipe *p = ud;
@@ -175,13 +152,13 @@ static void on_exit_status(void *ud, int status)
             ;
         p->why = (struct orch_err){ 0 };
         orch_proc_describe(status, how, sizeof how);
-        describe_stderr(p, &tail);
+        orch_proc_stderr_describe(p->proc, &tail);
         orch_err_setc(&p->why, ORCH_CLASS_UPSTREAM, ECHILD, "%s: the server ended (%s); %s", p->name, how, tail.p);
     }
     wake(p);
 }
 
-static void pipe_close(struct pipe *p)
+static void pipe_close(struct pipe *p, int64_t eof_ms, int64_t term_ms)
 {
     if (!p->proc)
         return;
@@ -189,10 +166,7 @@ static void pipe_close(struct pipe *p)
     orch_watch_free(p->out);
     p->in = p->out = NULL;
     if (!p->why.cls) {
-        orch_proc_close_stdin(p->proc);
-        cleanup_close int pidfd = (int)syscall(SYS_pidfd_open, orch_proc_pid(p->proc), 0);
-        struct pollfd one = { pidfd, POLLIN, 0 };
-        (void)poll(&one, 1, CLOSE_GRACE_MS);
+        orch_proc_end(p->proc, eof_ms, term_ms);
         orch_err_setc(&p->why, ORCH_CLASS_CLOSED, ECANCELED, "%s: closed", p->name);
     }
     orch_proc_free(p->proc);
@@ -203,7 +177,7 @@ static void pipe_close(struct pipe *p)
 static int pipe_gc(lua_State *L)
 {
     struct pipe *p = lua_touserdata(L, 1);
-    pipe_close(p);
+    pipe_close(p, ORCH_PROC_HURRY_EOF_MS, ORCH_PROC_HURRY_TERM_MS);
     orch_buf_free(&p->inbuf);
     orch_buf_free(&p->outbuf);
     free(p->name);
@@ -213,7 +187,7 @@ static int pipe_gc(lua_State *L)
 
 static int l_pipe_close(lua_State *L)
 {
-    pipe_close(check_pipe(L));
+    pipe_close(check_pipe(L), ORCH_PROC_EOF_MS, ORCH_PROC_TERM_MS);
     return 0;
 }
 
@@ -257,7 +231,7 @@ static int l_pipe_stderr(lua_State *L)
     struct pipe *p = check_pipe(L);
     cleanup_buf struct orch_buf tail = { 0 };
     if (p->proc)
-        describe_stderr(p, &tail);
+        orch_proc_stderr_describe(p->proc, &tail);
     lua_pushlstring(L, tail.n ? tail.p : "", tail.n);
     return 1;
 }
@@ -289,7 +263,7 @@ static int t_process_open(lua_State *L)
                                                         .cwd = cwd,
                                                         .via = via,
                                                         .on_exit = on_exit_status,
-                                                        .on_stderr = on_stderr,
+                                                        .log_as = p->name,
                                                         .ud = p },
                               &err);
     if (!p->proc) {

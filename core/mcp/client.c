@@ -3,16 +3,13 @@
 #include "../base/log.h"
 
 #include <errno.h>
-#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/syscall.h>
 
 enum {
     READ_BYTES = 256 * 1024,
     OUT_MAX_BYTES = 64 << 20,
-    STDERR_SHOWN = 1000,
     STRAY_SHOWN = 10, /* stray lines logged, then silence */
 };
 
@@ -23,8 +20,6 @@ struct orch_mcp_client_call {
     orch_mcp_client_done_fn *done;
     void (*progress)(void *ud, double done, double total, struct orch_slice message);
     void *ud;
-    struct orch_timer *timer;
-    int64_t timeout_ms;
 };
 
 struct orch_mcp_client {
@@ -91,7 +86,6 @@ static void call_unlink(struct orch_mcp_client_call *k)
     *k->at = k->next;
     if (k->next)
         k->next->at = k->at;
-    orch_timer_free(k->timer);
 }
 
 static void call_finish(struct orch_mcp_client_call *k, struct orch_slice result, const struct orch_err *err)
@@ -101,31 +95,6 @@ static void call_finish(struct orch_mcp_client_call *k, struct orch_slice result
     call_unlink(k);
     free(k);
     done(ud, result, err);
-}
-
-static void describe_stderr(struct orch_mcp_client *c, struct orch_buf *b)
-{
-    struct orch_slice tail = orch_proc_stderr(c->proc);
-    if (tail.n > STDERR_SHOWN)
-        tail = (struct orch_slice){ tail.p + tail.n - STDERR_SHOWN, STDERR_SHOWN };
-    while (tail.n && (tail.p[tail.n - 1] == '\n' || tail.p[tail.n - 1] == ' '))
-        tail.n--;
-    orch_buf_str(b, tail.n ? "; its stderr ends: " : "; it wrote nothing to stderr");
-    orch_escape_terminal(b, tail, true);
-}
-
-static void call_timed_out(void *ud)
-{
-    struct orch_mcp_client_call *k = ud;
-    struct orch_mcp_client *c = k->client;
-    struct orch_err err = { 0 };
-    cleanup_buf struct orch_buf tail = { 0 };
-    describe_stderr(c, &tail);
-    orch_err_setc(&err, ORCH_CLASS_UPSTREAM, ETIMEDOUT, "%s: no answer within %lld ms%s", c->name, (long long)k->timeout_ms, tail.p);
-    if (!c->ready)
-        client_fail(c, &err);
-    else
-        call_finish(k, (struct orch_slice){ 0 }, &err);
 }
 
 static void client_fail(struct orch_mcp_client *c, const struct orch_err *err)
@@ -145,12 +114,13 @@ static void client_fail(struct orch_mcp_client *c, const struct orch_err *err)
         c->o.lost(c->o.ud, &c->why);
 }
 
-static void on_stderr(void *ud, struct orch_slice bytes)
+void orch_mcp_client_give_up(struct orch_mcp_client *c, const char *why)
 {
-    struct orch_mcp_client *c = ud;
-    while (bytes.n && bytes.p[bytes.n - 1] == '\n')
-        bytes.n--;
-    orch_log(ORCH_INFO, "%s: %.*s", c->name, (int)bytes.n, bytes.p);
+    struct orch_err err = { 0 };
+    cleanup_buf struct orch_buf tail = { 0 };
+    orch_proc_stderr_describe(c->proc, &tail);
+    orch_err_setc(&err, ORCH_CLASS_UPSTREAM, ETIMEDOUT, "%s: %s; %s", c->name, why, tail.p);
+    client_fail(c, &err);
 }
 
 static void on_exit_status(void *ud, int status)
@@ -160,8 +130,8 @@ static void on_exit_status(void *ud, int status)
     struct orch_err err = { 0 };
     cleanup_buf struct orch_buf tail = { 0 };
     orch_proc_describe(status, how, sizeof how);
-    describe_stderr(c, &tail);
-    orch_err_setc(&err, ORCH_CLASS_UPSTREAM, ECHILD, "%s: the server ended (%s)%s", c->name, how, tail.p);
+    orch_proc_stderr_describe(c->proc, &tail);
+    orch_err_setc(&err, ORCH_CLASS_UPSTREAM, ECHILD, "%s: the server ended (%s); %s", c->name, how, tail.p);
     client_fail(c, &err);
 }
 
@@ -326,7 +296,7 @@ struct orch_mcp_client *orch_mcp_client_new(struct orch_loop *l, const struct or
     if (!c->o.limits.bytes)
         c->o.limits.bytes = 16 << 20;
     c->proc = orch_proc_start(
-        l, &(struct orch_proc_opts){ .argv = o->argv, .env = o->env, .cwd = o->cwd, .via = o->via, .on_exit = on_exit_status, .on_stderr = on_stderr, .ud = c }, err);
+        l, &(struct orch_proc_opts){ .argv = o->argv, .env = o->env, .cwd = o->cwd, .via = o->via, .on_exit = on_exit_status, .log_as = c->name, .ud = c }, err);
     if (!c->proc) {
         orch_err_wrap(err, "%s", c->name);
         if (err && err->cls != ORCH_CLASS_ISOLATION)
@@ -345,14 +315,13 @@ struct orch_mcp_client *orch_mcp_client_new(struct orch_loop *l, const struct or
                          &(struct orch_mcp_client_request){
                              .method = "initialize",
                              .params = orch_slice_str(params),
-                             .timeout_ms = o->start_timeout_ms ? o->start_timeout_ms : 10000,
                              .done = initialized,
                              .ud = c },
                          NULL);
     return c;
 }
 
-void orch_mcp_client_free(struct orch_mcp_client *c, int64_t grace_ms)
+void orch_mcp_client_free(struct orch_mcp_client *c, int64_t eof_ms, int64_t term_ms)
 {
     if (!c)
         return;
@@ -364,12 +333,8 @@ void orch_mcp_client_free(struct orch_mcp_client *c, int64_t grace_ms)
     orch_loop_unpost(c->loop, flush, c);
     orch_watch_free(c->in);
     orch_watch_free(c->out);
-    if (!c->dead && grace_ms > 0) {
-        orch_proc_close_stdin(c->proc);
-        cleanup_close int pidfd = (int)syscall(SYS_pidfd_open, orch_proc_pid(c->proc), 0);
-        struct pollfd p = { pidfd, POLLIN, 0 };
-        (void)poll(&p, 1, (int)grace_ms);
-    }
+    if (!c->dead)
+        orch_proc_end(c->proc, eof_ms, term_ms);
     orch_proc_free(c->proc);
     orch_json_doc_free(&c->doc);
     orch_buf_free(&c->inbuf);
@@ -381,6 +346,16 @@ void orch_mcp_client_free(struct orch_mcp_client *c, int64_t grace_ms)
 bool orch_mcp_client_alive(const struct orch_mcp_client *c)
 {
     return !c->dead;
+}
+
+bool orch_mcp_client_ready(const struct orch_mcp_client *c)
+{
+    return c->ready;
+}
+
+struct orch_slice orch_mcp_client_stderr_line(const struct orch_mcp_client *c)
+{
+    return orch_proc_stderr_line(c->proc);
 }
 
 /* params._meta as it came, without the modern era's keys, with our own progress token. */
@@ -421,7 +396,7 @@ struct orch_mcp_client_call *orch_mcp_client_call(struct orch_mcp_client *c, con
     }
     struct orch_mcp_client_call *k = orch_xcalloc(1, sizeof *k);
     *k = (struct orch_mcp_client_call){ .next = c->calls, .at = &c->calls, .client = c, .id = ++c->next_id, .done = r->done,
-                                        .progress = r->progress, .ud = r->ud, .timeout_ms = r->timeout_ms };
+                                        .progress = r->progress, .ud = r->ud };
     if (k->next)
         k->next->at = &k->next;
     c->calls = k;
@@ -442,10 +417,6 @@ struct orch_mcp_client_call *orch_mcp_client_call(struct orch_mcp_client *c, con
     }
     orch_buf_char(b, '}');
     message_end(c, from);
-    if (r->timeout_ms) {
-        k->timer = orch_timer_new(c->loop, call_timed_out, k);
-        orch_timer_set(k->timer, r->timeout_ms);
-    }
     return k;
 }
 

@@ -1,5 +1,5 @@
-/* An MCP client over a child's stdin and stdout, legacy era (2025-11-25 handshake). It owns the child,
- * the requests under way and their time-outs. What the server sends is an adversary's: lines over the
+/* An MCP client over a child's stdin and stdout, legacy era (2025-11-25 handshake). It owns the child and the
+ * requests under way; how long anything may take is its owner's to say (give_up, cancel). What the server sends is an adversary's: lines over the
  * limit end it, stray text is logged and skipped, ids are checked. */
 #ifndef ORCH_MCP_CLIENT_H
 #define ORCH_MCP_CLIENT_H
@@ -17,7 +17,6 @@ struct orch_mcp_client_opts {
     const char *const *env;      /* "NAME=value" */
     const char *cwd;
     struct orch_proc_via *via;   /* as in orch_proc_opts */
-    int64_t start_timeout_ms;    /* until the initialize answer; default 10 s */
     struct orch_json_limits limits;
     /* The handshake is done, or the server failed (class UPSTREAM, with exit status and stderr tail).
      * Once; later failures come to lost. */
@@ -34,10 +33,14 @@ struct orch_mcp_client_opts {
 
 /* Errors have the class UPSTREAM, or ISOLATION by via. */
 struct orch_mcp_client *orch_mcp_client_new(struct orch_loop *l, const struct orch_mcp_client_opts *o, struct orch_err *err);
-/* Closes stdin, gives the child grace_ms to end, then ends its process group. No callbacks follow. */
-void orch_mcp_client_free(struct orch_mcp_client *c, int64_t grace_ms);
+/* Ends the child as orch_proc_end does. No callbacks follow. */
+void orch_mcp_client_free(struct orch_mcp_client *c, int64_t eof_ms, int64_t term_ms);
+/* Ends it now as failed, for this reason: what waits for it gets "NAME: WHY; its stderr ends: …". */
+void orch_mcp_client_give_up(struct orch_mcp_client *c, const char *why);
 
 bool orch_mcp_client_alive(const struct orch_mcp_client *c);
+bool orch_mcp_client_ready(const struct orch_mcp_client *c); /* the handshake is done */
+struct orch_slice orch_mcp_client_stderr_line(const struct orch_mcp_client *c); /* the last one */
 
 /* result: the whole JSON value of "result" as it came; err: a JSON-RPC error or a failure (class
  * UPSTREAM). Called once, from the loop. */
@@ -49,7 +52,6 @@ struct orch_mcp_client_request {
     const char *tool;
     struct orch_slice args;   /* JSON object */
     struct orch_slice meta;   /* params._meta to pass on: JSON object or empty */
-    int64_t timeout_ms;       /* 0: none */
     orch_mcp_client_done_fn *done;
     void (*progress)(void *ud, double done, double total, struct orch_slice message);
     void *ud;

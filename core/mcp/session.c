@@ -6,6 +6,8 @@
 #include <stdio.h>
 #include <string.h>
 
+enum { HELD_MAX_BYTES = 16 << 20 };
+
 static const char *const legacy_versions[] = { "2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05" };
 static const char *const log_levels[] = { "debug", "info", "notice", "warning", "error", "critical", "alert", "emergency" };
 
@@ -28,12 +30,16 @@ struct orch_mcp_session *orch_mcp_session_new(const struct orch_mcp_server_ops *
     return s;
 }
 
+static void request_end(struct orch_mcp_request *rq);
+
 void orch_mcp_session_end(struct orch_mcp_session *s)
 {
     s->ended = true;
     for (struct orch_mcp_request *rq = s->first, *next; rq; rq = next) {
         next = rq->next;
-        if (!rq->cancelled && !rq->filter) {
+        if (rq->held) {
+            request_end(rq);
+        } else if (!rq->cancelled && !rq->filter) {
             rq->cancelled = true;
             s->ops->cancel(s->ud, rq);
         }
@@ -255,6 +261,10 @@ static void request_end(struct orch_mcp_request *rq)
         s->send(s->sink_ud, rq->stream, ORCH_MCP_NO_DATA, 202);
     if (rq->asks)
         orch_mcp_ask_drop(rq, !s->ended);
+    if (rq->held) {
+        s->held_bytes -= rq->held_n;
+        free(rq->held);
+    }
     if (rq->prev)
         rq->prev->next = rq->next;
     else
@@ -531,7 +541,10 @@ static void do_discover(struct orch_mcp_incoming *in)
     orch_mcp_answer(in, (struct orch_slice){ b.p, b.n });
 }
 
-static void do_tools_list(struct orch_mcp_incoming *in)
+static void keep(struct orch_mcp_incoming *in, const char *method);
+
+/* rq: NULL, or the list was held. */
+static void do_tools_list(struct orch_mcp_incoming *in, struct orch_mcp_request *rq)
 {
     uint32_t cursor = in->m.params ? orch_json_get(in->d, in->m.params, "cursor") : 0;
     cleanup_buf struct orch_buf b = { 0 };
@@ -542,10 +555,18 @@ static void do_tools_list(struct orch_mcp_incoming *in)
         orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA, "tools/list: params.cursor must be one that a list gave");
         return;
     }
+    if (in->s->holding) {
+        keep(in, "tools/list");
+        return;
+    }
     orch_buf_str(&b, "\"tools\":");
     int r = in->s->ops->tools_list(in->s->ud, (struct orch_slice){ at.p, at.n }, &b, &next, &err);
     if (r < 0) {
-        orch_mcp_refuse(in, r == -EINVAL ? ORCH_RPC_INVALID_PARAMS : ORCH_RPC_UPSTREAM_FAILED, ORCH_MCP_NO_DATA, "%s", err.msg);
+        int code = r == -EINVAL ? ORCH_RPC_INVALID_PARAMS : ORCH_RPC_UPSTREAM_FAILED;
+        if (rq)
+            orch_mcp_respond_error(rq, code, orch_slice_str(err.msg), ORCH_MCP_NO_DATA);
+        else
+            orch_mcp_refuse(in, code, ORCH_MCP_NO_DATA, "%s", err.msg);
         return;
     }
     if (next.n) {
@@ -556,7 +577,10 @@ static void do_tools_list(struct orch_mcp_incoming *in)
         orch_buf_str(&b, ",\"ttlMs\":0,\"cacheScope\":\"private\"");
         put_server_meta(in->s, &b);
     }
-    orch_mcp_answer(in, (struct orch_slice){ b.p, b.n });
+    if (rq)
+        orch_mcp_respond(rq, (struct orch_slice){ b.p, b.n });
+    else
+        orch_mcp_answer(in, (struct orch_slice){ b.p, b.n });
 }
 
 /* Reads params of a request that the host answers; false when it was refused. name_key NULL: none. */
@@ -629,12 +653,34 @@ static struct orch_mcp_request *accept(struct orch_mcp_incoming *in, const char 
     return rq;
 }
 
-static void do_tools_call(struct orch_mcp_incoming *in)
+/* Keeps the message until the session is let go. */
+static void keep(struct orch_mcp_incoming *in, const char *method)
+{
+    struct orch_mcp_session *s = in->s;
+    struct orch_slice text = orch_json_raw(in->d, in->tok);
+    if (s->held_bytes && s->held_bytes + text.n > HELD_MAX_BYTES) {
+        orch_mcp_refuse(in, ORCH_RPC_TOO_MANY_CALLS, ORCH_MCP_NO_DATA, "%s: over %d bytes of calls wait for the server to start", method,
+                        HELD_MAX_BYTES);
+        return;
+    }
+    struct orch_mcp_request *rq = accept(in, method);
+    if (!rq)
+        return;
+    rq->held = orch_xstrndup(text.p, text.n);
+    rq->held_n = (uint32_t)text.n;
+    s->held_bytes += text.n;
+}
+
+/* rq: NULL, or the call was held. */
+static void do_tools_call(struct orch_mcp_incoming *in, struct orch_mcp_request *rq)
 {
     struct orch_mcp_params p = { 0 };
     cleanup_buf struct orch_buf unescaped = { 0 };
-    struct orch_mcp_request *rq = read_params(in, "tools/call", "name", &p, &unescaped) ? accept(in, "tools/call") : NULL;
-    if (rq)
+    if (!read_params(in, "tools/call", "name", &p, &unescaped))
+        return;
+    if (in->s->holding)
+        keep(in, "tools/call");
+    else if (rq || (rq = accept(in, "tools/call")))
         in->s->ops->tool_call(in->s->ud, rq, in->d, &p);
 }
 
@@ -730,9 +776,9 @@ static void handle_request(struct orch_mcp_incoming *in)
         if (!check_modern(in))
             return;
         if (method_is(in, "tools/call"))
-            do_tools_call(in);
+            do_tools_call(in, NULL);
         else if (method_is(in, "tools/list"))
-            do_tools_list(in);
+            do_tools_list(in, NULL);
         else if (method_is(in, "server/discover"))
             do_discover(in);
         else if (method_is(in, "subscriptions/listen"))
@@ -742,9 +788,9 @@ static void handle_request(struct orch_mcp_incoming *in)
         return;
     }
     if (method_is(in, "tools/call"))
-        do_tools_call(in);
+        do_tools_call(in, NULL);
     else if (method_is(in, "tools/list"))
-        do_tools_list(in);
+        do_tools_list(in, NULL);
     else if (method_is(in, "ping"))
         orch_mcp_answer(in, ORCH_MCP_NO_DATA);
     else if (method_is(in, "initialize"))
@@ -767,7 +813,7 @@ static void handle_notification(struct orch_mcp_incoming *in)
     } else if (method_is(in, "notifications/cancelled")) {
         uint32_t id = in->m.params ? orch_json_get(in->d, in->m.params, "requestId") : 0;
         struct orch_mcp_request *rq = id ? request_find(s, orch_json_raw(in->d, id)) : NULL;
-        if (rq && rq->filter) {
+        if (rq && (rq->filter || rq->held)) {
             request_end(rq);
         } else if (rq && !rq->cancelled) {
             rq->cancelled = true;
@@ -778,7 +824,7 @@ static void handle_notification(struct orch_mcp_incoming *in)
 
 static void handle_message(struct orch_mcp_session *s, uint32_t tok, struct orch_mcp_batch *batch)
 {
-    struct orch_mcp_incoming in = { .s = s, .d = &s->doc, .batch = batch };
+    struct orch_mcp_incoming in = { .s = s, .d = &s->doc, .batch = batch, .tok = tok };
     const char *why = NULL;
     if (orch_rpc_read(in.d, tok, &in.m, &why) < 0) {
         orch_mcp_refuse(&in, ORCH_RPC_INVALID_REQUEST, ORCH_MCP_NO_DATA, "Invalid request: %s", why);
@@ -850,6 +896,51 @@ bool orch_mcp_session_feed(struct orch_mcp_session *s, struct orch_slice line, v
         handle_message(s, 0, NULL);
     s->feeding = false;
     return s->answers;
+}
+
+/* ---- held requests */
+
+static void let_go(struct orch_mcp_request *rq)
+{
+    struct orch_mcp_session *s = rq->session;
+    cleanup_free char *text = orch_steal_ptr(&rq->held);
+    cleanup_json struct orch_json_doc d = { 0 };
+    struct orch_json_fault fault;
+    struct orch_mcp_incoming in = { .s = s, .d = &d, .batch = rq->batch, .modern = rq->modern };
+    const char *why;
+    s->held_bytes -= rq->held_n;
+    /* It was read before, so it can be again. */
+    if (orch_json_scan(&d, (struct orch_slice){ text, rq->held_n }, &s->limits, &fault) < 0 || orch_rpc_read(&d, 0, &in.m, &why) < 0) {
+        orch_mcp_respond_error(rq, ORCH_RPC_INTERNAL_ERROR, ORCH_SLICE("the held message cannot be read"), ORCH_MCP_NO_DATA);
+        return;
+    }
+    in.meta = in.m.params ? orch_json_get(&d, in.m.params, "_meta") : 0;
+    if (method_is(&in, "tools/list"))
+        do_tools_list(&in, rq);
+    else
+        do_tools_call(&in, rq);
+}
+
+void orch_mcp_session_hold(struct orch_mcp_session *s, bool on)
+{
+    struct orch_mcp_request *rq = s->first, *before;
+    s->holding = on;
+    if (on)
+        return;
+    while (rq && rq->next) /* the oldest */
+        rq = rq->next;
+    for (; rq; rq = before) {
+        before = rq->prev;
+        if (rq->held)
+            let_go(rq);
+    }
+}
+
+void orch_mcp_session_held_progress(struct orch_mcp_session *s, double done, struct orch_slice message)
+{
+    for (struct orch_mcp_request *rq = s->first; rq; rq = rq->next)
+        if (rq->held)
+            orch_mcp_progress(rq, done, -1, message);
 }
 
 void orch_mcp_session_oversized(struct orch_mcp_session *s, size_t limit)

@@ -46,7 +46,7 @@ struct orch_mcp_server_ops {
      * prompts/list, prompts/get, completion/complete, tasks/get, tasks/update, tasks/cancel. */
     void (*request)(void *ud, struct orch_mcp_request *rq, const struct orch_json_doc *d, const char *method,
                     const struct orch_mcp_params *p);
-    /* The client gave up on it: stop, then orch_mcp_request_drop. */
+    /* The client gave up on it: stop, then orch_mcp_request_drop or any answer, which is not sent. */
     void (*cancel)(void *ud, struct orch_mcp_request *rq);
     /* The session goes away: forget the request, which is gone when this returns. */
     void (*detach)(void *ud, struct orch_mcp_request *rq);
@@ -79,6 +79,12 @@ typedef void orch_mcp_send_fn(void *ud, void *stream, struct orch_slice message,
 /* What a transport has against a modern request (Mcp-* headers): NULL, or the text for -32020. */
 typedef const char *orch_mcp_check_fn(void *ud, void *stream, const struct orch_json_doc *d, const struct orch_rpc_msg *m);
 void orch_mcp_session_sink(struct orch_mcp_session *s, orch_mcp_send_fn *send, orch_mcp_check_fn *check, void *ud);
+
+/* While on, tools/list and tools/call are kept, as requests in flight that can be cancelled; what is kept is bounded. Let
+ * go, they are handled in the order in which they came. */
+void orch_mcp_session_hold(struct orch_mcp_session *s, bool on);
+/* orch_mcp_progress for each of them. */
+void orch_mcp_session_held_progress(struct orch_mcp_session *s, double done, struct orch_slice message);
 
 /* Called when the last request in flight ended. */
 void orch_mcp_session_on_idle(struct orch_mcp_session *s, void (*fn)(void *ud), void *ud);

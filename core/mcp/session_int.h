@@ -27,7 +27,8 @@ struct orch_mcp_request {
     struct orch_mcp_filter *filter; /* subscriptions/listen */
     void *host, *stream;
     char *id; /* id bytes, then progress token bytes */
-    uint32_t id_n, token_n;
+    char *held; /* the message, while the session is held; else NULL */
+    uint32_t id_n, token_n, held_n;
     unsigned asks; /* questions to the client under way */
     int8_t log_level; /* -1: none */
     uint8_t caps;
@@ -55,7 +56,8 @@ struct orch_mcp_session {
     unsigned in_flight, listening;
     unsigned *shared; /* in flight of all sessions of its caller; NULL: it is counted alone */
     const char *version; /* legacy, after initialize */
-    bool initialized_seen, ended, feeding, answers;
+    bool initialized_seen, ended, feeding, answers, holding;
+    size_t held_bytes;
     int8_t log_level;
     uint8_t caps; /* legacy */
     char *client;
@@ -74,6 +76,7 @@ struct orch_mcp_incoming {
     const struct orch_json_doc *d;
     struct orch_rpc_msg m;
     struct orch_mcp_batch *batch;
+    uint32_t tok;  /* of the message */
     uint32_t meta; /* params._meta when it is an object */
     bool modern;
 };

@@ -26,7 +26,7 @@ struct orch_mcp_stdio {
     struct orch_buf buf;
     size_t scanned; /* bytes of buf that hold no newline */
     bool skipping;  /* inside a line over the limit */
-    bool paused, held, closed, flush_posted;
+    bool paused, closed, flush_posted;
 };
 
 static void on_readable(void *ud, int events);
@@ -96,7 +96,7 @@ static void flush(struct orch_mcp_stdio *t)
         orch_watch_set(t->out.watch, out->n ? ORCH_WRITE : 0);
     if (out->n > OUT_PAUSE_BYTES && !t->paused)
         set_reading(t, false);
-    else if (out->n < OUT_RESUME_BYTES && t->paused && !(t->held && t->buf.n > t->o.max_line))
+    else if (out->n < OUT_RESUME_BYTES && t->paused)
         set_reading(t, true);
 }
 
@@ -125,7 +125,7 @@ static void output_appeared(void *ud)
 /* Hands every complete line to the session; keeps the rest. */
 static void take_lines(struct orch_mcp_stdio *t)
 {
-    if (t->held || !t->buf.n)
+    if (!t->buf.n)
         return;
     char *start = t->buf.p, *end = t->buf.p + t->buf.n, *nl;
     char *from = start + t->scanned;
@@ -162,8 +162,6 @@ static void on_readable(void *ud, int events)
     if (r > 0) {
         t->buf.n += (size_t)r;
         take_lines(t);
-        if (t->held && t->buf.n > t->o.max_line)
-            set_reading(t, false);
     } else if (r == 0 && t->buf.n && !t->skipping) {
         /* The last line came without its newline. */
         orch_buf_char(&t->buf, '\n');
@@ -202,16 +200,10 @@ struct orch_mcp_stdio *orch_mcp_stdio_new(struct orch_loop *l, struct orch_mcp_s
     return t;
 }
 
-void orch_mcp_stdio_hold(struct orch_mcp_stdio *t, bool on)
+bool orch_mcp_stdio_gone(const struct orch_mcp_stdio *t)
 {
-    t->held = on;
-    if (on)
-        return;
-    take_lines(t); /* also after the end of input */
-    t->o.batch_end(t->o.ud);
-    flush(t);
-    if (t->paused)
-        set_reading(t, true);
+    struct pollfd p = { .fd = t->out.fd };
+    return poll(&p, 1, 0) > 0; /* a closed pipe is told unasked */
 }
 
 void orch_mcp_stdio_drain(struct orch_mcp_stdio *t, int64_t deadline_ms)

@@ -21,8 +21,7 @@ struct orch_mcp_stdio_opts {
 
 struct orch_mcp_stdio *orch_mcp_stdio_new(struct orch_loop *l, struct orch_mcp_session *s, const struct orch_mcp_stdio_opts *o,
                                           struct orch_err *err);
-/* While on, input is read but not handed over, so that its end is still noticed. */
-void orch_mcp_stdio_hold(struct orch_mcp_stdio *t, bool on);
+bool orch_mcp_stdio_gone(const struct orch_mcp_stdio *t); /* nobody will read the output */
 /* Writes what waits, at most until deadline_ms from now. For the end of the session. */
 void orch_mcp_stdio_drain(struct orch_mcp_stdio *t, int64_t deadline_ms);
 void orch_mcp_stdio_free(struct orch_mcp_stdio *t);

@@ -17,7 +17,7 @@ local function show_schema(input)
 end
 
 local function list(client, opts)
-  local tools, why, code = client:list_tools()
+  local tools, why, code = client:list_tools { timeout = opts.timeout }
   if type(tools) ~= "table" then return nil, why or "its answer to tools/list has no list of tools", code end
   if opts.json then
     cli.json(tools)
@@ -46,6 +46,11 @@ local function show_result(result, opts)
   end
 end
 
+-- A limit that was too short: how to raise it.
+local function failed(name, why, code)
+  return cli.fail(name, code == "timeout" and why .. "; --timeout TIME sets it" or why, 7)
+end
+
 local function run(opts, words, cmd, name)
   if words[1] then
     return cli.usage(name, "unexpected argument " .. words[1] .. "; the server's command comes after --")
@@ -69,23 +74,23 @@ local function run(opts, words, cmd, name)
       return cli.usage(name, "--args must be a JSON object: " .. (why or opts.args))
     end
   end
-  local client, why = orch.mcp.connect { command = cmd, url = opts.url, headers = opts.url and headers, timeout = opts.timeout }
-  if not client then return cli.fail(name, why, 7) end
+  local client, why, code = orch.mcp.connect { command = cmd, url = opts.url, headers = opts.url and headers, timeout = opts.timeout }
+  if not client then return failed(name, why, code) end
   if not opts.json then
     local info = object(client.server_info)
     cli.err(("%s %s, protocol %s"):format(word(info.name), word(info.version), word(client.protocol_version)))
   end
   local status, ok = 0, true
-  if opts.list or not opts.call then ok, why = list(client, opts) end
+  if opts.list or not opts.call then ok, why, code = list(client, opts) end
   if ok and opts.call then
-    ok, why = client:call_tool(opts.call, args, { timeout = opts.timeout })
+    ok, why, code = client:call_tool(opts.call, args, { timeout = opts.timeout })
     if type(ok) == "table" then
       show_result(ok, opts)
       status = ok.isError and 1 or 0
     end
   end
   client:close()
-  if type(ok) ~= "table" and ok ~= true then return cli.fail(name, why or "its result is no object", 7) end
+  if type(ok) ~= "table" and ok ~= true then return failed(name, why or "its result is no object", code) end
   return status
 end
 
@@ -95,7 +100,7 @@ return cli.main("mcp test", {
     .. "tools or calls one, prints what it said with control characters escaped. test-mcp is the same command.",
   options = { { "--list", nil, "list the tools (also without --call)" }, { "--call", "NAME", "call this tool" },
     { "--args", "JSON", "with these arguments, a JSON object" },
-    { "--timeout", "TIME", 'how long to wait for the server and for the call ("30s")', kind = "duration" },
+    { "--timeout", "TIME", "how long to wait for the server, its list and the call each (default: 5m; --url: 1m to connect)", kind = "duration" },
     { "--url", "URL", "of a server over Streamable HTTP" },
     { "--header", "TEXT", "a header for it (\"Authorization: Bearer …\")" }, { "--json", nil, "print what the server answered as JSON" } },
   examples = { "orch mcp test -- orch mcp stdio",

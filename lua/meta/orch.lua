@@ -262,6 +262,8 @@ orch.mcp = {}
 ---@field command? string[] stdio: a server to put behind the policy, its tools unprefixed on the wire
 ---@field as? string its name in policies, default "cmd"
 ---@field protect? boolean orch's own files are read-only to command, default true; needs user namespaces, else code "isolation"
+---@field start_timeout? orch.duration from its start until its tools are known, default 5 min; lists and calls wait
+---@field timeout? orch.duration of a call to it, anew from each progress, default 1 h
 
 ---lua/resources/*.lua beside the configuration return one of these, or an orch.ResourceTemplate.
 ---@class orch.Resource
@@ -316,7 +318,7 @@ function orch.mcp.changed(what) end
 ---@field headers? table<string, string> for every HTTP request
 ---@field env? string[] "NAME=value" each; default: the environment of this process
 ---@field cwd? string
----@field timeout? orch.duration until the handshake is done, default 10 s
+---@field timeout? orch.duration until the handshake is done, default 5 min for a command (it may have to be fetched), 1 min for a url
 ---@field sandbox? "host" the only one yet
 ---@field protect? boolean orch's own files, and this script, are read-only to command, as to a server of the thin proxy: for what an agent may steer. Default false
 ---@field protocol? string a revision, "2025-11-25"; default: asked by server/discover, then initialize. The verdict is kept, of the older era for 5 minutes
@@ -339,7 +341,7 @@ function orch.mcp.changed(what) end
 local Client = {}
 
 ---@class orch.mcp.CallOptions
----@field timeout? orch.duration default 60 s; progress sets its clock back
+---@field timeout? orch.duration default 5 min; progress sets its clock back
 ---@field max_timeout? orch.duration not longer whatever the progress, default ten times timeout
 ---@field progress? fun(done: number, total: number?, message: string?) must not wait
 ---@field meta? table for params._meta
@@ -418,7 +420,7 @@ function Client:listen(kinds) end
 ---@return table? # or nil, message, code
 function Client:ping(options) end
 
----Ends the server, or its session.
+---Ends the server, or its session. A command has 2 s from the end of its input, 3 s from SIGTERM, then it is killed.
 function Client:close() end
 
 -- ---- The host. S

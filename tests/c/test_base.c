@@ -12,6 +12,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/time.h>
 #include <sys/wait.h>
 
 #include <cmocka.h>
@@ -714,6 +715,98 @@ static void test_proc_group(void **state)
     await_gone(p[0]);
 }
 
+static void keep_line(void *ud, enum orch_level level, const char *line, size_t n)
+{
+    assert_int_equal(level, ORCH_INFO);
+    orch_buf_add(ud, line, n);
+}
+
+static void test_proc_log(void **state)
+{
+    (void)state;
+    struct run r = { 0 };
+    cleanup_buf struct orch_buf log = { 0 };
+    struct orch_proc_opts o = shell(&r, SH("printf 'one\\ntwo' >&2; printf ' halves\\n\\n10%%\\r20%%\\r\\033[1mbold' >&2; printf '\\n%5000s' x >&2"));
+    o.log_as = "it";
+    orch_log_sink(&(struct orch_log_sink){ keep_line, &log });
+    orch_log_level(ORCH_INFO);
+    start(&r, &o);
+    await(&r.done);
+    struct orch_slice last = orch_proc_stderr_line(r.p);
+    assert_int_equal(last.n, 5000);
+    end(&r);
+    static const char head[] = "orch: it: one\norch: it: two halves\norch: it: 10%\norch: it: 20%\norch: it: \\x1b[1mbold\norch: it:     ";
+    assert_memory_equal(log.p, head, sizeof head - 1);
+    assert_in_range(log.n, 1000, 1300); /* the last line is cut */
+
+    /* Many lines at once: some, and how many more there were. */
+    struct run many = { 0 };
+    o = shell(&many, SH("yes 'a line' | head -n 100000 >&2; printf '\\n  \\nlast of them \\r\\n' >&2"));
+    o.log_as = "it";
+    log.n = 0;
+    start(&many, &o);
+    await(&many.done);
+    last = orch_proc_stderr_line(many.p);
+    assert_true(orch_slice_eq(last, "last of them"));
+    end(&many);
+    assert_non_null(strstr(log.p, "lines of its stderr are left out here\n"));
+    assert_true(log.n < 1 << 20);
+    orch_log_level(ORCH_WARN);
+    orch_log_sink(NULL);
+}
+
+static void nothing(int signo)
+{
+    (void)signo;
+}
+
+/* Each child says on its descriptor 3 how it ended; all but the last end as they want to. */
+static void test_proc_end(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *script, *says;
+        int64_t eof_ms, term_ms;
+        bool signal; /* to us, while we wait */
+    } table[] = {
+        { "echo up; cat >&2; echo input ended >&3", "input ended\n", 20000, 20000, false },
+        { "echo up; cat; head -c 10000000 /dev/zero; head -c 1000000 /dev/zero >&2; echo all written >&3", "all written\n", 20000, 20000, false },
+        { "trap 'echo term >&3; exit' TERM; echo up; while :; do sleep 0.01; done", "term\n", 50, 20000, false },
+        { "trap 'echo term >&3; exit' TERM; echo up; while :; do sleep 0.01; done", "term\n", 20000, 20000, true },
+        /* The wrapper goes at once, what it started has something to save. */
+        { "(trap 'sleep 0.2; echo saved >&3; exit' TERM; echo up; while :; do sleep 0.01; done) & wait", "saved\n", 50, 20000, false },
+        { "trap '' TERM; echo up; while :; do sleep 0.01; done", "", 50, 50, false },
+    };
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(table); i++) {
+        struct run r = { 0 };
+        struct orch_proc_opts o = shell(&r, SH(table[i].script));
+        cleanup_buf struct orch_buf said = { 0 };
+        int p[2];
+        assert_int_equal(pipe2(p, O_CLOEXEC), 0);
+        o.fds[o.n_fds++] = p[1];
+        start(&r, &o);
+        close(p[1]);
+        struct pollfd pfd = { .fd = orch_proc_stdout(r.p), .events = POLLIN };
+        assert_int_equal(poll(&pfd, 1, 10000), 1);
+        if (i == 0)
+            assert_int_equal(write(orch_proc_stdin(r.p), "bye\n", 4), 4);
+        int64_t begun = orch_now_us();
+        if (table[i].signal) {
+            assert_int_equal(sigaction(SIGALRM, &(struct sigaction){ .sa_handler = nothing, .sa_flags = SA_RESTART }, NULL), 0);
+            setitimer(ITIMER_REAL, &(struct itimerval){ .it_value = { .tv_usec = 100000 } }, NULL);
+        }
+        orch_proc_end(r.p, table[i].eof_ms, table[i].term_ms);
+        assert_true(orch_now_us() - begun < 15000000); /* no limit was waited for that is not the last one's */
+        if (i == 0)
+            assert_true(orch_slice_eq(orch_proc_stderr(r.p), "bye\n"));
+        end(&r);
+        assert_int_equal(r.calls, 0);
+        read_end(p[0], &said);
+        assert_string_equal(said.p ? said.p : "", table[i].says);
+        close(p[0]);
+    }
+}
+
 static void test_proc_inherits_nothing(void **state)
 {
     (void)state;
@@ -905,6 +998,8 @@ int main(void)
         LOOP_TEST(test_proc_stdio),
         LOOP_TEST(test_proc_stderr),
         LOOP_TEST(test_proc_group),
+        LOOP_TEST(test_proc_log),
+        LOOP_TEST(test_proc_end),
         cmocka_unit_test_teardown(test_proc_inherits_nothing, free_loop),
         LOOP_TEST(test_proc_errors),
         LOOP_TEST(test_proc_many),

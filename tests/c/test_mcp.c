@@ -293,6 +293,78 @@ static void test_calls_bounded(void **state)
     assert_false(feed(h, "{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"ping\"}"));
 }
 
+#define HELD "{\"jsonrpc\":\"2.0\",\"id\":%d,\"method\":\"tools/%s\",\"params\":{%s\"_meta\":{\"progressToken\":%d}}}"
+
+static void feed_held(struct host *h, int id, const char *method, const char *params)
+{
+    cleanup_free char *line = orch_xasprintf(HELD, id, method, params, id);
+    assert_true(feed(h, line));
+}
+
+static void test_hold(void **state)
+{
+    struct host *h = *state;
+    orch_mcp_session_hold(h->s, true);
+    legacy(h, "{}");
+    sent(h);
+    feed_held(h, 1, "list", "");
+    feed_held(h, 2, "call", "\"name\":\"two\",");
+    feed_held(h, 3, "list", "\"cursor\":\"none\",");
+    feed_held(h, 4, "call", "\"name\":\"four\",");
+    feed_held(h, 5, "call", "\"name\":\"five\",");
+    assert_string_equal(sent(h), "");
+    assert_int_equal(orch_mcp_session_in_flight(h->s), 5);
+    expect(h, "{\"jsonrpc\":\"2.0\",\"id\":6,\"method\":\"ping\"}", "\"id\":6,\"result\":{}");
+    expect(h, "{\"jsonrpc\":\"2.0\",\"id\":2,\"method\":\"ping\"}", "id is in use");
+    expect(h, "{\"jsonrpc\":\"2.0\",\"id\":7,\"method\":\"tools/call\",\"params\":{}}", "params.name must be a string");
+    feed(h, "{\"jsonrpc\":\"2.0\",\"method\":\"notifications/cancelled\",\"params\":{\"requestId\":4}}");
+    assert_int_equal(orch_mcp_session_in_flight(h->s), 4);
+    orch_mcp_session_held_progress(h->s, 0.5, ORCH_SLICE("soon"));
+    const char *notes = sent(h);
+    assert_non_null(strstr(notes, "{\"progressToken\":1,\"progress\":0.5,\"message\":\"soon\"}"));
+    assert_null(strstr(notes, "\"progressToken\":4"));
+    orch_mcp_session_hold(h->s, false);
+    const char *answers = sent(h), *first = strstr(answers, "\"id\":1,\"result\":{\"tools\":[{\"name\":\"a\"}]"), *third = strstr(answers, "\"id\":3,\"error\"");
+    assert_true(first && third && first < third && h->cancelled == 0);
+    assert_int_equal(h->n_held, 2);
+    assert_string_equal(h->name, "five"); /* the last one */
+    orch_mcp_session_held_progress(h->s, 0.6, ORCH_SLICE("soon"));
+    assert_string_equal(sent(h), "");
+    orch_mcp_respond(h->held[0], ORCH_SLICE("\"content\":[]"));
+    assert_non_null(strstr(sent(h), "\"id\":2,"));
+    h->held[0] = h->held[--h->n_held];
+
+    /* What is held ends with the session, unknown to the host. */
+    orch_mcp_session_hold(h->s, true);
+    feed_held(h, 8, "call", "\"name\":\"x\",");
+    orch_mcp_session_end(h->s);
+    assert_int_equal(h->cancelled, 1); /* five */
+    assert_int_equal(orch_mcp_session_in_flight(h->s), 0);
+}
+
+static void test_hold_bounded(void **state)
+{
+    struct host *h = *state;
+    legacy(h, "{}");
+    orch_mcp_session_hold(h->s, true);
+    cleanup_buf struct orch_buf big = { 0 };
+    orch_buf_str(&big, "\"name\":\"x\",\"arguments\":{\"a\":\"");
+    for (int i = 0; i < 5 << 20; i++)
+        orch_buf_char(&big, 'x');
+    orch_buf_str(&big, "\"},");
+    sent(h);
+    for (int i = 1; i <= 3; i++)
+        feed_held(h, i, "call", big.p);
+    assert_string_equal(sent(h), "");
+    feed_held(h, 4, "call", big.p);
+    assert_non_null(strstr(sent(h), "\"id\":4,\"error\":{\"code\":-31001,\"message\":\"tools/call: over 16777216 bytes of calls wait"));
+    feed(h, "{\"jsonrpc\":\"2.0\",\"method\":\"notifications/cancelled\",\"params\":{\"requestId\":1}}");
+    feed_held(h, 5, "call", big.p);
+    assert_string_equal(sent(h), "");
+    orch_mcp_session_hold(h->s, false);
+    assert_int_equal(h->n_held, 3);
+}
+
 static void test_detached_at_the_end(void **state)
 {
     struct host *h = *state;
@@ -495,6 +567,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_questions, setup, teardown),
         cmocka_unit_test_setup_teardown(test_questions_bounded, setup, teardown),
         cmocka_unit_test_setup_teardown(test_calls_bounded, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_hold, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_hold_bounded, setup, teardown),
         cmocka_unit_test_setup_teardown(test_detached_at_the_end, setup, teardown),
         cmocka_unit_test_setup_teardown(test_listen, setup, teardown),
         cmocka_unit_test_setup_teardown(test_listens_bounded, setup, teardown),

@@ -74,7 +74,9 @@ def usage(env, args, words):
 for args, words in ((["mcp"], "stdio"), (["mcp", "stido"], "stdio"), (["mcp", "stdio", "--asx", "y"], "--as"), (["vm", "rum"], "run"), (["audit", "verfy"], "verify"),
                     (["policy", "chekc"], "check"), (["--confg", "x", "version"], "--config"), (["version", "--jsno"], "--json"), (["-Z"], "-Z"), (["--log-format", "xml", "version"], "xml"),
                     (["--config"], "--config"), (["-e"], "-e"), (["mcp", "stdio", "--as"], "--as"), (["mcp", "stdio", "--as", "Bad Name", "--", "true"], "--as"),
-                    (["mcp", "stdio", "--as", "local", "--", "true"], "local"), (["no-such-command-at-all"], "no-such-command-at-all"), (["version", "extra"], "extra")):
+                    (["mcp", "stdio", "--as", "local", "--", "true"], "local"), (["mcp", "stdio", "--start-timeout", "soon", "--", "true"], "--start-timeout"),
+                    (["mcp", "stdio", "--timeout", "90", "--", "true"], "--timeout"), (["mcp", "stdio", "--timeout", "0s", "--", "true"], "--timeout"),
+                    (["mcp", "stdio", "--start-timeout", "5m"], "--start-timeout"), (["mcp", "test", "--timeout", "1d", "--", "true"], "--timeout"), (["no-such-command-at-all"], "no-such-command-at-all"), (["version", "extra"], "extra")):
     case("usage error: orch " + " ".join(args), args, words)(usage)
 
 

@@ -26,6 +26,15 @@ case("end of input with a call running: exit 0 within 2 s", 1)(at_end)
 case("end of input with 50 calls running", 50)(at_end)
 
 
+@case("calls that have not ended a moment after the end of input are cancelled, and answered so")
+def cancelled(env):
+    s = started(env, 3)
+    s.close_input()
+    answers = [s.recv() for _ in range(3)]
+    expect(all(a["result"]["isError"] and text_of(a["result"]) == "cancelled: the client's input ended" for a in answers), answers)
+    expect(s.wait(2) == 0)
+
+
 @case("end of input before anything was said")
 def nothing(env):
     expect(env.project().session().end(2) == 0)

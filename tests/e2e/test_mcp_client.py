@@ -239,10 +239,11 @@ def slow(env):
 for _, name in ipairs { "silent", "steps" } do
   local t = orch.now()
   local result, why, code = client:call_tool(name, {}, { timeout = 0.3, max_timeout = 0.9, progress = function() end })
-  say(result, code, orch.now() - t < 0.8 and "soon" or orch.now() - t < 5 and "later")
+  say(result, why:match("no .*"), code, orch.now() - t < 0.8 and "soon" or orch.now() - t < 5 and "later")
 end
 orch.sleep(0.3)''', 'protocol = "2025-11-25"')
-        expect(r.out == "nil\ttimeout\tsoon\nnil\ttimeout\tlater\n", r)
+        expect(r.out == "nil\tno tools/call answer within 0.3 s (timeout)\ttimeout\tsoon\n"
+               "nil\tno tools/call answer within 0.9 s, for all its progress (max_timeout)\ttimeout\tlater\n", r)
         expect(server.methods().count("notifications/cancelled") == 2, server.methods())
 
 

@@ -5,6 +5,12 @@ crash     exits with 3 in the middle of a call, after words on stderr
 crash-start  the same before it reads anything (9)
 hang      never answers a call; what is cancelled goes to FILE
 silent    never answers anything
+listless  never answers tools/list
+slow      starts when FILE, a fifo, ends; what is written into it goes to stderr meanwhile. The tool grow adds one
+strict    the same, and ends at a request that comes before initialize
+steps     each line that is written into FILE, a fifo, is progress of the call; it is answered when FILE ends
+saver     at the end of its input it needs a second to save what it has; FILE says how far it came
+deaf      does not end at the end of its input, but at SIGTERM; FILE says so
 junk      prints lines that are no JSON between its messages
 chatty    sends log and list_changed notifications around every answer
 flood     answers a call with 20 MiB in one line
@@ -16,7 +22,7 @@ lines     as ask, but reads lines as text tools do: CR, U+0085 and U+2028 end on
 stubborn  ignores end of input and SIGTERM
 nobody    the same, and has a child that does so too
 """
-import io, json, os, signal, subprocess, sys
+import io, json, os, signal, subprocess, sys, time
 
 mode, file = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None
 STRING = {"type": "object", "properties": {"message": {"type": "string", "x-unknown-keyword": 1}}, "required": ["message"]}
@@ -49,6 +55,13 @@ def call(message):
         os._exit(3)
     if mode == "hang":
         return
+    if mode == "steps":
+        with open(file) as fifo:
+            for i, line in enumerate(fifo):
+                note("notifications/progress", {"progressToken": message["params"]["_meta"]["progressToken"], "progress": i + 1, "message": line.strip()})
+    if name == "grow":
+        TOOLS.append({"name": "grown", "inputSchema": {"type": "object"}})
+        note("notifications/tools/list_changed", {})
     if mode == "flood":
         return result(message["id"], json.dumps({"content": [{"type": "text", "text": "x" * (20 << 20)}]}))
     if mode == "stderr":
@@ -82,6 +95,19 @@ def note(method, params):
 if mode == "crash-start":
     sys.stderr.write("cannot start: no licence found\n")
     sys.exit(9)
+def say(text):
+    with open(file, "a") as f:
+        f.write(text + "\n")
+
+
+if mode in ("slow", "strict"):
+    TOOLS.append({"name": "grow", "inputSchema": {"type": "object"}})
+    with open(file, "rb") as fifo:
+        for line in fifo:
+            sys.stderr.buffer.write(line)
+            sys.stderr.flush()
+if mode == "deaf":
+    signal.signal(signal.SIGTERM, lambda *_: (say("SIGTERM"), os._exit(0)))
 if mode in ("stubborn", "nobody"):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if mode == "nobody":
@@ -101,8 +127,10 @@ def lines():
 for line in lines():
     message = json.loads(line)
     method = message.get("method")
-    if mode == "silent":
+    if mode == "silent" or mode == "listless" and method == "tools/list":
         continue
+    if mode == "strict" and method not in ("initialize", "notifications/initialized", "tools/list", "tools/call"):
+        sys.exit("unexpected " + method)
     if mode == "junk":
         put("Server listening on stdio...")
         put("")
@@ -126,5 +154,10 @@ for line in lines():
     if mode == "chatty":
         note("notifications/tools/list_changed", {})
         note("notifications/progress", {"progressToken": "nobody's", "progress": 1})
-if mode in ("stubborn", "nobody"):
+if mode in ("saver", "deaf"):
+    say("end of input")
+if mode == "saver":
+    time.sleep(1)
+    say("saved")
+if mode in ("stubborn", "nobody", "deaf"):
     signal.pause()

@@ -19,7 +19,7 @@ const set = transport.setProtocolVersion?.bind(transport);
 transport.setProtocolVersion = (version) => { seen.version = version; set?.(version); };
 await client.connect(transport);
 seen.server = client.getServerVersion().name;
-seen.tools = (await client.listTools()).tools.map((t) => t.name);
+seen.tools = (await client.listTools(undefined, { timeout: plan.listMs ?? 60000 })).tools.map((t) => t.name);
 if (plan.lists) {
   seen.resources = (await client.listResources()).resources.map((r) => r.uri);
   seen.note = (await client.readResource({ uri: 'peer://note' })).contents[0].text;

@@ -17,7 +17,7 @@ await client.connect(plan.url
   : new StdioClientTransport({ command: plan.command[0], args: plan.command.slice(1), stderr: 'inherit' }));
 seen.version = client.getNegotiatedProtocolVersion();
 seen.server = client.getServerVersion()?.name;
-seen.tools = (await client.listTools()).tools.map((t) => t.name);
+seen.tools = (await client.listTools(undefined, { timeout: plan.listMs ?? 60000 })).tools.map((t) => t.name);
 if (plan.lists) {
   seen.resources = (await client.listResources()).resources.map((r) => r.uri);
   seen.note = (await client.readResource({ uri: 'peer://note' })).contents[0].text;
