@@ -507,7 +507,7 @@ function orch.firewall.explain(policy, packet) end
 ---@field name string 1 to 64 of A-Za-z0-9_.-, without "__"
 ---@field title? string
 ---@field description string
----@field input table JSON Schema 2020-12 of the arguments; type must be "object"; an unknown keyword is a load error
+---@field input table JSON Schema 2020-12 of the arguments; type must be "object"; an unknown keyword is a load error. A null that an optional argument's schema refuses counts as absent
 ---@field output? table JSON Schema of the structured result
 ---@field annotations? { title?: string, readOnlyHint?: boolean, destructiveHint?: boolean, idempotentHint?: boolean, openWorldHint?: boolean }
 ---@field timeout? orch.duration default "60s"
