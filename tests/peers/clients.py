@@ -119,7 +119,7 @@ def furnish(home, client, orch, cache):
 def loopback_up():
     """In a network namespace that leads nowhere."""
     with open("/proc/net/route") as f:
-        assert len(f.readlines()) == 1, "as root: unshare --net %s …" % sys.argv[0]
+        assert len(f.readlines()) <= 1, "as root: unshare --net %s …" % sys.argv[0]
     with socket.socket() as s:
         fcntl.ioctl(s, 0x8914, struct.pack("16sh14x", b"lo", 1)) # SIOCSIFFLAGS, IFF_UP
 
