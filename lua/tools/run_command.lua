@@ -3,7 +3,8 @@ return {
   name = "run_command",
   description = "Run a shell command in a fresh, isolated microVM: Debian with git, curl, jq and python3, "
     .. "or, where that image is not built, Linux with busybox alone. Nothing of the host is visible and "
-    .. "nothing is kept between calls. Returns standard output and error and the exit status.",
+    .. "nothing is kept between calls. Returns standard output, standard error under a line [stderr], and the exit "
+    .. "status where it is not 0.",
   input = {
     type = "object",
     properties = {

@@ -2,7 +2,8 @@
 return {
   name = "run_python",
   description = "Run a Python 3 program in a fresh, isolated microVM. Nothing of the host is visible and nothing is "
-    .. "kept between calls. Returns what it printed and its exit status; print what you want to see.",
+    .. "kept between calls. Returns what it printed, standard error under a line [stderr], and the exit status where it "
+    .. "is not 0; print what you want to see.",
   input = {
     type = "object",
     properties = {
