@@ -293,10 +293,10 @@ conformance: all ## the official MCP conformance suite (from npm), all sets
 	@tests/conformance/run $(B)
 
 .PHONY: peers
-peers: ## real MCP SDKs (TypeScript, Python, Go, Rust), server-everything and the inspector against orch
+peers: ## real MCP SDKs (TypeScript, Python, Go, Rust), server-everything, the inspector and agents (Claude Code, Codex) against orch
 	@+$(MAKE) --no-print-directory $(JOBS) all
-	@command -v npm >/dev/null && command -v cargo >/dev/null && python3 -m pip --version >/dev/null 2>&1 || \
-	    $(MAKE) --no-print-directory deps DEPS_FOR="conformance suite peers"
+	@command -v npm >/dev/null && command -v cargo >/dev/null && command -v qemu-system-x86_64 >/dev/null && \
+	    python3 -m pip --version >/dev/null 2>&1 || $(MAKE) --no-print-directory deps DEPS_FOR="run conformance suite peers"
 	@tests/peers/run $(B)
 
 demo: DEPS_FOR = run build demo

@@ -338,8 +338,15 @@ static void keep_args(struct orch_toolcall *c, const struct orch_json_doc *d, ui
 struct judgement {
     int verdict;
     const char *reason, *rules;
-    struct orch_buf rewritten; /* "[" JSON "]", so that the object is token 1; empty when not rewritten */
+    struct orch_buf args; /* "[" JSON "]", so that the object is token 1: what is called instead; empty: as they came */
+    struct orch_json_doc doc; /* of args */
 };
+
+static void judgement_fini(struct judgement *j)
+{
+    orch_buf_free(&j->args);
+    orch_json_doc_free(&j->doc);
+}
 
 /* Calls engine.judge; what it returned stays on the policy state's stack until lua_settop(0). */
 static int judge(struct orch_toolcall *c, const struct orch_json_doc *d, uint32_t args, struct judgement *j, struct orch_err *err)
@@ -359,7 +366,7 @@ static int judge(struct orch_toolcall *c, const struct orch_json_doc *d, uint32_
         lua_pushvalue(L, -1);
     lua_pushstring(L, c->session->id);
     lua_pushstring(L, c->session->caller);
-    int r = orch_state_pcall(g->policy, 5, 5, err);
+    int r = orch_state_pcall(g->policy, 5, 6, err);
     if (r < 0) {
         lua_rawgeti(L, LUA_REGISTRYINDEX, g->engine_ref);
         lua_getfield(L, -1, "current");
@@ -371,13 +378,20 @@ static int judge(struct orch_toolcall *c, const struct orch_json_doc *d, uint32_
     c->decision = j->verdict;
     if (lua_istable(L, -2))
         take_effects(c, L, lua_gettop(L) - 1);
-    if (lua_istable(L, -1)) {
-        char why[256];
-        orch_buf_char(&j->rewritten, '[');
-        if (orch_lua_encode_json(L, -1, &j->rewritten, why, sizeof why) < 0)
-            return orch_err_set(err, EINVAL, "the rewritten arguments cannot be JSON: %s", why);
-        orch_buf_char(&j->rewritten, ']');
-    }
+    /* Rewritten, when that is what runs; or without the nulls that stand for absent members. */
+    bool rewritten = lua_istable(L, -1) && j->verdict == ORCH_ALLOW;
+    if (!rewritten && !lua_istable(L, -6))
+        return 0;
+    char why[256];
+    struct orch_json_fault fault;
+    orch_buf_char(&j->args, '[');
+    if (!rewritten)
+        orch_lua_json_less(L, -6, d, args, &j->args);
+    else if (orch_lua_encode_json(L, -1, &j->args, why, sizeof why) < 0)
+        return orch_err_set(err, EINVAL, "the rewritten arguments cannot be JSON: %s", why);
+    orch_buf_char(&j->args, ']');
+    if (orch_json_scan(&j->doc, (struct orch_slice){ j->args.p, j->args.n }, &(struct orch_json_limits){ 0 }, &fault) < 0)
+        return orch_err_set(err, EINVAL, "the rewritten arguments: %s", fault.rule);
     return 0;
 }
 
@@ -386,8 +400,10 @@ static void call_begin(struct orch_toolcall *c, struct orch_slice name, const st
 {
     struct orch *o = c->o;
     struct orch_err err = { 0 };
-    struct judgement j = { .rules = "[]" };
-    cleanup_json struct orch_json_doc rewritten = { 0 };
+    ORCH_CLEANUP(judgement_fini) struct judgement j = { .rules = "[]" };
+    struct orch_slice passed_on = { 0 }; /* the request's _meta */
+    if (meta)
+        passed_on = orch_json_raw(d, meta);
     c->tool = orch_generation_tool(c->gen, name);
     if (o->upstream && !orch_upstream_ready(o->upstream)) {
         c->tool = NULL;
@@ -408,15 +424,10 @@ static void call_begin(struct orch_toolcall *c, struct orch_slice name, const st
         orch_buf_str(&c->text, j.reason ? j.reason : "bad arguments");
     } else if (j.verdict != ORCH_ALLOW) {
         set_failure(c, "denied", j.reason ? j.reason : "?");
-    } else if (j.rewritten.n) {
-        struct orch_json_fault fault;
-        if (orch_json_scan(&rewritten, (struct orch_slice){ j.rewritten.p, j.rewritten.n }, &(struct orch_json_limits){ 0 }, &fault) < 0) {
-            c->decision = ORCH_DENY;
-            set_failure(c, "denied", fault.rule);
-        } else {
-            d = &rewritten;
-            args = 1;
-        }
+    }
+    if (j.doc.n) {
+        d = &j.doc;
+        args = 1;
     }
     if (!o->audit || orch_audit_broken(o->audit)) {
         c->decision = ORCH_DENY;
@@ -428,11 +439,10 @@ static void call_begin(struct orch_toolcall *c, struct orch_slice name, const st
         set_failure(c, "not run", err.msg);
     } else if (c->decision == ORCH_ALLOW && !c->rpc_code) {
         keep_args(c, d, args);
-        if (meta && c->tool->run_ref == LUA_NOREF && !c->tool->fn)
-            orch_buf_slice(&c->meta, orch_json_raw(d, meta));
+        if (c->tool->run_ref == LUA_NOREF && !c->tool->fn)
+            orch_buf_slice(&c->meta, passed_on);
     }
     lua_settop(orch_state_lua(c->gen->policy), 0);
-    orch_buf_free(&j.rewritten);
     list_push(&o->begun, c);
 }
 

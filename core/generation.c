@@ -530,23 +530,26 @@ static int load_dispatch(struct loading *l, struct orch_state *s)
     return orch_load_run_product(l, s, "dispatch.lua", 1) < 0 ? -1 : luaL_ref(L, LUA_REGISTRYINDEX);
 }
 
-/* ctx:http is written in Lua. */
-static int load_ctx_http(struct loading *l)
+/* The methods of ctx that are written in Lua. */
+static int load_ctx(struct loading *l)
 {
     lua_State *L = orch_state_lua(l->g->tools_state);
     orch_luaopen_call_transport(L);
-    if (orch_load_run_product(l, l->g->tools_state, "http.lua", 1) < 0)
+    if (orch_load_run_product(l, l->g->tools_state, "http.lua", 1) < 0 ||
+        orch_load_run_product(l, l->g->tools_state, "output.lua", 0) < 0)
         return -1;
-    lua_getfield(L, -1, "fetch");
-    orch_ctx_set_http(L);
-    lua_pop(L, 1);
+    lua_getfield(L, -1, "result");
+    orch_ctx_set(L, "output");
+    lua_getfield(L, -2, "fetch");
+    orch_ctx_set(L, "http");
+    lua_pop(L, 2);
     return 0;
 }
 
 static int load_folders(struct loading *l)
 {
     struct orch_generation *g = l->g;
-    if (load_ctx_http(l) < 0)
+    if (load_ctx(l) < 0)
         return -1;
     int dispatch_ref = load_dispatch(l, g->tools_state);
     if (dispatch_ref < 0)

@@ -46,8 +46,8 @@ ORCH_API void orch_close(struct orch *o); /* ends microVMs, writes the audit hea
 ORCH_API const char *orch_version(void);
 
 /* A tool written in C. Called in the handle's thread when policy allowed the call. `args` is the JSON
- * object (validated against `input`), as NUL-terminated text. Answer at once or later, once, with
- * orch_answer. */
+ * object (validated against `input`, without a null that stands for an absent member), as NUL-terminated
+ * text. Answer at once or later, once, with orch_answer. */
 struct orch_tool_call;
 typedef void orch_tool_fn(void *ud, struct orch_tool_call *call, const char *args);
 struct orch_tool_def {

@@ -92,14 +92,12 @@ def main():
     network = subprocess.call([sys.executable, os.path.join(here, "internet.py"), sys.executable, os.path.abspath(__file__), "--with-network", orch, os.path.join(state, "network")])
     print("""
 Use it yourself. run_command then needs no rule of yours: without a configuration the built-in one allows it
-in a microVM without network and denies all else. The client's own shell tool is outside: switch it off there.
+in a microVM without network and denies all else. The client's own tools are outside: switch them off there (for
+Codex by the lines of README.md, "Point an agent at it").
 
   Claude Code   claude mcp add orch -- %(orch)s mcp stdio
+                claude --tools "" --allowedTools "mcp__orch__*"
   Codex         codex mcp add orch -- %(orch)s mcp stdio
-                or in ~/.codex/config.toml:
-                  [mcp_servers.orch]
-                  command = "%(orch)s"
-                  args = ["mcp", "stdio"]
   an IDE        {"mcpServers": {"orch": {"command": "%(orch)s", "args": ["mcp", "stdio"]}}}""" % {"orch": orch})
     if first.get("isError") or second.get("isError") or not refused.get("isError") or not verified or network not in (0, 77):
         sys.exit("\ndemo.py: something above is not as it should be")

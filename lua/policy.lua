@@ -368,13 +368,8 @@ local function run_rewrites(list, out, args)
   return args
 end
 
--- Judges one call. args_full keeps nulls of objects and is what the schema sees; args is what policy
--- sees (the same table when there are none). Returns:
---   verdict (0: bad arguments), reason, rules as JSON, effects or nil, rewritten arguments or nil
-function engine.judge(tool, args_full, args, session_id, caller)
-  local entry = engine.tools[tool]
-  local ok, why = entry.check(args_full)
-  if not ok then return 0, why end
+local function judge(entry, tool, args, session_id, caller)
+  local ok, why
   local list = cache[tool] or candidates_of(tool)
   local call
   if list.whens[1] then
@@ -407,6 +402,17 @@ function engine.judge(tool, args_full, args, session_id, caller)
     for _, mark in ipairs(out.marks) do marks[mark] = true end
   end
   return out.verdict, out.reason, out.rules, out.effects and out, rewritten
+end
+
+-- Judges one call. args_full keeps nulls of objects and is what the schema sees; args is what policy
+-- sees (the same table when there are none). Returns:
+--   args_full without nulls that stand for absent members, where it had such,
+--   verdict (0: bad arguments), reason, rules as JSON, effects or nil, rewritten arguments or nil
+function engine.judge(tool, args_full, args, session_id, caller)
+  local entry = engine.tools[tool]
+  local ok, why = entry.check(args_full, args_full ~= args)
+  if not ok then return nil, 0, why end
+  return why and args_full, judge(entry, tool, args, session_id, caller)
 end
 
 -- Whether tools/list shows it: some allow or ask pattern matches, and no deny without `when` does.

@@ -4,6 +4,8 @@
 --                                is_array(t), is_bigint(v)
 --   schema.compile(s, opts) -> check, unknown | nil, message
 --   check(value) -> true | nil, "arguments.items[3].name: expected string, got number (type)"
+--   check(value, true): a null member that is not required and that its schema refuses counts as absent. A value that
+--   is valid only so has lost those members afterwards, and the second result is true; any other is as it was.
 --
 -- opts.unknown: "error" (own tools: a keyword that is not known fails, named by its JSON pointer) or
 -- "collect" (a peer's schema: it is passed over and its pointer is in the list `unknown`).
@@ -132,6 +134,13 @@ local function is_names(x)
   return is_list(x)
 end
 
+-- The names of `required` as a set; a list that is none is found elsewhere.
+local function names_of(x)
+  local set = {}
+  for i = 1, is_names(x) and #x or 0 do set[x[i]] = true end
+  return set
+end
+
 local function sorted(t)
   local out = {}
   for k in pairs(t) do out[#out + 1] = tostring(k) end
@@ -142,14 +151,69 @@ end
 local function pass() end
 local function never() return "nothing is allowed here (false)" end
 
+-- While `dropping`, a check takes refused nulls out of the value and notes them in `dropped`: object, name, object, …
+-- What it says then does not count, but that there is more to do.
+local dropping, dropped = false, {}
+
+local function drop(v, k, y, needed)
+  if not dropping or y ~= null or needed[k] then return false end
+  v[k] = nil
+  dropped[#dropped + 1], dropped[#dropped + 2] = v, k
+  return true
+end
+
+-- Whether f takes v once nulls are dropped. One pass shows what is wrong then, in ever fewer members.
+local function drop_nulls(f, v)
+  local from, n, m, p = #dropped, nil, nil, nil
+  repeat
+    n, dropping = #dropped, true
+    f(v)
+    dropping = false
+    m, p = f(v)
+  until not m or #dropped == n
+  for i = m and #dropped or 0, from + 1, -2 do
+    dropped[i - 1][dropped[i]] = null
+    dropped[i], dropped[i - 1] = nil, nil
+  end
+  return m, p
+end
+
+-- A check that is a question and no demand: nothing is dropped for its sake.
+local function as_is(f)
+  return function(v, seen)
+    local was = dropping
+    dropping = false
+    local m, p = f(v, seen)
+    dropping = was
+    return m, p
+  end
+end
+
+-- One of alternatives has to take the value: of those that would without nulls, the first.
+local function choose(check, list)
+  local asked = as_is(check)
+  return function(v, seen)
+    if not dropping then return check(v, seen) end
+    if asked(v) then
+      local i = 1
+      while list[i] and drop_nulls(list[i], v) do i = i + 1 end
+      dropping = true
+    end
+    return asked(v, seen)
+  end
+end
+
 local function sequence(checks)
   local n = #checks
   if n < 2 then return checks[1] or pass end
   return function(v, seen)
+    local first, path
     for i = 1, n do
       local m, p = checks[i](v, seen)
-      if m then return m, p end
+      if m and not dropping then return m, p end
+      if m and not first then first, path = m, p end
     end
+    return first, path
   end
 end
 
@@ -500,7 +564,7 @@ function K.items(x, c, base, at, s)
 end
 
 function K.contains(x, c, base, at, s)
-  local f, least, most = node(c, x, base, at), count(s.minContains or 1, at), count(s.maxContains or 1e300, at)
+  local f, least, most = as_is(node(c, x, base, at)), count(s.minContains or 1, at), count(s.maxContains or 1e300, at)
   local word = s.minContains and " (minContains)" or " (contains)"
   return function(v, seen)
     local n, found = elements(v), 0
@@ -560,7 +624,7 @@ function K.properties(x, c, base, at, s)
         end
       elseif f then
         local m, p = f(y)
-        if m then return m, key(k, p) end
+        if m and not drop(v, k, y, need) then return m, key(k, p) end
       end
     end
   end
@@ -594,7 +658,7 @@ function K.patternProperties(x, c, base, at, s)
     more = node(c, s.additionalProperties, base, gsub(at, "[^/]*$", "additionalProperties"))
   end
   if x ~= nil then map, names = map_of(x, c, base, at) end
-  local n, matches, known = #names, {}, s.properties or {}
+  local n, matches, known, need = #names, {}, s.properties or {}, names_of(s.required)
   for i = 1, n do matches[i] = matcher(c, names[i], below(at, names[i])) end
   return function(v, seen)
     if type(v) ~= "table" or arrayish(v) then return end
@@ -616,7 +680,7 @@ function K.patternProperties(x, c, base, at, s)
       elseif not covered then
         m, p = more(y)
       end
-      if m then return m, key(tostring(k), p) end
+      if m and not drop(v, k, y, need) then return m, key(tostring(k), p) end
     end
     return unknown and "unknown property " .. show(unknown) .. " (additionalProperties)" or nil
   end
@@ -665,7 +729,7 @@ function K.allOf(x, c, base, at) return sequence((nodes_of(x, c, base, at))) end
 for _, word in pairs({ "anyOf", "oneOf" }) do
   K[word] = function(x, c, base, at)
     local list, n = nodes_of(x, c, base, at)
-    return function(v, seen)
+    return choose(function(v, seen)
       local hit, best, path -- best: the failure furthest inside the value
       for i = 1, n do
         local mine = seen and {}
@@ -684,17 +748,17 @@ for _, word in pairs({ "anyOf", "oneOf" }) do
       if hit then return end
       return "matches none of " .. n .. " alternatives (" .. word .. "), nearest: "
         .. (path and path .. ": " or "") .. best
-    end
+    end, list)
   end
 end
 
 K["not"] = function(x, c, base, at)
-  local f = node(c, x, base, at)
+  local f = as_is(node(c, x, base, at))
   return function(v) return not f(v) and "must not match (not)" or nil end
 end
 
 K["if"] = function(x, c, base, at, s)
-  local f, yes, no = node(c, x, base, at), pass, pass
+  local f, yes, no = as_is(node(c, x, base, at)), pass, pass
   if s["then"] ~= nil then yes = node(c, s["then"], base, gsub(at, "if$", "then")) end
   if s["else"] ~= nil then no = node(c, s["else"], base, gsub(at, "if$", "else")) end
   return function(v, seen)
@@ -721,9 +785,9 @@ function K.unevaluatedItems(x, c, base, at)
   end
 end
 
-function K.unevaluatedProperties(x, c, base, at)
+function K.unevaluatedProperties(x, c, base, at, s)
   need_full(c)
-  local f = node(c, x, base, at)
+  local f, need = node(c, x, base, at), names_of(s.required)
   return function(v, seen)
     if not is_map(v) or seen[ALL] then return end
     local unknown
@@ -733,7 +797,7 @@ function K.unevaluatedProperties(x, c, base, at)
         unknown = unknown and unknown < k and unknown or k
       elseif not seen[k] then
         local m, p = f(y)
-        if m then return m, key(tostring(k), p) end
+        if m and not drop(v, k, y, need) then return m, key(tostring(k), p) end
       end
     end
     if unknown then return "unknown property " .. show(unknown) .. " (unevaluatedProperties)" end
@@ -884,14 +948,20 @@ local function compile(s, opts)
   end
   c.root, c.scope, c.bases, c.found, c.dynamic = nil, nil, nil, nil, nil
 
-  local function check(v)
+  local function check(v, lenient)
+    dropping = false -- an error may have ended the last check
     local m, p = f(v)
+    local again = m and lenient
+    if again then
+      dropped = {}
+      m, p = drop_nulls(f, v)
+    end
     if m then return nil, root .. (p or "") .. ": " .. m end
-    return true
+    return true, again
   end
-  return not c.guarded and check or function(v)
+  return not c.guarded and check or function(v, lenient)
     c.depth = 0
-    local done, good, message = pcall(check, v)
+    local done, good, message = pcall(check, v, lenient)
     if done then return good, message end
     return nil, root .. ": " .. tostring(good)
   end, unknown

@@ -141,7 +141,7 @@ int orch_luaopen_transport(lua_State *L);           /* the module "orch.transpor
 int orch_luaopen_call_transport(lua_State *L);      /* what lua/http.lua needs of it in tool states */
 void orch_luaopen_pipe(lua_State *L);               /* its process_open, into the table at the top */
 int orch_luaopen_ctx(lua_State *L);                 /* the metatable of ctx, in tool states and scripts */
-void orch_ctx_set_http(lua_State *L);               /* ctx:http, which is Lua's, from the top of the stack (popped) */
+void orch_ctx_set(lua_State *L, const char *name);  /* a method that is Lua's, from the top of the stack (popped) */
 struct orch_toolcall *orch_check_call(lua_State *L); /* of the ctx at 1; raises */
 int orch_ctx_elicit(lua_State *L), orch_ctx_sample(lua_State *L), orch_ctx_roots(lua_State *L), orch_ctx_ask(lua_State *L);
 

@@ -210,11 +210,11 @@ static int ctx_index(lua_State *L)
 /* The table of ctx's methods lies in the registry under this name. */
 #define METHODS "orch.ctx.methods"
 
-void orch_ctx_set_http(lua_State *L)
+void orch_ctx_set(lua_State *L, const char *name)
 {
     lua_getfield(L, LUA_REGISTRYINDEX, METHODS);
     lua_insert(L, -2);
-    lua_setfield(L, -2, "http");
+    lua_setfield(L, -2, name);
     lua_pop(L, 1);
 }
 
@@ -241,8 +241,10 @@ int orch_luaopen_ctx(lua_State *L)
                                       { 0 } });
     lua_pushvalue(L, -1);
     lua_setfield(L, LUA_REGISTRYINDEX, METHODS);
-    if (orch_state_context(L) == ORCH_CTX_SCRIPT)
+    if (orch_state_context(L) == ORCH_CTX_SCRIPT) {
         orch_api_lua(L, "ctx:", "http", "http", "fetch");
+        orch_api_lua(L, "ctx:", "output", "output", "result");
+    }
     lua_pushcclosure(L, ctx_index, 1);
     lua_setfield(L, -2, "__index");
     lua_pushboolean(L, 0);

@@ -235,6 +235,49 @@ void orch_lua_strip_nulls(lua_State *L, int idx)
     strip_top(L);
 }
 
+static void put_less(struct push *p, uint32_t tok, struct orch_buf *out)
+{
+    lua_State *L = p->L;
+    const struct orch_json_tok *t = &p->d->toks[tok];
+    bool object = t->type == ORCH_JSON_OBJECT;
+
+    charge(L, 1, 0);
+    if (!object && t->type != ORCH_JSON_ARRAY) {
+        orch_buf_slice(out, orch_json_raw(p->d, tok));
+        return;
+    }
+    luaL_checkstack(L, 4, "JSON nested too deeply");
+    orch_buf_char(out, object ? '{' : '[');
+    size_t begun = out->n;
+    for (uint32_t e = tok + 1, i = 1; i <= t->count; i++, e = p->d->toks[e].next) {
+        uint32_t key = e;
+        if (object)
+            push_string(p, e++);
+        else
+            lua_pushinteger(L, (lua_Integer)i);
+        lua_rawget(L, -2);
+        if (!lua_isnil(L, -1)) {
+            if (out->n > begun)
+                orch_buf_char(out, ',');
+            if (object) {
+                orch_buf_slice(out, orch_json_raw(p->d, key));
+                orch_buf_char(out, ':');
+            }
+            put_less(p, e, out);
+        }
+        lua_pop(L, 1);
+    }
+    orch_buf_char(out, object ? '}' : ']');
+}
+
+void orch_lua_json_less(lua_State *L, int idx, const struct orch_json_doc *d, uint32_t tok, struct orch_buf *out)
+{
+    ORCH_CLEANUP(push_free) struct push p = { .L = L, .d = d };
+    lua_pushvalue(L, idx);
+    put_less(&p, tok, out);
+    lua_pop(L, 1);
+}
+
 /* ---- from Lua */
 
 struct enc {

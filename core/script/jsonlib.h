@@ -40,6 +40,10 @@ bool orch_lua_push_json(lua_State *L, const struct orch_json_doc *d, uint32_t to
  * Raises on cycles. */
 void orch_lua_strip_nulls(lua_State *L, int idx);
 
+/* Appends the JSON at tok, of which idx is the value, without the members that its objects no longer have; what is left
+ * is as it came. */
+void orch_lua_json_less(lua_State *L, int idx, const struct orch_json_doc *d, uint32_t tok, struct orch_buf *out);
+
 /* Whether the value carries the array metatable; whether it is an opaque integer beyond ±2^53. */
 bool orch_lua_is_array(lua_State *L, int idx);
 bool orch_lua_is_bigint(lua_State *L, int idx);

@@ -280,8 +280,8 @@ return cli.main("doctor", {
     disk()
     audit(g)
     add("your agent", "ok",
-      "orch judges only the calls that go through it: a client's own shell, Write and Edit run beside it, unjudged, as you",
-      'switch them off there, e.g. Claude Code: "permissions": { "deny": ["Bash", "Write", "Edit"] } in .claude/settings.json')
+      "orch judges only the calls that go through it: a client's own tools (shell, editor, web) run beside it, unjudged, as you",
+      'switch them off there; for Claude Code: claude --tools "" --allowedTools "mcp__orch__*"; for Codex see the README')
     local errors = 0
     for _, c in ipairs(checks) do
       if c.state == "error" then errors = errors + 1 end

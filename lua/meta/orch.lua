@@ -511,17 +511,19 @@ function orch.firewall.explain(policy, packet) end
 ---@field name string 1 to 64 of A-Za-z0-9_.-, without "__"
 ---@field title? string
 ---@field description string
----@field input table JSON Schema 2020-12 of the arguments; type must be "object"; an unknown keyword is a load error
+---@field input table JSON Schema 2020-12 of the arguments; type must be "object"; an unknown keyword is a load error. A null that an optional argument's schema refuses counts as absent
 ---@field output? table JSON Schema of the structured result
 ---@field annotations? { title?: string, readOnlyHint?: boolean, destructiveHint?: boolean, idempotentHint?: boolean, openWorldHint?: boolean }
 ---@field timeout? orch.duration default "60s"
 ---@field run fun(args: table, ctx: orch.Ctx): orch.ToolResult?, string?, orch.code? runs in a task of its own; nil, message, code: failed
 ---@field task? "optional"|"required" a task of the tasks extension where the client can; required: only so
 
+---A client shows its model the text or the structured part, rarely both: each must tell the whole. Without `output` give
+---text alone.
 ---@class orch.ToolResult
----@field text? string bytes that are not UTF-8 become U+FFFD
+---@field text? string bytes that are not UTF-8 become U+FFFD; default: structured as JSON
 ---@field structured? table checked against output
----@field is_error? boolean
+---@field is_error? boolean only when the tool could not do its work: what a command answers is none
 
 ---One call, as its tool sees it. After the call every use of it raises.
 ---@class orch.Ctx
@@ -631,6 +633,19 @@ function Ctx:release(retry) end
 ---@return string? message
 ---@return orch.code? code # "denied", "timeout", "limit", "closed", "upstream"
 function Ctx:http(options) end
+
+---What vm:exec returned as a tool's result, in text alone: standard output, standard error under a line `[stderr]`, and
+---how it ended, `[exit status 3]`, `[killed by signal 9 (SIGKILL)]`, `[ended after 60 s: …]`, `[cut: …]`; `[no output]`
+---when there is nothing to say. An error only when the program could not be started or the microVM failed.
+---`return ctx:output(vm:exec({ "make", "check" }))`
+---@param result orch.vm.ExecResult?
+---@param message? string
+---@param code? orch.code
+---@param so_far? { stdout: string, stderr: string } what it wrote before the microVM failed
+---@return orch.ToolResult? # or nil, message, code
+---@return string? message
+---@return orch.code? code
+function Ctx:output(result, message, code, so_far) end
 
 -- Not available yet: call.
 

@@ -27,19 +27,19 @@ return {
     local r, err, code = ctx:http { url = args.url, timeout = args.timeout or 30, headers = { Accept = "text/*, application/json, */*;q=0.1" } }
     if not r then return nil, err, code end
     local kind = (r.headers["content-type"] or ""):lower():match("^[^;]*")
-    local from = args.offset or 0
-    local structured = { status = r.status, url = r.url, content_type = kind, bytes = #r.body }
-    if not is_text(kind, r.body) then
-      return { text = ("[%s, %d bytes: not text]"):format(kind ~= "" and kind or "no type", #r.body), structured = structured,
-        is_error = r.status >= 400 }
-    end
+    local from, notes = args.offset or 0, {}
     local text = r.body:sub(from + 1, from + MAX_TEXT)
-    if from + #text < #r.body then text = text:gsub("[\192-\247][\128-\191]*$", "") end -- a character goes as a whole
-    structured.more = from + #text < #r.body
-    return {
-      text = text .. (structured.more and ("\n[more: offset %d]"):format(from + #text) or ""),
-      structured = structured,
-      is_error = r.status >= 400,
-    }
+    if not is_text(kind, r.body) then
+      text = ("[%s, %d bytes: not text]"):format(kind ~= "" and kind or "no type", #r.body)
+    elseif text == "" then
+      text = r.body == "" and "[empty]" or ("[no more: it has %d bytes]"):format(#r.body)
+    elseif from + #text < #r.body then
+      text = text:gsub("[\192-\247][\128-\191]*$", "") -- a character goes as a whole
+      notes[1] = ("[more: offset %d of %d]"):format(from + #text, #r.body)
+    end
+    if r.url ~= args.url then notes[#notes + 1] = "[redirected to " .. r.url .. "]" end
+    if r.status ~= 200 then notes[#notes + 1] = ("[HTTP status %d]"):format(r.status) end
+    if notes[1] and text:sub(-1) ~= "\n" then text = text .. "\n" end
+    return { text = text .. table.concat(notes, "\n") } -- a page that is missing is an answer too
   end,
 }

@@ -17,13 +17,12 @@ return {
     local entries, err, code = ctx:list_dir(path)
     if not entries then return nil, err, code end
     table.sort(entries, function(a, b) return a.name < b.name end)
-    local lines, shown = {}, {}
+    local lines = {}
     for i = 1, math.min(#entries, MAX) do
       local e = entries[i]
-      shown[i] = e
       lines[i] = e.type == "file" and ("%s  %d"):format(e.name, e.size) or e.name .. (e.type == "directory" and "/" or "  (" .. e.type .. ")")
     end
     if #entries > MAX then lines[MAX + 1] = ("[%d more]"):format(#entries - MAX) end
-    return { text = table.concat(lines, "\n"), structured = { entries = orch.json.array(shown), more = #entries > MAX } }
+    return { text = lines[1] and table.concat(lines, "\n") or "[empty folder]" }
   end,
 }

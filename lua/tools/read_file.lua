@@ -21,6 +21,7 @@ return {
     local text, err, code = ctx:read_file(args.path)
     if not text then return nil, err, code end
     if text:find("\0", 1, true) then return nil, args.path .. ": not a text file (" .. #text .. " bytes)" end
+    if text == "" then return { text = "[empty file]" } end
     local first, last = args.offset or 1, (args.offset or 1) + (args.limit or 2000) - 1
     local line, at, from, to = 1, 1, nil, #text
     while at <= #text do
@@ -36,10 +37,7 @@ return {
     local piece = text:sub(from, to)
     local cut = #piece > MAX_BYTES
     if cut then piece = piece:sub(1, MAX_BYTES) end
-    local more = to < #text
-    return {
-      text = piece .. (cut and "\n[a line cut at 256 KiB]" or "") .. (more and ("\n[more: offset %d]"):format(line + 1) or ""),
-      structured = { first = first, last = more and line or line - 1, more = more },
-    }
+    if cut then piece = piece .. "\n[a line cut at 256 KiB]\n" end
+    return { text = piece .. (to < #text and ("[more: offset %d]"):format(line + 1) or "") }
   end,
 }

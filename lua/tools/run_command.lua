@@ -3,7 +3,8 @@ return {
   name = "run_command",
   description = "Run a shell command in a fresh, isolated microVM: Debian with git, curl, jq and python3, "
     .. "or, where that image is not built, Linux with busybox alone. Nothing of the host is visible and "
-    .. "nothing is kept between calls. Returns standard output and error and the exit status.",
+    .. "nothing is kept between calls. Returns standard output, standard error under a line [stderr], and the exit "
+    .. "status where it is not 0.",
   input = {
     type = "object",
     properties = {
@@ -19,16 +20,6 @@ return {
   run = function(args, ctx)
     local vm, err, code = ctx:vm()
     if not vm then return nil, err, code end
-    local r
-    r, err, code = vm:exec({ "/bin/sh", "-c", args.command }, { stdin = args.stdin, timeout = args.timeout })
-    if not r then return nil, err, code end
-    local text = r.stdout .. r.stderr
-    if r.truncated then text = text .. "\n[output cut at 1 MiB a stream]" end
-    if r.timed_out then text = text .. "\n[ended: time is up]" end
-    return {
-      text = text,
-      structured = { status = r.status, signal = r.signal, timed_out = r.timed_out, truncated = r.truncated, ms = r.ms },
-      is_error = r.status ~= 0,
-    }
+    return ctx:output(vm:exec({ "/bin/sh", "-c", args.command }, { stdin = args.stdin, timeout = args.timeout }))
   end,
 }

@@ -2,7 +2,8 @@
 return {
   name = "run_python",
   description = "Run a Python 3 program in a fresh, isolated microVM. Nothing of the host is visible and nothing is "
-    .. "kept between calls. Returns what it printed and its exit status; print what you want to see.",
+    .. "kept between calls. Returns what it printed, standard error under a line [stderr], and the exit status where it "
+    .. "is not 0; print what you want to see.",
   input = {
     type = "object",
     properties = {
@@ -21,20 +22,11 @@ return {
     if not vm then return nil, err, code end
     local argv = { "python3", "-" }
     for i, arg in ipairs(args.args or {}) do argv[2 + i] = arg end
-    local r
-    r, err, code = vm:exec(argv, { stdin = args.code, timeout = args.timeout })
-    if not r then return nil, err, code end
-    if r.failed == "not found" then
+    local r, why, class, so_far = vm:exec(argv, { stdin = args.code, timeout = args.timeout })
+    if r and r.failed == "not found" then
       return nil, "the image " .. vm.image .. " has no python3; build one that has, it is the default then: "
         .. "orch image build debian", "isolation"
     end
-    local text = r.stdout .. r.stderr
-    if r.truncated then text = text .. "\n[output cut at 1 MiB a stream]" end
-    if r.timed_out then text = text .. "\n[ended: time is up]" end
-    return {
-      text = text,
-      structured = { status = r.status, signal = r.signal, timed_out = r.timed_out, truncated = r.truncated, ms = r.ms },
-      is_error = r.status ~= 0,
-    }
+    return ctx:output(r, why, class, so_far)
   end,
 }

@@ -853,6 +853,31 @@ static void nulls_are_dropped_kept_and_stripped(void **state)
     (void)state;
 }
 
+static void what_a_value_lost_is_left_out_of_its_json(void **state)
+{
+    struct orch_state *s = new_state(ORCH_CTX_SCRIPT);
+    lua_State *L = orch_state_lua(s);
+    cleanup_json struct orch_json_doc d = { 0 };
+    cleanup_buf struct orch_buf out = { 0 };
+
+    SCAN(&d, "{ \"z\" : 1.0, \"n\":null, \"\\u0061\":9007199254740993, \"l\":[ {\"x\":null, \"y\":1e2},null ,[]], \"o\":{}, \"p\":{\"q\":null} }");
+    orch_lua_push_json(L, &d, 0, ORCH_LUA_JSON_KEEP_NULL);
+    orch_lua_json_less(L, -1, &d, 0, &out);
+    assert_string_equal(out.p, "{\"z\":1.0,\"n\":null,\"\\u0061\":9007199254740993,\"l\":[{\"x\":null,\"y\":1e2},null,[]],\"o\":{},\"p\":{\"q\":null}}");
+    lua_setglobal(L, "v");
+    assert_int_equal(luaL_dostring(L, "v.n = nil v.l[1].x = nil v.p.q = nil return v"), 0);
+    out.n = 0;
+    orch_lua_json_less(L, 1, &d, 0, &out);
+    assert_string_equal(out.p, "{\"z\":1.0,\"\\u0061\":9007199254740993,\"l\":[{\"y\":1e2},null,[]],\"o\":{},\"p\":{}}");
+    assert_int_equal(luaL_dostring(L, "v.a = nil return v"), 0);
+    out.n = 0;
+    orch_lua_json_less(L, -1, &d, 0, &out);
+    assert_null(strstr(out.p, "9007"));
+    assert_int_equal(lua_gettop(L), 2);
+    orch_state_free(s);
+    (void)state;
+}
+
 static int strip_it(lua_State *L)
 {
     orch_lua_strip_nulls(L, 1);
@@ -899,6 +924,8 @@ static void exercise(lua_State *L, void *ud)
     int json = lua_gettop(L);
     orch_lua_push_json(L, &d, 0, ORCH_LUA_JSON_KEEP_NULL);
     orch_lua_strip_nulls(L, -1);
+    orch_lua_json_less(L, -1, &d, 0, &out);
+    out.n = 0;
     if (orch_lua_encode_json(L, -1, &out, NULL, 0) < 0)
         luaL_error(L, "encode");
     lua_getfield(L, json, "decode");
@@ -1005,6 +1032,7 @@ int main(void)
         cmocka_unit_test(encode_names_what_it_refuses),
         cmocka_unit_test(nulls_are_dropped_kept_and_stripped),
         cmocka_unit_test(strip_refuses_cycles),
+        cmocka_unit_test(what_a_value_lost_is_left_out_of_its_json),
         cmocka_unit_test(deep_documents_become_lua),
         cmocka_unit_test(memory_may_end_anywhere),
         cmocka_unit_test(work_is_charged),

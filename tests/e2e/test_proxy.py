@@ -84,6 +84,78 @@ def bytes_kept(env):
         expect(part in s.raw[-1], part, "is not in", s.raw[-1])
 
 
+# Typed clients send null for what was not given: (arguments as they come, as the server, the tool and the audit log get them).
+NULLS = {"type": "object", "required": ["n"], "additionalProperties": False,
+         "properties": {"n": {"type": ["number", "null"]}, "s": {"type": "string", "minLength": 1}, "any": {},
+                        "o": {"type": "object", "properties": {"s": {"type": "string"}}, "required": ["r"]}, "l": {"items": {"$ref": "#/properties/o"}},
+                        "e": {"anyOf": [{"type": "string"}, {"type": "null"}]}}}
+KEPT = ['{ "n": 1.0 }', '{"n":null}', '{"n":1,"any": null ,"e":null}', '{"e":"x", "n":9007199254740993}']
+LOST = [('{"s":null,"n":1.0}', '{"n":1.0}'), ('{"n":null,"s":null}', '{"n":null}'), ('{"n": 1e2, "any":null, "s":null, "e":null}', '{"n":1e2,"any":null,"e":null}'),
+        ('{"n":1,"o":{"s":null,"r":null},"l":[{"r":0,"s":null},{"s":"\\u0061","r":[null]}]}', '{"n":1,"o":{"r":null},"l":[{"r":0},{"s":"\\u0061","r":[null]}]}'),
+        ('{"o":null,"n":9007199254740993,"l":[]}', '{"n":9007199254740993,"l":[]}')]
+WRONG = ['{"s":null}', '{"n":1,"x":null}', '{"n":"1","s":null}', '{"n":1,"o":{"s":null}}', '{"n":1,"o":{"r":1,"s":1},"s":null}', '{"n":1,"l":[null]}']
+OWN = """local null = orch.json.null
+return { name = "own", description = "Its arguments", run = function(args) return { text = orch.json.encode(args) } end,
+  input = orch.json.decode [==[%s]==] }
+"""
+
+
+def send(s, args, tool, meta=""):
+    s.next_id += 1
+    s.send(b'{"jsonrpc":"2.0","id":%d,"method":"tools/call","params":{"name":"%s","arguments":%s%s}}' % (s.next_id, tool.encode(), args.encode(), meta.encode()))
+    return s.answer(s.next_id)
+
+
+def arguments_of(line):
+    return re.search(r'"arguments": ?(.*?)(,"_meta".*)?\}\}$', line.strip()).group(1)
+
+
+def decisions(env):
+    return [l for l in env.audit() if l["event"] == "decision"]
+
+
+@case("null for an optional argument is no argument: for the server, the policy and the audit log; what the schema accepts passes as it came")
+def nulls(env):
+    # A rule that sees an absent member sees nil, and one that is there otherwise its value.
+    rules = 'return { rules = { { tool = "cmd__raw", action = "allow", when = function(c) return c.args.s == nil end } } }'
+    s = proxy(env, "raw", env.write("schema.json", json.dumps(NULLS)), rules=rules)
+    s.initialize()
+    for args, left in [(args, args) for args in KEPT] + LOST:
+        got = text_of(send(s, args, "raw")["result"])
+        expect(arguments_of(got) == left, args, "became", got, "not", left)
+        send(s, left, "raw")
+        asked, plain = decisions(env)[-2:]
+        expect(asked["args"] == plain["args"] == json.loads(left) and asked["args_digest"] == plain["args_digest"], args, asked, plain)
+    for args in WRONG:
+        expect("error" in send(s, args, "raw") or s.raw[-1].count(b"bad arguments"), args, s.raw[-1])
+        expect(decisions(env)[-1]["args"] == json.loads(args), decisions(env)[-1])
+    expect(text_of(send(s, '{"n":1,"s":"x","e":null,"o":null}', "raw")["result"]).startswith("denied: "))
+    expect(decisions(env)[-1]["args"] == {"n": 1, "s": "x", "e": None}, decisions(env)[-1])
+
+
+@case("the same for a tool of one's own, which gets no null at all")
+def own_nulls(env):
+    env.project(tools={"own": OWN % json.dumps(NULLS)})
+    s = env.session()
+    s.initialize()
+    for args, left in LOST:
+        without = json.loads(left, object_pairs_hook=lambda members: {k: v for k, v in members if v is not None})
+        expect(json.loads(text_of(send(s, args, "own")["result"])) == without, args, s.raw[-1])
+        expect(decisions(env)[-1]["args"] == json.loads(left), decisions(env)[-1])
+
+
+@case("_meta passes whether the arguments are rewritten, lose a null, or neither")
+def meta_kept(env):
+    rules = ('return { rules = { { tool = "cmd__raw", action = "allow" }, { tool = "cmd__raw", action = "allow", '
+             'when = function(c) return c.args.n == 2 end, rewrite = function(args) args.s = "rewritten" return args end } } }')
+    s = proxy(env, "raw", env.write("schema.json", json.dumps(NULLS)), rules=rules)
+    s.initialize()
+    for args in ('{"n":1}', '{"n":2}', '{"n":1,"s":null}', '{"n":2,"s":null}'):
+        line = text_of(send(s, args, "raw", ',"_meta":{"vendor/x":{"deep":["%s"]}}' % ("m" * 2000))["result"])
+        expect(json.loads(line)["params"]["_meta"]["vendor/x"] == {"deep": ["m" * 2000]}, args, line[-300:])
+        expect(('"rewritten"' in line) == ("2" in args), line)
+
+
 @case("policy stands in front: a denied call does not reach the server, the text names the rule")
 def denied(env):
     rules = ('return { rules = {\n  { tool = "cmd__*", action = "allow" },\n'

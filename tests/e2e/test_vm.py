@@ -128,11 +128,52 @@ def boot_ids(env):
     expect(all(l["isolation"] in ("hardware", "emulated") and l["vm"] for l in outcomes), outcomes[0])
 
 
-@case("run_command: exit status, stderr, and the clock")
+# What a model is given: of a result with a structured part some clients show nothing else.
+TEXTS = [("echo out; echo err >&2; exit 3", r"out\n\[stderr\]\nerr\n\[exit status 3\]"), ("printf out; printf err >&2", r"out\n\[stderr\]\nerr"),
+         ("echo out", r"out\n"), ("true", r"\[no output\]"), ("exit 3", r"\[exit status 3\]"), ("echo err >&2", r"\[stderr\]\nerr\n"),
+         ("printf out; kill -9 $$", r"out\n\[killed by signal 9 \(SIGKILL\)\]"), ("kill -11 $$", r"\[killed by signal 11 \(SIGSEGV\)\]"),
+         ("no-such-command", r"\[stderr\]\n.*not found\n\[exit status 127\]"),
+         ("yes | head -c 2000000", r"y\n[y\n]*\[cut: stdout after 1048576 bytes, the rest was dropped\]"),
+         ("yes | head -c 2000000; yes | head -c 2000000 >&2; exit 1",
+          r"y\n[y\n]*\[stderr\]\ny\n[y\n]*\[cut: stdout and stderr after 1048576 bytes, the rest was dropped\]\n\[exit status 1\]")]
+
+
+@case("run_command: the text tells the whole, and is all there is; what a command answers is no error")
+def texts(env):
+    s = session(env)
+    for line, pattern in TEXTS:
+        r = command(s, line)
+        expect(re.fullmatch(pattern, text_of(r)), line, text_of(r)[:200], text_of(r)[-200:])
+        expect("structuredContent" not in r and not r.get("isError"), line, r.keys())
+    r = s.call("run_command", {"command": "echo begun; sleep 100", "timeout": 0.5}, deadline_s=START_S)
+    expect(re.fullmatch(r"begun\n\[ended after [\d.]+ s: .+\]", text_of(r)) and not r.get("isError"), r)
+
+
+START = """return {
+  name = "start", description = "Runs a program", input = { type = "object", properties = { argv = { type = "array" } } },
+  run = function(args, ctx)
+    local vm, err, code = ctx:vm()
+    if not vm then return nil, err, code end
+    return ctx:output(vm:exec(args.argv))
+  end,
+}
+"""
+
+
+@case("ctx:output in a tool of one's own: a program that cannot be started is an error")
+def not_started(env):
+    s = env.shared_cache().project(tools={"start": START}).session()
+    s.initialize()
+    r = s.call("start", {"argv": ["echo", "a b"]}, deadline_s=START_S)
+    expect(text_of(r) == "a b\n" and not r.get("isError"), r)
+    for program, reason, status in (("no-such", "not found (No such file or directory)", 127), ("/etc/passwd", "not executable (Permission denied)", 126)):
+        r = s.call("start", {"argv": [program]}, deadline_s=START_S)
+        expect(r["isError"] and text_of(r) == "[stderr]\norch: the command could not be started: %s\n[exit status %d]" % (reason, status), r)
+
+
+@case("run_command: the clock, and bytes that are not UTF-8")
 def results(env):
     s = session(env)
-    r = command(s, "echo out; echo err >&2; exit 3")
-    expect(r["isError"] is True and "out" in text_of(r) and "err" in text_of(r) and r["structuredContent"]["status"] == 3, r)
     now = int(text_of(command(s, "date +%s")))
     expect(abs(now - time.time()) < 3, "the guest's clock is off by", now - time.time())
     r = command(s, "printf 'a\\377b\\000c'")

@@ -127,6 +127,28 @@ local function S(text, opts)
         end
         return cases
     end
+    -- value, what is left of it without nulls that count as absent: "same" when it is valid as it is
+    function cases:lean(...)
+        for i = 1, check and select("#", ...) or 0, 2 do
+            local text, want = select(i, ...)
+            local v = json.decode(text)
+            local good, dropped = check(v, true)
+            local got = good and (dropped and json.encode(v) or "same") or dropped
+            report(got == want and (want == "same" or (check(v))), shown .. " of " .. text .. " leaves " .. want, got)
+        end
+        return cases
+    end
+    -- value, message: wrong even so, and nothing of it is gone
+    function cases:still(...)
+        for i = 1, check and select("#", ...) or 0, 2 do
+            local text, want = select(i, ...)
+            local v = json.decode(text)
+            local good, message = check(v, true)
+            report(good == nil and message == "arguments" .. want and json.encode(v) == json.encode(json.decode(text)),
+                shown .. " refuses without nulls " .. text, "got:  " .. tostring(message) .. " " .. json.encode(v) .. "\nwant: arguments" .. want)
+        end
+        return cases
+    end
     return cases
 end
 
@@ -135,6 +157,51 @@ local function bad(text, want, opts)
     report(check == nil and message == want, "refused: " .. (type(text) == "string" and text or json.encode(text)),
         "got:  " .. tostring(message) .. "\nwant: " .. want)
 end
+
+-- null for what is optional -----------------------------------------------------------------------------
+
+S '{"type":"object","properties":{"a":{"type":"string","minLength":1},"b":{"type":"integer"},"c":{"enum":["x"]}},"required":["b"],"additionalProperties":false}'
+    :lean('{"a":null,"b":1}', '{"b":1}', '{"a":null,"b":1,"c":null}', '{"b":1}', '{"b":1}', "same")
+    :still('{"a":null,"b":null}', ".b: expected integer, got null (type)", '{"a":null}', ': missing "b" (required)',
+        '{"a":null,"b":1,"d":null}', ': unknown property "d" (additionalProperties)', '{"a":"","b":1,"c":null}', ".a: must have at least 1 characters (minLength)",
+        '[null]', ": expected object, got array (type)")
+S '{"properties":{"a":{"type":["string","null"]},"b":{"type":"string"},"c":{},"d":true,"e":{"const":null},"f":{"enum":[1,null]}}}'
+    :lean('{"a":null,"c":null,"d":null,"e":null,"f":null}', "same", '{"a":null,"b":null,"c":null}', '{"a":null,"c":null}')
+S '{"properties":{"o":{"type":"object","properties":{"a":{"type":"string"},"b":{}},"required":["b"]},"l":{"type":"array","items":{"properties":{"n":{"type":"number"}}}}}}'
+    :lean('{"o":{"a":null,"b":null},"l":[{"n":null},{"n":1}]}', '{"l":[{},{"n":1}],"o":{"b":null}}', '{"o":null,"l":null}', "{}")
+    :still('{"o":{"a":null}}', '.o: missing "b" (required)', '{"o":{"a":null,"b":1},"l":[{"n":"x"}]}', ".l[0].n: expected number, got string (type)")
+S '{"items":{"type":"string"},"prefixItems":[{"properties":{"a":{"type":"string"}}}]}':lean('[{"a":null},"x"]', '[{},"x"]')
+    :still('[{"a":null},null]', "[1]: expected string, got null (type)")
+S '{"patternProperties":{"^s":{"type":"string"}},"additionalProperties":{"type":"number"},"required":["sure"]}'
+    :lean('{"sure":"","s":null,"n":null,"m":1}', '{"m":1,"sure":""}'):still('{"sure":null}', ".sure: expected string, got null (type)")
+S '{"maxProperties":1,"patternProperties":{"^a":{"type":"string"}},"propertyNames":{"maxLength":2}}':lean('{"ab":null,"a":"x"}', '{"a":"x"}')
+    :still('{"bbc":1,"a":null}', ': property name "bbc": must have at most 2 characters (maxLength) (propertyNames)')
+S '{"properties":{"a":{"type":"string"},"b":{"type":"string"}},"dependentRequired":{"a":["b"]},"minProperties":1}'
+    :lean('{"a":null,"b":"x"}', '{"b":"x"}'):still('{"a":"x","b":null}', ': missing "b", which "a" needs (dependentRequired)',
+        '{"a":null}', ": must have at least 1 properties (minProperties)")
+S '{"dependentSchemas":{"a":{"properties":{"b":{"type":"string"}}}}}':lean('{"a":1,"b":null}', '{"a":1}', '{"b":null}', "same")
+S '{"allOf":[{"properties":{"a":{"type":["string","null"]}}},{"properties":{"a":{"type":"string"}}}]}':lean('{"a":null}', "{}")
+S '{"properties":{"a":{"type":"string"}},"allOf":[{"required":["a"]}]}':still('{"a":null}', ': missing "a" (required)')
+S '{"$ref":"#/$defs/tree","$defs":{"tree":{"properties":{"name":{"type":"string"},"left":{"$ref":"#/$defs/tree","type":"object"}}}}}'
+    :lean('{"left":{"left":{"name":null,"left":null}}}', '{"left":{"left":{}}}')
+-- The alternatives stay as they were, but the first that takes the value so.
+local KINDS = '":[{"properties":{"kind":{"const":"x"},"a":{"type":"string"}},"required":["kind"]},{"properties":{"kind":{"const":"y"},"a":{"type":["string","null"]},"b":{"type":"string"}},"required":["kind"]}]}'
+for _, word in ipairs { "anyOf", "oneOf" } do
+    S('{"' .. word .. KINDS):lean('{"kind":"x","a":null}', '{"kind":"x"}', '{"kind":"y","a":null}', "same", '{"kind":"y","a":null,"b":null}', '{"a":null,"kind":"y"}')
+        :still('{"kind":"z","a":null}', ": matches none of 2 alternatives (" .. word .. '), nearest: .kind: must be "y" (const)')
+end
+S '{"anyOf":[{"type":"string"},{"type":"null"}]}':lean("null", "same")
+S '{"properties":{"a":{"anyOf":[{"type":"string"},{"type":"integer"}]},"b":{"not":{"type":"null"}},"c":{"$ref":"#/$defs/c"}},"$defs":{"c":{"type":"string"}}}'
+    :lean('{"a":null,"b":null,"c":null}', "{}")
+S '{"not":{"properties":{"a":{"type":"string"}}},"properties":{"b":{"type":"string"}}}':lean('{"a":null,"b":null}', '{"a":null}')
+S '{"if":{"properties":{"a":{"type":"string"}}},"then":{"required":["z"]},"else":{"properties":{"b":{"type":"string"}}}}':lean('{"a":null,"b":null}', '{"a":null}')
+S '{"properties":{"l":{"contains":{"properties":{"a":{"type":"string"}},"required":["b"]}},"b":{"type":"string"}}}'
+    :lean('{"l":[{"a":"x","b":1}],"b":null}', '{"l":[{"a":"x","b":1}]}')
+    :still('{"l":[{"a":null,"b":1}]}', ".l: must contain at least 1 matching items, has 0 (contains)")
+S '{"properties":{"b":{"type":"string"}},"anyOf":[{"properties":{"a":{"type":["string","null"]}}}],"unevaluatedProperties":{"type":"number"}}'
+    :lean('{"a":null,"b":null}', '{"a":null}', '{"a":null,"c":null}', '{"a":null}')
+S '{"properties":{"a":{"type":"string"}},"unevaluatedProperties":false}':lean('{"a":null}', "{}"):still('{"a":null,"c":null}', ': unknown property "c" (unevaluatedProperties)')
+S '{"properties":{"a":{"pattern":"limit"},"b":{"type":"string"}}}':still('{"a":"x","b":null}', ": pattern match limit")
 
 -- Types ----------------------------------------------------------------------------------------------
 

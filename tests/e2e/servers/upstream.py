@@ -18,6 +18,7 @@ stderr    writes 10 MiB to stderr during a call
 request   asks the client something (roots/list) before it answers
 ask       asks the client's user (elicitation/create) and answers with what came back; the message is its id and
           what it does: "withdraw" takes the question back, "sample" asks the model instead
+raw       its tool's schema is in FILE, and answers with the request's line
 lines     as ask, but reads lines as text tools do: CR, U+0085 and U+2028 end one too; each goes to FILE
 stubborn  ignores end of input and SIGTERM
 nobody    the same, and has a child that does so too
@@ -31,6 +32,9 @@ TOOLS = [
     {"name": "big", "description": "Odd members", "inputSchema": {"type": "object"}},
     {"name": "env", "description": "The environment", "inputSchema": {"type": "object"}},
 ]
+if mode == "raw":
+    with open(file) as f:
+        TOOLS = [{"name": "raw", "description": "Its own request", "inputSchema": json.load(f)}]
 BIG = ('{"content":[{"type":"text","text":"\\u00e9\\/","annotations":{"audience":["user"],"priority":1.0}},{"type":"x-new","data":[1e2,-0,9007199254740993]}],'
        '"structuredContent":{"n":9007199254740993,"f":0.10,"z":1.0,"empty":[],"none":{}},"unknownMember":{"a":null},"_meta":{"vendor/x":12345678901234567890}}')
 
@@ -140,6 +144,8 @@ for line in lines():
         result(message["id"], json.dumps({"protocolVersion": "2025-11-25", "capabilities": {"tools": {"listChanged": True}}, "serverInfo": {"name": "upstream", "version": "1"}}))
     elif method == "tools/list":
         result(message["id"], json.dumps({"tools": TOOLS}))
+    elif method == "tools/call" and mode == "raw":
+        result(message["id"], json.dumps({"content": [{"type": "text", "text": line}]}))
     elif method == "tools/call":
         call(message)
     elif method == "ping":

@@ -1,0 +1,34 @@
+-- ctx:output: what a model is told of a program's end, where no microVM can be made to do it.
+local t = require "tap"
+local output = require "output"
+
+local function result(fields)
+  local r = { status = 0, stdout = "", stderr = "", truncated = false, timed_out = false, ms = 12 }
+  for k, v in pairs(fields) do r[k] = v end
+  if r.signal then r.status = nil end
+  return r
+end
+
+local CASES = {
+  { { timed_out = true, signal = 9, ms = 60012 }, "[ended after 60 s: its time was up]" },
+  { { timed_out = true, signal = 15, ms = 512, stdout = "begun" }, "begun\n[ended after 0.5 s: its time was up]" },
+  { { timed_out = true, signal = 9, ms = 60000, limit = "vm.timeout" }, "[ended after 60 s: vm.timeout]" },
+  { { signal = 64 }, "[killed by signal 64 (?)]" },
+  { { signal = 31 }, "[killed by signal 31 (SIGSYS)]" },
+  { { stdout = "a", stderr = "bcd", truncated = true }, "a\n[stderr]\nbcd\n[cut: stderr after 3 bytes, the rest was dropped]" },
+  { { stdout = "abc", truncated = true, status = 3 }, "abc\n[cut: stdout after 3 bytes, the rest was dropped]\n[exit status 3]" },
+  { { stdout = "\n" }, "\n" },
+}
+
+t.test("every end has its words", function()
+  for _, case in ipairs(CASES) do t.eq(output.result(nil, result(case[1])), { text = case[2], is_error = false }) end
+end)
+
+t.test("a microVM that failed is an error, with what was written until then", function()
+  t.eq({ output.result(nil, nil, "gone", "closed") }, { nil, "gone", "closed" })
+  t.eq({ output.result(nil, nil, "gone", "closed", { stdout = "", stderr = "" }) }, { nil, "gone", "closed" })
+  t.eq({ output.result(nil, nil, "gone", "closed", { stdout = "a\n", stderr = "b\n" }) },
+    { nil, "gone\n[output until then]\na\n[stderr]\nb\n", "closed" })
+end)
+
+return t.done()
