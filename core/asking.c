@@ -25,7 +25,6 @@ enum {
 struct orch_ask {
     struct orch_ask *next;
     struct orch_toolcall *call;
-    struct orch_task *task; /* whose deadline stands still; NULL: the call is none (an upstream asks) */
     struct orch_ask_item *items;
     size_t n, left;
     void (*done)(void *ud);
@@ -188,21 +187,9 @@ static bool answer_fits(const struct orch_ask_item *it, const struct orch_json_d
 
 static void hold(struct orch_ask *a, bool on)
 {
-    struct orch_toolcall *c = a->call;
-    if (a->held == on)
-        return;
+    if (a->held != on)
+        orch_call_hold(a->call, on);
     a->held = on;
-    if (on && c->holds++ == 0) {
-        c->held_since_us = orch_now_us();
-        if (c->timer)
-            orch_timer_cancel(c->timer);
-    } else if (!on && --c->holds == 0) {
-        c->deadline_us += orch_now_us() - c->held_since_us;
-        if (c->timer)
-            orch_timer_set(c->timer, (c->deadline_us - orch_now_us()) / 1000);
-    }
-    if (a->task)
-        orch_task_hold(a->task, on);
 }
 
 static void take_answer(struct orch_ask_item *it, struct orch_slice answer)
@@ -429,8 +416,8 @@ const struct orch_ask_item *orch_asking_items(const struct orch_ask *a, size_t *
     return a->items;
 }
 
-struct orch_ask *orch_asking_start(struct orch_toolcall *c, struct orch_ask_item *items, size_t n, struct orch_task *task,
-                                   void (*done)(void *ud), void *ud, struct orch_err *err)
+struct orch_ask *orch_asking_start(struct orch_toolcall *c, struct orch_ask_item *items, size_t n, void (*done)(void *ud), void *ud,
+                                   struct orch_err *err)
 {
     int r = check(c, items, n, err);
     for (size_t i = 0; r == 0 && i < n; i++)
@@ -441,7 +428,7 @@ struct orch_ask *orch_asking_start(struct orch_toolcall *c, struct orch_ask_item
         return NULL;
     }
     struct orch_ask *a = orch_xcalloc(1, sizeof *a);
-    *a = (struct orch_ask){ .next = c->asks, .call = c, .task = task, .items = items, .n = n, .left = n, .done = done, .ud = ud };
+    *a = (struct orch_ask){ .next = c->asks, .call = c, .items = items, .n = n, .left = n, .done = done, .ud = ud };
     c->asks = a;
     for (size_t i = 0; i < n; i++)
         items[i].ask = a;

@@ -227,7 +227,7 @@ static void asked(void *ud, struct orch_slice id, const char *method, const stru
     struct orch_ask_item *item = orch_xcalloc(1, sizeof *item);
     *item = (struct orch_ask_item){ .key = orch_xasprintf("%s-%u", u->name, ++c->keys), .method = method, .needs = needs_of(method, d, params) };
     orch_buf_slice(&item->params, orch_json_raw(d, params));
-    q->ask = orch_asking_start(c, item, 1, NULL, answered, q, &err);
+    q->ask = orch_asking_start(c, item, 1, answered, q, &err);
     if (!q->ask) {
         orch_mcp_client_refuse(u->client, id, err.code == ENOTSUP ? ORCH_RPC_METHOD_NOT_FOUND : ORCH_RPC_INTERNAL_ERROR, err.msg);
         free(q->id);

@@ -9,22 +9,22 @@ return {
     properties = {
       command = { type = "string", description = "Command line for /bin/sh", minLength = 1, maxLength = 32768 },
       stdin = { type = "string", description = "Text for the command's standard input", maxLength = 1048576 },
-      timeout = { type = "number", description = "Seconds after which the command is ended", exclusiveMinimum = 0, maximum = 3600 },
+      timeout = { type = "number", description = "Seconds after which the command is ended; never more than vm.timeout of the configuration",
+        exclusiveMinimum = 0, maximum = 86400 },
     },
     required = { "command" },
     additionalProperties = false,
   },
   annotations = { title = "Run a command in a microVM", readOnlyHint = false, destructiveHint = false, openWorldHint = false },
-  timeout = "2m",
   run = function(args, ctx)
     local vm, err, code = ctx:vm()
     if not vm then return nil, err, code end
-    local r
-    r, err, code = vm:exec({ "/bin/sh", "-c", args.command }, { stdin = args.stdin, timeout = args.timeout })
-    if not r then return nil, err, code end
+    local r, so_far
+    r, err, code, so_far = vm:exec({ "/bin/sh", "-c", args.command }, { stdin = args.stdin, timeout = args.timeout })
+    if not r then return nil, so_far and err .. "\n" .. so_far.stdout .. so_far.stderr or err, code end
     local text = r.stdout .. r.stderr
     if r.truncated then text = text .. "\n[output cut at 1 MiB a stream]" end
-    if r.timed_out then text = text .. "\n[ended: time is up]" end
+    if r.limit then text = text .. "\n[" .. (r.timed_out and "ended: " or "timeout capped: ") .. r.limit .. "]" end
     return {
       text = text,
       structured = { status = r.status, signal = r.signal, timed_out = r.timed_out, truncated = r.truncated, ms = r.ms },

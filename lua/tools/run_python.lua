@@ -9,28 +9,28 @@ return {
       code = { type = "string", description = "The program", minLength = 1, maxLength = 262144 },
       args = { type = "array", description = "Its sys.argv[1:]", maxItems = 64,
         items = { type = "string", maxLength = 4096 } },
-      timeout = { type = "number", description = "Seconds after which it is ended", exclusiveMinimum = 0, maximum = 3600 },
+      timeout = { type = "number", description = "Seconds after which it is ended; never more than vm.timeout of the configuration",
+        exclusiveMinimum = 0, maximum = 86400 },
     },
     required = { "code" },
     additionalProperties = false,
   },
   annotations = { title = "Run Python in a microVM", readOnlyHint = false, destructiveHint = false, openWorldHint = false },
-  timeout = "2m",
   run = function(args, ctx)
     local vm, err, code = ctx:vm()
     if not vm then return nil, err, code end
     local argv = { "python3", "-" }
     for i, arg in ipairs(args.args or {}) do argv[2 + i] = arg end
-    local r
-    r, err, code = vm:exec(argv, { stdin = args.code, timeout = args.timeout })
-    if not r then return nil, err, code end
+    local r, so_far
+    r, err, code, so_far = vm:exec(argv, { stdin = args.code, timeout = args.timeout })
+    if not r then return nil, so_far and err .. "\n" .. so_far.stdout .. so_far.stderr or err, code end
     if r.failed == "not found" then
       return nil, "the image " .. vm.image .. " has no python3; build one that has, it is the default then: "
         .. "orch image build debian", "isolation"
     end
     local text = r.stdout .. r.stderr
     if r.truncated then text = text .. "\n[output cut at 1 MiB a stream]" end
-    if r.timed_out then text = text .. "\n[ended: time is up]" end
+    if r.limit then text = text .. "\n[" .. (r.timed_out and "ended: " or "timeout capped: ") .. r.limit .. "]" end
     return {
       text = text,
       structured = { status = r.status, signal = r.signal, timed_out = r.timed_out, truncated = r.truncated, ms = r.ms },
