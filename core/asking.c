@@ -473,7 +473,7 @@ void orch_call_resume(struct orch_session *s, struct orch_mcp_request *rq, const
     orch_json_string(d, p->state, &given);
     struct orch_toolcall *c = NULL;
     if (given.n && given.n < sizeof state && sscanf(given.p, "%u.%u.%u.", &slot, &serial, &round) == 3)
-        c = orch_call_ops.get(o, slot, serial);
+        c = orch_call_find(o, slot, serial);
     if (!c || !c->parked || c->round != round) {
         refuse_state(rq);
         return;
@@ -532,7 +532,7 @@ void orch_asking_end(struct orch_toolcall *c)
                 a->items[i].question = 0;
                 if (!a->items[i].answered) {
                     a->items[i].answered = a->items[i].failed = true;
-                    orch_buf_str(&a->items[i].error, "the call that asked has ended");
+                    orch_buf_str(&a->items[i].error, "the call is over");
                 }
             }
             a->left = 0;

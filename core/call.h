@@ -58,6 +58,7 @@ struct orch_toolcall {
 };
 
 struct orch_toolcall *orch_call_new(struct orch *o, struct orch_session *s);
+struct orch_toolcall *orch_call_find(struct orch *o, uint32_t slot, uint32_t serial); /* NULL: freed */
 void orch_call_free(struct orch_toolcall *c);
 void orch_call_running(struct orch_toolcall *c); /* joins the list of running ones */
 /* Starts its time. limit: what sets it ("vm.timeout"). */

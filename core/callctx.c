@@ -11,11 +11,17 @@
 
 enum { REFUSED_MAX = 20 }; /* connections of one call that the audit log names; the last says that it is */
 
-static struct orch_toolcall *call_get(void *ud, uint32_t slot, uint32_t serial)
+struct orch_toolcall *orch_call_find(struct orch *o, uint32_t slot, uint32_t serial)
 {
-    struct orch *o = ud;
     struct orch_toolcall *c = slot < o->n_slots ? o->slots[slot] : NULL;
     return c && c->gen && c->serial == serial ? c : NULL;
+}
+
+/* One that has its answer is over, also while that is kept for a client to come back. */
+static struct orch_toolcall *call_get(void *ud, uint32_t slot, uint32_t serial)
+{
+    struct orch_toolcall *c = orch_call_find(ud, slot, serial);
+    return c && !c->finished ? c : NULL;
 }
 
 /* What goes to the client before the result is redacted as the result is; false: nothing may go. */

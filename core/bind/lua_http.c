@@ -225,7 +225,7 @@ static void stream_close(struct orch_http_stream *s, const char *why)
 void orch_http_streams_close(struct orch_http_stream **list)
 {
     while (*list)
-        stream_close(*list, "the call it belongs to has ended");
+        stream_close(*list, "the call is over");
 }
 
 /* false: the call has too many. */
