@@ -814,7 +814,7 @@ static void pasta_dies_case(void)
     CHECK(!strcmp(orch_vm_network(g.vm), "attacked") && !strcmp(orch_vm_network(none.vm), "none"), "names");
     kill(v[0], SIGKILL);
     WAIT(g.lost, 5000);
-    CHECK(strstr(g.err.msg, "no network: pasta (killed by signal 9)"), "%s", g.err.msg);
+    CHECK(g.err.cls == ORCH_CLASS_CLOSED && strstr(g.err.msg, "no network: pasta (killed by signal 9)"), "%s", g.err.msg);
     CHECK(!none.lost, "the other is lost too");
     end(&g);
     end(&none);
@@ -1113,7 +1113,12 @@ static void address_race_case(void)
     }
     /* One whose filter cannot follow ends; something ran in it, so it is not of class ISOLATION. */
     struct guest g;
+    struct command c = { .done = false };
+    struct orch_err later;
     start(&g, policy());
+    static const char *const wait[] = { "sleep", "100", NULL };
+    struct orch_exec_opts wait_opts = { .argv = wait, .no_aslr = true, .done = on_done, .ud = &c };
+    CHECK(orch_exec_start(orch_vm_channel(g.vm, &later), &wait_opts, &later), "%s", later.msg);
     char command[96];
     snprintf(command, sizeof command, "nsenter -t %d -n nft add table ip other", newest_init());
     sh(command);
@@ -1121,6 +1126,9 @@ static void address_race_case(void)
     WAIT(g.lost, 2000);
     CHECK(g.err.cls == ORCH_CLASS_CLOSED && strstr(g.err.msg, "the packet filter could not follow") && strstr(g.err.msg, "table \"other\""), "%s",
           g.err.msg);
+    CHECK(c.done && !strcmp(c.out.p, g.err.msg), "under way: %s", c.out.p ? c.out.p : "nothing");
+    CHECK(!orch_vm_channel(g.vm, &later) && !strcmp(later.msg, g.err.msg) && later.cls == g.err.cls, "later: %s", later.msg);
+    orch_buf_free(&c.out);
     set_address("del", "203.0.113.99");
     end(&g);
     close_vms();

@@ -24,7 +24,7 @@ RUN = SHOW + """
   return show(assert(ctx:vm()):exec({ "sh", "-c", "echo so far; %s" }, { timeout = args.timeout }))
 """
 LONG = {"own": tool("own", RUN % "exec sleep 100", "2s"), "plain": tool("plain", RUN % "exec sleep 100"),
-        "stubborn": tool("stubborn", RUN % "trap '' TERM; sleep 100; sleep 100"), "four": tool("four", RUN % "sleep 4; echo end", "30s")}
+        "stubborn": tool("stubborn", RUN % "trap '' TERM; sleep 100; sleep 100")}
 
 
 def started(env, limit, tools, **capabilities):
@@ -46,7 +46,6 @@ def result(s, name, deadline_s=40, **arguments):
 # ---- a command that outlives its time
 
 ENDED = [  # vm.timeout, tool, the argument, what ended it, capped
-    ("3s", "plain", None, "3 s: vm.timeout", None),
     ("3s", "plain", 1, "1 s: the argument timeout", None),
     ("3s", "plain", 1000, "3 s: vm.timeout", True),
     ("3s", "stubborn", None, "3 s: vm.timeout", None),
@@ -70,7 +69,7 @@ for row in ENDED:
 
 @case("a longer command is a matter of one key; what is capped and ends in time says that it was capped")
 def longer(env):
-    s = started(env, "2s", {"build": tool("build", RUN % "sleep 4; echo built")})
+    s = started(env, "2s", {"build": tool("build", RUN % "sleep 3; echo built")})
     r = result(s, "build", timeout=20)
     expect(r["timed_out"] and r["stdout"] == "so far\n" and r["capped"] is True, r)
     env.write("orchestrator.lua", 'return { policies = "policies", tools = { "lua/tools" }, vm = { image = "base", timeout = "30s" } }')
@@ -295,12 +294,12 @@ def shorten(env):
 @case("scripts: a microVM lives for vm.timeout unless said, 0 is without end; vm run and vm spawn have no end of their own")
 def scripts(env):
     script = """local vm = assert(orch.vm.spawn { %s })
-      local r, why, code = vm:exec { "sh", "-c", "sleep 4; echo whole" }
+      local r, why, code = vm:exec { "sh", "-c", "sleep 3; echo whole" }
       io.write(r and r.stdout or why:gsub("^microVM %%S+ ", "") .. " " .. code)"""
     env.shared_cache().project(ALLOW_ALL, more='vm = { image = "base", timeout = "2s" }')
-    expect(env.orch("vm", "run", "--", "sh", "-c", "sleep 4; echo whole", config=True, deadline_s=START_S).out == "whole\n")
+    expect(env.orch("vm", "run", "--", "sh", "-c", "sleep 3; echo whole", config=True, deadline_s=START_S).out == "whole\n")
     for options, expected in (("", "its time of 2 s is over (vm.timeout) timeout"), ("timeout = 1", "its time of 1 s is over (timeout) timeout"),
-                              ("timeout = 0", "whole\n"), ('timeout = "1m"', "whole\n")):
+                              ("timeout = 0", "whole\n")):
         r = env.orch("-e", script % options, config=True, deadline_s=30)
         expect(r.out == expected, options, r)
 
