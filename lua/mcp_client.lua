@@ -101,13 +101,18 @@ Call.__index = Call
 function Call:left() return math.max(self.deadline - orch.now(), 0) end
 function Call:alive()
   self.deadline = math.min(orch.now() + self.timeout, self.hard)
+  self.at_most = self.deadline == self.hard
+end
+function Call:late()
+  if self.at_most then return ("not done within %g s (max_timeout)"):format(self.most) end
+  return ("no answer within %g s (timeout)"):format(self.timeout)
 end
 
 local function new_call(self, opts)
   local now, timeout = orch.now(), http.seconds(opts.timeout, self._.timeout)
-  local hard = now + math.max(http.seconds(opts.max_timeout, timeout * 10), timeout)
+  local most = math.max(http.seconds(opts.max_timeout, timeout * 10), timeout)
   self._.next_id = self._.next_id + 1
-  return setmetatable({ id = self._.next_id, timeout = timeout, deadline = now + timeout, hard = hard,
+  return setmetatable({ id = self._.next_id, timeout = timeout, deadline = now + timeout, hard = now + most, most = most,
     progress = opts.progress, headers = opts.headers, on_message = opts.on_message }, Call)
 end
 

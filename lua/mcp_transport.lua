@@ -110,7 +110,7 @@ function Stdio:exchange(msg, call)
   self.waiting[msg.id] = nil
   if w.msg then return w.msg end
   if self.gone then return nil, self.gone[1], self.gone[2] end
-  return nil, ("%s: no answer within %d ms; %s"):format(self.name, call.timeout * 1000, self.pipe:stderr()), "timeout"
+  return nil, ("%s: %s; %s"):format(self.name, call:late(), self.pipe:stderr()), "timeout"
 end
 
 function Stdio:close() self.pipe:close() end
@@ -250,19 +250,19 @@ end
 
 local function exchange(self, msg, call, text)
   local stream, status, h, http_status = open(self, "POST", post_headers(self, msg, call), text, call:left())
-  if not stream then return nil, status, h, http_status end
+  if not stream then return nil, h == "timeout" and self.name .. ": " .. call:late() or status, h, http_status end
   if msg.method == "initialize" then self.session = h["mcp-session-id"] end
   local kind = (h["content-type"] or ""):lower()
   if status == 200 and kind:find("text/event-stream", 1, true) then
     local answer, why, code, id, retry = events(self, stream, call)
     stream:close()
     if not answer and self.client.era ~= "modern" then answer, why, code = resume(self, call, why, code, id, retry) end
-    if not answer and code == "timeout" then why = ("no answer within %d ms"):format(call.timeout * 1000) end
+    if not answer and code == "timeout" then why = call:late() end
     if not answer then return nil, self.name .. ": " .. tostring(why), code end
     return answer
   end
-  local body, why, code = http.collect(stream, orch.now() + call:left())
-  if not body then return nil, self.name .. ": " .. why, code end
+  local body, why, code = http.collect(stream, call.deadline)
+  if not body then return nil, self.name .. ": " .. (code == "timeout" and call:late() or why), code end
   local answer = kind:find("application/json", 1, true) and decode(body)
   if answer and (is_answer(answer, call.id) or (status >= 400 and type(answer.error) == "table")) then return answer, nil, nil, status end
   return M.as_error(self, status, msg.method, #body)

@@ -239,10 +239,10 @@ def slow(env):
 for _, name in ipairs { "silent", "steps" } do
   local t = orch.now()
   local result, why, code = client:call_tool(name, {}, { timeout = 0.3, max_timeout = 0.9, progress = function() end })
-  say(result, code, orch.now() - t < 0.8 and "soon" or orch.now() - t < 5 and "later")
+  say(result, code, orch.now() - t < 0.8 and "soon" or orch.now() - t < 5 and "later", (why:gsub("^[^ ]+ ", "")))
 end
 orch.sleep(0.3)''', 'protocol = "2025-11-25"')
-        expect(r.out == "nil\ttimeout\tsoon\nnil\ttimeout\tlater\n", r)
+        expect(r.out == "nil\ttimeout\tsoon\tno answer within 0.3 s (timeout)\nnil\ttimeout\tlater\tnot done within 0.9 s (max_timeout)\n", r)
         expect(server.methods().count("notifications/cancelled") == 2, server.methods())
 
 
