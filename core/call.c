@@ -659,7 +659,7 @@ static void time_over(void *ud)
 {
     struct orch_toolcall *c = ud;
     struct orch_err err;
-    if (c->finished) /* by an event of the same turn */
+    if (c->finished || c->holds) /* by an event of the same turn */
         return;
     if (c->grace_ms > VM_GRACE_MS || (!c->grace_ms && !c->vms)) {
         expire(c);
