@@ -278,6 +278,8 @@ static void failed(struct orch_vm *vm, const char *reason, const struct orch_err
                                           : "starting the VMM");
         if (vm->err.cls != ORCH_CLASS_ISOLATION) /* that class: nothing ran, so it wrote nothing */
             orch_rundir_explain(vm->rundir, &vm->err);
+    } else if (strcmp(reason, "template") != 0) { /* whose error names that */
+        orch_err_wrap(&vm->err, "microVM %s", vm->id);
     }
     release(vm);
     free_channel(vm);
