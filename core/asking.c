@@ -216,7 +216,7 @@ static void legacy_reply(void *ud, const struct orch_json_doc *d, uint32_t resul
     uint32_t message = error && d->toks[error].type == ORCH_JSON_OBJECT ? orch_json_get(d, error, "message") : 0;
     if (!message || orch_json_string(d, message, &text) < 0)
         orch_buf_str(&text, error ? "no reason given" : "its answer has not the form that the method wants");
-    it->failed = true;
+    it->failed = ORCH_CLASS_FAILED;
     orch_buf_printf(&it->error, "the client refused %s: %.*s", it->method, text.n > 500 ? 500 : (int)text.n, text.p);
     take_answer(it, (struct orch_slice){ 0 });
 }
@@ -231,7 +231,7 @@ static void legacy_late(void *ud)
         if (a->call->rq)
             orch_mcp_ask_cancel(a->call->rq, it->question);
         it->question = 0;
-        it->failed = true;
+        it->failed = ORCH_CLASS_TIMEOUT;
         orch_buf_str(&it->error, TOO_LATE);
         take_answer(it, (struct orch_slice){ 0 });
         left--;
@@ -531,7 +531,8 @@ void orch_asking_end(struct orch_toolcall *c)
             for (size_t i = 0; i < a->n; i++) {
                 a->items[i].question = 0;
                 if (!a->items[i].answered) {
-                    a->items[i].answered = a->items[i].failed = true;
+                    a->items[i].answered = true;
+                    a->items[i].failed = ORCH_CLASS_CLOSED;
                     orch_buf_str(&a->items[i].error, "the call is over");
                 }
             }

@@ -34,7 +34,8 @@ struct orch_ask_item {
     unsigned needs;       /* ORCH_MCP_CAP_* */
     uint64_t question;    /* of a legacy client; 0: none is under way */
     struct orch_buf params, answer, error;
-    bool answered, failed; /* failed: answer is empty, error says why */
+    bool answered;
+    enum orch_class failed; /* answer is empty, error says why; 0: it did not fail */
 };
 bool orch_asking_done(const struct orch_ask *a);
 const struct orch_ask_item *orch_asking_items(const struct orch_ask *a, size_t *n);

@@ -36,7 +36,7 @@ static int push_answers(lua_State *L, struct asking *k)
     for (size_t i = 0; i < n; i++) {
         if (items[i].failed) {
             struct orch_err err = { 0 };
-            orch_err_set(&err, EPROTO, "%s", items[i].error.p);
+            orch_err_setc(&err, items[i].failed, EPROTO, "%s", items[i].error.p);
             return orch_push_err(L, &err);
         }
         push_answer(L, &items[i]);

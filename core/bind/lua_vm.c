@@ -611,7 +611,7 @@ static void inherit_stdin(struct operation *op, struct orch_loop *loop)
 }
 
 /* How long a command may run: at most what is left of the call's time, so that the guest ends it and its output
- * is there to be answered with. 0 with err: nothing is left. */
+ * is there to be answered with. Negative with err: nothing is left. */
 static int bound_exec(struct operation *op, struct orch_exec_opts *x, struct orch_err *err)
 {
     struct orch_vm_handle *h = op->h;

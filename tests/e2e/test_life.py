@@ -1,7 +1,7 @@
 # Handles that outlive what they stand for, and the times that end it: every handle × every way of ending × every
 # method; and one clock for a call, whose expiry names the key to raise.
 # as: user asan
-import fcntl, json, re, signal
+import json, re, signal, socket
 
 from orch_e2e import *
 
@@ -174,6 +174,12 @@ def kept(env):
 
 SERVED = PRINT + """
 local got, waiting = {}, nil
+local function stay(tasks)
+  for name, task in pairs(tasks) do
+    orch.task.spawn(function() got[name] = { task() } if waiting then waiting:cancel() end end)
+  end
+  orch.sleep(0)
+end
 orch.mcp.serve { transport = "stdio", tools = {
   { name = "leave", description = "Goes, but its task stays", input = { type = "object" }, run = function(_, ctx)
       local vm, new, fetch = assert(ctx:vm()), ctx.vm, ctx.http
@@ -184,17 +190,21 @@ orch.mcp.serve { transport = "stdio", tools = {
         late = function() orch.sleep(0.5) return pcall(new, ctx) end,
         late_http = function() orch.sleep(0.5) return pcall(fetch, ctx, { url = "http://127.0.0.1/" }) end,
       }
-      for name, task in pairs(tasks) do
-        orch.task.spawn(function() got[name] = { task() } if waiting then waiting:cancel() end end)
-      end
-      orch.sleep(0)
+      stay(tasks)
       return vm.id
+    end },
+  { name = "leave_others", description = "The same with what is not in a microVM", input = { type = "object" }, run = function(_, ctx)
+      stay {
+        http = function() return ctx:http { url = "http://127.0.0.1:PORT/" } end, -- where nobody answers
+        elicit = function() return ctx:elicit { message = "Who?" } end,
+      }
+      return "left"
     end },
   { name = "got", description = "What they got", input = { type = "object" }, run = function()
       while true do
         local n = 0
         for _ in pairs(got) do n = n + 1 end
-        if n == 5 then break end
+        if n == 7 then break end
         waiting = orch.task.spawn(orch.sleep, 30)
         waiting:join()
       end
@@ -211,22 +221,31 @@ orch.mcp.serve { transport = "stdio", tools = {
 
 @case("a script's tool whose tasks outlive its call: what they wait for ends with the call, also a microVM that is being started")
 def served(env):
-    project(env)
+    deaf = socket.create_server(("127.0.0.1", 0))
+    port = str(deaf.getsockname()[1])
+    project(env, rules='return { rules = { { tool = "leave_others", action = "allow", network = "web" }, { tool = "*", action = "allow" } } }',
+            more='net = { permit_private = { "127.0.0.1/32" } }')
+    env.write("policies/network.lua", 'return { web = { allow = { { cidr = "127.0.0.1/32", ports = { %s } } } } }' % port)
     expect(env.orch("vm", "run", "--", "true", config=True, deadline_s=START_S).status == 0)
-    s = env.session(argv=[ORCH, "--config", env.config, env.write("served.lua", SERVED)])
-    s.initialize()
+    s = env.session(argv=[ORCH, "--config", env.config, env.write("served.lua", SERVED.replace("PORT", port))])
+    s.request("initialize", {"protocolVersion": LEGACY, "capabilities": {"elicitation": {}}, "clientInfo": {"name": "c", "version": "1"}})
+    s.notify("notifications/initialized")
     vm = text_of(s.call("leave", deadline_s=START_S))
+    expect(text_of(s.call("leave_others")) == "left")
     fresh, status = text_of(s.call("fresh", deadline_s=30)).split()
     expect(fresh != vm and status == "0", vm, fresh, status)
     got = json.loads(text_of(s.call("got", deadline_s=30)))
     for name in ("exec", "read_file"):
         expect(got[name] == "nil microVM %s: the call is over closed" % vm, name, got[name])
     expect(re.fullmatch(r"nil microVM vm-\w+: the call is over closed", got["spawn"]) and vm not in got["spawn"], got["spawn"])
+    expect(got["http"] == "nil the call is over closed", got["http"])
+    expect(got["elicit"] == "nil the call is over closed", got["elicit"])
     for name in ("late", "late_http"):
         expect(got[name].startswith("false ") and "ctx: the call is over" in got[name], name, got[name])
+    deaf.close()
     expect(s.end() == 0)
     outcomes = [l for l in env.audit() if l["event"] == "outcome"]
-    expect([l.get("vm") for l in outcomes] == [vm, fresh, None], outcomes)
+    expect([l.get("vm") for l in outcomes] == [vm, None, fresh, None], outcomes)
     left = leftovers(2)
     expect(not left, left)
 
