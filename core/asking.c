@@ -25,7 +25,6 @@ enum {
 struct orch_ask {
     struct orch_ask *next;
     struct orch_toolcall *call;
-    struct orch_task *task; /* whose deadline stands still; NULL: the call is none (an upstream asks) */
     struct orch_ask_item *items;
     size_t n, left;
     void (*done)(void *ud);
@@ -188,21 +187,9 @@ static bool answer_fits(const struct orch_ask_item *it, const struct orch_json_d
 
 static void hold(struct orch_ask *a, bool on)
 {
-    struct orch_toolcall *c = a->call;
-    if (a->held == on)
-        return;
+    if (a->held != on)
+        orch_call_hold(a->call, on);
     a->held = on;
-    if (on && c->holds++ == 0) {
-        c->held_since_us = orch_now_us();
-        if (c->timer)
-            orch_timer_cancel(c->timer);
-    } else if (!on && --c->holds == 0) {
-        c->deadline_us += orch_now_us() - c->held_since_us;
-        if (c->timer)
-            orch_timer_set(c->timer, (c->deadline_us - orch_now_us()) / 1000);
-    }
-    if (a->task)
-        orch_task_hold(a->task, on);
 }
 
 static void take_answer(struct orch_ask_item *it, struct orch_slice answer)
@@ -229,7 +216,7 @@ static void legacy_reply(void *ud, const struct orch_json_doc *d, uint32_t resul
     uint32_t message = error && d->toks[error].type == ORCH_JSON_OBJECT ? orch_json_get(d, error, "message") : 0;
     if (!message || orch_json_string(d, message, &text) < 0)
         orch_buf_str(&text, error ? "no reason given" : "its answer has not the form that the method wants");
-    it->failed = true;
+    it->failed = ORCH_CLASS_FAILED;
     orch_buf_printf(&it->error, "the client refused %s: %.*s", it->method, text.n > 500 ? 500 : (int)text.n, text.p);
     take_answer(it, (struct orch_slice){ 0 });
 }
@@ -244,7 +231,7 @@ static void legacy_late(void *ud)
         if (a->call->rq)
             orch_mcp_ask_cancel(a->call->rq, it->question);
         it->question = 0;
-        it->failed = true;
+        it->failed = ORCH_CLASS_TIMEOUT;
         orch_buf_str(&it->error, TOO_LATE);
         take_answer(it, (struct orch_slice){ 0 });
         left--;
@@ -429,8 +416,8 @@ const struct orch_ask_item *orch_asking_items(const struct orch_ask *a, size_t *
     return a->items;
 }
 
-struct orch_ask *orch_asking_start(struct orch_toolcall *c, struct orch_ask_item *items, size_t n, struct orch_task *task,
-                                   void (*done)(void *ud), void *ud, struct orch_err *err)
+struct orch_ask *orch_asking_start(struct orch_toolcall *c, struct orch_ask_item *items, size_t n, void (*done)(void *ud), void *ud,
+                                   struct orch_err *err)
 {
     int r = check(c, items, n, err);
     for (size_t i = 0; r == 0 && i < n; i++)
@@ -441,7 +428,7 @@ struct orch_ask *orch_asking_start(struct orch_toolcall *c, struct orch_ask_item
         return NULL;
     }
     struct orch_ask *a = orch_xcalloc(1, sizeof *a);
-    *a = (struct orch_ask){ .next = c->asks, .call = c, .task = task, .items = items, .n = n, .left = n, .done = done, .ud = ud };
+    *a = (struct orch_ask){ .next = c->asks, .call = c, .items = items, .n = n, .left = n, .done = done, .ud = ud };
     c->asks = a;
     for (size_t i = 0; i < n; i++)
         items[i].ask = a;
@@ -486,7 +473,7 @@ void orch_call_resume(struct orch_session *s, struct orch_mcp_request *rq, const
     orch_json_string(d, p->state, &given);
     struct orch_toolcall *c = NULL;
     if (given.n && given.n < sizeof state && sscanf(given.p, "%u.%u.%u.", &slot, &serial, &round) == 3)
-        c = orch_call_ops.get(o, slot, serial);
+        c = orch_call_find(o, slot, serial);
     if (!c || !c->parked || c->round != round) {
         refuse_state(rq);
         return;
@@ -544,8 +531,9 @@ void orch_asking_end(struct orch_toolcall *c)
             for (size_t i = 0; i < a->n; i++) {
                 a->items[i].question = 0;
                 if (!a->items[i].answered) {
-                    a->items[i].answered = a->items[i].failed = true;
-                    orch_buf_str(&a->items[i].error, "the call that asked has ended");
+                    a->items[i].answered = true;
+                    a->items[i].failed = ORCH_CLASS_CLOSED;
+                    orch_buf_str(&a->items[i].error, "the call is over");
                 }
             }
             a->left = 0;

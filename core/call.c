@@ -14,7 +14,13 @@ enum {
     NAME_AUDIT_BYTES = 256, /* of an unknown tool */
     REASON_AUDIT_BYTES = 4096,
     SPARE_CALLS = 256,
+    /* After the end of a call's time, while it has microVMs: a command in one was ended by its guest, which
+     * takes up to 2 s, and its output is worth an answer; then the microVMs end, then the call. */
+    VM_GRACE_MS = 6000,
+    END_GRACE_MS = 4000,
 };
+
+#define CALL_OVER "the call is over"
 
 /* orch_answer's handle is the call itself. */
 struct orch_tool_call {
@@ -69,7 +75,7 @@ struct orch_toolcall *orch_call_new(struct orch *o, struct orch_session *s)
         c->slot = (uint32_t)o->n_slots++;
     }
     *c = (struct orch_toolcall){ .o = o, .session = s, .slot = c->slot, .serial = c->serial + 1, .args_ref = LUA_NOREF,
-                                 .args = c->args, .text = c->text, .meta = c->meta };
+                                 .args = c->args, .text = c->text, .meta = c->meta, .timer = c->timer };
     s->refs++;
     c->args.n = c->text.n = c->meta.n = 0;
     c->gen = orch_generation_ref(o->gen);
@@ -83,8 +89,9 @@ void orch_call_free(struct orch_toolcall *c)
     struct orch *o = c->o;
     if (c->args_ref != LUA_NOREF)
         luaL_unref(orch_state_lua(c->tool->state), LUA_REGISTRYINDEX, c->args_ref);
-    orch_timer_free(c->timer);
-    orch_vm_handles_close(&c->vms);
+    if (c->timer)
+        orch_timer_cancel(c->timer);
+    orch_vm_handles_close(&c->vms, CALL_OVER);
     orch_http_streams_close(&c->streams);
     orch_generation_unref(c->gen);
     orch_session_unref(c->session);
@@ -104,6 +111,39 @@ void orch_call_free(struct orch_toolcall *c)
     if (!c->owed) {
         c->next = o->spare;
         o->spare = c;
+    }
+}
+
+/* ---- its time */
+
+static void time_over(void *ud);
+
+void orch_call_clock(struct orch_toolcall *c, int64_t ms, const char *limit)
+{
+    c->deadline_us = orch_now_us() + ms * 1000;
+    c->time_ms = ms;
+    c->limit = limit;
+}
+
+void orch_call_arm(struct orch_toolcall *c)
+{
+    if (c->finished || c->holds)
+        return;
+    if (!c->timer)
+        c->timer = orch_timer_new(c->o->loop, time_over, c);
+    int64_t left = c->deadline_us / 1000 + c->grace_ms - orch_now_us() / 1000;
+    orch_timer_set(c->timer, left > 0 ? left : 0);
+}
+
+void orch_call_hold(struct orch_toolcall *c, bool on)
+{
+    if (on && c->holds++ == 0) {
+        c->held_since_us = orch_now_us();
+        if (c->timer)
+            orch_timer_cancel(c->timer);
+    } else if (!on && --c->holds == 0) {
+        c->deadline_us += orch_now_us() - c->held_since_us;
+        orch_call_arm(c);
     }
 }
 
@@ -128,8 +168,10 @@ void orch_calls_want(struct orch *o)
 static void call_end(struct orch_toolcall *c)
 {
     c->finished = true;
+    if (c->timer)
+        orch_timer_cancel(c->timer);
     orch_asking_end(c);
-    orch_vm_handles_close(&c->vms);
+    orch_vm_handles_close(&c->vms, CALL_OVER);
     orch_http_streams_close(&c->streams);
     list_push(&c->o->ended, c);
     orch_calls_want(c->o);
@@ -189,10 +231,15 @@ static void put_text_result(struct orch_toolcall *c, struct orch_slice prefix, s
     put_meta(c);
 }
 
-static void set_failure(struct orch_toolcall *c, const char *kind, const char *text)
+static void set_failure_bytes(struct orch_toolcall *c, const char *kind, struct orch_slice text)
 {
     cleanup_free char *prefix = orch_xasprintf("%s: ", kind);
-    put_text_result(c, orch_slice_str(prefix), orch_slice_str(text), true);
+    put_text_result(c, orch_slice_str(prefix), text, true);
+}
+
+static void set_failure(struct orch_toolcall *c, const char *kind, const char *text)
+{
+    set_failure_bytes(c, kind, orch_slice_str(text));
 }
 
 void orch_call_fail(struct orch_toolcall *c, const struct orch_err *err)
@@ -576,8 +623,13 @@ static void take_result(struct orch_toolcall *c, lua_State *L, int nres)
         put_text_result(c, (struct orch_slice){ 0 }, (struct orch_slice){ s, n }, false);
     } else if (type == LUA_TNIL && nres >= 2) {
         const char *code = nres >= 3 && lua_type(L, first + 2) == LUA_TSTRING ? lua_tostring(L, first + 2) : NULL;
-        const char *text = lua_tostring(L, first + 1);
-        set_failure(c, code && strcmp(code, "isolation") == 0 ? "not run" : "failed", text ? text : "the tool gave no reason");
+        struct orch_slice why = ORCH_SLICE("the tool gave no reason");
+        const char *text = lua_tolstring(L, first + 1, &why.n); /* a guest's output may be in it */
+        if (text)
+            why.p = text;
+        else
+            why = ORCH_SLICE("the tool gave no reason");
+        set_failure_bytes(c, code && strcmp(code, "isolation") == 0 ? "not run" : "failed", why);
         if (code && strcmp(code, "capability") == 0 && c->modern && c->missing)
             orch_asking_missing(c);
         else if (nres >= 3 && lua_type(L, first + 2) == LUA_TNUMBER) /* it wants a JSON-RPC error */
@@ -600,19 +652,41 @@ static void task_done(void *ud, lua_State *L, int nres, const struct orch_err *e
     orch_call_end(c);
 }
 
-static void deadline_passed(void *ud)
+/* Of a task the end comes when its last wait has been told. */
+static void expire(struct orch_toolcall *c)
 {
-    struct orch_toolcall *c = ud;
-    if (c->finished) /* by an event of the same turn */
+    double s = (double)c->time_ms / 1000;
+    cleanup_free char *m = orch_xasprintf("%s within %g s (%s)",
+                                          c->task ? "not done" : c->upstream ? "no answer and no progress" : "no answer", s, c->limit);
+    if (c->task) {
+        orch_task_end(c->task, ORCH_CLASS_TIMEOUT, m);
         return;
-    double s = (double)c->tool->timeout_ms / 1000;
-    cleanup_free char *m = c->upstream ? orch_xasprintf("no answer and no progress within %g s (--timeout)", s)
-                                       : orch_xasprintf("no answer within %g s (the tool's timeout)", s);
+    }
     if (c->upstream)
         orch_mcp_client_cancel(c->upstream, "timeout");
     c->upstream = NULL;
     set_failure(c, "failed", m);
     orch_call_end(c);
+}
+
+static void time_over(void *ud)
+{
+    struct orch_toolcall *c = ud;
+    struct orch_err err;
+    if (c->finished || c->holds) /* by an event of the same turn */
+        return;
+    if (c->grace_ms > VM_GRACE_MS || (!c->grace_ms && !c->vms)) {
+        expire(c);
+        return;
+    }
+    if (c->grace_ms) {
+        orch_err_setc(&err, ORCH_CLASS_TIMEOUT, ETIMEDOUT, ORCH_VM_TIME_OVER, (double)c->time_ms / 1000, c->limit);
+        orch_vm_handles_end(c->vms, &err);
+        c->grace_ms += END_GRACE_MS;
+    } else {
+        c->grace_ms = VM_GRACE_MS;
+    }
+    orch_call_arm(c);
 }
 
 static void upstream_done(void *ud, struct orch_slice result, const struct orch_err *err)
@@ -646,9 +720,8 @@ static void upstream_done(void *ud, struct orch_slice result, const struct orch_
 static void upstream_progress(void *ud, double done, double total, struct orch_slice message)
 {
     struct orch_toolcall *c = ud;
-    c->deadline_us = (c->holds ? c->held_since_us : orch_now_us()) + c->tool->timeout_ms * 1000;
-    if (!c->holds)
-        orch_timer_set(c->timer, c->tool->timeout_ms);
+    c->deadline_us = (c->holds ? c->held_since_us : orch_now_us()) + c->time_ms * 1000;
+    orch_call_arm(c);
     orch_call_ops.progress(c, done, total, message);
 }
 
@@ -656,7 +729,10 @@ static void call_run(struct orch_toolcall *c)
 {
     struct orch *o = c->o;
     struct orch_tool *t = c->tool;
-    c->deadline_us = orch_now_us() + t->timeout_ms * 1000;
+    if (t->timeout_ms)
+        orch_call_clock(c, t->timeout_ms, t->limit ? t->limit : "the tool's timeout");
+    else
+        orch_call_clock(c, c->gen->cfg.vm_timeout_ms, "vm.timeout");
     list_push(&o->running, c);
     struct orch_err task_err = { 0 };
     bool with_task = t->task && (c->caps & ORCH_MCP_CAP_TASKS) && c->rq;
@@ -674,10 +750,8 @@ static void call_run(struct orch_toolcall *c)
         orch_call_end(c);
         return;
     }
-    if (t->fn || t->run_ref == LUA_NOREF) {
-        c->timer = orch_timer_new(o->loop, deadline_passed, c);
-        orch_timer_set(c->timer, t->timeout_ms);
-    }
+    if (t->fn || t->run_ref == LUA_NOREF)
+        orch_call_arm(c);
     if (t->fn) {
         c->owed = true;
         t->fn(t->fn_ud, (struct orch_tool_call *)c, c->args.p);
@@ -702,9 +776,11 @@ static void call_run(struct orch_toolcall *c)
     lua_rawgeti(L, LUA_REGISTRYINDEX, c->args_ref);
     orch_push_ctx(L, c->slot, c->serial);
     /* It may end at once: then it is in the list of ended ones, which only our caller empties. */
-    struct orch_task *task = orch_task_start(o->loop, c->tool->state, 2, t->timeout_ms, task_done, c);
-    if (!c->finished)
-        c->task = task;
+    struct orch_task *task = orch_task_start(o->loop, c->tool->state, 2, task_done, c);
+    if (c->finished)
+        return;
+    c->task = task;
+    orch_call_arm(c);
 }
 
 /* ---- outcome and answer */
@@ -870,7 +946,7 @@ void orch_call_cancel(struct orch_toolcall *c, const char *why)
     c->cancelled = true;
     if (c->task) {
         orch_task_cancel(c->task, why);
-    } else if (c->upstream || c->timer) {
+    } else if (c->upstream || c->owed) {
         if (c->upstream)
             orch_mcp_client_cancel(c->upstream, why);
         c->upstream = NULL;
@@ -908,6 +984,7 @@ void orch_calls_free(struct orch *o)
         orch_buf_free(&o->slots[i]->args);
         orch_buf_free(&o->slots[i]->text);
         orch_buf_free(&o->slots[i]->meta);
+        orch_timer_free(o->slots[i]->timer);
         free(o->slots[i]);
     }
     free(o->slots);

@@ -19,7 +19,12 @@ struct orch_toolcall {
     void *done_ud;
     char id[40];
     uint32_t slot, serial;
-    int64_t begun_us, deadline_us;
+    int64_t begun_us;
+    /* Its time: starts when it runs, stands still while held. */
+    struct orch_timer *timer; /* kept with the record; armed when the call waits */
+    int64_t deadline_us, held_since_us, time_ms, grace_ms;
+    const char *limit; /* what sets time_ms, for people; its generation's */
+    unsigned holds;
     int decision; /* ORCH_ALLOW, ORCH_ASK, ORCH_DENY; 0: bad arguments or unknown */
     bool reserved, cancelled, is_error, finished, raw, modern;
     bool owed; /* a C tool has not called orch_answer yet: the record is not used again before */
@@ -35,7 +40,6 @@ struct orch_toolcall {
     unsigned refused; /* connections that it did not allow */
     struct orch_task *task;
     struct orch_mcp_client_call *upstream;
-    struct orch_timer *timer; /* deadline of calls that are no task */
     struct orch_vm_handle *vms;
     struct orch_http_stream *streams;
     enum orch_isolation isolation;
@@ -45,8 +49,7 @@ struct orch_toolcall {
     unsigned caps, missing;      /* ORCH_MCP_CAP_*: declared; needed but not declared */
     struct orch_ask *asks;
     struct orch_buf inputs;      /* inputResponses of the request at hand */
-    unsigned holds, round, keys;
-    int64_t held_since_us;
+    unsigned round, keys;
     char *digest;                /* of method, name and arguments, when the client can be asked */
     bool wants_park, parked, answered; /* answered: its answer waits for the client's retry */
     int64_t park_ends_us;
@@ -55,8 +58,16 @@ struct orch_toolcall {
 };
 
 struct orch_toolcall *orch_call_new(struct orch *o, struct orch_session *s);
+struct orch_toolcall *orch_call_find(struct orch *o, uint32_t slot, uint32_t serial); /* NULL: freed */
 void orch_call_free(struct orch_toolcall *c);
 void orch_call_running(struct orch_toolcall *c); /* joins the list of running ones */
+/* Starts its time. limit: what sets it ("vm.timeout"). */
+void orch_call_clock(struct orch_toolcall *c, int64_t ms, const char *limit);
+/* It waits: from now on the end of its time ends it. */
+void orch_call_arm(struct orch_toolcall *c);
+/* Its time stands still while it waits for what has a time of its own (a person's answer, a template that is
+ * made). Each on is matched by an off. */
+void orch_call_hold(struct orch_toolcall *c, bool on);
 /* The task of it ended: leaves the list, and is answered in a turn of its own. */
 void orch_call_end(struct orch_toolcall *c);
 void orch_call_cancel(struct orch_toolcall *c, const char *why);
@@ -75,8 +86,8 @@ void orch_asking_missing(struct orch_toolcall *c); /* makes the answer the error
 bool orch_asking_open(const struct orch_toolcall *c); /* some answer is still awaited */
 void orch_asking_requests(struct orch_toolcall *c, struct orch_buf *b); /* "inputRequests":{…} */
 void orch_asking_update(struct orch_toolcall *c, struct orch_slice inputs);
-struct orch_ask *orch_asking_start(struct orch_toolcall *c, struct orch_ask_item *items, size_t n, struct orch_task *task,
-                                   void (*done)(void *ud), void *ud, struct orch_err *err);
+struct orch_ask *orch_asking_start(struct orch_toolcall *c, struct orch_ask_item *items, size_t n, void (*done)(void *ud), void *ud,
+                                   struct orch_err *err);
 void orch_asking_free(struct orch_ask *a);
 
 /* The call becomes a task: its request is answered with the task's id. -ENOTSUP: the client has no tasks. */

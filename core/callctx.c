@@ -11,11 +11,17 @@
 
 enum { REFUSED_MAX = 20 }; /* connections of one call that the audit log names; the last says that it is */
 
-static struct orch_toolcall *call_get(void *ud, uint32_t slot, uint32_t serial)
+struct orch_toolcall *orch_call_find(struct orch *o, uint32_t slot, uint32_t serial)
 {
-    struct orch *o = ud;
     struct orch_toolcall *c = slot < o->n_slots ? o->slots[slot] : NULL;
     return c && c->gen && c->serial == serial ? c : NULL;
+}
+
+/* One that has its answer is over, also while that is kept for a client to come back. */
+static struct orch_toolcall *call_get(void *ud, uint32_t slot, uint32_t serial)
+{
+    struct orch_toolcall *c = orch_call_find(ud, slot, serial);
+    return c && !c->finished ? c : NULL;
 }
 
 /* What goes to the client before the result is redacted as the result is; false: nothing may go. */
@@ -117,15 +123,19 @@ static struct orch_http_stream **ctx_streams(struct orch_toolcall *c)
     return &c->streams;
 }
 
-static int64_t ctx_left_ms(const struct orch_toolcall *c)
+static struct orch_call_time ctx_time(const struct orch_toolcall *c)
 {
-    return (c->deadline_us - orch_now_us()) / 1000;
+    int64_t now = c->holds ? c->held_since_us : orch_now_us();
+    return (struct orch_call_time){ (c->deadline_us - now) / 1000, c->time_ms, c->limit };
 }
 
-static void ctx_adopt(struct orch_toolcall *c, struct orch_vm_handle *h)
+static struct orch_vm_handle **ctx_vms(struct orch_toolcall *c)
 {
-    orch_vm_handle_adopt(&c->vms, h);
-    struct orch_vm *vm = orch_vm_handle_vm(h);
+    return &c->vms;
+}
+
+static void ctx_ran(struct orch_toolcall *c, const struct orch_vm *vm)
+{
     c->isolation = orch_vm_isolation(vm);
     snprintf(c->vm_id, sizeof c->vm_id, "%s", orch_vm_id(vm));
 }
@@ -163,8 +173,10 @@ const struct orch_env_call_ops orch_call_ops = {
     .network = ctx_network,
     .streams = ctx_streams,
     .may_connect = ctx_may_connect,
-    .left_ms = ctx_left_ms,
-    .adopt = ctx_adopt,
+    .time = ctx_time,
+    .hold = orch_call_hold,
+    .vms = ctx_vms,
+    .ran = ctx_ran,
     .task = orch_job_begin,
     .release = ctx_release,
     .caps = ctx_caps,

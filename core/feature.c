@@ -5,8 +5,6 @@
 #include <errno.h>
 #include <string.h>
 
-enum { TIMEOUT_MS = 60 * 1000 };
-
 static bool cacheable(const char *method)
 {
     return strcmp(method, "prompts/get") != 0 && strcmp(method, "completion/complete") != 0;
@@ -95,7 +93,7 @@ void orch_feature_call(struct orch_session *s, struct orch_mcp_request *rq, cons
     c->modern = orch_mcp_request_modern(rq);
     c->server_info = orch_mcp_request_server_info(rq);
     c->caps = orch_mcp_request_caps(rq);
-    c->deadline_us = c->begun_us + (int64_t)TIMEOUT_MS * 1000;
+    orch_call_clock(c, c->gen->cfg.vm_timeout_ms, "vm.timeout");
     orch_mcp_request_set_host(rq, c);
     if (c->caps)
         orch_asking_begin(c, method, d, p);
@@ -115,7 +113,9 @@ void orch_feature_call(struct orch_session *s, struct orch_mcp_request *rq, cons
     else
         lua_newtable(L);
     orch_push_ctx(L, c->slot, c->serial);
-    struct orch_task *task = orch_task_start(o->loop, state, 3, TIMEOUT_MS, task_done, c);
-    if (!c->finished)
-        c->task = task;
+    struct orch_task *task = orch_task_start(o->loop, state, 3, task_done, c);
+    if (c->finished)
+        return;
+    c->task = task;
+    orch_call_arm(c);
 }

@@ -219,6 +219,7 @@ void orch_tool_fini(struct orch_tool *t)
     free(t->wire_name);
     free(t->server);
     free(t->file);
+    free(t->limit);
     free(t->definition);
     free(t->input);
     orch_mcp_params_free(&t->headers);
@@ -278,6 +279,7 @@ int orch_generation_add_tool(struct orch_generation *g, const struct orch_tool *
     t->wire_name = orch_xstrdup(def->wire_name);
     t->server = orch_xstrdup(def->server);
     t->file = orch_xstrdup(def->file);
+    t->limit = orch_xstrdup(def->limit);
     t->definition = orch_xstrdup(def->definition);
     t->input = orch_xstrdup(def->input);
     t->headers = (struct orch_mcp_param_list){ 0 };
@@ -352,6 +354,7 @@ static int read_tool(struct loading *l, struct orch_state *s, int dispatch_ref, 
     t->name = orch_xstrdup(lua_tostring(L, -4));
     t->wire_name = orch_xstrdup(t->name);
     t->server = orch_xstrdup("local");
+    t->limit = t->timeout_ms ? orch_xasprintf("timeout of %s", shown) : NULL;
     t->definition = ordered(lua_tostring(L, -2));
     t->input = orch_xstrdup(lua_tostring(L, -1));
     lua_pop(L, 4);

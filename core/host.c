@@ -384,8 +384,10 @@ static int env_vm_defaults(void *ud, struct orch_vm_opts *v, struct orch_err *er
         v->memory_bytes = c->vm_memory_bytes;
     if (!v->vcpus)
         v->vcpus = c->vm_vcpus;
-    if (!v->timeout_ms || (v->call && v->timeout_ms > c->vm_timeout_ms))
-        v->timeout_ms = v->call ? c->vm_timeout_ms : 0;
+    if (v->timeout_ms < 0) { /* a call's microVM ends with the call's time */
+        v->timeout_ms = v->call ? 0 : c->vm_timeout_ms;
+        v->timeout_name = "vm.timeout";
+    }
     if (!v->image)
         v->image = orch_host_image(o);
     if (!v->backend)
@@ -536,7 +538,7 @@ void orch_close(struct orch *o)
     end_calls(o);
     orch_upstream_free(o->upstream, true);
     orch_state_free(o->script);
-    orch_vm_handles_close(&o->env.vm_handles);
+    orch_vm_handles_close(&o->env.vm_handles, "orch is closing");
     orch_vms_free(o->vms);
     orch_generation_unref(o->gen);
     orch_http_client_free(o->http); /* streams of Lua states are on it */
@@ -612,7 +614,6 @@ int orch_add_tool(struct orch *o, const struct orch_tool_def *def, struct orch_e
                                .input = orch_xstrdup(def->input),
                                .run_ref = LUA_NOREF,
                                .output_ref = LUA_NOREF,
-                               .timeout_ms = 60000,
                                .fn = def->fn,
                                .fn_ud = def->ud };
         r = orch_generation_add_tool(o->gen, &t, (struct orch_slice){ 0 }, &err);
@@ -752,7 +753,7 @@ int orch_host_run(struct orch *o, const char *name, struct orch_slice text, int 
     lua_insert(L, -2);
     lua_getglobal(L, "arg");
     struct running r = { 0 };
-    o->main = orch_task_start(o->loop, s, 2, 0, script_done, &r);
+    o->main = orch_task_start(o->loop, s, 2, script_done, &r);
     while (!r.done)
         orch_loop_step(o->loop, -1);
     o->main = NULL;

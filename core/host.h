@@ -77,7 +77,8 @@ struct orch_tool {
     enum { ORCH_TOOL_NO_TASK, ORCH_TOOL_TASK, ORCH_TOOL_TASK_ONLY } task; /* a task where the client can; only so */
     int name_ref;            /* policy state: the name, interned */
     int run_ref, output_ref; /* tool state */
-    int64_t timeout_ms;
+    int64_t timeout_ms; /* 0: the configuration's vm.timeout */
+    char *limit;        /* what sets it, for people; NULL: the tool's own */
     orch_tool_fn *fn; /* a tool written in C, by an embedder */
     void *fn_ud;
 };

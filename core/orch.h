@@ -47,7 +47,8 @@ ORCH_API const char *orch_version(void);
 
 /* A tool written in C. Called in the handle's thread when policy allowed the call. `args` is the JSON
  * object (validated against `input`, without a null that stands for an absent member), as NUL-terminated
- * text. Answer at once or later, once, with orch_answer. */
+ * text. Answer at once or later, once, with orch_answer; after the configuration's vm.timeout the call
+ * has failed. */
 struct orch_tool_call;
 typedef void orch_tool_fn(void *ud, struct orch_tool_call *call, const char *args);
 struct orch_tool_def {

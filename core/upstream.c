@@ -248,7 +248,7 @@ static void asked(void *ud, struct orch_slice id, const char *method, const stru
     struct orch_ask_item *item = orch_xcalloc(1, sizeof *item);
     *item = (struct orch_ask_item){ .key = orch_xasprintf("%s-%u", u->name, ++c->keys), .method = method, .needs = needs_of(method, d, params) };
     orch_buf_slice(&item->params, orch_json_raw(d, params));
-    q->ask = orch_asking_start(c, item, 1, NULL, answered, q, &err);
+    q->ask = orch_asking_start(c, item, 1, answered, q, &err);
     if (!q->ask) {
         orch_mcp_client_refuse(u->client, id, err.code == ENOTSUP ? ORCH_RPC_METHOD_NOT_FOUND : ORCH_RPC_INTERNAL_ERROR, err.msg);
         free(q->id);
@@ -413,7 +413,8 @@ static void add_tool(struct orch_upstream *u, struct orch_generation *g, const s
                            .input = orch_xstrndup(input.p, input.n),
                            .run_ref = LUA_NOREF,
                            .output_ref = LUA_NOREF,
-                           .timeout_ms = u->timeout_ms };
+                           .timeout_ms = u->timeout_ms,
+                           .limit = orch_xstrdup("--timeout") };
     cleanup_buf struct orch_buf untrusted = { 0 };
     struct orch_err err = { 0 };
     put_untrusted(d, tok, &untrusted);

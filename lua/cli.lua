@@ -325,7 +325,7 @@ function cli.spawn(opts)
   local vm
   ok, vm, why, code = pcall(orch.vm.spawn,
     { image = opts.image, memory = opts.memory, vcpus = opts.vcpus, name = opts.name,
-      network = opts.network })
+      network = opts.network, timeout = 0 })
   if not ok then return nil, (tostring(vm):gsub("^[^\n]-orch%.vm%.spawn: ", ""):gsub("\n.*", "")), "usage" end
   return vm, why, code
 end

@@ -35,12 +35,13 @@ local function check(where, t)
   if type(t.run) ~= "function" then return where .. ": run must be a function (args, ctx)" end
 end
 
--- Returns nil, error or: name, run, definition as JSON, input schema as JSON, timeout in ms, output check or nil, task or nil.
+-- Returns nil, error or: name, run, definition as JSON, input schema as JSON, timeout in ms or nil (the configuration's), output
+-- check or nil, task or nil.
 function dispatch.register(where, t)
   local problem = check(where, t)
   if problem then return nil, problem end
-  local timeout = deps.duration(t.timeout or "60s")
-  if not timeout or timeout < 1 or timeout > 86400000 then
+  local timeout = t.timeout and deps.duration(t.timeout)
+  if t.timeout ~= nil and (not timeout or timeout < 1 or timeout > 86400000) then
     return nil, where .. ": timeout must be a duration like \"30s\", got " .. tostring(t.timeout)
   end
   local ok, definition = pcall(json.encode, { name = t.name, title = t.title, description = t.description,

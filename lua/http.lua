@@ -17,15 +17,15 @@ function http.seconds(v, default)
   return tonumber(n) * factor
 end
 
--- What is left of a stream: as one string, or piece by piece to on_data and then "". Closes it. The deadline is
--- `seconds` after its beginning.
-function http.collect(stream, deadline, seconds, on_data)
+-- What is left of a stream: as one string, or piece by piece to on_data and then "". Closes it. `limit` says which time
+-- it is that ends at the deadline.
+function http.collect(stream, deadline, limit, on_data)
   local parts, n = {}, 0
   while true do
     local bytes, why, code = stream:read(math.max(deadline - orch.now(), 0))
     if not bytes then
       stream:close()
-      if code == "timeout" and seconds then why = ("not done within %g s"):format(seconds) end
+      if code == "timeout" and limit then why = "not done within " .. limit end
       if why then return nil, why, code end
       return table.concat(parts)
     end
@@ -48,32 +48,38 @@ end
 
 local KNOWN = { url = true, method = true, headers = true, body = true, timeout = true, on_data = true }
 
--- The deadline, and the seconds until it.
-local function check(what, o)
+-- The deadline, and which time it is that ends then: the argument, or of a call what is left of it.
+local function check(what, o, left, whole, limit)
   if type(o) ~= "table" then error(what .. ": an option table is needed", 3) end
   for key in pairs(o) do
     if not KNOWN[key] then error(what .. ": unknown option '" .. tostring(key) .. "'", 3) end
   end
   if o.on_data ~= nil and type(o.on_data) ~= "function" then error(what .. ": on_data must be a function", 3) end
-  local timeout = http.seconds(o.timeout, 60)
-  return orch.now() + timeout, timeout
+  local timeout = http.seconds(o.timeout, left or 60)
+  if left and timeout >= left then return orch.now() + left, ("%g s (%s)"):format(whole, limit) end
+  return orch.now() + timeout, ("%g s (the argument timeout)"):format(timeout)
 end
 
 local function request_of(o, deadline)
   return { url = o.url, method = o.method, headers = o.headers, body = o.body, timeout = math.max(deadline - orch.now(), 0) }
 end
 
-local function answer_of(stream, status, headers, o, deadline, timeout)
-  local body, why, code = http.collect(stream, deadline, timeout, o.on_data)
+local function no_answer(why, code, limit)
+  if code == "timeout" then why = "nothing came within " .. limit end
+  return nil, why, code
+end
+
+local function answer_of(stream, status, headers, o, deadline, limit)
+  local body, why, code = http.collect(stream, deadline, limit, o.on_data)
   if not body then return nil, why, code end
   return { status = status, headers = headers, body = not o.on_data and body or nil }
 end
 
 function http.request(o)
-  local deadline, timeout = check("orch.http.request", o)
+  local deadline, limit = check("orch.http.request", o)
   local stream, status, headers = transport.http_open(request_of(o, deadline))
-  if not stream then return nil, status, headers end
-  return answer_of(stream, status, headers, o, deadline, timeout)
+  if not stream then return no_answer(status, headers, limit) end
+  return answer_of(stream, status, headers, o, deadline, limit)
 end
 
 -- A URL that was asked for with success has this form; the slashes may be fewer or more than two.
@@ -101,12 +107,12 @@ end
 
 -- ctx:http(o): every connection, those of redirects too, is one that the call's network policy allows.
 function http.fetch(ctx, o)
-  local deadline, timeout = check("ctx:http", o)
+  local deadline, limit = check("ctx:http", o, transport.call_time(ctx))
   for _ = 0, MAX_REDIRECTS do
     local stream, status, headers, location = transport.call_open(ctx, request_of(o, deadline))
-    if not stream then return nil, status, headers end
+    if not stream then return no_answer(status, headers, limit) end
     if not location then
-      local answer, why, code = answer_of(stream, status, headers, o, deadline, timeout)
+      local answer, why, code = answer_of(stream, status, headers, o, deadline, limit)
       if answer then answer.url = o.url end
       return answer, why, code
     end

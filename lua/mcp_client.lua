@@ -177,6 +177,7 @@ local function once(self, method, params, opts)
   local reply, why, code, status = _.link:exchange(msg, call)
   _.calls[call.id] = nil
   if not reply then
+    if _.over then return nil, _.over.why, _.over.code end
     if (code == "timeout" or code == "cancelled") and method ~= "initialize" and method ~= "server/discover" then
       _.link:cancel(call.id, why)
     end
@@ -194,7 +195,7 @@ local handshake
 -- A request to its end: sessions that the server forgot, other versions it wants, what it asks meanwhile.
 function Client:request(method, params, opts)
   local _ = self._
-  if _.closed then error("the MCP client is closed", 2) end
+  if _.over then return nil, _.over.why, _.over.code end
   opts = opts or {}
   params = params or {}
   local asked = params
@@ -243,6 +244,7 @@ function Client:request(method, params, opts)
 end
 
 function Client:notify(method, params)
+  if self._.over then return nil, self._.over.why, self._.over.code end
   return self._.link:send { jsonrpc = "2.0", method = method, params = params }
 end
 
@@ -319,7 +321,7 @@ function Client:ping(opts)
 end
 
 function Client:set_log_level(level, opts)
-  if self.era == "modern" then
+  if self.era == "modern" and not self._.over then
     self._.log_level = level
     return object()
   end
@@ -343,10 +345,13 @@ function Client:listen(kinds)
   end)
 end
 
+-- What is under way and everything later get the same reason: that of a server that had ended, else this.
 function Client:close()
-  if self._.closed then return end
-  self._.closed = true
-  self._.link:close()
+  local _ = self._
+  if _.over then return end
+  local gone = _.link.gone
+  _.over = gone and { why = gone[1], code = gone[2] } or { why = _.link.name .. ": the client was closed", code = "closed" }
+  _.link:close()
 end
 
 -- ---- connecting

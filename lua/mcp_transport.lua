@@ -122,7 +122,7 @@ Http.__index = Http
 
 function M.http(o, client, on_message)
   local self = setmetatable({ o = o, name = o.url:match("^%a+://[^/?#]+") or o.url, url = o.url, http = true, client = client, on_message = on_message,
-    streams = {} }, Http)
+    under_way = {} }, Http)
   if o.auth then self.auth = require("mcp_auth").new(o.url, o.auth, o.timeout) end
   return self
 end
@@ -248,8 +248,8 @@ local function resume(self, call, why, code, id, retry)
   return nil, why, code
 end
 
-local function exchange(self, msg, call)
-  local stream, status, h, http_status = open(self, "POST", post_headers(self, msg, call), orch.json.encode(msg), call:left())
+local function exchange(self, msg, call, text)
+  local stream, status, h, http_status = open(self, "POST", post_headers(self, msg, call), text, call:left())
   if not stream then return nil, status, h, http_status end
   if msg.method == "initialize" then self.session = h["mcp-session-id"] end
   local kind = (h["content-type"] or ""):lower()
@@ -260,16 +260,23 @@ local function exchange(self, msg, call)
     if not answer then return nil, self.name .. ": " .. tostring(why), code end
     return answer
   end
-  local body, why, code = http.collect(stream, orch.now() + call:left())
-  if not body then return nil, self.name .. ": " .. why, code end
+  local body, why, code = http.collect(stream, call.deadline)
+  if not body then return nil, self.name .. ": " .. (code == "timeout" and call:late() or why), code end
   local answer = kind:find("application/json", 1, true) and decode(body)
   if answer and (is_answer(answer, call.id) or (status >= 400 and type(answer.error) == "table")) then return answer, nil, nil, status end
   return M.as_error(self, status, msg.method, #body)
 end
 
+-- In a task of its own, so that close() ends it wherever it waits.
 function Http:exchange(msg, call)
-  local answer, why, code, status = exchange(self, msg, call)
+  local task, why, code = orch.task.spawn(exchange, self, msg, call, orch.json.encode(msg))
+  if not task then return nil, why, code end
+  self.under_way[task] = true
+  local answer, status
+  answer, why, code, status = task:join()
+  self.under_way[task] = nil
   if not answer and code == "timeout" and call:left() <= 0 then why = self.name .. ": " .. call:late() end
+  if code == "cancelled" then task:cancel() end -- it was the waiting that was
   return answer, why, code, status
 end
 
@@ -330,6 +337,7 @@ end
 
 function Http:close()
   self.closed = true
+  for task in pairs(self.under_way) do task:cancel() end
   if self.listening then self.listening:cancel() end
   if not self.session then return end
   local stream = verbs.http_open { url = self.url, method = "DELETE", timeout = 1,

@@ -13,6 +13,7 @@
 struct sockaddr;
 struct orch_proc_via;
 struct orch_policy;
+struct orch_vm;
 struct orch_vms;
 struct orch_vm_opts;
 struct orch_rules;
@@ -32,10 +33,17 @@ struct orch_ask_item {
     unsigned needs;       /* ORCH_MCP_CAP_* */
     uint64_t question;    /* of a legacy client; 0: none is under way */
     struct orch_buf params, answer, error;
-    bool answered, failed; /* failed: answer is empty, error says why */
+    bool answered;
+    enum orch_class failed; /* answer is empty, error says why; 0: it did not fail */
 };
 bool orch_asking_done(const struct orch_ask *a);
 const struct orch_ask_item *orch_asking_items(const struct orch_ask *a, size_t *n);
+
+/* What a call has of time. limit: what sets the whole of it, for people ("vm.timeout"). */
+struct orch_call_time {
+    int64_t left_ms, whole_ms; /* left: negative when it is over, and the call has a moment to answer */
+    const char *limit;
+};
 
 /* One tool call as its ctx sees it. A ctx that outlives its call finds NULL. */
 struct orch_env_call_ops {
@@ -51,10 +59,11 @@ struct orch_env_call_ops {
     /* Whether a request of the call's tool may connect there; false with err (class DENIED), and the audit log
      * says so. */
     bool (*may_connect)(struct orch_toolcall *c, const struct sockaddr *to, struct orch_err *err);
-    /* The call's time is over in this many milliseconds. */
-    int64_t (*left_ms)(const struct orch_toolcall *c);
-    /* A microVM of the call: closed when the call ends; its isolation goes into answer and audit. */
-    void (*adopt)(struct orch_toolcall *c, struct orch_vm_handle *h);
+    struct orch_call_time (*time)(const struct orch_toolcall *c);
+    /* Its time stands still, on, while it waits for what has a time of its own; each on is matched by an off. */
+    void (*hold)(struct orch_toolcall *c, bool on);
+    struct orch_vm_handle **(*vms)(struct orch_toolcall *c); /* the call's list */
+    void (*ran)(struct orch_toolcall *c, const struct orch_vm *vm); /* its isolation goes into answer and audit */
     /* From here on a task of the tasks extension. code ENOTSUP: the client has none. */
     int (*task)(struct orch_toolcall *c, struct orch_err *err);
     void (*release)(struct orch_toolcall *c, int64_t retry_ms);
@@ -64,8 +73,8 @@ struct orch_env_call_ops {
     /* Asks the client all of it; takes items (an array made by malloc). done is called once, unless all is
      * answered when this returns (orch_asking_done) or ask_free comes first. NULL with err; code ENOTSUP:
      * the client does not declare what is needed. */
-    struct orch_ask *(*ask)(struct orch_toolcall *c, struct orch_ask_item *items, size_t n, struct orch_task *task, void (*done)(void *ud),
-                            void *ud, struct orch_err *err);
+    struct orch_ask *(*ask)(struct orch_toolcall *c, struct orch_ask_item *items, size_t n, void (*done)(void *ud), void *ud,
+                            struct orch_err *err);
     void (*ask_free)(struct orch_ask *a);
 };
 
@@ -93,7 +102,7 @@ struct orch_env {
     struct orch_vms *(*vms)(void *ud, struct orch_err *err);
     /* The HTTP client, made at the first need; NULL with err. */
     struct orch_http_client *(*http)(void *ud, struct orch_err *err);
-    /* Lowers and fills what the configuration bounds (image, accel, memory, vcpus). */
+    /* Lowers and fills what the configuration bounds (image, accel, memory, vcpus, a timeout of -1). */
     int (*vm_defaults)(void *ud, struct orch_vm_opts *o, struct orch_err *err);
     /* A network policy's filter, for orch_vm_opts. Class CONFIG when there is no such policy. */
     int (*rules)(void *ud, const char *name, struct orch_rules **out, struct orch_err *err);
@@ -148,10 +157,11 @@ int orch_ctx_elicit(lua_State *L), orch_ctx_sample(lua_State *L), orch_ctx_roots
 /* The HTTP requests of a tool's call end with it. */
 void orch_http_streams_close(struct orch_http_stream **list);
 
-/* A microVM as Lua holds it: outlives neither its owner (a call, or the host for scripts) nor close(). */
-struct orch_vm *orch_vm_handle_vm(const struct orch_vm_handle *h);
-void orch_vm_handles_close(struct orch_vm_handle **list);
-void orch_vm_handle_adopt(struct orch_vm_handle **list, struct orch_vm_handle *h);
+/* A microVM as Lua holds it, from the wish on in its owner's list (a call's, or the host's for scripts). It
+ * outlives neither the owner nor close(); the object then answers with why. */
+void orch_vm_handles_close(struct orch_vm_handle **list, const char *why);
+/* Ends those that have one, as if by itself: their objects get this error. */
+void orch_vm_handles_end(struct orch_vm_handle *list, const struct orch_err *why);
 /* Spawns with the option table at idx and waits: returns a wait for the vm object. call: NULL in scripts. */
 int orch_vm_spawn_wait(lua_State *L, int idx, struct orch_toolcall *call);
 

@@ -36,7 +36,7 @@ static int push_answers(lua_State *L, struct asking *k)
     for (size_t i = 0; i < n; i++) {
         if (items[i].failed) {
             struct orch_err err = { 0 };
-            orch_err_set(&err, EPROTO, "%s", items[i].error.p);
+            orch_err_setc(&err, items[i].failed, EPROTO, "%s", items[i].error.p);
             return orch_push_err(L, &err);
         }
         push_answer(L, &items[i]);
@@ -82,7 +82,7 @@ static int start(lua_State *L, struct orch_toolcall *c, struct orch_ask_item *it
     struct orch_err err = { 0 };
     k->env = env;
     k->single = single;
-    k->ask = env->call->ask(c, items, n, orch_task_current(L), asking_done, k, &err);
+    k->ask = env->call->ask(c, items, n, asking_done, k, &err);
     if (!k->ask) {
         free(k);
         orch_push_err(L, &err);

@@ -35,7 +35,7 @@ struct orch_toolcall *orch_check_call(lua_State *L)
     struct orch_env *env = orch_env_of(L);
     struct orch_toolcall *c = env->call->get(env->ud, x->slot, x->serial);
     if (!c)
-        luaL_error(L, "ctx: the call it belongs to has ended");
+        luaL_error(L, "ctx: the call is over");
     return c;
 }
 

@@ -2,6 +2,7 @@
  * which are written in Lua over them. The private module "orch.transport":
  *   http_open{ url, method, headers, body, timeout }  waits for the head: stream, status, headers, where it redirects
  *   call_open(ctx, …)     the same for a tool's call: each connection is judged by its network policy
+ *   call_time(ctx)        what is left of the call's time, all of it, in seconds, and what sets that
  *   stream:read(timeout)  waits for the next bytes; nil at the end; nil, message, code when it failed
  *   stream:close()
  *   sse()                 a reader of server-sent events: reader:feed(bytes) gives a list of events
@@ -224,7 +225,7 @@ static void stream_close(struct orch_http_stream *s, const char *why)
 void orch_http_streams_close(struct orch_http_stream **list)
 {
     while (*list)
-        stream_close(*list, "the call it belongs to has ended");
+        stream_close(*list, "the call is over");
 }
 
 /* false: the call has too many. */
@@ -294,11 +295,9 @@ static int http_open(lua_State *L, int idx, const char *what, struct orch_toolca
         c.body.p = lua_tolstring(L, -1, &c.body.n);
     c.headers = take_headers(L, &o, &c.n_headers);
     orch_opts_done(&o);
-    if (call) {
-        int64_t left = env->call->left_ms(call);
+    c.connect_ms = timeout + 1000; /* the stream's timer is the one clock */
+    if (call)
         c.may_connect = may_connect;
-        c.total_ms = left > 1 ? left : 1;
-    }
 
     struct orch_http_stream *s = lua_newuserdata(L, sizeof *s);
     *s = (struct orch_http_stream){ .opening = true, .main = orch_state_lua(orch_state_of(L)), .self_ref = LUA_NOREF,
@@ -324,6 +323,15 @@ static int t_http_open(lua_State *L)
 static int t_call_open(lua_State *L)
 {
     return http_open(L, 2, "ctx:http", orch_check_call(L));
+}
+
+static int t_call_time(lua_State *L)
+{
+    struct orch_call_time t = orch_env_of(L)->call->time(orch_check_call(L));
+    lua_pushnumber(L, (double)(t.left_ms > 0 ? t.left_ms : 0) / 1000);
+    lua_pushnumber(L, (double)t.whole_ms / 1000);
+    lua_pushstring(L, t.limit);
+    return 3;
 }
 
 static int l_stream_read(lua_State *L)
@@ -520,6 +528,8 @@ int orch_luaopen_call_transport(lua_State *L)
     lua_newtable(L);
     lua_pushcfunction(L, t_call_open);
     lua_setfield(L, -2, "call_open");
+    lua_pushcfunction(L, t_call_time);
+    lua_setfield(L, -2, "call_time");
     return 1;
 }
 
@@ -527,7 +537,8 @@ int orch_luaopen_transport(lua_State *L)
 {
     static const luaL_Reg sse[] = { { "feed", l_sse_feed }, { NULL, NULL } };
     static const luaL_Reg key[] = { { "sign", l_key_sign }, { "public", l_key_public }, { NULL, NULL } };
-    static const luaL_Reg functions[] = { { "http_open", t_http_open }, { "call_open", t_call_open }, { "sse", t_sse },
+    static const luaL_Reg functions[] = { { "http_open", t_http_open }, { "call_open", t_call_open },
+                                          { "call_time", t_call_time }, { "sse", t_sse },
                                           { "sha256", t_sha256 }, { "base64", t_base64 }, { "random", t_random }, { "es256", t_es256 },
                                           { NULL, NULL } };
     open_streams(L);

@@ -28,15 +28,20 @@ struct orch_vm_handle {
     struct orch_vm_handle *next;
     struct orch_vm_handle **list; /* the owner's, while owned */
     unsigned refs;
-    struct orch_vm *vm; /* NULL once closed */
+    struct orch_vm *vm;         /* NULL when it is over, see err; ask usable() for it */
+    struct orch_err err;        /* why it is over */
+    struct orch_toolcall *call; /* the owner; NULL: the host, or it is over */
     lua_State *main;
-    /* spawn */
-    struct orch_wait wait;
-    bool waiting;
-    struct orch_toolcall *call;
     struct orch_env *env;
-    struct orch_err err; /* why it is gone */
     struct operation *operations;
+    /* While it is spawned: its task waits; the call's time stands still. */
+    struct orch_wait wait;
+    bool waiting, held;
+    /* What it was stays known. */
+    char id[16];
+    char *image;
+    const char *backend, *isolation;
+    double spawn_ms;
 };
 
 /* A wait of one exec or file operation. */
@@ -60,21 +65,22 @@ struct operation {
         bool closed;              /* nobody reads it any more */
     } outlets[2];
     bool ended; /* the command has, its output is still being written */
+    bool capped; /* it was to get more time than there is */
+    char limit[200]; /* of its time, for people; empty: none */
+    int64_t begun_us; /* 0: no command was started */
+    uint64_t max_output;
     struct orch_exec_result result;
     struct orch_err err;
     int (*push)(lua_State *L, struct operation *op);
 };
 
-struct orch_vm *orch_vm_handle_vm(const struct orch_vm_handle *h)
-{
-    return h->vm;
-}
-
 static void handle_drop(struct orch_vm_handle *h, unsigned refs)
 {
     h->refs -= refs;
-    if (!h->refs)
-        free(h);
+    if (h->refs)
+        return;
+    free(h->image);
+    free(h);
 }
 
 static void handle_unref(struct orch_vm_handle *h)
@@ -105,10 +111,16 @@ static void operation_free(struct operation *op)
     free(op);
 }
 
+static void push_so_far(lua_State *L, struct operation *op);
+
 static int operation_push(lua_State *L, void *ud)
 {
     struct operation *op = ud;
     int n = op->err.cls ? orch_push_err(L, &op->err) : op->push(L, op);
+    if (op->err.cls && op->begun_us) {
+        push_so_far(L, op);
+        n++;
+    }
     operation_free(op);
     return n;
 }
@@ -135,13 +147,26 @@ static struct operation *operation_new(struct orch_vm_handle *h, int (*push)(lua
     return op;
 }
 
-/* Ends the microVM; operations under way fail with why. */
-static void handle_close(struct orch_vm_handle *h, const char *why)
+static void handle_hold(struct orch_vm_handle *h, bool on)
+{
+    if (h->held != on)
+        h->env->call->hold(h->call, on);
+    h->held = on;
+}
+
+static int spawn_push(lua_State *L, void *ud);
+
+/* Ends the microVM; what is under way fails with why, as everything later does. The owner drops one reference
+ * when it has one. */
+static void handle_close(struct orch_vm_handle *h, const struct orch_err *why)
 {
     struct orch_vm *vm = h->vm;
     h->vm = NULL;
+    h->err = *why;
+    handle_hold(h, false);
     for (struct operation *op = h->operations; op; op = op->next) {
-        bool pending = op->exec || op->file;
+        if (!op->exec && !op->file)
+            continue;
         if (op->exec)
             orch_exec_drop(op->exec);
         if (op->file)
@@ -150,45 +175,41 @@ static void handle_close(struct orch_vm_handle *h, const char *why)
         op->file = NULL;
         orch_watch_free(op->stdin_watch);
         op->stdin_watch = NULL;
-        if (!pending)
-            continue;
-        orch_err_setc(&op->err, ORCH_CLASS_CLOSED, ESHUTDOWN, "the microVM was closed: %s", why);
+        op->err = h->err;
         operation_ready(op);
     }
     orch_vm_free(vm);
-    if (!h->err.cls)
-        orch_err_setc(&h->err, ORCH_CLASS_CLOSED, ESHUTDOWN, "the microVM is closed");
-}
-
-/* Takes it from its owner; returns how many references are to be dropped for that. */
-static unsigned handle_disown(struct orch_vm_handle *h)
-{
+    if (h->waiting)
+        orch_task_ready(h->wait, spawn_push, h);
+    h->waiting = false;
     if (!h->list)
-        return 0;
-    for (struct orch_vm_handle **at = h->list; *at; at = &(*at)->next)
-        if (*at == h) {
-            *at = h->next;
-            break;
-        }
+        return;
+    struct orch_vm_handle **at = h->list;
+    while (*at != h)
+        at = &(*at)->next;
+    *at = h->next;
     h->list = NULL;
-    return 1;
+    h->call = NULL;
+    handle_unref(h);
 }
 
-void orch_vm_handle_adopt(struct orch_vm_handle **list, struct orch_vm_handle *h)
+static void handle_close_because(struct orch_vm_handle *h, const char *why)
 {
-    h->refs++;
-    h->next = *list;
-    h->list = list;
-    *list = h;
+    struct orch_err err;
+    orch_err_setc(&err, ORCH_CLASS_CLOSED, ESHUTDOWN, "microVM %s: %s", h->id, why);
+    handle_close(h, &err);
 }
 
-void orch_vm_handles_close(struct orch_vm_handle **list)
+void orch_vm_handles_close(struct orch_vm_handle **list, const char *why)
 {
-    while (*list) {
-        struct orch_vm_handle *h = *list;
-        handle_close(h, "its owner ended");
-        handle_drop(h, handle_disown(h));
-    }
+    while (*list)
+        handle_close_because(*list, why);
+}
+
+void orch_vm_handles_end(struct orch_vm_handle *list, const struct orch_err *why)
+{
+    for (struct orch_vm_handle *h = list; h; h = h->next) /* lost, or not ready, is told in turns of their own */
+        orch_vm_end(h->vm, why);
 }
 
 /* ---- spawn */
@@ -211,18 +232,27 @@ static int spawn_push(lua_State *L, void *ud)
     return n;
 }
 
+static void vm_waits(void *ud, bool waits)
+{
+    struct orch_vm_handle *h = ud;
+    if (h->call)
+        handle_hold(h, waits);
+}
+
 static void vm_ready(void *ud, struct orch_vm *vm, const struct orch_err *err)
 {
     struct orch_vm_handle *h = ud;
     if (err) {
-        h->err = *err;
-        h->vm = NULL;
-        orch_vm_free(vm);
-    } else if (h->call) {
-        h->env->call->adopt(h->call, h);
-    } else {
-        orch_vm_handle_adopt(&h->env->vm_handles, h);
+        struct orch_err why = *err; /* the microVM's, which goes */
+        handle_close(h, &why);
+        return;
     }
+    h->image = orch_xstrdup(orch_vm_image(vm));
+    h->backend = orch_vm_backend(vm);
+    h->isolation = orch_isolation_name(orch_vm_isolation(vm));
+    h->spawn_ms = orch_vm_spawn_ms(vm);
+    if (h->call)
+        h->env->call->ran(h->call, vm);
     h->waiting = false;
     orch_task_ready(h->wait, spawn_push, h);
 }
@@ -230,23 +260,18 @@ static void vm_ready(void *ud, struct orch_vm *vm, const struct orch_err *err)
 static void vm_lost(void *ud, struct orch_vm *vm, const struct orch_err *err)
 {
     (void)vm;
-    struct orch_vm_handle *h = ud;
-    h->err = *err;
-    handle_close(h, err->msg);
+    struct orch_err why = *err; /* the microVM's, which goes */
+    handle_close(ud, &why);
 }
 
+/* Nobody will take it. */
 static void spawn_cancel(void *ud)
 {
     struct orch_vm_handle *h = ud;
-    unsigned refs = 1; /* the wait's */
-    if (h->waiting) {
-        orch_vm_free(h->vm);
-        h->vm = NULL;
-    } else if (h->vm && !h->call) { /* ready, but nobody will take it */
-        handle_close(h, "its script ended");
-        refs += handle_disown(h);
-    }
-    handle_drop(h, refs);
+    h->waiting = false;
+    if (h->vm)
+        handle_close_because(h, "its task was cancelled");
+    handle_unref(h); /* the wait's */
 }
 
 int orch_vm_spawn_wait(lua_State *L, int idx, struct orch_toolcall *call)
@@ -258,7 +283,8 @@ int orch_vm_spawn_wait(lua_State *L, int idx, struct orch_toolcall *call)
         .image = orch_opt_string(&o, "image", NULL),
         .memory_bytes = (uint64_t)orch_opt_size_bytes(&o, "memory", 0),
         .vcpus = (int)orch_opt_number(&o, "vcpus", 0, 1, 64),
-        .timeout_ms = orch_opt_duration_ms(&o, "timeout", 0),
+        .timeout_ms = orch_opt_duration_ms(&o, "timeout", -1),
+        .timeout_name = call ? "timeout of ctx:vm" : "timeout",
     };
     if (call) {
         const char *keep = orch_opt_string(&o, "keep", NULL), *workspace = orch_opt_string(&o, "workspace", "none");
@@ -282,19 +308,26 @@ int orch_vm_spawn_wait(lua_State *L, int idx, struct orch_toolcall *call)
     if (strcmp(vo.network, "none") != 0 && env->rules(env->ud, vo.network, &vo.rules, &err) < 0)
         return orch_push_err(L, &err);
     struct orch_vm_handle *h = orch_xcalloc(1, sizeof *h);
-    h->refs = 1; /* the wait's */
     h->main = orch_state_lua(orch_state_of(L));
     h->env = env;
     h->call = call;
-    h->waiting = true;
     vo.ready = vm_ready;
     vo.lost = vm_lost;
+    vo.waits = vm_waits;
     vo.ud = h;
     h->vm = orch_vm_spawn(vms, &vo, &err);
     if (!h->vm) {
-        handle_unref(h);
+        free(h);
         return orch_push_err(L, &err);
     }
+    snprintf(h->id, sizeof h->id, "%s", orch_vm_id(h->vm));
+    h->refs = 2; /* the wait's, the owner's */
+    h->list = call ? env->call->vms(call) : &env->vm_handles;
+    h->next = *h->list;
+    *h->list = h;
+    h->waiting = true;
+    if (call)
+        handle_hold(h, true);
     return orch_task_wait(L, spawn_cancel, h, &h->wait);
 }
 
@@ -311,14 +344,15 @@ static struct orch_vm_handle *handle_at(lua_State *L)
     return *box;
 }
 
-/* NULL with nil, message, code pushed when the microVM is gone. */
-static struct orch_vm_handle *live(lua_State *L, int *n_results)
+/* The one way to a handle's microVM, right before it is used: its channel, or NULL with nil, message, code
+ * pushed when it is over, whether the handle was told so already or not. */
+static struct orch_channel *usable(lua_State *L, const struct orch_vm_handle *h, int *n_results)
 {
-    struct orch_vm_handle *h = handle_at(L);
-    if (h->vm)
-        return h;
-    *n_results = orch_push_err(L, &h->err);
-    return NULL;
+    struct orch_err err = h->err;
+    struct orch_channel *c = h->vm ? orch_vm_channel(h->vm, &err) : NULL;
+    if (!c)
+        *n_results = orch_push_err(L, &err);
+    return c;
 }
 
 static int vm_gc(lua_State *L)
@@ -333,17 +367,15 @@ static int vm_gc(lua_State *L)
 static int vm_tostring(lua_State *L)
 {
     struct orch_vm_handle *h = handle_at(L);
-    lua_pushfstring(L, "orch.vm(%s)", h->vm ? orch_vm_id(h->vm) : "closed");
+    lua_pushfstring(L, "orch.vm(%s%s)", h->id, h->vm ? "" : ", closed");
     return 1;
 }
 
 static int l_close(lua_State *L)
 {
     struct orch_vm_handle *h = handle_at(L);
-    if (h->vm) {
-        handle_close(h, "vm:close()");
-        handle_drop(h, handle_disown(h)); /* the object keeps its own */
-    }
+    if (h->vm)
+        handle_close_because(h, "it was closed"); /* the object keeps its own reference */
     return 0;
 }
 
@@ -355,24 +387,42 @@ static int vm_index(lua_State *L)
     lua_rawget(L, lua_upvalueindex(1));
     if (!lua_isnil(L, -1))
         return 1;
-    if (!h->vm)
-        return 0;
     if (strcmp(key, "id") == 0)
-        lua_pushstring(L, orch_vm_id(h->vm));
+        lua_pushstring(L, h->id);
     else if (strcmp(key, "backend") == 0)
-        lua_pushstring(L, orch_vm_backend(h->vm));
+        lua_pushstring(L, h->backend);
     else if (strcmp(key, "isolation") == 0)
-        lua_pushstring(L, orch_isolation_name(orch_vm_isolation(h->vm)));
+        lua_pushstring(L, h->isolation);
     else if (strcmp(key, "image") == 0)
-        lua_pushstring(L, orch_vm_image(h->vm));
+        lua_pushstring(L, h->image);
     else if (strcmp(key, "spawn_ms") == 0)
-        lua_pushnumber(L, orch_vm_spawn_ms(h->vm));
+        lua_pushnumber(L, h->spawn_ms);
     else
         return 0;
     return 1;
 }
 
 /* ---- exec */
+
+static void push_streams(lua_State *L, const struct operation *op, bool truncated, int64_t ms)
+{
+    lua_pushlstring(L, op->out.p ? op->out.p : "", op->out.n);
+    lua_setfield(L, -2, "stdout");
+    lua_pushlstring(L, op->err_out.p ? op->err_out.p : "", op->err_out.n);
+    lua_setfield(L, -2, "stderr");
+    lua_pushboolean(L, truncated);
+    lua_setfield(L, -2, "truncated");
+    lua_pushnumber(L, (double)ms);
+    lua_setfield(L, -2, "ms");
+}
+
+/* Of a command whose microVM failed: what came of it is not lost. */
+static void push_so_far(lua_State *L, struct operation *op)
+{
+    lua_newtable(L);
+    bool full = op->max_output && (op->out.n >= op->max_output || op->err_out.n >= op->max_output);
+    push_streams(L, op, full, (orch_now_us() - op->begun_us) / 1000);
+}
 
 static int exec_push(lua_State *L, struct operation *op)
 {
@@ -394,16 +444,17 @@ static int exec_push(lua_State *L, struct operation *op)
         lua_pushinteger(L, r->status);
         lua_setfield(L, -2, "status");
     }
-    lua_pushlstring(L, op->out.p ? op->out.p : "", op->out.n);
-    lua_setfield(L, -2, "stdout");
-    lua_pushlstring(L, op->err_out.p ? op->err_out.p : "", op->err_out.n);
-    lua_setfield(L, -2, "stderr");
-    lua_pushboolean(L, r->cut_stdout || r->cut_stderr);
-    lua_setfield(L, -2, "truncated");
+    push_streams(L, op, r->cut_stdout || r->cut_stderr, r->ms);
     lua_pushboolean(L, r->timed_out);
     lua_setfield(L, -2, "timed_out");
-    lua_pushnumber(L, (double)r->ms);
-    lua_setfield(L, -2, "ms");
+    if (r->timed_out || op->capped) {
+        lua_pushstring(L, op->limit);
+        lua_setfield(L, -2, "limit");
+    }
+    if (op->capped) {
+        lua_pushboolean(L, 1);
+        lua_setfield(L, -2, "capped");
+    }
     return 1;
 }
 
@@ -459,8 +510,10 @@ static void outlet_flush(struct outlet *out)
     bool behind = false;
     for (struct outlet *any = op->outlets; any < op->outlets + 2; any++)
         behind = behind || any->pending.n > PENDING_MAX_BYTES;
-    if (op->exec)
-        orch_channel_pause(orch_vm_channel(op->h->vm), behind);
+    struct orch_err err;
+    struct orch_channel *c = op->exec ? orch_vm_channel(op->h->vm, &err) : NULL; /* one that ends delivers all it has */
+    if (c)
+        orch_channel_pause(c, behind);
     else if (op->ended && !op->outlets[0].pending.n && !op->outlets[1].pending.n)
         operation_ready(op);
 }
@@ -557,12 +610,35 @@ static void inherit_stdin(struct operation *op, struct orch_loop *loop)
     exec_feed(op);
 }
 
+/* How long a command may run: at most what is left of the call's time, so that the guest ends it and its output
+ * is there to be answered with. Negative with err: nothing is left. */
+static int bound_exec(struct operation *op, struct orch_exec_opts *x, struct orch_err *err)
+{
+    struct orch_vm_handle *h = op->h;
+    double seconds = (double)x->timeout_ms / 1000;
+    const char *name = "the argument timeout";
+    if (h->call) {
+        struct orch_call_time t = h->env->call->time(h->call);
+        double whole = (double)t.whole_ms / 1000;
+        if (t.left_ms <= 0) {
+            orch_err_setc(err, ORCH_CLASS_TIMEOUT, ETIMEDOUT, ORCH_VM_TIME_OVER, whole, t.limit);
+            return orch_err_wrap(err, "microVM %s", h->id);
+        }
+        op->capped = x->timeout_ms > t.whole_ms;
+        if (!x->timeout_ms || x->timeout_ms > t.left_ms) {
+            x->timeout_ms = t.left_ms;
+            seconds = whole;
+            name = t.limit;
+        }
+    }
+    snprintf(op->limit, sizeof op->limit, "%g s: %s", seconds, name);
+    return 0;
+}
+
 static int l_exec(lua_State *L)
 {
     int n_results;
-    struct orch_vm_handle *h = live(L, &n_results);
-    if (!h)
-        return n_results;
+    struct orch_vm_handle *h = handle_at(L);
     bool trusted = orch_state_context(L) == ORCH_CTX_SCRIPT;
     struct orch_opts o = orch_opts_begin(L, 3, "vm:exec");
     struct orch_exec_opts x = {
@@ -571,7 +647,6 @@ static int l_exec(lua_State *L)
         .timeout_ms = orch_opt_duration_ms(&o, "timeout", 0),
         .max_output = (uint64_t)orch_opt_size_bytes(&o, "max_output", MAX_OUTPUT_BYTES),
         .pty = orch_opt_bool(&o, "pty", false),
-        .no_aslr = orch_vm_no_aslr(h->vm),
         .output = exec_output,
         .drained = exec_feed,
         .done = exec_done,
@@ -609,11 +684,10 @@ static int l_exec(lua_State *L)
     x.argv = orch_check_strings(L, 2, "vm:exec: argv", ARGV_MAX);
     if (!x.argv[0])
         return luaL_error(L, "vm:exec: argv is empty");
-    /* No longer than the call it serves, so that the guest ends it cleanly before the call's deadline. */
-    struct orch_task *task = orch_task_current(L);
-    int64_t left = task ? orch_task_left_ms(task) : INT64_MAX;
-    if (left != INT64_MAX && (!x.timeout_ms || x.timeout_ms > left))
-        x.timeout_ms = left > 1 ? left : 1;
+    struct orch_channel *channel = usable(L, h, &n_results);
+    if (!channel)
+        return n_results;
+    x.no_aslr = orch_vm_no_aslr(h->vm);
 
     struct operation *op = operation_new(h, exec_push);
     if (out_fn) {
@@ -634,12 +708,13 @@ static int l_exec(lua_State *L)
     }
     x.stdin_open = input || inherit;
     x.ud = op;
+    op->max_output = x.max_output;
     struct orch_err err = { 0 };
-    op->exec = orch_exec_start(orch_vm_channel(h->vm), &x, &err);
-    if (!op->exec) {
+    if (bound_exec(op, &x, &err) < 0 || !(op->exec = orch_exec_start(channel, &x, &err))) {
         operation_free(op);
         return orch_push_err(L, &err);
     }
+    op->begun_us = orch_now_us();
     if (inherit)
         inherit_stdin(op, orch_env_of(L)->loop);
     else if (input)
@@ -717,42 +792,46 @@ static int l_write_file(lua_State *L)
 {
     int n_results;
     size_t n;
-    struct orch_vm_handle *h = live(L, &n_results);
-    if (!h)
-        return n_results;
+    struct orch_vm_handle *h = handle_at(L);
     const char *path = luaL_checkstring(L, 2);
     const char *data = luaL_checklstring(L, 3, &n);
     struct orch_opts o = orch_opts_begin(L, 4, "vm:write_file");
     mode_t mode = (mode_t)orch_opt_number(&o, "mode", 0644, 0, 07777);
     orch_opts_done(&o);
+    struct orch_channel *channel = usable(L, h, &n_results);
+    if (!channel)
+        return n_results;
     struct operation *op = operation_new(h, push_true);
-    op->file = orch_channel_write_file(orch_vm_channel(h->vm), path, (struct orch_slice){ data, n }, mode, file_done, op);
+    op->file = orch_channel_write_file(channel, path, (struct orch_slice){ data, n }, mode, file_done, op);
     return start_file(L, op);
 }
 
 static int l_read_file(lua_State *L)
 {
     int n_results;
-    struct orch_vm_handle *h = live(L, &n_results);
-    if (!h)
-        return n_results;
+    struct orch_vm_handle *h = handle_at(L);
     const char *path = luaL_checkstring(L, 2);
     struct orch_opts o = orch_opts_begin(L, 3, "vm:read_file");
     uint64_t offset = (uint64_t)orch_opt_number(&o, "offset", 0, 0, 9e15), length = (uint64_t)orch_opt_number(&o, "length", 0, 0, 9e15);
     orch_opts_done(&o);
+    struct orch_channel *channel = usable(L, h, &n_results);
+    if (!channel)
+        return n_results;
     struct operation *op = operation_new(h, push_bytes);
-    op->file = orch_channel_read_file(orch_vm_channel(h->vm), path, offset, length, FILE_MAX_BYTES, file_done, op);
+    op->file = orch_channel_read_file(channel, path, offset, length, FILE_MAX_BYTES, file_done, op);
     return start_file(L, op);
 }
 
 static int l_list_dir(lua_State *L)
 {
     int n_results;
-    struct orch_vm_handle *h = live(L, &n_results);
-    if (!h)
+    struct orch_vm_handle *h = handle_at(L);
+    const char *path = luaL_checkstring(L, 2);
+    struct orch_channel *channel = usable(L, h, &n_results);
+    if (!channel)
         return n_results;
     struct operation *op = operation_new(h, push_entries);
-    op->file = orch_channel_list_dir(orch_vm_channel(h->vm), luaL_checkstring(L, 2), file_done, op);
+    op->file = orch_channel_list_dir(channel, path, file_done, op);
     return start_file(L, op);
 }
 
@@ -761,8 +840,8 @@ static int l_list_dir(lua_State *L)
 static int l_logs(lua_State *L)
 {
     int n_results;
-    struct orch_vm_handle *h = live(L, &n_results);
-    if (!h)
+    struct orch_vm_handle *h = handle_at(L);
+    if (!usable(L, h, &n_results))
         return n_results;
     struct orch_slice tail = orch_vm_log_tail(h->vm);
     lua_pushlstring(L, tail.p ? tail.p : "", tail.n);
@@ -772,8 +851,8 @@ static int l_logs(lua_State *L)
 static int l_network(lua_State *L)
 {
     int n_results;
-    struct orch_vm_handle *h = live(L, &n_results);
-    if (!h)
+    struct orch_vm_handle *h = handle_at(L);
+    if (!usable(L, h, &n_results))
         return n_results;
     const char *network = orch_vm_network(h->vm);
     lua_pushstring(L, strcmp(network, "none") ? network : "no interface");
@@ -798,8 +877,8 @@ static int l_stats(lua_State *L)
     int n_results;
     struct orch_err err = { 0 };
     struct orch_vm_usage u;
-    struct orch_vm_handle *h = live(L, &n_results);
-    if (!h)
+    struct orch_vm_handle *h = handle_at(L);
+    if (!usable(L, h, &n_results))
         return n_results;
     if (orch_vm_usage(h->vm, &u, &err) < 0)
         return orch_push_err(L, &err);
@@ -822,8 +901,8 @@ static int l_stats(lua_State *L)
 static int l_phases(lua_State *L)
 {
     int n_results;
-    struct orch_vm_handle *h = live(L, &n_results);
-    if (!h)
+    struct orch_vm_handle *h = handle_at(L);
+    if (!usable(L, h, &n_results))
         return n_results;
     lua_newtable(L);
     int i = 0;

@@ -409,6 +409,10 @@ static void cell_event(void *ud, int events)
             c->o.on_started(c->o.ud);
         return;
     }
+    if (r != 1 && c->la->h.pid && wait_readable(c->la->h.pidfd, 0)) { /* it fails every cell, this one too, and knows why */
+        launcher_dead(c->la, 0);
+        return;
+    }
     cell_over(c);
     if (r == 1 && m->op == ORCH_LAUNCH_EXIT) {
         c->o.on_exit(c->o.ud, m->status);

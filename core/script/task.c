@@ -29,13 +29,11 @@ struct orch_task {
 
     bool cancelled;
     enum orch_class why_cls;
-    char why[160];
+    char why[256];
 
     struct orch_meter own, *meter; /* meter: own, or that of the ancestor it shares */
-    int64_t timeout_ms, deadline_ms, held_left_ms;
-    unsigned holds; /* while not 0 the deadline does not come nearer */
-    bool deadline_armed, spawned;
-    struct orch_timer *deadline, *sleep;
+    bool spawned;
+    struct orch_timer *sleep;
     struct orch_wait sleeping;
 
     orch_task_done_fn *done;
@@ -85,7 +83,6 @@ static void free_tasks(struct orch_tasks *room)
     while (room->spare) {
         struct orch_task *t = room->spare;
         room->spare = t->next;
-        orch_timer_free(t->deadline);
         orch_timer_free(t->sleep);
         free(t);
     }
@@ -124,11 +121,9 @@ static struct orch_task *take(struct orch_tasks *room, bool spawned, struct orch
         room->spare = t;
         return NULL;
     }
-    t->cancelled = t->pending = t->ready = t->deadline_armed = false;
+    t->cancelled = t->pending = t->ready = false;
     t->own = (struct orch_meter){ 0 };
     t->meter = &t->own;
-    t->timeout_ms = t->deadline_ms = 0;
-    t->holds = 0;
     t->parent = t->children = t->sibling = NULL;
     t->prev = NULL;
     t->next = room->alive;
@@ -191,8 +186,6 @@ static void finish(struct orch_task *t, int nres, const struct orch_err *err)
     struct orch_tasks *room = t->room;
     drop_wait(t);
     t->phase = IDLE;
-    if (t->deadline_armed)
-        orch_timer_cancel(t->deadline);
     orphan(t);
     while (t->children) {
         struct orch_err ended;
@@ -259,18 +252,6 @@ static int results_of_wait(struct orch_task *t)
     return orch_state_protect(s, push_results, &r, NULL) == 0 ? r.n : 0;
 }
 
-static void deadline_passed(void *ud);
-
-static void arm_deadline(struct orch_task *t)
-{
-    if (!t->deadline_ms || t->deadline_armed || t->holds)
-        return;
-    if (!t->deadline)
-        t->deadline = orch_timer_new(t->room->loop, deadline_passed, t);
-    t->deadline_armed = true;
-    orch_timer_set(t->deadline, orch_task_left_ms(t));
-}
-
 /* Resumes until the next wait or the end; true when it goes on waiting. */
 static bool run(struct orch_task *t)
 {
@@ -303,7 +284,6 @@ static bool run(struct orch_task *t)
         orch_state_stop(s, s->task->why_cls, ECANCELED, s->task->why);
     if (waits && !failed) {
         t->phase = WAITING;
-        arm_deadline(t);
         if (t->ready)
             enqueue(t);
         return true;
@@ -337,8 +317,7 @@ static void run_queue(void *ud)
     }
 }
 
-struct orch_task *orch_task_start(struct orch_loop *l, struct orch_state *s, int nargs, int64_t deadline_ms,
-                                  orch_task_done_fn *done, void *ud)
+struct orch_task *orch_task_start(struct orch_loop *l, struct orch_state *s, int nargs, orch_task_done_fn *done, void *ud)
 {
     struct orch_err err;
     struct orch_task *t = NULL;
@@ -356,14 +335,10 @@ struct orch_task *orch_task_start(struct orch_loop *l, struct orch_state *s, int
     t->phase = STARTING;
     t->done = done;
     t->ud = ud;
-    if (deadline_ms > 0) {
-        t->timeout_ms = deadline_ms;
-        t->deadline_ms = orch_loop_now_ms(l) + deadline_ms;
-    }
     return run(t) ? t : NULL;
 }
 
-static void cancel(struct orch_task *t, enum orch_class cls, const char *why)
+void orch_task_end(struct orch_task *t, enum orch_class cls, const char *why)
 {
     if (t->cancelled || t->phase == IDLE)
         return;
@@ -386,15 +361,7 @@ static void cancel(struct orch_task *t, enum orch_class cls, const char *why)
 
 void orch_task_cancel(struct orch_task *t, const char *why)
 {
-    cancel(t, ORCH_CLASS_CANCELLED, why);
-}
-
-static void deadline_passed(void *ud)
-{
-    struct orch_task *t = ud;
-    char why[64];
-    snprintf(why, sizeof why, "not done within %lld ms", (long long)t->timeout_ms);
-    cancel(t, ORCH_CLASS_TIMEOUT, why);
+    orch_task_end(t, ORCH_CLASS_CANCELLED, why);
 }
 
 struct orch_task *orch_task_current(lua_State *L)
@@ -405,38 +372,6 @@ struct orch_task *orch_task_current(lua_State *L)
 bool orch_task_cancelled(const struct orch_task *t)
 {
     return t->cancelled;
-}
-
-int64_t orch_task_left_ms(const struct orch_task *t)
-{
-    if (t->parent) /* ends with it */
-        return orch_task_left_ms(t->parent);
-    if (!t->deadline_ms)
-        return INT64_MAX;
-    if (t->holds)
-        return t->held_left_ms;
-    int64_t left = t->deadline_ms - orch_loop_now_ms(t->room->loop);
-    return left > 0 ? left : 0;
-}
-
-void orch_task_hold(struct orch_task *t, bool on)
-{
-    while (t->parent)
-        t = t->parent;
-    if (on && t->holds == 0)
-        t->held_left_ms = orch_task_left_ms(t);
-    t->holds += on ? 1u : -1u;
-    if (!t->deadline_ms)
-        return;
-    if (on && t->holds == 1) {
-        if (t->deadline_armed)
-            orch_timer_cancel(t->deadline);
-        t->deadline_armed = false;
-    } else if (!on && t->holds == 0) {
-        t->deadline_ms = orch_loop_now_ms(t->room->loop) + t->held_left_ms;
-        if (t->phase == WAITING)
-            arm_deadline(t);
-    }
 }
 
 /* ---- Waiting ----------------------------------------------------------------------------------- */

@@ -1,12 +1,12 @@
 /* Tasks: one coroutine per call, the only user of lua_resume. A function that waits ends in
  * `return orch_task_wait(L, …)`; when its event comes, orch_task_ready posts the task; only the loop's
  * run queue resumes, never a callback. Time inside Lua counts against the state's budget, waiting does
- * not; the deadline is wall time.
+ * not; deadlines are their owners' matter, who end the task (core/call.c).
  *
  * User coroutines: boot.lua's coroutine.resume/wrap pass the wait marker up, so a wait inside a
  * user's coroutine suspends the whole task. A plain coroutine.yield outside a coroutine ends the task.
  *
- * The end of a task that was cancelled, or whose deadline passed, while it waits:
+ * The end of a task that was cancelled, or whose time is over (class TIMEOUT), while it waits:
  *  - bounded states: none of its code runs again.
  *  - trusted states: the wait returns nil, message, "cancelled" (or "timeout"), so that the script can
  *    clean up; every later wait raises that message. done gets the class whatever the script returns.
@@ -34,19 +34,14 @@ typedef int orch_task_push_fn(lua_State *L, void *ud);
 
 /* Starts a task on the function and nargs (≤ ORCH_TASK_ARGS_MAX) arguments at the top of the state's
  * main stack (they are popped). It runs at once until its first wait; when it ended at once, done was
- * already called and NULL is returned. deadline_ms: from now; 0: none. Threads are pooled. A state's
- * tasks all use one loop. */
-struct orch_task *orch_task_start(struct orch_loop *l, struct orch_state *s, int nargs, int64_t deadline_ms,
-                                  orch_task_done_fn *done, void *ud);
-/* Asks it to end (see above); its wait's cancel is called now, done later from the run queue. Safe at
- * any time before done, also from the task itself. */
-void orch_task_cancel(struct orch_task *t, const char *why);
+ * already called and NULL is returned. Threads are pooled. A state's tasks all use one loop. */
+struct orch_task *orch_task_start(struct orch_loop *l, struct orch_state *s, int nargs, orch_task_done_fn *done, void *ud);
+/* Asks it to end (see above), for this reason: class CANCELLED or TIMEOUT; its wait's cancel is called now,
+ * done later from the run queue. Safe at any time before done, also from the task itself. */
+void orch_task_end(struct orch_task *t, enum orch_class cls, const char *why);
+void orch_task_cancel(struct orch_task *t, const char *why); /* class CANCELLED */
 struct orch_task *orch_task_current(lua_State *L); /* NULL outside a task */
 bool orch_task_cancelled(const struct orch_task *t);
-int64_t orch_task_left_ms(const struct orch_task *t); /* until the deadline, ≥ 0; INT64_MAX without */
-/* Stops the deadline's clock of the task and those it belongs to while it waits for what has a time of its
- * own (a person's answer). Each on is matched by an off, before done. */
-void orch_task_hold(struct orch_task *t, bool on);
 
 /* A wait in progress, refused when stale. Zero-initialised: refused as well. */
 struct orch_wait {

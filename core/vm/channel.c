@@ -70,7 +70,7 @@ struct orch_channel {
     bool inside;  /* a callback of the loop runs: free is put off to its end */
     bool dead;    /* freed by such a callback */
     bool failing; /* err is set, on_failing is posted or has run */
-    bool told;    /* cb.failed was called */
+    bool ended;   /* err is the owner's, for every operation; on_ending is posted or has run */
     bool starved; /* an op was refused bytes because of the queue */
     bool paused;
     int64_t paused_at_ms;
@@ -84,6 +84,7 @@ struct orch_channel {
 
 static void on_ready(void *ud, int events);
 static void on_tick(void *ud);
+static void on_ending(void *ud);
 
 /* ---- operations ---- */
 
@@ -104,6 +105,8 @@ static void op_add(struct orch_channel *c, struct op *op, enum kind kind)
     op->next = c->ops;
     c->ops = op;
     c->n_execs += kind == EXEC;
+    if (c->ended)
+        orch_loop_post(c->loop, on_ending, c);
 }
 
 static void op_detach(struct op *op)
@@ -168,29 +171,46 @@ static void leave(struct orch_channel *c)
         channel_destroy(c);
 }
 
-/* Tells everyone, the operations first. In a turn of its own, so never from inside a caller's call. */
+/* These have turns of their own, so that nobody is told from inside his own call. */
 static void on_failing(void *ud)
+{
+    struct orch_channel *c = ud;
+    c->inside = true;
+    c->cb.failed(c->cb.ud, &c->err);
+    leave(c);
+}
+
+static void on_ending(void *ud)
 {
     struct orch_channel *c = ud;
     c->inside = true;
     while (!c->dead && c->ops)
         op_end(c->ops, NULL, &c->err);
-    if (!c->dead && !c->told) {
-        c->told = true;
-        c->cb.failed(c->cb.ud, &c->err);
-    }
     leave(c);
+}
+
+static void stop(struct orch_channel *c, const struct orch_err *err)
+{
+    c->failing = true;
+    c->err = *err;
+    orch_watch_set(c->watch, 0);
+    orch_timer_cancel(c->tick);
 }
 
 static void fail(struct orch_channel *c, const struct orch_err *err)
 {
     if (c->failing)
         return;
-    c->failing = true;
-    c->err = *err;
-    orch_watch_set(c->watch, 0);
-    orch_timer_cancel(c->tick);
+    stop(c, err);
     orch_loop_post(c->loop, on_failing, c);
+}
+
+void orch_channel_end(struct orch_channel *c, const struct orch_err *why)
+{
+    stop(c, why);
+    c->ended = true;
+    orch_loop_unpost(c->loop, on_failing, c);
+    orch_loop_post(c->loop, on_ending, c);
 }
 
 static void protocol_error(struct orch_channel *c, const char *fmt, ...) ORCH_PRINTF(2, 3);
@@ -211,6 +231,7 @@ void orch_channel_free(struct orch_channel *c)
     if (!c)
         return;
     orch_loop_unpost(c->loop, on_failing, c);
+    orch_loop_unpost(c->loop, on_ending, c);
     while (c->ops) {
         struct op *op = c->ops;
         op_detach(op);
@@ -722,10 +743,6 @@ struct orch_exec *orch_exec_start(struct orch_channel *c, const struct orch_exec
         .timeout_ms = o->timeout_ms > UINT32_MAX ? UINT32_MAX : (uint32_t)o->timeout_ms,
         .max_output = o->max_output,
     };
-    if (c->failing) {
-        orch_err_setc(err, ORCH_CLASS_CLOSED, ENOTCONN, "the microVM is gone: %s", c->err.msg);
-        return NULL;
-    }
     if (!w.n_argv) {
         orch_err_set(err, EINVAL, "a command needs at least one word");
         return NULL;
@@ -810,8 +827,6 @@ static struct orch_fileop *fileop_start(struct orch_channel *c, enum kind kind, 
     f->done = done;
     f->ud = ud;
     op_add(c, &f->op, kind);
-    if (c->failing)
-        orch_loop_post(c->loop, on_failing, c);
     if (w)
         orch_buf_add(&b, w, sizeof *w);
     orch_buf_add(&b, path, strnlen(path, PATH_SENT));

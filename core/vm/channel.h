@@ -14,7 +14,9 @@ struct orch_fileop;
 
 struct orch_channel_cb {
     void (*hello)(void *ud, const uint8_t epoch[16]);
-    void (*failed)(void *ud, const struct orch_err *err); /* end of file, protocol error; once */
+    /* End of file, a protocol error, or no answer; once. What is under way stays so, and what is started
+     * meanwhile, until orch_channel_end: the owner may soon know why it failed. */
+    void (*failed)(void *ud, const struct orch_err *err);
     void *ud;
 };
 
@@ -22,6 +24,9 @@ struct orch_channel_cb {
  * still sends for an id that has ended or was dropped is ignored; an id never given out, or anything
  * its state does not allow, fails the channel. */
 struct orch_channel *orch_channel_new(struct orch_loop *l, int fd, const struct orch_channel_cb *cb);
+/* Every exec and file operation ends with this error, in a turn of its own; nothing comes from the guest
+ * any more, nor a failed. */
+void orch_channel_end(struct orch_channel *c, const struct orch_err *why);
 void orch_channel_free(struct orch_channel *c); /* no callbacks afterwards, also not of execs */
 
 /* Sends RESTORE with fresh entropy, the time now and this epoch; hello answers. */
@@ -54,8 +59,7 @@ struct orch_exec_opts {
     bool no_aslr;
     void (*output)(void *ud, int stream, struct orch_slice bytes); /* stream 1 or 2 */
     void (*drained)(void *ud); /* stdin: credit came back, more may be written */
-    /* Ends it, once; the exec is gone then. err is set (and r NULL) only when the microVM or the
-     * channel failed. */
+    /* Ends it, once; the exec is gone then. err is set (and r NULL) only by orch_channel_end. */
     void (*done)(void *ud, const struct orch_exec_result *r, const struct orch_err *err);
     void *ud;
 };

@@ -81,7 +81,8 @@ struct orch_vmm {
     struct orch_json_doc doc;
     size_t total;
     bool clone, greeted, freezing, completed;
-    char said[512];         /* QMP's last error */
+    bool stopped;           /* by its guest */
+    char said[512];         /* QMP's last error, or how the guest stopped */
     struct orch_err broken; /* protocol error, delivered from the next turn */
 };
 
@@ -606,6 +607,15 @@ static void migration_event(struct orch_vmm *v)
     }
 }
 
+static void guest_stopped(struct orch_vmm *v)
+{
+    uint32_t reason = orch_json_get(&v->doc, orch_json_get(&v->doc, 0, "data"), "reason");
+    bool off = reason && orch_json_string_eq(&v->doc, reason, "guest-shutdown");
+    snprintf(v->said, sizeof v->said, "%s",
+             off ? "the guest powered off" : "the guest stopped (a reboot, a kernel panic, or its init ended)");
+    v->stopped = true;
+}
+
 /* false: the rest must not be looked at, the callback may have freed v. */
 static void qmp_line(struct orch_vmm *v, struct orch_slice line)
 {
@@ -622,7 +632,7 @@ static void qmp_line(struct orch_vmm *v, struct orch_slice line)
     } else if (event && orch_json_string_eq(&v->doc, event, "MIGRATION")) {
         migration_event(v);
     } else if (event && orch_json_string_eq(&v->doc, event, "SHUTDOWN") && !v->freezing) {
-        snprintf(v->said, sizeof v->said, "the guest stopped (a kernel panic or its init ended)");
+        guest_stopped(v);
     } else if (!v->greeted && orch_json_get(&v->doc, 0, "QMP")) {
         v->greeted = true;
         v->cb.phase(v->cb.ud, "vmm");
@@ -678,7 +688,11 @@ static void vmm_exited(void *ud, int status)
     char how[64];
     struct orch_err err;
     orch_proc_describe(status, how, sizeof how);
-    orch_err_set(&err, ECHILD, "QEMU ended (%s)%s%s", how, *v->said ? ": " : "", v->said);
+    if (v->stopped && status == 0)
+        orch_err_set(&err, ECHILD, "%s", v->said);
+    else
+        orch_err_set(&err, ECHILD, WIFSIGNALED(status) ? "the VMM was %s%s%s" : "the VMM ended (%s)%s%s", how,
+                     *v->said ? ": " : "", v->said);
     v->cb.ended(v->cb.ud, &err, status);
 }
 

@@ -32,7 +32,7 @@ enum state {
     WAITING,  /* for its template */
     STARTING, /* a VMM runs */
     READY,
-    ENDING, /* the VMM is gone or going; the channel still fails its execs */
+    ENDING, /* why is known, the VMM is gone; the channel still delivers what the guest said */
     ENDED,  /* failed or lost was told, or is about to be */
 };
 
@@ -67,6 +67,8 @@ struct orch_vm {
     struct orch_vmm *vmm;
     struct orch_channel *channel;
     int agent_fd; /* the channel's */
+    bool mute;    /* the agent's stream has ended */
+    bool waits;   /* for its template, as was told */
     struct orch_timer *deadline, *life;
     int64_t spawned_us, started_us;
     struct orch_vm_phase phases[MAX_PHASES + 1];
@@ -212,15 +214,20 @@ static void free_vmm(struct orch_vm *vm)
     vm->uplink = false;
 }
 
-/* All that a microVM holds of the system; what is left answers questions. */
+static void free_channel(struct orch_vm *vm)
+{
+    orch_channel_free(vm->channel);
+    vm->channel = NULL;
+    vm->mute = false;
+}
+
+/* All that a microVM holds of the system but its channel; what is left answers questions. */
 static void release(struct orch_vm *vm)
 {
     orch_template_cancel(vm->wait);
     vm->wait = NULL;
     timer_drop(&vm->deadline);
     timer_drop(&vm->life);
-    orch_channel_free(vm->channel);
-    vm->channel = NULL;
     free_vmm(vm);
 }
 
@@ -233,6 +240,7 @@ static void tell_failed(void *ud)
 static void tell_lost(void *ud)
 {
     struct orch_vm *vm = ud;
+    free_channel(vm);
     if (vm->o.lost)
         vm->o.lost(vm->o.ud, vm, &vm->err);
 }
@@ -270,8 +278,11 @@ static void failed(struct orch_vm *vm, const char *reason, const struct orch_err
                                           : "starting the VMM");
         if (vm->err.cls != ORCH_CLASS_ISOLATION) /* that class: nothing ran, so it wrote nothing */
             orch_rundir_explain(vm->rundir, &vm->err);
+    } else if (strcmp(reason, "template") != 0) { /* whose error names that */
+        orch_err_wrap(&vm->err, "microVM %s", vm->id);
     }
     release(vm);
+    free_channel(vm);
     emit_exit(vm);
     orch_rundir_free(vm->rundir);
     vm->rundir = NULL;
@@ -279,24 +290,32 @@ static void failed(struct orch_vm *vm, const char *reason, const struct orch_err
     orch_loop_post(vm->m->loop, tell_failed, vm);
 }
 
+/* What is under way in it is told first, with the same error; both in turns of their own. */
 static void lost(struct orch_vm *vm)
 {
     release(vm);
     emit_exit(vm);
     uncount(vm);
+    orch_channel_end(vm->channel, &vm->err);
     orch_loop_post(vm->m->loop, tell_lost, vm);
 }
 
 /* Ends a ready microVM in two steps: the VMM goes and the agent's stream is cut, which makes the channel
- * deliver what it still has, fail its execs and call agent_failed; then it is lost. */
+ * deliver what it still has and call agent_failed; then it is lost. From now on it has one error, whoever
+ * asks: something ran, so it is never of class ISOLATION. */
 static void end(struct orch_vm *vm, const char *reason, const struct orch_err *err)
 {
     set_reason(vm, reason, err);
-    if (vm->state != READY)
-        return;
     vm->state = ENDING;
+    if (vm->err.cls != ORCH_CLASS_TIMEOUT)
+        vm->err.cls = ORCH_CLASS_CLOSED;
+    orch_err_wrap(&vm->err, "microVM %s", vm->id);
     timer_drop(&vm->life);
     free_vmm(vm);
+    if (vm->mute) {
+        lost(vm);
+        return;
+    }
     orch_channel_pause(vm->channel, false);
     shutdown(vm->agent_fd, SHUT_RDWR);
 }
@@ -335,12 +354,7 @@ static void vmm_ended(void *ud, const struct orch_err *err, int status)
                          : err->code == ENETDOWN                         ? "network"
                                                                          : "launcher";
     vm->status = status;
-    if (vm->state == ENDING) { /* the stream had ended before */
-        set_reason(vm, reason, err);
-        lost(vm);
-    } else {
-        fail_or_end(vm, reason, err);
-    }
+    fail_or_end(vm, reason, err);
 }
 
 static void agent_hello(void *ud, const uint8_t epoch[16])
@@ -360,38 +374,27 @@ static void agent_hello(void *ud, const uint8_t epoch[16])
 static void agent_failed(void *ud, const struct orch_err *err)
 {
     struct orch_vm *vm = ud;
+    struct orch_err why = *err; /* the channel's, which may go */
+    vm->mute = true;
     if (vm->state == ENDING) {
         lost(vm);
-        return;
+    } else if (why.cls != ORCH_CLASS_CLOSED) {
+        fail_or_end(vm, "protocol", &why);
+    } else {
+        /* The stream's end is mostly the VMM's end, whose status says more: awaited shortly. What is
+         * started until then ends as what is under way. */
+        vm->err = why;
+        timer_drop(&vm->deadline);
+        vm->deadline = orch_timer_new(vm->m->loop, stream_timeout, vm);
+        orch_timer_set(vm->deadline, EXIT_GRACE_MS);
     }
-    if (err->cls != ORCH_CLASS_CLOSED) {
-        struct orch_err why = *err; /* the channel's, which goes */
-        if (vm->state != READY) {
-            failed(vm, "protocol", &why);
-            return;
-        }
-        set_reason(vm, "protocol", &why);
-        lost(vm);
-        return;
-    }
-    /* The stream's end is mostly the VMM's end, whose status says more: awaited shortly. */
-    vm->err = *err;
-    if (vm->state == READY)
-        vm->state = ENDING;
-    timer_drop(&vm->deadline);
-    vm->deadline = orch_timer_new(vm->m->loop, stream_timeout, vm);
-    orch_timer_set(vm->deadline, EXIT_GRACE_MS);
 }
 
 static void stream_timeout(void *ud)
 {
     struct orch_vm *vm = ud;
     struct orch_err err = vm->err;
-    set_reason(vm, "agent", &err);
-    if (vm->state == ENDING)
-        lost(vm);
-    else
-        failed(vm, "agent", &err);
+    fail_or_end(vm, "agent", &err);
 }
 
 static void clone_timeout(void *ud)
@@ -407,9 +410,14 @@ static void life_over(void *ud)
 {
     struct orch_vm *vm = ud;
     struct orch_err err;
-    orch_err_setc(&err, ORCH_CLASS_TIMEOUT, ETIMEDOUT, "microVM %s: its time of %.1f s is over",
-                  vm->id, (double)vm->o.timeout_ms / 1000);
+    orch_err_setc(&err, ORCH_CLASS_TIMEOUT, ETIMEDOUT, ORCH_VM_TIME_OVER,
+                  (double)vm->o.timeout_ms / 1000, vm->o.timeout_name ? vm->o.timeout_name : "timeout");
     fail_or_end(vm, "timeout", &err);
+}
+
+void orch_vm_end(struct orch_vm *vm, const struct orch_err *why)
+{
+    fail_or_end(vm, why->cls == ORCH_CLASS_TIMEOUT ? "timeout" : "closed", why);
 }
 
 /* ---- start */
@@ -461,15 +469,22 @@ static int start_vmm(struct orch_vm *vm, const struct orch_template *t, struct o
     return 0;
 }
 
+static void tell_waits(struct orch_vm *vm, bool waits)
+{
+    if (vm->o.waits && vm->waits != waits)
+        vm->o.waits(vm->o.ud, waits);
+    vm->waits = waits;
+}
+
 static void back_to_waiting(struct orch_vm *vm)
 {
     timer_drop(&vm->deadline);
-    orch_channel_free(vm->channel);
-    vm->channel = NULL;
+    free_channel(vm);
     free_vmm(vm);
     vm->n_phases = 0;
     memset(vm->phases, 0, sizeof vm->phases);
     vm->state = WAITING;
+    tell_waits(vm, true);
 }
 
 /* ---- network */
@@ -530,8 +545,7 @@ static int follow_host(struct orch_vm *vm, struct orch_err *err)
 static void cannot_follow(struct orch_vm *vm, struct orch_err *err)
 {
     err->cls = ORCH_CLASS_ISOLATION;
-    orch_err_wrap(err, "microVM %s: the host's addresses changed, and its packet filter cannot follow",
-                  vm->id);
+    orch_err_wrap(err, "the packet filter could not follow the host's addresses");
     fail_or_end(vm, "network", err);
 }
 
@@ -620,6 +634,7 @@ static void template_there(void *ud, const struct orch_template *t, const struct
         failed(vm, "template", err);
         return;
     }
+    tell_waits(vm, false);
     vm->isolation = t->kvm ? ORCH_ISOLATION_HARDWARE : ORCH_ISOLATION_EMULATED;
     if (t->loaded && !passed(vm, "template"))
         phase(vm, "template");
@@ -712,6 +727,7 @@ struct orch_vm *orch_vm_spawn(struct orch_vms *m, const struct orch_vm_opts *o,
     vm->network = orch_xstrdup(o->rules ? o->network : "none");
     vm->status = -1;
     vm->agent_fd = -1;
+    vm->waits = true;
     vm->spawned_us = orch_now_us();
     vm->next = m->vms;
     vm->link = &m->vms;
@@ -742,6 +758,7 @@ void orch_vm_free(struct orch_vm *vm)
     if (!vm->reason)
         vm->reason = "closed";
     release(vm);
+    free_channel(vm);
     emit_exit(vm);
     uncount(vm);
     orch_loop_unpost(vm->m->loop, tell_ready, vm);
@@ -796,9 +813,15 @@ const struct orch_vm_phase *orch_vm_phases(const struct orch_vm *vm)
     return vm->phases;
 }
 
-struct orch_channel *orch_vm_channel(struct orch_vm *vm)
+struct orch_channel *orch_vm_channel(struct orch_vm *vm, struct orch_err *err)
 {
-    return vm->channel;
+    if (vm->state == READY)
+        return vm->channel;
+    if (vm->state == WAITING || vm->state == STARTING)
+        orch_err_setc(err, ORCH_CLASS_USAGE, EBUSY, "microVM %s: it is not ready yet", vm->id);
+    else
+        *err = vm->err;
+    return NULL;
 }
 
 struct orch_slice orch_vm_log_tail(const struct orch_vm *vm)
@@ -845,10 +868,10 @@ int orch_vm_usage(struct orch_vm *vm, struct orch_vm_usage *out, struct orch_err
     *out = (struct orch_vm_usage){ 0 };
     snprintf(path, sizeof path, "/proc/%d/task/%d/children", init, init);
     int r = init ? orch_read_file(AT_FDCWD, path, 4096, &text) : -ESRCH;
-    if (r < 0)
+    if (r < 0 && r != -ESRCH && r != -ENOENT)
         return orch_err_set(err, -r, "memory of microVM %s: %s: %s", vm->id, path, strerror(-r));
     /* In the order in which they were started. */
-    int n = sscanf(text.p, "%d %d", &pids[0], &pids[1]);
+    int n = r < 0 ? 0 : sscanf(text.p, "%d %d", &pids[0], &pids[1]);
     out->vmm_bytes = n > 0 ? pss_bytes(pids[n - 1]) : 0;
     out->uplink_bytes = n > 1 ? pss_bytes(pids[0]) : 0;
     return vm->netns ? orch_nft_connections(orch_netns_nft(vm->netns), &out->connections, err) : 0;

@@ -51,19 +51,28 @@ struct orch_vm_opts {
     uint64_t memory_bytes;   /* 64M … 4G, default 256M */
     int vcpus;               /* 1…8 */
     int64_t timeout_ms;      /* life of the microVM from its VMM's start; 0: none */
+    const char *timeout_name; /* what sets it, for its error; a literal. NULL: "timeout" */
     const char *call;        /* audit: the call it serves, or NULL */
+    /* May be NULL. From the spawn on it waits for its template, which may have to be made first and has
+     * deadlines of its own: false when that is over and its own start begins, true when it waits anew. */
+    void (*waits)(void *ud, bool waits);
     /* Ready or failed, once; the vm is borrowed and lives until orch_vm_free. On failure the message
      * has the phase, the VMM's last lines and the path of its log. Never called from inside spawn. */
     void (*ready)(void *ud, struct orch_vm *vm, const struct orch_err *err);
-    /* It ended by itself after ready (crash, timeout, launcher lost), once; execs were failed before. */
+    /* It ended by itself after ready (crash, timeout, launcher lost), once. Execs were failed before, with
+     * the same error: "microVM ID: why", class TIMEOUT or CLOSED. */
     void (*lost)(void *ud, struct orch_vm *vm, const struct orch_err *err);
     void *ud;
 };
+/* Of a time that is over: seconds as a double, and its name. */
+#define ORCH_VM_TIME_OVER "its time of %g s is over (%s)"
 
 /* NULL only for a caller's mistake or the limit; everything else comes by ready. The returned vm may be
  * freed at any time: that cancels. */
 struct orch_vm *orch_vm_spawn(struct orch_vms *m, const struct orch_vm_opts *o, struct orch_err *err);
 void orch_vm_free(struct orch_vm *vm); /* ends it, no callbacks; NULL is fine */
+/* Ends it as if by itself, for this reason: one that was ready is lost, else ready gets it. */
+void orch_vm_end(struct orch_vm *vm, const struct orch_err *why);
 
 const char *orch_vm_id(const struct orch_vm *vm);
 const char *orch_vm_name(const struct orch_vm *vm); /* NULL: none */
@@ -77,7 +86,9 @@ struct orch_vm_phase {
     double ms;
 };
 const struct orch_vm_phase *orch_vm_phases(const struct orch_vm *vm);
-struct orch_channel *orch_vm_channel(struct orch_vm *vm); /* after ready */
+/* The one way into a microVM, asked for anew each time: NULL with err when it is not ready, or no more; then err
+ * is the one that lost gets, though the microVM may not have been told so yet. */
+struct orch_channel *orch_vm_channel(struct orch_vm *vm, struct orch_err *err);
 struct orch_slice orch_vm_log_tail(const struct orch_vm *vm);
 /* True when under TCG, where guest programs start faster without ASLR (orch_exec_opts.no_aslr). */
 bool orch_vm_no_aslr(const struct orch_vm *vm);
@@ -88,7 +99,7 @@ int orch_vm_counters(struct orch_vm *vm,
                      void (*fn)(void *ud, const char *label, uint64_t packets, uint64_t bytes),
                      void *ud, struct orch_err *err);
 
-/* What it takes of the host, after ready. Memory is the proportional set size; the uplink's is about
+/* What it takes of the host, after ready; nothing of one that ends. Memory is the proportional set size; the uplink's is about
  * 20 MB, whatever it carries. */
 struct orch_vm_usage {
     uint64_t vmm_bytes, uplink_bytes;

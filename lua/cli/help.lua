@@ -30,6 +30,7 @@ All keys may be left out.
     tools     = { "lua/tools" },      -- directories of tool files
     workspace = ".",                  -- the only host directory that tools may see
     trust     = nil,                  -- "always": loaded only as `orch trust` saw it, wherever it lies
+    -- timeout: of each call whose tool file has none, and so of its commands; a longer build: timeout = "30m"
     vm = { backend = "auto", accel = "auto", image = "debian", memory = "256M", vcpus = 1, timeout = "60s", max = 16 },
     limits = { message = "16M", depth = 64, calls = 64,
                policy = { time = "100ms", memory = "64M" }, tool = { cpu = "2s", memory = "256M" } },

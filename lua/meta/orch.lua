@@ -24,9 +24,9 @@
 ---| "config"    # configuration, policy or script
 ---| "upstream"  # an MCP server
 ---| "limit"     # a budget or limit was hit
----| "timeout"   # the deadline passed
+---| "timeout"   # its time is over; the message names what set it
 ---| "cancelled" # the task was cancelled
----| "closed"    # the microVM or client was closed or went away
+---| "closed"    # the microVM or client was closed or went away; the message says how
 
 ---@class orch
 ---@field version string "0.1.0" (P T S)
@@ -126,12 +126,15 @@ orch.vm = {}
 ---@field image? string default: vm.image of the configuration
 ---@field memory? orch.size 64M to 4G in whole MiB, default vm.memory; in tools at most that
 ---@field vcpus? integer 1 to 8, default vm.vcpus; 1 where microVMs are emulated; in tools at most the default
----@field timeout? orch.duration life of the microVM; default: none in scripts, vm.timeout in tools
+---@field timeout? orch.duration its life. Scripts: default vm.timeout, 0 for none. Tools: default as long as the call, it can only be less
 ---@field network? string a policy of policies/network.lua, "none" unless said: no network interface (scripts only)
 ---@field backend? "auto"|"qemu" (scripts only)
 ---@field name? string a label for `orch vm list` (scripts only)
 
----A microVM. Scripts: it lives until close() or the end of orch. Tools (ctx:vm): until the end of the call.
+---A microVM. Scripts: it lives until close(), its timeout or the end of orch. Tools (ctx:vm): until the end of the call.
+---When it has ended, whoever ended it, each method returns nil, message, code: what was under way and what is called
+---later get the same, `microVM ID: its time of 60 s is over (vm.timeout)` with "timeout", and with "closed" `the guest
+---powered off`, `the VMM was killed by signal 9 (Killed)`, `it was closed`, `the call is over`, … The fields stay.
 ---@class orch.Vm
 ---@field id string "vm-6b769702"
 ---@field backend string "qemu"
@@ -159,7 +162,7 @@ function orch.vm.pool(options) end
 ---@field env? table<string, string> added to the guest's environment
 ---@field cwd? string default: the user's home
 ---@field user? string name or number, default "1000"
----@field timeout? orch.duration the whole process tree is ended after it; in tools at most what is left of the call
+---@field timeout? orch.duration the whole process tree is ended after it; in tools what is left of the call's time, which is also the most: a larger one is capped
 ---@field max_output? orch.size a stream, default 1M, at most 64M unless on_stdout and on_stderr take it; the rest is dropped
 ---@field on_stdout? fun(bytes: string) called as output comes, instead of collecting it; must not wait
 ---@field on_stderr? fun(bytes: string)
@@ -175,14 +178,25 @@ function orch.vm.pool(options) end
 ---@field stderr string bytes
 ---@field truncated boolean output was dropped
 ---@field timed_out boolean
+---@field limit string? when timed_out or capped: how long it could take and what to raise for more, "60 s: vm.timeout", "30 s: timeout of lua/tools/build.lua", "5 s: the argument timeout"
+---@field capped true? a timeout was asked for that is more than the whole time of the call
 ---@field ms number
 
----Runs a program in the guest and waits for its end, whatever it is. T S
+---What came of a program until its microVM failed.
+---@class orch.vm.ExecSoFar
+---@field stdout string
+---@field stderr string
+---@field truncated boolean
+---@field ms number
+
+---Runs a program in the guest and waits for its end, whatever it is. In tools the guest ends it when the call's time
+---is over; a few seconds remain then to use the result. T S
 ---@param argv string[] program and arguments; no shell unless you name one
 ---@param options? orch.vm.ExecOptions
----@return orch.vm.ExecResult? result # nil, message, code only when the microVM failed
+---@return orch.vm.ExecResult? result # nil, message, code only when the microVM failed, or no time is left
 ---@return string? message
 ---@return orch.code? code
+---@return orch.vm.ExecSoFar? so_far # when the program had been started
 function Vm:exec(argv, options) end
 
 ---Writes a file in the guest, owned by uid 1000. T S
@@ -228,7 +242,7 @@ function Vm:stats() end
 ---@return { name: string, ms: number }[]?
 function Vm:phases() end
 
----Ends it at once. What is under way in it returns nil, message, "closed". T S
+---Ends it at once. T S
 function Vm:close() end
 
 -- Not available yet: copy_in, copy_out, changes, pause, resume, snapshot, fork, set_network.
@@ -421,6 +435,7 @@ function Client:listen(kinds) end
 function Client:ping(options) end
 
 ---Ends the server, or its session. A command has 2 s from the end of its input, 3 s from SIGTERM, then it is killed.
+---What is under way and every later use return nil, message, "closed".
 function Client:close() end
 
 -- ---- The host. S
@@ -483,7 +498,7 @@ orch.http = {}
 ---@field method? string default GET, with a body POST
 ---@field headers? table<string, string>
 ---@field body? string
----@field timeout? orch.duration until the whole answer is there, default 60 s
+---@field timeout? orch.duration until the whole answer is there, default 60 s; ctx:http: what is left of the call's time, which is also the most
 ---@field on_data? fun(bytes: string) gets the body as it comes, of any size; without it the body is collected, at most 16 MiB
 
 ---One HTTP exchange. A redirect is an answer like others. S
@@ -514,7 +529,7 @@ function orch.firewall.explain(policy, packet) end
 ---@field input table JSON Schema 2020-12 of the arguments; type must be "object"; an unknown keyword is a load error. A null that an optional argument's schema refuses counts as absent
 ---@field output? table JSON Schema of the structured result
 ---@field annotations? { title?: string, readOnlyHint?: boolean, destructiveHint?: boolean, idempotentHint?: boolean, openWorldHint?: boolean }
----@field timeout? orch.duration default "60s"
+---@field timeout? orch.duration of a call, and so of its commands and microVMs; default: vm.timeout of the configuration. It stands still while a template is made and while somebody is asked
 ---@field run fun(args: table, ctx: orch.Ctx): orch.ToolResult?, string?, orch.code? runs in a task of its own; nil, message, code: failed
 ---@field task? "optional"|"required" a task of the tasks extension where the client can; required: only so
 
@@ -532,7 +547,7 @@ function orch.firewall.explain(policy, packet) end
 ---@field client { elicit: boolean, elicit_url: boolean, sample: boolean, sample_tools: boolean, roots: boolean } what it can be asked
 local Ctx = {}
 
----A microVM for this call, with the network the deciding rules say; closed after the call.
+---A microVM for this call, with the network the deciding rules say; it lives as long as the call.
 ---@param options? orch.vm.SpawnOptions
 ---@return orch.Vm? vm # or nil, message, code
 ---@return string? message
@@ -628,7 +643,7 @@ function Ctx:release(retry) end
 ---One HTTP exchange from this host. Each connection, those of redirects (at most 5) too, must be to an address and port that
 ---the network of the rules which allow the call lets pass; what is refused is in the audit log (`net_deny`). The URL must
 ---hold an IPv4 address: names are not looked up yet.
----@param options orch.http.Options timeout: no longer than what is left of the call's
+---@param options orch.http.Options
 ---@return { status: integer, headers: table<string, string>, body: string?, url: string }? answer # of the last redirect; or nil, message, code
 ---@return string? message
 ---@return orch.code? code # "denied", "timeout", "limit", "closed", "upstream"

@@ -10,13 +10,13 @@ return {
     properties = {
       command = { type = "string", description = "Command line for /bin/sh", minLength = 1, maxLength = 32768 },
       stdin = { type = "string", description = "Text for the command's standard input", maxLength = 1048576 },
-      timeout = { type = "number", description = "Seconds after which the command is ended", exclusiveMinimum = 0, maximum = 3600 },
+      timeout = { type = "number", description = "Seconds after which the command is ended; never more than vm.timeout of the configuration",
+        exclusiveMinimum = 0, maximum = 86400 },
     },
     required = { "command" },
     additionalProperties = false,
   },
   annotations = { title = "Run a command in a microVM", readOnlyHint = false, destructiveHint = false, openWorldHint = false },
-  timeout = "2m",
   run = function(args, ctx)
     local vm, err, code = ctx:vm()
     if not vm then return nil, err, code end

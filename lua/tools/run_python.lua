@@ -10,13 +10,13 @@ return {
       code = { type = "string", description = "The program", minLength = 1, maxLength = 262144 },
       args = { type = "array", description = "Its sys.argv[1:]", maxItems = 64,
         items = { type = "string", maxLength = 4096 } },
-      timeout = { type = "number", description = "Seconds after which it is ended", exclusiveMinimum = 0, maximum = 3600 },
+      timeout = { type = "number", description = "Seconds after which it is ended; never more than vm.timeout of the configuration",
+        exclusiveMinimum = 0, maximum = 86400 },
     },
     required = { "code" },
     additionalProperties = false,
   },
   annotations = { title = "Run Python in a microVM", readOnlyHint = false, destructiveHint = false, openWorldHint = false },
-  timeout = "2m",
   run = function(args, ctx)
     local vm, err, code = ctx:vm()
     if not vm then return nil, err, code end

@@ -58,7 +58,8 @@ static void ready(void *ud, struct orch_vm *vm, const struct orch_err *err)
         .argv = command, .no_aslr = orch_vm_no_aslr(vm) && !getenv("ASLR"), .done = executed, .ud = x
     };
     struct orch_err why;
-    if (!orch_exec_start(orch_vm_channel(vm), &o, &why)) {
+    struct orch_channel *channel = orch_vm_channel(vm, &why);
+    if (!channel || !orch_exec_start(channel, &o, &why)) {
         fprintf(stderr, "%s\n", why.msg);
         exit(1);
     }

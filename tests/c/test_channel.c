@@ -26,7 +26,7 @@ struct rig {
     struct orch_err done_err, file_err;
     struct orch_buf out[2], file;
     char order[16]; /* d: exec done, f: file operation done, F: channel failed */
-    bool free_in_hello, free_in_output, free_in_done, drop_in_output;
+    bool free_in_hello, free_in_output, free_in_done, free_in_failed, drop_in_output, end_later;
     struct orch_exec *exec;
 };
 
@@ -58,6 +58,10 @@ static void on_failed(void *ud, const struct orch_err *err)
     r->fails++;
     r->err = *err;
     note(r, 'F');
+    if (r->free_in_failed)
+        rig_free_channel(r);
+    else if (!r->end_later)
+        orch_channel_end(r->c, err);
 }
 
 static void on_output(void *ud, int stream, struct orch_slice bytes)
@@ -504,14 +508,15 @@ static void test_refused(void **state)
     run_until(&r, &r.done, 1);
     start(&r, (struct orch_exec_opts){ 0 });
     close(r.guest);
-    run_until(&r, &r.fails, 1);
-    assert_int_equal(r.done, 257);
-    assert_null(orch_exec_start(r.c, &(struct orch_exec_opts){ .argv = one, .done = on_done, .ud = &r }, &err));
-    assert_int_equal(err.cls, ORCH_CLASS_CLOSED);
+    run_until(&r, &r.done, 257);
+    r.done_err.cls = 0;
+    assert_non_null(orch_exec_start(r.c, &(struct orch_exec_opts){ .argv = one, .done = on_done, .ud = &r }, &err));
     orch_channel_read_file(r.c, "/f", 0, 0, 10, on_file, &r);
-    assert_int_equal(r.file_done, 0); /* never from inside the call */
+    assert_int_equal(r.done + r.file_done, 257); /* never from inside the call */
     run_until(&r, &r.file_done, 1);
+    run_until(&r, &r.done, 258);
     assert_int_equal(r.file_err.cls, ORCH_CLASS_CLOSED);
+    assert_int_equal(r.done_err.cls, ORCH_CLASS_CLOSED);
     assert_int_equal(r.fails, 1);
     r.guest = -1;
     rig_fini(&r);
@@ -641,26 +646,67 @@ static void test_end_of_file(void **state)
     guest_started(&r, 1);
     guest_frame(&r, ORCH_WIRE_STDOUT, 1, "last words", 10);
     shutdown(r.guest, SHUT_RDWR);
-    run_until(&r, &r.fails, 1);
+    run_until(&r, &r.done, 1);
+    run_until(&r, &r.file_done, 1);
     assert_int_equal(r.out[0].n, 10);
     assert_int_equal(r.done_err.cls, ORCH_CLASS_CLOSED);
     assert_int_equal(r.err.cls, ORCH_CLASS_CLOSED);
     assert_int_equal(strlen(r.order), 3);
-    assert_int_equal(r.order[2], 'F');
+    assert_int_equal(r.order[0], 'F');
     orch_loop_step(r.loop, 0);
     assert_int_equal(r.fails, 1);
     rig_fini(&r);
 }
 
+/* Why it failed is the owner's to say, and he may say it later, or before anything failed. */
+static void test_end(void **state)
+{
+    (void)state;
+    for (int by_owner = 0; by_owner < 2; by_owner++) {
+        struct rig r;
+        struct orch_err why;
+        rig_init(&r);
+        r.end_later = true;
+        guest_hello(&r, NULL);
+        start(&r, (struct orch_exec_opts){ 0 });
+        orch_channel_list_dir(r.c, "/", on_file, &r);
+        run_until(&r, &r.hellos, 1);
+        if (!by_owner) {
+            shutdown(r.guest, SHUT_RDWR);
+            run_until(&r, &r.fails, 1);
+            start(&r, (struct orch_exec_opts){ .stdin_open = true });
+            for (int i = 0; i < 5; i++)
+                orch_loop_step(r.loop, 1);
+            assert_string_equal(r.order, "F");
+        }
+        orch_err_setc(&why, ORCH_CLASS_TIMEOUT, ETIMEDOUT, "its time is over");
+        orch_channel_end(r.c, &why);
+        assert_int_equal(r.done + r.file_done, 0); /* never from inside the call */
+        run_until(&r, &r.done, by_owner ? 1 : 2);
+        run_until(&r, &r.file_done, 1);
+        assert_string_equal(r.done_err.msg, "its time is over");
+        assert_string_equal(r.file_err.msg, "its time is over");
+        assert_int_equal(r.file_err.cls, ORCH_CLASS_TIMEOUT);
+        guest_started(&r, 1);
+        close(r.guest);
+        for (int i = 0; i < 5; i++)
+            orch_loop_step(r.loop, 1);
+        assert_int_equal(r.fails, by_owner ? 0 : 1);
+        r.guest = -1;
+        rig_fini(&r);
+    }
+}
+
 static void test_free_in_callbacks(void **state)
 {
     (void)state;
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 5; i++) {
         struct rig r;
         rig_init(&r);
         r.free_in_hello = i == 0;
         r.free_in_output = i == 1;
         r.free_in_done = i >= 2;
+        r.free_in_failed = i == 4;
         struct orch_exec *x = start(&r, (struct orch_exec_opts){ .stdin_open = true });
         start(&r, (struct orch_exec_opts){ 0 });
         orch_channel_list_dir(r.c, "/", on_file, &r);
@@ -670,13 +716,13 @@ static void test_free_in_callbacks(void **state)
         guest_frame(&r, ORCH_WIRE_STDOUT, 1, "x", 1);
         if (i == 2)
             guest_exit(&r, 1, 0);
-        if (i == 3)
-            guest_frame(&r, ORCH_WIRE_EXIT, 1, "", 0); /* fails the channel, done frees it */
+        if (i >= 3)
+            guest_frame(&r, ORCH_WIRE_EXIT, 1, "", 0); /* fails the channel */
         for (int turn = 0; r.c && turn < 100; turn++)
             orch_loop_step(r.loop, 50);
         assert_null(r.c);
-        assert_int_equal(r.fails, 0);
-        assert_int_equal(r.done, i >= 2);
+        assert_int_equal(r.fails, i >= 3);
+        assert_int_equal(r.done, i == 2 || i == 3);
         orch_loop_step(r.loop, 0);
         rig_fini(&r);
     }
@@ -841,6 +887,8 @@ static void test_hostile(void **state)
         int64_t end = orch_now_us() + WAIT_MS * 1000;
         while (!r.fails && !(r.done > done && r.result.status == 42) && orch_now_us() < end)
             orch_loop_step(r.loop, 50);
+        if (t->error)
+            orch_loop_step(r.loop, 0); /* the end is told in the next turn */
         if (t->error && (!r.fails || strncmp(r.err.msg, "protocol error: ", 16) != 0 || !strstr(r.err.msg, t->error)))
             fail_msg("%s: expected \"protocol error: … %s\", got \"%s\"", t->name, t->error, r.fails ? r.err.msg : "nothing");
         if (!t->error && (r.fails || r.result.status != 42))
@@ -868,6 +916,7 @@ int main(void)
         cmocka_unit_test(test_flood_keeps_memory),
         cmocka_unit_test(test_pause),
         cmocka_unit_test(test_end_of_file),
+        cmocka_unit_test(test_end),
         cmocka_unit_test(test_free_in_callbacks),
         cmocka_unit_test(test_drop),
         cmocka_unit_test(test_hostile),

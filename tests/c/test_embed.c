@@ -14,7 +14,7 @@
 
 #include <cmocka.h>
 
-static char dir[] = "/tmp/orch-test-embed-XXXXXX";
+static char dir[64];
 static struct orch_tool_call *calls[8];
 static int n_calls;
 
@@ -43,17 +43,19 @@ static void say(int fd, const char *line)
 
 #define CALL(id) "{\"jsonrpc\":\"2.0\",\"id\":" id ",\"method\":\"tools/call\",\"params\":{\"name\":\"late\",\"arguments\":{}}}\n"
 
-/* An answer that comes after its call was cancelled must not become the answer of a later call. */
-static void late_answer(void **state)
+/* A handle with the tool `late`, which answers when the test does. */
+static struct orch *open_host(const char *configuration)
 {
-    (void)state;
-    char config[256], share[4096], out[16384];
+    char config[256], share[4096];
+    struct orch_error err;
+    snprintf(dir, sizeof dir, "/tmp/orch-test-embed-XXXXXX");
+    n_calls = 0;
     assert_non_null(mkdtemp(dir));
     assert_int_equal(setenv("XDG_STATE_HOME", dir, 1) | setenv("XDG_RUNTIME_DIR", dir, 1), 0);
     snprintf(config, sizeof config, "%s/policies", dir);
     assert_int_equal(mkdir(config, 0700), 0);
     put("policies/tools.lua", "return { rules = { { tool = 'late', action = 'allow' } } }");
-    put("orchestrator.lua", "return { workspace = '.', audit = { dir = 'audit' } }");
+    put("orchestrator.lua", configuration);
     snprintf(config, sizeof config, "%s/orchestrator.lua", dir);
 
     ssize_t length = readlink("/proc/self/exe", share, sizeof share - 1); /* build/VARIANT/tests/test_embed */
@@ -62,12 +64,28 @@ static void late_answer(void **state)
     for (int i = 0; i < 2; i++)
         *strrchr(share, '/') = 0;
 
-    int in[2], answers[2], kept[2] = { dup(0), dup(1) };
-    assert_int_equal(pipe(in) | pipe(answers), 0);
-    struct orch_error err;
     struct orch *o = orch_open(&(struct orch_options){ .size = sizeof(struct orch_options), .config = config, .share = share }, &err);
     assert_non_null(o);
     assert_int_equal(orch_add_tool(o, &(struct orch_tool_def){ "late", "Answers later", "{\"type\":\"object\"}", keep, NULL }, &err), 0);
+    return o;
+}
+
+static void remove_dir(void)
+{
+    char command[128];
+    snprintf(command, sizeof command, "rm -r %s", dir);
+    assert_int_equal(system(command), 0);
+}
+
+/* An answer that comes after its call was cancelled must not become the answer of a later call. */
+static void late_answer(void **state)
+{
+    (void)state;
+    char out[16384];
+    struct orch_error err;
+    int in[2], answers[2], kept[2] = { dup(0), dup(1) };
+    assert_int_equal(pipe(in) | pipe(answers), 0);
+    struct orch *o = open_host("return { workspace = '.', audit = { dir = 'audit' } }");
     dup2(in[0], 0);
     dup2(answers[1], 1);
     int served = orch_serve_stdio(o, &err);
@@ -106,12 +124,39 @@ static void late_answer(void **state)
     assert_null(strstr(out, "the first call's"));
     assert_non_null(strstr(out, "\"id\":2,\"result\":{\"content\":[{\"type\":\"text\",\"text\":\"the second call's\""));
     assert_non_null(strstr(out, "\"id\":3,\"result\":{\"content\":[{\"type\":\"text\",\"text\":\"the third call's\""));
-    snprintf(config, sizeof config, "rm -r %s", dir);
-    assert_int_equal(system(config), 0);
+    remove_dir();
+}
+
+static void on_result(void *ud, const char *result, int is_error)
+{
+    snprintf(ud, 512, "%d %s", is_error, result);
+}
+
+/* A program's tool has the configuration's time, and what it says later is nobody's answer. */
+static void no_answer(void **state)
+{
+    (void)state;
+    struct orch_error err;
+    char first[512] = "", second[512] = "";
+    struct orch *o = open_host("return { workspace = '.', audit = { dir = 'audit' }, vm = { timeout = '1s' } }");
+    assert_int_equal(orch_call(o, "late", "{}", NULL, on_result, first, &err), 0);
+    while (!*first)
+        orch_step(o, 100);
+    assert_non_null(strstr(first, "1 {\"content\":[{\"type\":\"text\",\"text\":\"failed: no answer within 1 s (vm.timeout)\""));
+    assert_int_equal(orch_call(o, "late", "{}", NULL, on_result, second, &err), 0);
+    while (n_calls < 2)
+        orch_step(o, 100);
+    orch_answer(calls[0], "the first call's", 0);
+    orch_answer(calls[1], "the second call's", 0);
+    while (!*second)
+        orch_step(o, 100);
+    assert_non_null(strstr(second, "the second call's"));
+    orch_close(o);
+    remove_dir();
 }
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = { cmocka_unit_test(late_answer) };
+    const struct CMUnitTest tests[] = { cmocka_unit_test(late_answer), cmocka_unit_test(no_answer) };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -389,7 +389,8 @@ static void begin(struct guest *g, struct command *c, const char *args, const ch
         argv[n++] = word;
     struct orch_exec_opts o = { .argv = argv, .user = user, .no_aslr = true, .output = on_output, .done = on_done, .ud = c };
     *c = (struct command){ .done = false };
-    CHECK(orch_exec_start(orch_vm_channel(g->vm), &o, &err), "%s", err.msg);
+    struct orch_channel *channel = orch_vm_channel(g->vm, &err);
+    CHECK(channel && orch_exec_start(channel, &o, &err), "%s", err.msg);
 }
 
 static void run(struct guest *g, const char *args, const char *user, const char *what)
@@ -411,7 +412,10 @@ static void on_written(void *ud, struct orch_slice data, const struct orch_err *
 static void put_attack(struct guest *g)
 {
     bool done = false;
-    orch_channel_write_file(orch_vm_channel(g->vm), "/tmp/attack", (struct orch_slice){ attack.p, attack.n }, 0755, on_written,
+    struct orch_err err;
+    struct orch_channel *channel = orch_vm_channel(g->vm, &err);
+    CHECK(channel, "%s", err.msg);
+    orch_channel_write_file(channel, "/tmp/attack", (struct orch_slice){ attack.p, attack.n }, 0755, on_written,
                             &done);
     WAIT(done, 10000);
 }
@@ -810,7 +814,7 @@ static void pasta_dies_case(void)
     CHECK(!strcmp(orch_vm_network(g.vm), "attacked") && !strcmp(orch_vm_network(none.vm), "none"), "names");
     kill(v[0], SIGKILL);
     WAIT(g.lost, 5000);
-    CHECK(strstr(g.err.msg, "no network: pasta (killed by signal 9)"), "%s", g.err.msg);
+    CHECK(g.err.cls == ORCH_CLASS_CLOSED && strstr(g.err.msg, "no network: pasta (killed by signal 9)"), "%s", g.err.msg);
     CHECK(!none.lost, "the other is lost too");
     end(&g);
     end(&none);
@@ -1107,16 +1111,24 @@ static void address_race_case(void)
             end(&g[k]);
         }
     }
-    /* One whose filter cannot follow ends. */
+    /* One whose filter cannot follow ends; something ran in it, so it is not of class ISOLATION. */
     struct guest g;
+    struct command c = { .done = false };
+    struct orch_err later;
     start(&g, policy());
+    static const char *const wait[] = { "sleep", "100", NULL };
+    struct orch_exec_opts wait_opts = { .argv = wait, .no_aslr = true, .done = on_done, .ud = &c };
+    CHECK(orch_exec_start(orch_vm_channel(g.vm, &later), &wait_opts, &later), "%s", later.msg);
     char command[96];
     snprintf(command, sizeof command, "nsenter -t %d -n nft add table ip other", newest_init());
     sh(command);
     set_address("add", "203.0.113.99");
     WAIT(g.lost, 2000);
-    CHECK(g.err.cls == ORCH_CLASS_ISOLATION && strstr(g.err.msg, "cannot follow") && strstr(g.err.msg, "table \"other\""), "%s",
+    CHECK(g.err.cls == ORCH_CLASS_CLOSED && strstr(g.err.msg, "the packet filter could not follow") && strstr(g.err.msg, "table \"other\""), "%s",
           g.err.msg);
+    CHECK(c.done && !strcmp(c.out.p, g.err.msg), "under way: %s", c.out.p ? c.out.p : "nothing");
+    CHECK(!orch_vm_channel(g.vm, &later) && !strcmp(later.msg, g.err.msg) && later.cls == g.err.cls, "later: %s", later.msg);
+    orch_buf_free(&c.out);
     set_address("del", "203.0.113.99");
     end(&g);
     close_vms();

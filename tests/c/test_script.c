@@ -723,7 +723,7 @@ static void use_state(struct orch_state *s)
         orch_state_load(s, "use.lua", ORCH_SLICE(code), NULL) < 0)
         return;
     int done = 0;
-    orch_task_start(loop, s, 0, 5000, count_done, &done);
+    orch_task_start(loop, s, 0, count_done, &done);
     for (int i = 0; i < 20 && !done; i++)
         orch_loop_step(loop, 20);
     assert_int_equal(done, 1);
@@ -851,13 +851,13 @@ static struct orch_state *task_state(enum orch_context ctx)
     return s;
 }
 
-static struct orch_task *start(struct orch_state *s, const char *code, int64_t deadline_ms, struct outcome *o)
+static struct orch_task *start(struct orch_state *s, const char *code, struct outcome *o)
 {
     struct orch_err err;
     *o = (struct outcome){ 0 };
     if (orch_state_load(s, "task.lua", orch_slice_str(code), &err) < 0)
         fail_msg("%s", err.msg);
-    return orch_task_start(loop, s, 0, deadline_ms, keep_outcome, o);
+    return orch_task_start(loop, s, 0, keep_outcome, o);
 }
 
 static void settle(struct outcome *o)
@@ -881,17 +881,17 @@ static void test_task_runs(void **state)
     for (size_t i = 0; i < 2; i++) {
         struct orch_state *s = task_state(task_contexts[i]);
         struct outcome o;
-        assert_null(start(s, "return 1, 'two', nil", 0, &o));
+        assert_null(start(s, "return 1, 'two', nil", &o));
         assert_int_equal(o.done, 1);
         assert_string_equal(o.text, "1 two nil");
-        assert_null(start(s, "local t = nil\nreturn t.x", 0, &o));
+        assert_null(start(s, "local t = nil\nreturn t.x", &o));
         assert_int_equal(o.done, 1);
         assert_non_null(strstr(o.err.msg, "task.lua:2: attempt to index"));
         assert_non_null(strstr(o.err.msg, "stack traceback:\n\ttask.lua: in main chunk"));
-        assert_null(start(s, "error({})", 0, &o));
+        assert_null(start(s, "error({})", &o));
         assert_non_null(strstr(o.err.msg, "table: 0x"));
 
-        struct orch_task *t = start(s, "local a, b = wait() return a, b, select('#', wait())", 0, &o);
+        struct orch_task *t = start(s, "local a, b = wait() return a, b, select('#', wait())", &o);
         assert_non_null(t);
         assert_int_equal(n_ops, 1);
         orch_task_ready(ops[0].wait, push_op, &ops[0]);
@@ -934,7 +934,7 @@ static void test_task_waits_anywhere(void **state)
         for (size_t k = 0; k < ORCH_ARRAY_LEN(codes); k++) {
             struct orch_state *s = task_state(task_contexts[i]);
             struct outcome o;
-            if (start(s, codes[k][0], 0, &o)) {
+            if (start(s, codes[k][0], &o)) {
                 orch_task_ready(ops[0].wait, push_op, &ops[0]);
                 settle(&o);
             }
@@ -954,12 +954,12 @@ static void test_task_may_not_wait(void **state)
         assert_int_equal(ops[0].cancelled, 1); /* so that the operation is undone */
         expect_error(s, "orch.sleep(1)", "inside a task only");
         expect_error(s, "orch.task.spawn(print)", "inside a task only");
-        start(s, "coroutine.yield(1)", 0, &o);
+        start(s, "coroutine.yield(1)", &o);
         assert_non_null(strstr(o.err.msg, "coroutine.yield outside a coroutine"));
         /* The wait's yield cannot pass the sort: it is abandoned, and the next one works. */
         n_ops = 0;
         start(s, "local co = coroutine.wrap(wait) local ok, e = pcall(table.sort, { 1, 2 }, function() co() end)\n"
-                 "return tostring(ok), wait()", 0, &o);
+                 "return tostring(ok), wait()", &o);
         assert_int_equal(n_ops, 2);
         orch_task_ready(ops[0].wait, push_op, &ops[0]);
         turns(2);
@@ -970,7 +970,7 @@ static void test_task_may_not_wait(void **state)
         assert_string_equal(o.text, "false ready 1");
         /* Results that cannot be pushed. */
         n_ops = 0;
-        start(s, "return wait()", 0, &o);
+        start(s, "return wait()", &o);
         orch_task_ready(ops[0].wait, push_raising, &ops[0]);
         settle(&o);
         assert_string_equal(o.text, "nil cannot push failed");
@@ -988,7 +988,7 @@ static void test_task_cancel(void **state)
         struct orch_state *s = task_state(task_contexts[i]);
         struct outcome o;
         /* While it waits. */
-        struct orch_task *t = start(s, "local r, why, class = wait()\nafter = class\nlocal ok, e = pcall(wait)\nlast = e return 1", 0, &o);
+        struct orch_task *t = start(s, "local r, why, class = wait()\nafter = class\nlocal ok, e = pcall(wait)\nlast = e return 1", &o);
         assert_false(orch_task_cancelled(t));
         orch_task_cancel(t, "test");
         orch_task_cancel(t, "again");
@@ -1005,7 +1005,7 @@ static void test_task_cancel(void **state)
         }
         /* Between event and resumption. */
         n_ops = 0;
-        t = start(s, "wait()", 0, &o);
+        t = start(s, "wait()", &o);
         orch_task_ready(ops[0].wait, push_op, &ops[0]);
         orch_task_cancel(t, "late");
         settle(&o);
@@ -1014,7 +1014,7 @@ static void test_task_cancel(void **state)
         assert_int_equal(o.err.cls, ORCH_CLASS_CANCELLED);
         /* Inside a coroutine, and a pcall that must not keep it alive in a bounded state. */
         n_ops = 0;
-        t = start(s, "coroutine.wrap(function() while n_waits == nil do if not pcall(wait) then return end end end)()", 0, &o);
+        t = start(s, "coroutine.wrap(function() while n_waits == nil do if not pcall(wait) then return end end end)()", &o);
         if (trusted) {
             orch_task_cancel(t, "inner");
             settle(&o);
@@ -1022,7 +1022,7 @@ static void test_task_cancel(void **state)
         }
         /* Before it ran, by another. */
         n_ops = 0;
-        start(s, cancel_self, 0, &o);
+        start(s, cancel_self, &o);
         settle(&o);
         assert_string_equal(o.text, "nil cancelled: by its script cancelled");
         assert_int_equal(n_ops, 0);
@@ -1048,7 +1048,7 @@ static void test_task_cancel_running(void **state)
         lua_pushcfunction(orch_state_lua(s), lua_cancel_me);
         lua_setglobal(orch_state_lua(s), "cancel_me");
         /* A bounded state ends at the next instruction whatever it does, a trusted one at its next wait. */
-        start(s, "cancel_me() while true do pcall(error) wait() end", 0, &o);
+        start(s, "cancel_me() while true do pcall(error) wait() end", &o);
         settle(&o);
         assert_int_equal(o.err.cls, ORCH_CLASS_CANCELLED);
         assert_string_equal(o.err.msg, "cancelled: itself");
@@ -1056,26 +1056,23 @@ static void test_task_cancel_running(void **state)
     }
 }
 
-static void test_task_deadline(void **state)
+static void test_task_time_over(void **state)
 {
     (void)state;
     for (size_t i = 0; i < 2; i++) {
         struct orch_state *s = task_state(task_contexts[i]);
         struct outcome o;
-        struct orch_task *t = start(s, "wait()", 20, &o);
-        assert_in_range(orch_task_left_ms(t), 1, 20);
+        struct orch_task *t = start(s, "local _, why, class = wait() after = class .. ' ' .. why", &o);
+        orch_task_end(t, ORCH_CLASS_TIMEOUT, "not done within 2 s (vm.timeout)");
+        assert_int_equal(o.done, 0); /* never from inside */
         settle(&o);
         assert_int_equal(o.err.cls, ORCH_CLASS_TIMEOUT);
-        assert_string_equal(o.err.msg, "timeout: not done within 20 ms");
+        assert_string_equal(o.err.msg, "timeout: not done within 2 s (vm.timeout)");
         assert_int_equal(ops[0].cancelled, 1);
+        if (task_contexts[i] == ORCH_CTX_SCRIPT)
+            expect_text(s, "return after", "timeout timeout: not done within 2 s (vm.timeout)");
         n_ops = 0;
-        t = start(s, "return wait()", 5000, &o);
-        orch_task_ready(ops[0].wait, push_op, &ops[0]);
-        settle(&o);
-        assert_string_equal(o.text, "ready 0");
-        n_ops = 0;
-        t = start(s, "wait()", 0, &o);
-        assert_true(orch_task_left_ms(t) == INT64_MAX);
+        start(s, "wait()", &o);
         orch_state_free(s); /* ends it */
         assert_int_equal(o.done, 1);
         assert_int_equal(ops[0].cancelled, 1);
@@ -1090,26 +1087,26 @@ static void test_task_budget(void **state)
     struct outcome o;
     int64_t begin = cpu_ms();
     /* Waiting is free; the time inside adds up over the resumptions. */
-    start(s, "local t = {} for i = 1, 1e9 do local n = 0 for k = 1, 1e5 do n = n + k end orch.sleep(0) end", 0, &o);
+    start(s, "local t = {} for i = 1, 1e9 do local n = 0 for k = 1, 1e5 do n = n + k end orch.sleep(0) end", &o);
     settle(&o);
     assert_int_equal(o.err.cls, ORCH_CLASS_LIMIT);
     assert_non_null(strstr(o.err.msg, "limit: tool time 100 ms used up in task.lua:1"));
     assert_in_range(cpu_ms() - begin, 50, 300);
-    start(s, "orch.sleep(0.15) return 'slept'", 0, &o);
+    start(s, "orch.sleep(0.15) return 'slept'", &o);
     settle(&o);
     assert_string_equal(o.text, "slept");
     /* Spawned ones use the budget of the one that spawned them. */
     begin = cpu_ms();
     start(s, "local t for i = 1, 50 do t = orch.task.spawn(function() while true do for k = 1, 1e4 do end orch.sleep(0) end end) end\n"
-             "local r = t:join() return r", 0, &o);
+             "local r = t:join() return r", &o);
     settle(&o);
     assert_int_equal(o.err.cls, ORCH_CLASS_LIMIT);
     assert_in_range(cpu_ms() - begin, 50, 300);
     orch_state_free(s);
     s = task_state(ORCH_CTX_TOOL);
-    start(s, "pcall(string.rep, 'x', 1e9) return 1", 0, &o);
+    start(s, "pcall(string.rep, 'x', 1e9) return 1", &o);
     assert_string_equal(o.err.msg, "limit: tool memory 64 MiB used up in task.lua:1");
-    start(s, "local t = {} for i = 1, 1e9 do t[i] = {} end", 0, &o);
+    start(s, "local t = {} for i = 1, 1e9 do t[i] = {} end", &o);
     assert_non_null(strstr(o.err.msg, "limit: tool "));
     orch_state_free(s);
 }
@@ -1141,7 +1138,7 @@ static void test_spawn(void **state)
         for (size_t k = 0; k < ORCH_ARRAY_LEN(codes); k++) {
             struct orch_state *s = task_state(task_contexts[i]);
             struct outcome o;
-            if (start(s, codes[k][0], 3000, &o))
+            if (start(s, codes[k][0], &o))
                 settle(&o);
             if (strcmp(o.text, codes[k][1]) != 0)
                 fail_msg("%s\nexpected %s\ngot %s %s", codes[k][0], codes[k][1], o.text, o.err.msg);
@@ -1156,7 +1153,7 @@ static void test_children(void **state)
     for (size_t i = 0; i < 2; i++) {
         struct orch_state *s = task_state(task_contexts[i]);
         struct outcome o;
-        start(s, "orch.task.spawn(function() orch.task.spawn(wait) wait() end) orch.sleep(0.001)", 0, &o);
+        start(s, "orch.task.spawn(function() orch.task.spawn(wait) wait() end) orch.sleep(0.001)", &o);
         settle(&o);
         assert_int_equal(n_ops, 2);
         bool bounded = task_contexts[i] == ORCH_CTX_TOOL;
@@ -1189,7 +1186,7 @@ static void test_task_reuse(void **state)
         int done = 0;
         lua_pushvalue(L, -1);
         lua_pushinteger(L, i);
-        assert_null(orch_task_start(loop, s, 1, 1000, count_done, &done));
+        assert_null(orch_task_start(loop, s, 1, count_done, &done));
         assert_int_equal(done, 1);
     }
     assert_int_equal(n_allocs, 0);
@@ -1358,7 +1355,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_task_may_not_wait, make_loop, free_loop),
         cmocka_unit_test_setup_teardown(test_task_cancel, make_loop, free_loop),
         cmocka_unit_test_setup_teardown(test_task_cancel_running, make_loop, free_loop),
-        cmocka_unit_test_setup_teardown(test_task_deadline, make_loop, free_loop),
+        cmocka_unit_test_setup_teardown(test_task_time_over, make_loop, free_loop),
         cmocka_unit_test_setup_teardown(test_task_budget, make_loop, free_loop),
         cmocka_unit_test_setup_teardown(test_spawn, make_loop, free_loop),
         cmocka_unit_test_setup_teardown(test_children, make_loop, free_loop),

@@ -230,7 +230,8 @@ static void run_start(struct guest *g, struct command *c, const char *script, co
                                 .ud = c };
     struct orch_err err;
     memset(c, 0, sizeof *c);
-    if (!orch_exec_start(orch_vm_channel(g->vm), &o, &err))
+    struct orch_channel *channel = orch_vm_channel(g->vm, &err);
+    if (!channel || !orch_exec_start(channel, &o, &err))
         fail_msg("%s", err.msg);
 }
 
@@ -519,6 +520,22 @@ static void test_nothing_is_left(void **state)
 
 /* ---- the end, by itself */
 
+/* Who was under way, the owner, and who asks afterwards get the same error. */
+static void assert_same_end(struct guest *g, const struct command *c, enum orch_class cls, const char *why)
+{
+    struct orch_err after = { 0 };
+    cleanup_free char *prefix = orch_xasprintf("microVM %s: ", orch_vm_id(g->vm));
+    assert_true(c->done && c->failed);
+    assert_contains(g->err.msg, why);
+    assert_int_equal(strncmp(g->err.msg, prefix, strlen(prefix)), 0);
+    assert_string_equal(c->err.msg, g->err.msg);
+    assert_null(orch_vm_channel(g->vm, &after));
+    assert_string_equal(after.msg, g->err.msg);
+    assert_int_equal(g->err.cls, cls);
+    assert_int_equal(c->err.cls, cls);
+    assert_int_equal(after.cls, cls);
+}
+
 static void test_crash_is_lost(void **state)
 {
     (void)state;
@@ -534,9 +551,7 @@ static void test_crash_is_lost(void **state)
     assert_int_equal(find_vmms(&pid, 1), 1);
     kill(pid, SIGKILL);
     WAIT_FOR(g.lost, 5000);
-    assert_true(c.done && c.failed);
-    assert_int_equal(c.err.cls, ORCH_CLASS_CLOSED);
-    assert_contains(g.err.msg, "QEMU ended (killed by signal 9 (Killed))");
+    assert_same_end(&g, &c, ORCH_CLASS_CLOSED, "the VMM was killed by signal 9 (Killed)");
     assert_contains(b.events.p, "\"reason\":\"vmm\",\"status\":\"killed by signal 9 (Killed)\"");
     orch_vm_free(g.vm);
     bed_close(&b);
@@ -551,12 +566,19 @@ static void test_guest_powers_off(void **state)
     bed_init(&b);
     struct orch_vms_opts o = bed_opts(&b);
     bed_open(&b, &o);
-    start(&b, &g);
-    run_start(&g, &c, "echo b >/proc/sysrq-trigger; sleep 100", "root");
-    WAIT_FOR(g.lost, 20000);
-    assert_contains(g.err.msg, "QEMU ended (exit status 0): the guest stopped");
-    orch_buf_free(&c.out);
-    orch_vm_free(g.vm);
+    static const char *const ways[][2] = {
+        { "echo so far; poweroff -f; sleep 100", "the guest powered off" },
+        { "echo so far; echo b >/proc/sysrq-trigger; sleep 100", "the guest stopped (a reboot, a kernel panic, or its init ended)" },
+    };
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(ways); i++) {
+        start(&b, &g);
+        run_start(&g, &c, ways[i][0], "root");
+        WAIT_FOR(g.lost, 20000);
+        assert_same_end(&g, &c, ORCH_CLASS_CLOSED, ways[i][1]);
+        assert_string_equal(c.out.p, "so far\n");
+        orch_buf_free(&c.out);
+        orch_vm_free(g.vm);
+    }
     bed_close(&b);
 }
 
@@ -565,18 +587,20 @@ static void test_launcher_dies(void **state)
     (void)state;
     struct bed b;
     struct guest g[2];
+    struct command c;
     char comm[32];
     pid_t pid;
     bed_init(&b);
     struct orch_vms_opts o = bed_opts(&b);
     bed_open(&b, &o);
     start(&b, &g[0]);
+    run_start(&g[0], &c, "sleep 100", NULL);
     assert_int_equal(find_vmms(&pid, 1), 1);
     for (pid_t up = pid; up != getpid(); up = parent_of(up, comm))
         pid = up;
     kill(pid, SIGKILL);
     WAIT_FOR(g[0].lost, 5000);
-    assert_contains(g[0].err.msg, "launcher");
+    assert_same_end(&g[0], &c, ORCH_CLASS_CLOSED, "launcher");
     assert_contains(b.events.p, "\"reason\":\"launcher\"");
     start(&b, &g[1]); /* with another launcher */
     assert_string_equal(run(&g[1], "echo again"), "again\n");
@@ -594,13 +618,12 @@ static void test_timeout(void **state)
     bed_open(&b, &o);
     struct orch_vm_opts vo = guest_opts(&g);
     vo.timeout_ms = 2000;
+    vo.timeout_name = "vm.timeout";
     vo.call = "call-7";
     start_with(&b, &g, &vo);
     run_start(&g, &c, "sleep 100", NULL);
     WAIT_FOR(g.lost, 5000);
-    assert_true(c.done && c.failed);
-    assert_int_equal(g.err.cls, ORCH_CLASS_TIMEOUT);
-    assert_contains(g.err.msg, "its time of 2.0 s is over");
+    assert_same_end(&g, &c, ORCH_CLASS_TIMEOUT, "its time of 2 s is over (vm.timeout)");
     assert_contains(b.events.p, "\"call\":\"call-7\"");
     assert_contains(b.events.p, "\"reason\":\"timeout\"");
     orch_vm_free(g.vm);
@@ -983,7 +1006,7 @@ static void test_bad_inits(void **state)
     expect_failure(
         &o, &b,
         (const char *const[]){
-            "booting: QEMU ended (exit status 0): the guest stopped (a kernel panic or its init ended)",
+            "booting: the guest stopped (a reboot, a kernel panic, or its init ended)",
             "last output:",
             "Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000300",
             "\nlog: ", NULL },
@@ -1003,7 +1026,7 @@ static void test_little_memory(void **state)
     start_failing(&b, &g, &vo);
     assert_contains(
         g.err.msg,
-        "template of image base (emulated, 64 MiB): booting: QEMU ended (exit status 0): the guest stopped");
+        "template of image base (emulated, 64 MiB): booting: the guest stopped");
     assert_contains(g.err.msg, "Kernel panic - not syncing: System is deadlocked on memory");
     bed_close(&b);
 }
@@ -1210,7 +1233,7 @@ static void kvm_pretends(void)
     assert_contains(b.progress.p, "KVM does not work here, going on emulated");
     orch_buf_consume(&why, why.n);
     assert_int_equal(orch_known_isolation(loop, &o, &why), ORCH_ISOLATION_EMULATED);
-    assert_contains(why.p, "QEMU ended (exit status 1)");
+    assert_contains(why.p, "the VMM ended (exit status 1)");
     bed_close(&b);
 
     /* Remembered: not tried again, neither for another size nor when it is asked for. */
@@ -1419,9 +1442,9 @@ static void test_lying_vmm(void **state)
           "protocol error: the guest agent sent" },
         { "close(11); for (;;) poll(0, 0, 1000);", "the microVM closed its channel" },
         { "for (int i = 0; i < 1000000; i++) write(2, \"0123456789\", 10); write(2, \"\\nbye\\n\", 5); return 7;",
-          "QEMU ended (exit status 7)\nlast output:\n" },
+          "the VMM ended (exit status 7)\nlast output:\n" },
         { "*(volatile int *)0 = 1;",
-          "QEMU ended (killed by signal 11 (Segmentation fault)) (it wrote nothing)\nlog: " },
+          "the VMM was killed by signal 11 (Segmentation fault) (it wrote nothing)\nlog: " },
     };
     char source[256], program[256], command[1024];
     snprintf(source, sizeof source, "%s/lying.c", work);

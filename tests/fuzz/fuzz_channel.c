@@ -26,8 +26,9 @@ static void on_hello(void *ud, const uint8_t epoch[16])
 static void on_failed(void *ud, const struct orch_err *err)
 {
     struct host *h = ud;
-    if (h->fails++ || h->open || !err->msg[0])
+    if (h->fails++ || !err->msg[0])
         abort();
+    orch_channel_end(h->c, err);
 }
 
 static void free_channel(struct host *h)
@@ -111,7 +112,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         orch_loop_step(l, 0);
     }
     shutdown(p[1], SHUT_WR);
-    for (int i = 0; i < 100 && h.c && !h.fails; i++)
+    for (int i = 0; i < 100 && h.c && (!h.fails || h.open); i++)
         orch_loop_step(l, 0);
     if (h.c && (!h.fails || h.open))
         abort(); /* the end of the stream ends everything */

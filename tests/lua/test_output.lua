@@ -10,9 +10,11 @@ local function result(fields)
 end
 
 local CASES = {
-  { { timed_out = true, signal = 9, ms = 60012 }, "[ended after 60 s: its time was up]" },
-  { { timed_out = true, signal = 15, ms = 512, stdout = "begun" }, "begun\n[ended after 0.5 s: its time was up]" },
-  { { timed_out = true, signal = 9, ms = 60000, limit = "vm.timeout" }, "[ended after 60 s: vm.timeout]" },
+  { { timed_out = true, signal = 9, limit = "60 s: vm.timeout" }, "[ended after 60 s: vm.timeout]" },
+  { { timed_out = true, signal = 15, limit = "0.5 s: the argument timeout", stdout = "begun" },
+    "begun\n[ended after 0.5 s: the argument timeout]" },
+  { { timed_out = true, capped = true, limit = "60 s: vm.timeout" }, "[ended after 60 s: vm.timeout]" },
+  { { capped = true, limit = "60 s: vm.timeout", status = 3 }, "[exit status 3]\n[timeout capped at 60 s: vm.timeout]" },
   { { signal = 64 }, "[killed by signal 64 (?)]" },
   { { signal = 31 }, "[killed by signal 31 (SIGSYS)]" },
   { { stdout = "a", stderr = "bcd", truncated = true }, "a\n[stderr]\nbcd\n[cut: stderr after 3 bytes, the rest was dropped]" },
