@@ -16,6 +16,7 @@
 #include <linux/netfilter/nf_tables.h>
 #include <linux/netfilter/nfnetlink.h>
 #include <linux/netfilter/nfnetlink_log.h>
+#include <linux/rtnetlink.h>
 #include <net/ethernet.h>
 #include <netinet/ip.h>
 #include <poll.h>
@@ -73,16 +74,26 @@ struct net {
     unsigned missed, denied; /* lines; the last: */
     char rule[ORCH_LABEL];
     struct orch_denied last;
+    void (*then)(struct net *t); /* once, inside ready or denied */
 };
 
 static struct orch_loop *loop;
 static struct orch_launcher *la;
+
+static void go_on(struct net *t)
+{
+    void (*then)(struct net *) = t->then;
+    t->then = NULL;
+    if (then)
+        then(t);
+}
 
 static void on_ready(void *ud)
 {
     struct net *t = ud;
     t->ready++;
     t->ready_us = orch_now_us();
+    go_on(t);
 }
 
 static void on_up(void *ud)
@@ -106,6 +117,7 @@ static void on_denied(void *ud, const char *rule, const struct orch_denied *d)
     t->missed += d->missed;
     snprintf(t->rule, sizeof t->rule, "%s", rule);
     t->last = *d;
+    go_on(t);
 }
 
 static void on_started(void *ud)
@@ -428,17 +440,26 @@ static void test_tamper(void **state)
 }
 
 /* The only network's socket, found among this process's descriptors, which came in their order. */
-static int netfilter_fd(enum orch_net_fd which)
+static int netlink_fd(enum orch_net_fd which)
 {
-    int before = which == ORCH_NET_FD_LOG;
+    int before = which == ORCH_NET_FD_LOG,
+        wanted = which == ORCH_NET_FD_ROUTE ? NETLINK_ROUTE : NETLINK_NETFILTER;
     for (int i = 0; i < 64; i++) {
-        int protocol = -1;
-        socklen_t n = sizeof protocol;
-        if (!getsockopt(i, SOL_SOCKET, SO_PROTOCOL, &protocol, &n) &&
-            protocol == NETLINK_NETFILTER && !before--)
+        int domain = -1, protocol = -1;
+        socklen_t n = sizeof domain, m = sizeof protocol;
+        if (!getsockopt(i, SOL_SOCKET, SO_DOMAIN, &domain, &n) && domain == AF_NETLINK &&
+            !getsockopt(i, SOL_SOCKET, SO_PROTOCOL, &protocol, &m) && protocol == wanted && !before--)
             return i;
     }
     CHECK(false, "no socket");
+}
+
+/* From now on there is room for one message, or two. */
+static int narrow(enum orch_net_fd which)
+{
+    int small = 1, fd = netlink_fd(which);
+    CHECK(!setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof small), "%m");
+    return fd;
 }
 
 /* A rule deleted behind verify's back: through the socket that owns the table. */
@@ -452,7 +473,7 @@ static void delete_case(void)
     begin(&t, r, false);
     WAIT(t.ready || t.failed);
     CHECK(t.ready, "%s", t.err.msg);
-    int fd = netfilter_fd(ORCH_NET_FD_NFT);
+    int fd = netlink_fd(ORCH_NET_FD_NFT);
     cleanup_buf struct orch_buf b = { 0 };
     struct nfgenmsg head = { .nfgen_family = AF_UNSPEC, .res_id = htons(NFNL_SUBSYS_NFTABLES) },
                     inet = { .nfgen_family = NFPROTO_INET };
@@ -1046,11 +1067,18 @@ static bool host_has(uint32_t addr)
     return has;
 }
 
+/* While the list is read anew. */
+static void on_loss(void *ud)
+{
+    if (!++*(int *)ud)
+        sh("ip addr add 203.0.113.79/32 dev h1");
+}
+
 /* As root, since it changes them. */
 static void watch_case(void)
 {
     struct orch_err err = { .code = 0 };
-    int changes = 0, fd = -1, small = 1;
+    int changes = 0;
     loop = orch_loop_new(&err);
     struct orch_link_watch *w = orch_link_watch_new(loop, on_change, &changes, &err);
     CHECK(w, "%s", err.msg);
@@ -1069,18 +1097,18 @@ static void watch_case(void)
         sh(command);
         WAIT(changes);
     }
-    /* What was lost may have been an address. */
-    for (int i = 0; i < 64 && fd < 0; i++) {
-        int domain = -1;
-        socklen_t n = sizeof domain;
-        if (!getsockopt(i, SOL_SOCKET, SO_DOMAIN, &domain, &n) && domain == AF_NETLINK)
-            fd = i; /* the only one */
-    }
-    CHECK(!setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof small), "%m");
-    changes = 0;
+    orch_link_watch_free(w);
+    /* What was lost may have been an address; nor is one lost that comes while that is found out. */
+    changes = -1;
+    w = orch_link_watch_new(loop, on_loss, &changes, &err);
+    CHECK(w, "%s", err.msg);
+    narrow(ORCH_NET_FD_ROUTE);
     sh("for i in 1 2 3 4 5 6 7 8 9; do ip route add 198.18.$i.0/24 dev h0; done");
-    WAIT(changes);
-    sh("for i in 1 2 3 4 5 6 7 8 9; do ip route del 198.18.$i.0/24; done; ip route del 192.0.2.0/25");
+    WAIT(changes >= 0);
+    WAIT(changes > 0);
+    CHECK(host_has(0xcb00714f), "it is not there");
+    sh("for i in 1 2 3 4 5 6 7 8 9; do ip route del 198.18.$i.0/24; done; ip route del 192.0.2.0/25; "
+       "ip addr del 203.0.113.79/32 dev h1");
     orch_link_watch_free(w);
     orch_loop_free(loop);
 }
@@ -1166,6 +1194,26 @@ static void denied_case(void)
     close_launcher();
 }
 
+/* Half of what is logged at once, and dropped. */
+static void flood(struct net *t)
+{
+    const struct frame f = udp_to("198.51.100.10", 5301);
+    uint64_t before = counted(t, "denied: rest");
+    for (int i = 0; i < ORCH_LOG_BURST / 2; i++)
+        send_frame(t, &f);
+    await_count(t, "denied: rest", before + ORCH_LOG_BURST / 2);
+}
+
+/* Again, when the last that had room is read: only then can more be lost than is said already. */
+static void flood_again(struct net *t)
+{
+    struct pollfd pf = { netlink_fd(ORCH_NET_FD_LOG), POLLIN, 0 };
+    if (poll(&pf, 1, 0))
+        t->then = flood_again;
+    else
+        flood(t);
+}
+
 /* Whether it is logged or not, all of it is dropped: beyond the limit, with no room for a message,
  * with nobody who listens. */
 static void flood_case(void)
@@ -1177,13 +1225,13 @@ static void flood_case(void)
     open_launcher();
     begin_up(&t, r);
     drain_capture();
-    int small = 1, fd = netfilter_fd(ORCH_NET_FD_LOG);
-    CHECK(!setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof small), "%m");
-    for (int i = 0; i < ORCH_LOG_BURST; i++)
-        send_frame(&t, &f);
-    await_count(&t, "denied: rest", ORCH_LOG_BURST);
-    WAIT(t.denied);
-    CHECK(t.missed == 1 && t.denied < ORCH_LOG_BURST, "missed %u", t.missed);
+    int fd = narrow(ORCH_NET_FD_LOG);
+    t.then = flood_again;
+    flood(&t);
+    WAIT(t.denied && !t.then);
+    for (unsigned denied = 0; denied != t.denied; orch_loop_step(loop, 0))
+        denied = t.denied;
+    CHECK(t.missed == 2 && t.denied < ORCH_LOG_BURST, "missed %u", t.missed);
     CHECK(counted(&t, "denied: to the log") == ORCH_LOG_BURST, "the limit");
 
     int64_t t0 = orch_now_us();
@@ -1224,6 +1272,150 @@ static void test_denied(void **state)
     (void)state;
     run_as_both(denied_case);
     run_as_both(flood_case);
+}
+
+/* ---- sockets that are full */
+
+/* Errors of a batch that nobody reads, more than there is room for; as if they answered the next
+ * request. */
+static void spoil(int fd)
+{
+    const struct sockaddr_nl kernel = { .nl_family = AF_NETLINK };
+    struct nfgenmsg head = { .res_id = htons(NFNL_SUBSYS_NFTABLES) }, inet = { .nfgen_family = NFPROTO_INET };
+    cleanup_buf struct orch_buf b = { 0 };
+    orch_nl_end(&b, orch_nl_begin(&b, NFNL_MSG_BATCH_BEGIN, 0, 1, &head, sizeof head));
+    for (int i = 0; i < 64; i++) {
+        size_t m = orch_nl_begin(&b, NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_DELRULE, NLM_F_ACK, 1, &inet,
+                                 sizeof inet);
+        orch_nl_put(&b, NFTA_RULE_TABLE, "orch", 5);
+        orch_nl_put(&b, NFTA_RULE_CHAIN, "absent", 7);
+        orch_nl_end(&b, m);
+    }
+    orch_nl_end(&b, orch_nl_begin(&b, NFNL_MSG_BATCH_END, 0, 1, &head, sizeof head));
+    CHECK(sendto(fd, b.p, b.n, 0, (const struct sockaddr *)&kernel, sizeof kernel) > 0, "%m");
+}
+
+/* The filter's socket: what only reads is asked again, a batch is read back, and what is refused is
+ * named though other errors behind it were lost. */
+static void full_filter_case(void)
+{
+    struct net t;
+    uint32_t flows = 1;
+    struct orch_err err = { .code = 0 };
+    struct orch_rules *r = rules_with(8, 0), *with = rehosted(r, 0xc633640a);
+    open_launcher();
+    begin(&t, r, false);
+    WAIT(t.ready || t.failed);
+    CHECK(t.ready, "%s", t.err.msg);
+    struct orch_nft *nft = orch_netns_nft(t.n);
+    int fd = narrow(ORCH_NET_FD_NFT);
+    for (int i = 0; i < 6; i++) {
+        int e = 0;
+        spoil(fd);
+        switch (i) {
+        case 0:
+            e = orch_nft_changed(nft, &err);
+            break;
+        case 1:
+            e = orch_nft_verify(nft, r, &err);
+            break;
+        case 2:
+            CHECK(counted(&t, "forward: rest") == 0, "counted");
+            break;
+        case 3:
+            e = orch_nft_connections(nft, &flows, &err);
+            CHECK(flows == 0, "%u flows", flows);
+            break;
+        case 4:
+            e = orch_netns_rehost(t.n, with, &err);
+            break;
+        case 5:
+            CHECK(orch_nft_commit(nft, with, &err) == -EEXIST, "%s", err.msg);
+            CHECK(strstr(err.msg, "table inet orch_alive: File exists"), "%s", err.msg);
+            break;
+        }
+        CHECK(!e, "case %d: %s", i, err.msg);
+    }
+    CHECK(!orch_nft_verify(nft, with, &err), "%s", err.msg);
+    end(&t);
+    orch_rules_free(with);
+    orch_rules_free(r);
+    close_launcher();
+}
+
+static void run_in(pid_t pid, const char *script)
+{
+    char command[512];
+    snprintf(command, sizeof command, ENTER "sh -c '%s'", pid, HOW, script);
+    sh(command);
+}
+
+#define ROUTES(what) "for i in 1 2 3 4 5 6 7 8 9; do ip route " what " 198.18.$i.0/24 dev tap0 || exit 1; done"
+
+/* The route's announcement is lost: it was there before, or comes among others. */
+static void lose_route(struct net *t)
+{
+    char buf[8192];
+    int fd = narrow(ORCH_NET_FD_ROUTE);
+    (void)t;
+    run_in(find_init(), "until ip route show default | grep -q up0; do sleep 0.01; done");
+    while (recv(fd, buf, sizeof buf, MSG_DONTWAIT) > 0 || errno == ENOBUFS)
+        ;
+    run_in(find_init(), ROUTES("add"));
+}
+
+static void full_route_case(void)
+{
+    struct net t;
+    struct orch_rules *r = rules_with(8, 8000000);
+    uint8_t buf[2048];
+    const struct frame f = udp_to("198.51.100.10", ECHO_PORT);
+    open_launcher();
+    begin(&t, r, true);
+    t.then = lose_route;
+    WAIT(t.ready || t.failed);
+    CHECK(t.ready, "%s", t.err.msg);
+    WAIT(t.up || t.failed);
+    CHECK(t.up, "%s", t.err.msg);
+    start(&t);
+    wait_up(&t);
+    send_frame(&t, &f);
+    CHECK(received(&t, buf, sizeof buf, 1000) == f.n, "no echo");
+    end(&t);
+    orch_rules_free(r);
+    close_launcher();
+}
+
+/* Making the tap: what was lost before is no fault; what is lost of it is, and is said. */
+static void full_tap_case(void)
+{
+    struct orch_err err = { .code = 0 };
+    struct orch_link_events ev = { .uplink = 0 };
+    struct sockaddr_nl sa = { .nl_family = AF_NETLINK, .nl_groups = RTMGRP_LINK | RTMGRP_IPV4_ROUTE };
+    CHECK(!unshare(CLONE_NEWNET), "%m");
+    int large = 1 << 20, fd = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE);
+    CHECK(fd >= 0 && !bind(fd, (const struct sockaddr *)&sa, sizeof sa), "%m");
+    sh("ip tuntap add tap0 mode tap && ip link add up0 type veth peer name up1 && ip link set up0 up");
+    narrow(ORCH_NET_FD_ROUTE);
+    sh("ip addr add 203.0.113.9/24 dev up0 && ip route add default via 203.0.113.1 dev up0");
+    CHECK(!setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &large, sizeof large), "%m");
+    CHECK(!orch_link_tap(fd, 8000000, true, &ev, &err), "%s", err.msg);
+    CHECK(ev.lost && !ev.uplink, "%u, %d", ev.lost, ev.uplink);
+    CHECK(!orch_link_catch_up(fd, &ev, &err), "%s", err.msg);
+    CHECK(!ev.lost && ev.uplink > 1, "%u, %d", ev.lost, ev.uplink);
+    sh("ip link show tap0 | grep -q UP && ip addr show tap0 | grep -q 10.255.0.1 && ip link set tap0 down");
+    narrow(ORCH_NET_FD_ROUTE);
+    int e = orch_link_tap(fd, 8000000, true, &ev, &err);
+    CHECK(e == -ENOBUFS && err.cls == ORCH_CLASS_ISOLATION, "%d: %s", e, err.msg);
+    close(fd);
+}
+
+static void test_full(void **state)
+{
+    (void)state;
+    run_as_both(full_filter_case);
+    run_as_both(full_route_case);
+    run_as(0, full_tap_case);
 }
 
 /* A service on the host's loopback, with rules that let everything through: pasta's own doors
@@ -1952,7 +2144,7 @@ int main(void)
         cmocka_unit_test(test_large),     cmocka_unit_test(test_listing),
         cmocka_unit_test(test_packets),   cmocka_unit_test(test_denied),
         cmocka_unit_test(test_rehost),    cmocka_unit_test(test_watch),
-        cmocka_unit_test(test_loopback),
+        cmocka_unit_test(test_full),      cmocka_unit_test(test_loopback),
         cmocka_unit_test(test_bandwidth), cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_read_only), cmocka_unit_test(test_ends),
         cmocka_unit_test(test_gone),      cmocka_unit_test(test_untouched),
