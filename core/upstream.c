@@ -10,7 +10,7 @@ enum {
     PAGES_MAX = 100,
     TOOLS_MAX = 1000,
     QUALIFIED_MAX = 64, /* characters of SERVER__TOOL */
-    LIST_TIMEOUT_MS = 10000,
+    LIST_TIMEOUT_MS = 30000,
     CALL_TIMEOUT_MS = 60000,
     RELIST_MS = 200,
     GRACE_MS = 500,

@@ -439,7 +439,7 @@ function M.connect(o)
   if o.sandbox and o.sandbox ~= "host" then bad('sandbox "' .. o.sandbox .. '" is not available yet') end
   if o.protocol and o.protocol ~= MODERN and not KNOWN_LEGACY[o.protocol] then bad("protocol " .. o.protocol .. " is unknown") end
   if o.url and o.command then bad("url and command exclude each other") end
-  local timeout = http.seconds(o.timeout, 10)
+  local timeout = http.seconds(o.timeout, 30)
   local client = setmetatable({}, Client)
   client._ = { o = o, next_id = 0, calls = {}, connect_timeout = timeout, timeout = 60, capabilities = capabilities(o),
     info = { name = o.name or "orch", version = orch.version }, result_types = {} }

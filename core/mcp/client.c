@@ -345,7 +345,7 @@ struct orch_mcp_client *orch_mcp_client_new(struct orch_loop *l, const struct or
                          &(struct orch_mcp_client_request){
                              .method = "initialize",
                              .params = orch_slice_str(params),
-                             .timeout_ms = o->start_timeout_ms ? o->start_timeout_ms : 10000,
+                             .timeout_ms = o->start_timeout_ms ? o->start_timeout_ms : 30000,
                              .done = initialized,
                              .ud = c },
                          NULL);

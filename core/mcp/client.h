@@ -16,7 +16,7 @@ struct orch_mcp_client_opts {
     const char *const *argv;
     const char *const *env;      /* "NAME=value" */
     const char *cwd;
-    int64_t start_timeout_ms;    /* until the initialize answer; default 10 s */
+    int64_t start_timeout_ms;    /* until the initialize answer; default 30 s */
     struct orch_json_limits limits;
     /* The handshake is done, or the server failed (class UPSTREAM, with exit status and stderr tail).
      * Once; later failures come to lost. */

@@ -315,7 +315,7 @@ function orch.mcp.changed(what) end
 ---@field headers? table<string, string> for every HTTP request
 ---@field env? string[] "NAME=value" each; default: the environment of this process
 ---@field cwd? string
----@field timeout? orch.duration until the handshake is done, default 10 s
+---@field timeout? orch.duration until the handshake is done, default 30 s
 ---@field sandbox? "host" the only one yet
 ---@field protocol? string a revision, "2025-11-25"; default: asked by server/discover, then initialize. The verdict is kept, of the older era for 5 minutes
 ---@field elicit? fun(params: table): table|string answers a form: { action = "accept", content = {…} }, or "decline", "cancel"; what content leaves out has the schema's defaults
