@@ -53,6 +53,7 @@ def main():
     rows = {}
     for _ in range(rounds):
         for who, figures in (("raw", medians(raw, env.environ)), ("orch", medians(own, emulated)),
+                             ("network", medians(own, {**emulated, "NETWORK": "1"})),
                              ("debian", medians(own, {**emulated, "IMAGE": "debian"})),
                              ("python3", medians(python, {**emulated, "IMAGE": "debian"})),
                              ("with ASLR", medians(python, {**emulated, "IMAGE": "debian", "ASLR": "1"})),
