@@ -9,7 +9,7 @@ local M = {}
 local MODERN, LEGACY = "2026-07-28", "2025-11-25"
 local KNOWN_LEGACY = { ["2025-11-25"] = true, ["2025-06-18"] = true, ["2025-03-26"] = true, ["2024-11-05"] = true }
 local META = "io.modelcontextprotocol/"
-local ROUNDS, PAGES, VERDICT_S = 16, 1000, 300
+local ROUNDS, PAGES, VERDICT_S, PROBE_S = 16, 1000, 300, 5
 local null = orch.json.null
 
 local function object() return orch.json.decode("{}") end
@@ -402,7 +402,7 @@ local function negotiate(self)
   local key = _.link:key()
   local known = verdicts[key]
   if not known or known.till < orch.now() then
-    local modern, why, code, status = handshake.modern(self, _.link.http and timeout or timeout / 2)
+    local modern, why, code, status = handshake.modern(self, _.link.http and timeout or math.min(timeout / 2, PROBE_S))
     if modern == nil then
       -- A stdio server may end, or fall silent, when its first request is none it knows.
       if _.link.http or status then return nil, why, code end

@@ -978,6 +978,7 @@ static void test_bad_inits(void **state)
         ORCH_CLASS_FAILED);
 }
 
+/* The guest's kernel gives up, or on a busy host now and then goes on waiting for memory. */
 static void test_little_memory(void **state)
 {
     (void)state;
@@ -985,14 +986,16 @@ static void test_little_memory(void **state)
     struct guest g = { 0 };
     bed_init(&b);
     struct orch_vms_opts o = bed_opts(&b);
+    o.boot_ms = 20000;
     bed_open(&b, &o);
     struct orch_vm_opts vo = guest_opts(&g);
     vo.memory_bytes = 64 << 20;
     start_failing(&b, &g, &vo);
-    assert_contains(
-        g.err.msg,
-        "template of image base (emulated, 64 MiB): booting: QEMU ended (exit status 0): the guest stopped");
-    assert_contains(g.err.msg, "Kernel panic - not syncing: System is deadlocked on memory");
+    assert_contains(g.err.msg, "template of image base (emulated, 64 MiB): booting: ");
+    if (!strstr(g.err.msg, "booting: the guest agent did not answer within ")) {
+        assert_contains(g.err.msg, "booting: QEMU ended (exit status 0): the guest stopped");
+        assert_contains(g.err.msg, "Kernel panic - not syncing: System is deadlocked on memory");
+    }
     bed_close(&b);
 }
 
