@@ -12,7 +12,7 @@
 #include <sys/socket.h>
 #include <sys/time.h>
 
-enum { REQUEST_MAX_BYTES = 64 * 1024, ANSWER_MAX_BYTES = 4 << 20, CLIENTS_MAX = 16, ASK_TIMEOUT_S = 3 };
+enum { REQUEST_MAX_BYTES = 64 * 1024, ANSWER_MAX_BYTES = 4 << 20, CLIENTS_MAX = 16, ASK_TIMEOUT_S = 20 };
 
 struct client {
     struct client *next;

@@ -12,7 +12,7 @@
 #include <sys/wait.h>
 
 #define VMM_UID 60001 /* what a VMM runs as when orch is root */
-#define WAIT_MS INT64_C(5000)
+#define WAIT_MS INT64_C(30000)
 /* The kernel closes a dead process's descriptors from the highest down, and is some 10 ms about each
  * microVM's nf_tables socket: the launcher is to hear of orch's end before these. */
 #define MAIN_FD 512
@@ -289,7 +289,7 @@ static int helper_start(struct helper *h, const char *path, struct orch_launch_m
     if (r == 1 && m->op == ORCH_LAUNCH_HELLO)
         return refuse(err, EPROTO, path, "it belongs to another version of orch; reinstall orch");
     if (r < 0)
-        return refuse(err, -r, path, r == -ETIMEDOUT ? "it did not answer within 5 s" : strerror(-r));
+        return refuse(err, -r, path, r == -ETIMEDOUT ? "it did not answer within 30 s" : strerror(-r));
     snprintf(text, sizeof text, "it %s before it was ready; run it by hand to see why", why);
     return refuse(err, EPIPE, path, text);
 }
@@ -600,5 +600,5 @@ int orch_launch_check(const char *path, struct orch_err *err)
         return 0;
     if (r == 1 && m->op == ORCH_LAUNCH_ERROR)
         return explain(path, m, err);
-    return refuse(err, r < 0 ? -r : EPIPE, path, "an empty microVM did not come up within 5 s, or was killed");
+    return refuse(err, r < 0 ? -r : EPIPE, path, "an empty microVM did not come up within 30 s, or was killed");
 }

@@ -12,7 +12,7 @@ struct orch_cell; /* one microVM's namespaces and VMM */
 typedef void orch_launcher_lost_fn(void *ud, const char *why);
 
 /* path: $PREFIX/libexec/orch/launcher. on_lost (may be NULL): the launcher ended; every cell was failed
- * before. The next orch_cell_new starts another. Starting it waits for its HELLO at most 5 s (measured:
+ * before. The next orch_cell_new starts another. Starting it waits for its HELLO at most 30 s (measured:
  * 2 ms). When orch is root, VMMs run as uid and gid 60001 (with ORCH_VMM_KVM: the group of /dev/kvm),
  * so what they are to read must be readable for others; else as orch's own user. */
 struct orch_launcher *orch_launcher_new(struct orch_loop *l, const char *path, orch_launcher_lost_fn *on_lost, void *ud,
@@ -68,7 +68,7 @@ void orch_cell_free(struct orch_cell *c);
 int orch_launch_unprotected(const char *launcher, const struct orch_proc_report *r, struct orch_err *err);
 
 /* For doctor: can this user get a confined VMM? Makes an empty cell and takes it down. 0, or the
- * error of the first step that failed, with the fix. Waits at most 5 s. */
+ * error of the first step that failed, with the fix. Waits at most 30 s. */
 int orch_launch_check(const char *path, struct orch_err *err);
 
 #endif

@@ -9,7 +9,7 @@ pid_t orch_launch_clone(unsigned long flags)
 {
     for (int tries = 0;; tries++) {
         pid_t p = (pid_t)syscall(SYS_clone, flags, 0UL, 0UL, 0UL, 0UL);
-        if (p >= 0 || errno != ENOSPC || tries == 50)
+        if (p >= 0 || errno != ENOSPC || tries == ORCH_LAUNCH_TRIES)
             return p;
         struct pollfd ctl = { .fd = ORCH_LAUNCH_SOCK };
         if (poll(&ctl, 1, 20) > 0) /* only a hang-up: no events were asked for */

@@ -10,9 +10,10 @@
 
 #include "../launch/wire.h"
 
+#define ORCH_LAUNCH_TRIES 150 /* where a limit of namespaces is reached, every 20 ms */
 #define ORCH_LAUNCH_SOCK 3 /* main in the launcher, ctl in a microVM's init */
 
-/* fail.c. clone() as fork; a limit of namespaces (ENOSPC) is retried for a second, since namespaces
+/* fail.c. clone() as fork; a limit of namespaces (ENOSPC) is retried for 3 seconds, since namespaces
  * go asynchronously after the kill of what was in them. Ends the process when orch closes ctl meanwhile. */
 pid_t orch_launch_clone(unsigned long flags);
 /* The process's one outgoing message, filled as ERROR of errno. */

@@ -168,7 +168,7 @@ void orch_net_make(struct orch_net *n, uint32_t flags)
     int go = flags & ORCH_NET_UPLINK ? fork_pasta(n) : -1;
     for (int tries = 0; unshare(CLONE_NEWNET); tries++) {
         /* As with clones: the namespaces of a microVM just ended go asynchronously. */
-        if (errno != ENOSPC || tries == 50)
+        if (errno != ENOSPC || tries == ORCH_LAUNCH_TRIES)
             orch_launch_fail("unshare of the network");
         usleep(20000);
     }

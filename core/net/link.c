@@ -48,14 +48,45 @@ struct find {
     struct orch_link_events *ev;
 };
 
+/* Announcements of other devices come too. */
 static void take_index(void *ud, const struct nlmsghdr *h)
 {
     struct find *f = ud;
-    if (h->nlmsg_type == RTM_NEWLINK && h->nlmsg_seq &&
-        h->nlmsg_len >= NLMSG_LENGTH(sizeof(struct ifinfomsg)))
-        f->index = ((const struct ifinfomsg *)NLMSG_DATA(h))->ifi_index;
+    const struct ifinfomsg *i = NLMSG_DATA(h);
+    const char *name = h->nlmsg_type == RTM_NEWLINK
+                           ? orch_nl_get(h, sizeof *i, IFLA_IFNAME, sizeof ORCH_NET_TAP)
+                           : NULL;
+    if (name && !memcmp(name, ORCH_NET_TAP, sizeof ORCH_NET_TAP))
+        f->index = i->ifi_index;
     else
         orch_link_note(f->ev, h);
+}
+
+/* All that is said on the namespace's socket may be said twice. */
+static int talk(int fd, const struct orch_buf *b, uint32_t last, orch_nl_fn *fn, void *ud,
+                struct orch_link_events *ev, struct orch_nl_fault *f)
+{
+    int e, tries = 0;
+    do {
+        e = orch_nl_talk(fd, b->p, b->n, last, fn, ud, f);
+        ev->lost += f->lost;
+    } while (orch_nl_again(e, &tries));
+    return e;
+}
+
+int orch_link_catch_up(int fd, struct orch_link_events *ev, struct orch_err *err)
+{
+    struct orch_nl_fault f;
+    struct rtmsg head = { .rtm_family = AF_INET, .rtm_table = RT_TABLE_MAIN };
+    cleanup_buf struct orch_buf b = { 0 };
+    if (!ev->lost)
+        return 0;
+    orch_nl_end(&b, orch_nl_begin(&b, RTM_GETROUTE, NLM_F_DUMP, 1, &head, sizeof head));
+    /* A namespace without a route has no main table. */
+    if (talk(fd, &b, 1, orch_link_note, ev, ev, &f) && f.code != ENOENT)
+        return refuse(err, "reading the routes", &f);
+    ev->lost = 0;
+    return 0;
 }
 
 static int find_tap(int fd, struct find *find, struct orch_err *err)
@@ -66,7 +97,7 @@ static int find_tap(int fd, struct find *find, struct orch_err *err)
     size_t m = orch_nl_begin(&b, RTM_GETLINK, NLM_F_ACK, 1, &head, sizeof head);
     orch_nl_put(&b, IFLA_IFNAME, ORCH_NET_TAP, sizeof ORCH_NET_TAP);
     orch_nl_end(&b, m);
-    int e = orch_nl_talk(fd, b.p, b.n, 1, take_index, find, &f);
+    int e = talk(fd, &b, 1, take_index, find, find->ev, &f);
     return e ? refuse(err, "finding tap0", &f) : 0;
 }
 
@@ -113,7 +144,7 @@ static void put_address(struct orch_buf *b, int index)
     struct ifaddrmsg head = { .ifa_family = AF_INET,
                               .ifa_prefixlen = ORCH_NET_BITS,
                               .ifa_index = (unsigned)index };
-    size_t m = orch_nl_begin(b, RTM_NEWADDR, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, STEP_ADDRESS,
+    size_t m = orch_nl_begin(b, RTM_NEWADDR, NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE, STEP_ADDRESS,
                              &head, sizeof head);
     orch_nl_put_u32(b, IFA_LOCAL, htonl(ORCH_NET_GATEWAY));
     orch_nl_put_u32(b, IFA_ADDRESS, htonl(ORCH_NET_GATEWAY));
@@ -170,7 +201,7 @@ static int send_all(int fd, const struct orch_buf *b, uint32_t last, struct orch
                     struct orch_err *err)
 {
     struct orch_nl_fault f;
-    if (!orch_nl_talk(fd, b->p, b->n, last, orch_link_note, ev, &f))
+    if (!talk(fd, b, last, orch_link_note, ev, ev, &f))
         return 0;
     return refuse(err, f.seq && f.seq < ORCH_ARRAY_LEN(steps) ? steps[f.seq] : "rtnetlink", &f);
 }
@@ -288,12 +319,11 @@ int orch_link_host(struct orch_cidr **out, size_t *n, struct orch_err *err)
         return fd;
     cleanup_free struct orch_cidr *v = orch_xcalloc(HOST_MAX + 1, sizeof *v);
     struct addresses a = { v, 0 };
-    int e = -EINTR;
-    /* Again when the addresses changed under the dump. */
-    for (int tries = 0; e == -EINTR && tries < 5; tries++) {
+    int e, tries = 0;
+    do {
         a.n = 0;
         e = dump_addresses(fd, &a, err);
-    }
+    } while (orch_nl_again(e, &tries));
     if (e)
         return e;
     qsort(v, a.n, sizeof *v, by_address);
@@ -305,6 +335,7 @@ int orch_link_host(struct orch_cidr **out, size_t *n, struct orch_err *err)
 struct orch_link_watch {
     int fd;
     struct orch_watch *watch;
+    bool stale; /* something was lost, and has not been read empty since */
     void (*changed)(void *ud);
     void *ud;
 };
@@ -322,9 +353,14 @@ static void host_event(void *ud, int events)
 {
     struct orch_link_watch *w = ud;
     bool changed = false;
+    unsigned lost = 0;
     (void)events;
-    /* What was lost may have been anything. */
-    if (orch_nl_drain(w->fd, EVENTS_MAX, note_change, &changed) < 0 || changed)
+    bool all = orch_nl_drain(w->fd, EVENTS_MAX, note_change, &changed, &lost);
+    /* What was lost may have been anything, what is read hereafter is not. */
+    w->stale |= lost > 0;
+    changed |= w->stale;
+    w->stale &= !all;
+    if (changed)
         w->changed(w->ud);
 }
 

@@ -10,9 +10,12 @@
 /* What the kernel announced on the socket; messages that come while it is used for something
  * else are noted here too. */
 struct orch_link_events {
-    int uplink; /* index of the device of the default route; 0: none yet */
+    int uplink;    /* index of the device of the default route; 0: none yet */
+    unsigned lost; /* times that some were lost: uplink may be an older one */
 };
 void orch_link_note(void *ud, const struct nlmsghdr *h); /* ud: struct orch_link_events */
+/* Where some were lost: asks for the default route. */
+int orch_link_catch_up(int fd, struct orch_link_events *ev, struct orch_err *err);
 
 /* tap0: the host side's hardware address, IP address, the guest as a permanent neighbour, up;
  * limited to bandwidth_bits a second towards the guest (0: no limit). settings: sysctls by
@@ -27,8 +30,8 @@ int orch_link_uplink(int fd, int index, uint64_t bandwidth_bits, bool settings,
  * caller's to free. */
 int orch_link_host(struct orch_cidr **out, size_t *n, struct orch_err *err);
 
-/* Calls changed, at most once a turn of the loop, when that list may have become another one; it may
- * free the watch. What changed before new returned is not told. */
+/* Calls changed, at most once a turn of the loop, when that list may have become another one, of which
+ * an announcement may be lost; it may free the watch. What changed before new returned is not told. */
 struct orch_link_watch;
 struct orch_link_watch *orch_link_watch_new(struct orch_loop *l, void (*changed)(void *ud), void *ud,
                                             struct orch_err *err);

@@ -7,6 +7,7 @@
 
 #define RECV_BYTES (64 * 1024) /* the kernel fills at most 32 KiB of a dump at once */
 #define ROOM_BYTES (4 << 20)
+#define ANSWER_MAX (1 << 16) /* packets */
 
 void orch_nl_setup(int fd)
 {
@@ -56,7 +57,8 @@ static void read_fault(const struct nlmsghdr *h, const struct nlmsgerr *e, struc
     size_t from = NLMSG_HDRLEN + sizeof *e, len;
     if (!(h->nlmsg_flags & NLM_F_CAPPED) && e->msg.nlmsg_len > sizeof e->msg)
         from += NLMSG_ALIGN(e->msg.nlmsg_len) - sizeof e->msg;
-    *f = (struct orch_nl_fault){ .code = -e->error, .seq = h->nlmsg_seq };
+    f->code = -e->error;
+    f->seq = h->nlmsg_seq;
     if (!(h->nlmsg_flags & NLM_F_ACK_TLVS) || h->nlmsg_len < from)
         return;
     const char *tlv = (const char *)h + from;
@@ -70,23 +72,79 @@ static void read_fault(const struct nlmsghdr *h, const struct nlmsgerr *e, struc
 }
 
 /* The kernel's messages alone: in the namespace others may send to this socket too. 0: nothing
- * there. */
+ * there. -ENOBUFS and its like wait on the socket ahead of what is there, once. */
 static ssize_t receive(int fd, char *buf)
 {
-    for (;;) {
-        struct sockaddr_nl from = { .nl_pid = 1 };
-        struct iovec iov = { buf, RECV_BYTES };
-        struct msghdr m = {
-            .msg_name = &from, .msg_namelen = sizeof from, .msg_iov = &iov, .msg_iovlen = 1
-        };
-        ssize_t n = recvmsg(fd, &m, MSG_DONTWAIT);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n < 0)
-            return errno == EAGAIN ? 0 : -errno;
-        if (from.nl_pid)
-            continue;
-        return m.msg_flags & MSG_TRUNC ? -EMSGSIZE : n;
+    struct sockaddr_nl from = { .nl_pid = 1 };
+    struct iovec iov = { buf, RECV_BYTES };
+    struct msghdr m = {
+        .msg_name = &from, .msg_namelen = sizeof from, .msg_iov = &iov, .msg_iovlen = 1
+    };
+    ssize_t n;
+    do
+        n = recvmsg(fd, &m, MSG_DONTWAIT);
+    while (n < 0 && errno == EINTR);
+    if (n < 0)
+        return errno == EAGAIN ? 0 : -errno;
+    if (!from.nl_pid && m.msg_flags & MSG_TRUNC)
+        return -EMSGSIZE;
+    if (from.nl_pid)
+        memset(buf, 0, NLMSG_HDRLEN); /* no message */
+    return n;
+}
+
+bool orch_nl_drain(int fd, int max, orch_nl_fn *fn, void *ud, unsigned *lost)
+{
+    cleanup_free char *buf = orch_xmalloc(RECV_BYTES);
+    for (; max > 0; max--) {
+        ssize_t got = receive(fd, buf);
+        if (!got)
+            return true;
+        *lost += got < 0;
+        for (const struct nlmsghdr *h = (const void *)buf; got > 0 && NLMSG_OK(h, got);
+             h = NLMSG_NEXT(h, got))
+            fn(ud, h);
+    }
+    return false;
+}
+
+struct talk {
+    uint32_t self, last;
+    orch_nl_fn *fn;
+    void *ud;
+    struct orch_nl_fault *f;
+    bool acked, ended, torn;
+};
+
+/* What an earlier request left is no answer to this one. */
+static void take_old(void *ud, const struct nlmsghdr *h)
+{
+    const struct talk *t = ud;
+    if (t->fn && h->nlmsg_type >= NLMSG_MIN_TYPE && h->nlmsg_pid != t->self)
+        t->fn(t->ud, h);
+}
+
+static void take_answer(void *ud, const struct nlmsghdr *h)
+{
+    struct talk *t = ud;
+    bool last = h->nlmsg_seq == t->last;
+    t->torn |= h->nlmsg_flags & NLM_F_DUMP_INTR && last;
+    if (h->nlmsg_type == NLMSG_ERROR && h->nlmsg_len >= NLMSG_LENGTH(sizeof(struct nlmsgerr))) {
+        const struct nlmsgerr *e = NLMSG_DATA(h);
+        if (e->error && !t->f->code)
+            read_fault(h, e, t->f);
+        t->acked |= last;
+    } else if (h->nlmsg_type == NLMSG_DONE) {
+        int code = 0;
+        if (h->nlmsg_len >= NLMSG_LENGTH(sizeof code))
+            memcpy(&code, NLMSG_DATA(h), sizeof code);
+        if (code < 0 && !t->f->code) {
+            t->f->code = -code;
+            t->f->seq = h->nlmsg_seq;
+        }
+        t->ended |= last;
+    } else if (t->fn && h->nlmsg_type >= NLMSG_MIN_TYPE) {
+        t->fn(t->ud, h);
     }
 }
 
@@ -94,10 +152,18 @@ int orch_nl_talk(int fd, const void *p, size_t n, uint32_t last, orch_nl_fn *fn,
                  struct orch_nl_fault *f)
 {
     const struct sockaddr_nl kernel = { .nl_family = AF_NETLINK };
-    cleanup_free char *buf = orch_xmalloc(RECV_BYTES);
-    bool done = false, torn = false;
+    struct sockaddr_nl self = { .nl_family = AF_NETLINK };
+    socklen_t len = sizeof self;
     ssize_t got;
     *f = (struct orch_nl_fault){ .code = 0 };
+    if (getsockname(fd, (struct sockaddr *)&self, &len)) {
+        f->code = errno;
+        return -f->code;
+    }
+    struct talk t = { .self = self.nl_pid, .last = last, .fn = fn, .ud = ud, .f = f };
+    /* A full socket takes no answer either. */
+    bool all = orch_nl_drain(fd, ANSWER_MAX, take_old, &t, &f->lost);
+    unsigned before = f->lost;
     do
         got = sendto(fd, p, n, MSG_DONTWAIT, (const struct sockaddr *)&kernel, sizeof kernel);
     while (got < 0 && errno == EINTR);
@@ -105,41 +171,15 @@ int orch_nl_talk(int fd, const void *p, size_t n, uint32_t last, orch_nl_fn *fn,
         f->code = errno;
         return -f->code;
     }
-    while ((got = receive(fd, buf)) > 0)
-        for (const struct nlmsghdr *h = (const void *)buf; NLMSG_OK(h, got);
-             h = NLMSG_NEXT(h, got)) {
-            torn |= h->nlmsg_flags & NLM_F_DUMP_INTR && h->nlmsg_seq == last;
-            if (h->nlmsg_type == NLMSG_ERROR &&
-                h->nlmsg_len >= NLMSG_LENGTH(sizeof(struct nlmsgerr))) {
-                const struct nlmsgerr *e = NLMSG_DATA(h);
-                if (e->error && !f->code)
-                    read_fault(h, e, f);
-                done |= h->nlmsg_seq == last;
-            } else if (h->nlmsg_type == NLMSG_DONE) {
-                int code = 0;
-                if (h->nlmsg_len >= NLMSG_LENGTH(sizeof code))
-                    memcpy(&code, NLMSG_DATA(h), sizeof code);
-                if (code < 0 && !f->code)
-                    *f = (struct orch_nl_fault){ .code = -code, .seq = h->nlmsg_seq };
-                done |= h->nlmsg_seq == last;
-            } else if (fn && h->nlmsg_type >= NLMSG_MIN_TYPE) {
-                fn(ud, h);
-            }
-        }
+    all = orch_nl_drain(fd, ANSWER_MAX, take_answer, &t, &f->lost) && all;
+    /* From the first message that does not fit the kernel drops them all until the socket is read
+     * empty: behind an ack that came nothing of the answer was lost. */
     if (!f->code)
-        f->code = got < 0 ? (int)-got : torn ? EINTR : done ? 0 : EPROTO;
+        f->code = !all || (f->lost != before && !t.acked) ? ENOBUFS
+                  : t.torn                                ? EINTR
+                  : t.acked || t.ended                    ? 0
+                                                          : EPROTO;
     return -f->code;
-}
-
-int orch_nl_drain(int fd, int max, orch_nl_fn *fn, void *ud)
-{
-    cleanup_free char *buf = orch_xmalloc(RECV_BYTES);
-    ssize_t got = 0;
-    while (max-- > 0 && (got = receive(fd, buf)) > 0)
-        for (const struct nlmsghdr *h = (const void *)buf; NLMSG_OK(h, got); h = NLMSG_NEXT(h, got))
-            if (h->nlmsg_type >= NLMSG_MIN_TYPE)
-                fn(ud, h);
-    return got < 0 ? (int)got : 0;
 }
 
 const char *orch_nl_fault_text(const struct orch_nl_fault *f, char out[256])

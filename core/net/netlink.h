@@ -1,8 +1,11 @@
 /* Netlink messages: composing, sending, what comes back. Both protocols used here (nf_tables,
- * rtnetlink) answer inside send, so nothing waits: what is not there after a send does not come. */
+ * rtnetlink) answer inside send, so nothing waits: what is not there after a send does not come.
+ *
+ * A socket that is full loses what comes: read it empty, then take what it was about for unknown. */
 #ifndef ORCH_NET_NETLINK_H
 #define ORCH_NET_NETLINK_H
 
+#include <errno.h>
 #include <linux/netlink.h>
 
 #include "../base/err.h"
@@ -12,6 +15,7 @@ struct orch_nl_fault {
     int code;        /* positive errno */
     uint32_t seq;    /* of the message it is about */
     uint32_t offset; /* of the attribute it is about, in the message; 0: not said */
+    unsigned lost;   /* times that messages were lost, also without a fault: announcements */
     char text[160];
 };
 
@@ -22,14 +26,20 @@ typedef void orch_nl_fn(void *ud, const struct nlmsghdr *h);
 void orch_nl_setup(int fd);
 
 /* Sends n bytes of messages, of which the one with sequence number `last` asks for an ack or is
- * a dump; every other message from the kernel goes to fn (which may be NULL). 0, or a negative
- * errno with f set: the first that failed, -EINTR when a dump changed under its reader, -EPROTO
- * when there was no answer. */
+ * a dump; every other message from the kernel goes to fn (which may be NULL), announcements that
+ * were there before too. 0, or a negative errno with f set: the first that failed, -EINTR when a
+ * dump changed under its reader, -ENOBUFS when an answer was lost (whether it was done is not
+ * known), -EPROTO when there was none. */
 int orch_nl_talk(int fd, const void *p, size_t n, uint32_t last, orch_nl_fn *fn, void *ud,
                  struct orch_nl_fault *f);
-/* Reads what is there, at most `max` packets of messages; every message goes to fn. 0 or a negative
- * errno; -ENOBUFS, once, when messages were lost. */
-int orch_nl_drain(int fd, int max, orch_nl_fn *fn, void *ud);
+/* After such an end a request that only reads, or that may be done twice, is sent again: a few times. */
+static inline bool orch_nl_again(int result, int *tries)
+{
+    return (result == -ENOBUFS || result == -EINTR) && ++*tries < 5;
+}
+/* Reads what is there, at most `max` packets; every message goes to fn. True: nothing is left. *lost
+ * grows with each time that messages were lost; until nothing is left, more may get lost unsaid. */
+bool orch_nl_drain(int fd, int max, orch_nl_fn *fn, void *ud, unsigned *lost);
 /* "Operation not permitted (what the kernel says, attribute at byte 32)" */
 const char *orch_nl_fault_text(const struct orch_nl_fault *f, char out[256]);
 

@@ -5,8 +5,8 @@
 #include <errno.h>
 #include <string.h>
 
-#define WAIT_MS 5000
-#define REASON_MS 100 /* from a failure to what the launcher says of it */
+#define WAIT_MS 30000
+#define REASON_MS 1000 /* from a failure to what the launcher says of it */
 #define CLOSE_MS 50   /* from the end of the filter to its sockets' */
 #define TURN_MAX 64   /* packets of announcements a turn */
 
@@ -72,6 +72,11 @@ static void check_uplink(void *ud)
 {
     struct orch_netns *n = ud;
     struct orch_err err;
+    if (orch_link_catch_up(n->route_fd, &n->ev, &err)) {
+        stop_waiting(n);
+        fail_soon(n, &err);
+        return;
+    }
     if (!n->ev.uplink)
         return;
     stop_waiting(n);
@@ -86,8 +91,7 @@ static void route_event(void *ud, int events)
 {
     struct orch_netns *n = ud;
     (void)events;
-    /* What overflowed is missed: then the deadline tells. */
-    orch_nl_drain(n->route_fd, TURN_MAX, orch_link_note, &n->ev);
+    orch_nl_drain(n->route_fd, TURN_MAX, orch_link_note, &n->ev, &n->ev.lost);
     check_uplink(n);
 }
 

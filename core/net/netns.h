@@ -34,7 +34,7 @@ struct orch_netns_opts {
     void *ud;
 };
 
-/* NULL: the launcher cannot be started. Deadline of ready and of uplink_up: 5 s each. */
+/* NULL: the launcher cannot be started. Deadline of ready and of uplink_up: 30 s each. */
 struct orch_netns *orch_netns_new(struct orch_loop *l, struct orch_launcher *la,
                                   const struct orch_netns_opts *o, struct orch_err *err);
 /* Adds the VMM; once, after ready. The cell and all callbacks of o are the caller's from then

@@ -81,10 +81,7 @@ static void take(void *ud, const struct nlmsghdr *h)
 
 static void read_log(struct orch_nflog *n, int max)
 {
-    if (orch_nl_drain(n->fd, max, take, n) == -ENOBUFS) {
-        n->missed++;
-        orch_nl_drain(n->fd, max, take, n);
-    }
+    orch_nl_drain(n->fd, max, take, n, &n->missed);
 }
 
 static void log_event(void *ud, int events)

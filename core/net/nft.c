@@ -618,8 +618,11 @@ static int get_number(struct orch_nft *n, uint16_t type, orch_nl_fn *fn, uint32_
     struct nlmsghdr h = { sizeof msg, type, NLM_F_REQUEST | NLM_F_ACK, 1, 0 };
     memcpy(msg, &h, sizeof h);
     memcpy(msg + sizeof h, &head, sizeof head);
-    *out = 0;
-    int e = orch_nl_talk(n->fd, msg, sizeof msg, 1, fn, out, &f);
+    int e, tries = 0;
+    do {
+        *out = 0;
+        e = orch_nl_talk(n->fd, msg, sizeof msg, 1, fn, out, &f);
+    } while (orch_nl_again(e, &tries));
     return e ? refuse(err, what, &f) : 0;
 }
 
@@ -673,6 +676,16 @@ bool orch_nft_owned(const struct orch_nft *n)
     return n->owned;
 }
 
+/* A batch was sent: where the answer was lost, what is read back is the answer. */
+static int settle(struct orch_nft *n, const struct orch_rules *r, int sent,
+                  const struct orch_nl_fault *f, struct orch_err *err)
+{
+    if (sent && sent != -ENOBUFS)
+        return refuse_item(err, r, f);
+    int e = orch_nft_verify(n, r, err);
+    return e && sent ? refuse_item(err, r, f) : e;
+}
+
 int orch_nft_commit(struct orch_nft *n, const struct orch_rules *r, struct orch_err *err)
 {
     struct orch_nl_fault f;
@@ -691,10 +704,8 @@ int orch_nft_commit(struct orch_nft *n, const struct orch_rules *r, struct orch_
         batch(r, genid, false, &out);
         e = orch_nl_talk(n->fd, out.p, out.n, last, NULL, NULL, &f);
     }
-    if (e)
-        return refuse_item(err, r, &f);
-    n->committed = true;
-    return orch_nft_verify(n, r, err);
+    n->committed = !e || e == -ENOBUFS;
+    return settle(n, r, e, &f, err);
 }
 
 int orch_nft_rehost(struct orch_nft *n, const struct orch_rules *r, struct orch_err *err)
@@ -706,9 +717,7 @@ int orch_nft_rehost(struct orch_nft *n, const struct orch_rules *r, struct orch_
     if (e)
         return e;
     uint32_t last = host_batch(r, genid, &out);
-    if (orch_nl_talk(n->fd, out.p, out.n, last, NULL, NULL, &f))
-        return refuse_item(err, r, &f);
-    return orch_nft_verify(n, r, err);
+    return settle(n, r, orch_nl_talk(n->fd, out.p, out.n, last, NULL, NULL, &f), &f, err);
 }
 
 /* ---- reading back */
@@ -946,7 +955,7 @@ static int verify_elements(struct orch_nft *n, struct reader *d, const struct or
     return same ? 0 : differs(err, "elements of set %s", s->name);
 }
 
-int orch_nft_verify(struct orch_nft *n, const struct orch_rules *r, struct orch_err *err)
+static int read_back(struct orch_nft *n, const struct orch_rules *r, struct orch_err *err)
 {
     struct reader d = { .r = r, .owned = n->owned, .err = err };
     uint32_t before, after;
@@ -971,6 +980,15 @@ int orch_nft_verify(struct orch_nft *n, const struct orch_rules *r, struct orch_
     return e;
 }
 
+int orch_nft_verify(struct orch_nft *n, const struct orch_rules *r, struct orch_err *err)
+{
+    int e, tries = 0;
+    do
+        e = read_back(n, r, err);
+    while (orch_nl_again(e, &tries));
+    return e;
+}
+
 int orch_nft_changed(struct orch_nft *n, struct orch_err *err)
 {
     uint32_t id;
@@ -978,14 +996,13 @@ int orch_nft_changed(struct orch_nft *n, struct orch_err *err)
     return e ? e : id != n->genid;
 }
 
-struct counting {
-    void (*fn)(void *ud, const char *label, uint64_t packets, uint64_t bytes);
-    void *ud;
+struct counter {
+    char label[ORCH_LABEL];
+    uint64_t packets, bytes;
 };
 
 static void read_counter(void *ud, const struct nlmsghdr *h)
 {
-    struct counting *c = ud;
     struct nftnl_rule *r = nl.rule_alloc();
     uint32_t n = 0;
     const uint8_t *comment =
@@ -994,9 +1011,12 @@ static void read_counter(void *ud, const struct nlmsghdr *h)
         !comment[n - 1]) {
         struct nftnl_expr_iter *it = nl.expr_iter_create(r);
         for (const struct nftnl_expr *e; (e = nl.expr_iter_next(it));)
-            if (same_text(nl.expr_get_str(e, NFTNL_EXPR_NAME), "counter"))
-                c->fn(c->ud, (const char *)comment + 2, nl.expr_get_u64(e, NFTNL_EXPR_CTR_PACKETS),
-                      nl.expr_get_u64(e, NFTNL_EXPR_CTR_BYTES));
+            if (same_text(nl.expr_get_str(e, NFTNL_EXPR_NAME), "counter")) {
+                struct counter c = { .packets = nl.expr_get_u64(e, NFTNL_EXPR_CTR_PACKETS),
+                                     .bytes = nl.expr_get_u64(e, NFTNL_EXPR_CTR_BYTES) };
+                snprintf(c.label, sizeof c.label, "%s", (const char *)comment + 2);
+                orch_buf_add(ud, &c, sizeof c);
+            }
         nl.expr_iter_destroy(it);
     }
     nl.rule_free(r);
@@ -1006,8 +1026,16 @@ int orch_nft_counters(struct orch_nft *n,
                       void (*fn)(void *ud, const char *label, uint64_t packets, uint64_t bytes),
                       void *ud, struct orch_err *err)
 {
-    struct counting c = { fn, ud };
-    return dump(n, NFT_MSG_GETRULE, NULL, read_counter, &c, err);
+    cleanup_buf struct orch_buf all = { 0 };
+    int e, tries = 0;
+    do {
+        orch_buf_consume(&all, all.n);
+        e = dump(n, NFT_MSG_GETRULE, NULL, read_counter, &all, err);
+    } while (orch_nl_again(e, &tries));
+    const struct counter *c = (const void *)all.p;
+    for (size_t i = 0; !e && i < all.n / sizeof *c; i++)
+        fn(ud, c[i].label, c[i].packets, c[i].bytes);
+    return e;
 }
 
 static void take_entries(void *ud, const struct nlmsghdr *h)

@@ -35,7 +35,7 @@ int orch_nft_rehost(struct orch_nft *n, const struct orch_rules *r, struct orch_
 /* Reads all tables, chains, sets, elements and rules of the namespace and compares them with r;
  * what is more or less than r is an error that names the first difference. */
 int orch_nft_verify(struct orch_nft *n, const struct orch_rules *r, struct orch_err *err);
-/* Was anything changed since the last verify? 0, 1, or a negative errno. 3 µs. */
+/* Was anything changed since the last verify? 0, 1, or a negative errno. Some µs. */
 int orch_nft_changed(struct orch_nft *n, struct orch_err *err);
 bool orch_nft_owned(const struct orch_nft *n);
 

@@ -27,10 +27,11 @@ struct orch_regex {
     int64_t deadline_ns;
 };
 
+/* Of this thread's work: a busy machine does not use up the time. */
 static int64_t now_ns(void)
 {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
     return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
 }
 

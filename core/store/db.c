@@ -12,7 +12,7 @@
 #include <sys/stat.h>
 #include <time.h>
 
-enum { SCHEMA = 1, BUSY_MS = 2000 };
+enum { SCHEMA = 1, BUSY_MS = 5000 };
 
 struct orch_db {
     sqlite3 *handle;

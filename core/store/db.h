@@ -6,7 +6,7 @@
 #include "../base/err.h"
 
 struct orch_db;
-/* Made with its folder (0700) and tables when absent. Any call may wait 2 s for another process
+/* Made with its folder (0700) and tables when absent. Any call may wait 5 s for another process
  * (EBUSY). A damaged file (EUCLEAN) or one of another format (EPROTO) is left as it is. Without the build
  * feature `trust` every open fails with ENOTSUP. */
 struct orch_db *orch_db_open(const char *path, struct orch_err *err);

@@ -25,15 +25,16 @@
 #include <time.h>
 #include <x86intrin.h>
 
-#define BOOT_TCG_MS 60000
-#define BOOT_KVM_MS 10000 /* short: where KVM only pretends, guests hang */
-#define FREEZE_MS 20000
-#define WARM_MS 20000
+/* Ends for a machine that is slow and busy: a boot takes 2 s elsewhere. */
+#define BOOT_TCG_MS 180000
+#define BOOT_KVM_MS 30000 /* shorter: where KVM only pretends, guests hang */
+#define FREEZE_MS 60000
+#define WARM_MS 60000
 #define WARM_SCRIPT "/etc/orch/warm" /* of a disk: what is run once before the freeze; lua/recipe.lua writes it */
-#define LOCK_MS 120000 /* another process boots the same template; about 2 s */
+#define LOCK_MS 360000 /* another process boots the same template; about 2 s */
 #define LOCK_POLL_MS 50
-#define EXIT_GRACE_MS 500 /* from the agent stream's end to the VMM's exit */
-#define SAVE_WAIT_MS 10000
+#define EXIT_GRACE_MS 5000 /* from the agent stream's end to the VMM's exit */
+#define SAVE_WAIT_MS 30000
 #define KEEP 8 /* templates on disk */
 #define HOLD 4 /* ready templates in memory, about 90 MB each */
 #define TSC_MEASURE_US 20000

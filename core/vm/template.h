@@ -29,7 +29,7 @@ struct orch_templates_opts {
     const struct orch_vmm_backend *backend;
     struct orch_vmm_host *host;
     const char *cache_dir, *runtime_dir, *agent_path, *kernel, *modules;
-    int64_t boot_ms; /* 0: 60 s, 10 s for KVM */
+    int64_t boot_ms; /* 0: 180 s, 30 s for KVM */
     struct orch_launcher *(*launcher)(void *ud, struct orch_err *err);
     void *launcher_ud;
     void (*progress)(void *ud, const char *line); /* may be NULL */
@@ -37,7 +37,7 @@ struct orch_templates_opts {
 };
 
 struct orch_templates *orch_templates_new(const struct orch_templates_opts *o);
-/* Ends what is being booted; waits (at most 10 s) until a template that is being written is written. */
+/* Ends what is being booted; waits (at most 30 s) until a template that is being written is written. */
 void orch_templates_free(struct orch_templates *ts);
 
 /* What is wanted; AUTO means KVM where it works. */

@@ -21,8 +21,8 @@
 #include <string.h>
 #include <sys/socket.h>
 
-#define CLONE_MS 10000
-#define EXIT_GRACE_MS 500 /* from the agent stream's end to the VMM's exit */
+#define CLONE_MS 60000
+#define EXIT_GRACE_MS 5000 /* from the agent stream's end to the VMM's exit */
 #define MEMORY_DEFAULT (256ULL << 20)
 #define MEMORY_MIN (64ULL << 20)
 #define MEMORY_MAX (4ULL << 30)

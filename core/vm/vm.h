@@ -23,8 +23,8 @@ struct orch_vms_opts {
     const char *runtime_dir; /* $XDG_RUNTIME_DIR/orch: a folder a microVM, with vmm.log */
     const char *kernel, *modules; /* --kernel; NULL: Debian's */
     const char *qemu;        /* NULL: the known places */
-    int64_t boot_ms, clone_ms; /* deadlines of a template's boot and of a clone's start; 0: 60 s (10 s while
-                                * KVM is tried) and 10 s */
+    int64_t boot_ms, clone_ms; /* deadlines of a template's boot and of a clone's start; 0: 180 s (30 s while
+                                * KVM is tried) and 60 s */
     int max;                 /* microVMs at once; more is refused with class LIMIT */
     void (*progress)(void *ud, const char *line); /* long work: image build, template boot */
     /* events for the audit log: "vm_spawn", "vm_exit", and "net_deny" for packets that a network's
@@ -36,7 +36,7 @@ struct orch_vms_opts {
 
 /* Makes runtime_dir and removes from it what killed processes left. Starts nothing yet. */
 struct orch_vms *orch_vms_new(struct orch_loop *l, const struct orch_vms_opts *o, struct orch_err *err);
-/* Ends and frees every microVM; may wait, at most 10 s, until a new template is written to disk. */
+/* Ends and frees every microVM; may wait, at most 30 s, until a new template is written to disk. */
 void orch_vms_free(struct orch_vms *m);
 
 struct orch_vm_opts {

@@ -19,7 +19,7 @@ def open_session():
 
 def command(session, text):
     """What run_command printed."""
-    result = session.call("run_command", {"command": text}, deadline_s=120)
+    result = session.call("run_command", {"command": text}, deadline_s=START_S)
     assert not result.get("isError"), result
     assert result["_meta"]["orch/isolation"] == "emulated", result
     return text_of(result)

@@ -31,7 +31,7 @@ def count(env, session, processes):
     """A microVM's end is not awaited by its call: the processes tell when it is over."""
     tree = lambda: [session.pid] + sorted(descendants(session.pid))
     if processes:
-        until(lambda: len(tree()) <= processes, 10, "processes end")
+        until(lambda: len(tree()) <= processes, "processes end")
     pids = tree()
     return {"memory KiB": sum(map(anonymous_kb, pids)), "descriptors": sum(len(os.listdir("/proc/%d/fd" % p)) for p in pids),
             "processes": len(pids), "mounts": sum(map(mounts, pids)), "files": count_files(env)}

@@ -16,6 +16,10 @@
 
 #define USER 1000 /* an ordinary user */
 
+/* How long an event is awaited, on a slow and busy machine too. */
+#define WAIT_MS 60000
+#define WAIT_US (WAIT_MS * INT64_C(1000))
+
 /* In a child, in place of cmocka's assertions: CHECK(condition, "why %d", …). */
 #define CHECK(cond, ...) \
     do { \

@@ -21,7 +21,7 @@
 
 #include <cmocka.h>
 
-#define WAIT_MS 20000
+#define WAIT_MS 60000
 
 static char dir[64];         /* scratch */
 static char agent_path[512]; /* the program under test */
@@ -446,9 +446,10 @@ static void test_output(void **state)
         while (!c.out.n)
             orch_loop_step(r.loop, 50);
         orch_channel_pause(r.c, true);
-        start(&r, &probe, (struct orch_exec_opts){ .argv = SH("sleep 0.3; ls /tmp") });
-        for (int64_t end = orch_now_us() + 600000; orch_now_us() < end;)
-            orch_loop_step(r.loop, 50);
+        start(&r, &probe, (struct orch_exec_opts){ .argv = SH("sleep 0.3; ls /tmp/done >/tmp/seen 2>&-; echo >/tmp/looked; cat /tmp/seen") });
+        cleanup_free char *looked = orch_xasprintf("/proc/%d/root%s/tmp/looked", r.pid, dir);
+        for (int64_t end = orch_now_us() + WAIT_MS * 1000; access(looked, F_OK) < 0; assert_true(orch_now_us() < end))
+            orch_loop_step(r.loop, 10);
         assert_int_equal(c.done, 0);
         orch_channel_pause(r.c, false);
         run_until(&r, &c.done, 1);
@@ -503,14 +504,14 @@ static void test_timeout(void **state)
     run(&r, &c, (struct orch_exec_opts){ .argv = ARGV("sleep", "1000"), .timeout_ms = 100 });
     assert_true(c.r.timed_out);
     assert_int_equal(c.r.signal, SIGTERM);
-    assert_in_range(c.r.ms, 100, 1500);
-    run(&r, &c, (struct orch_exec_opts){ .argv = SH("trap '' TERM; while :; do sleep 0.1; done"), .timeout_ms = 100 });
+    assert_true(c.r.ms >= 100);
+    run(&r, &c, (struct orch_exec_opts){ .argv = SH("trap '' TERM; while :; do sleep 0.1; done"), .timeout_ms = 1000 });
     assert_true(c.r.timed_out);
     assert_int_equal(c.r.signal, SIGKILL);
-    assert_in_range(c.r.ms, 2100, 6000);
+    assert_true(c.r.ms >= 3000);
     /* TERM reaches the whole tree, and what ignores it in a session of its own is killed all the same. */
     run(&r, &c, (struct orch_exec_opts){ .argv = SH("setsid sh -c 'trap \"\" TERM; sleep 1001 & wait; sleep 1002' & trap 'echo bye; exit 3' TERM; wait"),
-                                         .timeout_ms = 300 });
+                                         .timeout_ms = 2000 });
     assert_int_equal(c.r.status, 3);
     assert_true(c.r.timed_out);
     assert_string_equal(c.out.p, "bye\n");
@@ -530,7 +531,7 @@ static void test_nothing_stays_behind(void **state)
     expect(&r, NULL, OTHERS, "");
     expect(&r, NULL, "ps -o stat | grep -c Z; true", "0\n");
     /* What was written before the end arrives, also from a child that dies with the command. */
-    cleanup_free char *out = sh(&r, NULL, "yes & sleep 0.05");
+    cleanup_free char *out = sh(&r, NULL, "mkfifo /tmp/up; (echo a; echo >/tmp/up; yes) & read x </tmp/up");
     assert_true(strlen(out) > 0);
     rig_fini(&r);
 }

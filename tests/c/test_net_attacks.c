@@ -126,14 +126,14 @@ static const struct attack attacks[] = {
     { "IP option: router alert", UDP "opts=94040000", VERSION },
     { "IP option: source route", UDP "opts=830704c633640a00", VERSION },
     { "ICMP echo", "1 " SERVER " 0 body=0800000000010001", ALLOW },
-    { "ICMP about a flow", "1 " SERVER " 0 body=0303000000000000450000240000400040110000c633640a0aff000214b49c4000100000", ALLOW },
-    { "ICMP redirect", "1 " SERVER " 0 body=05010000c63364014500002400004000401100000aff0002c633640a9c4014b400100000", ALLOW },
+    { "ICMP about a flow", "1 " SERVER " 0 body=0303000000000000450000240000400040110000c633640a0aff000214b44e2000100000", ALLOW },
+    { "ICMP redirect", "1 " SERVER " 0 body=05010000c63364014500002400004000401100000aff0002c633640a4e2014b400100000", ALLOW },
     { "IP in IP", "4 " SERVER " 0", ALLOW },
     { "GRE", "47 " SERVER " 0", ALLOW },
     { "ESP", "50 " SERVER " 0", ALLOW },
     { "OSPF", "89 " SERVER " 0", ALLOW },
-    { "SCTP", "132 " SERVER " 0 body=9c40005000000000f00000000100001000000001", ALLOW },
-    { "UDP-Lite", "136 " SERVER " 0 body=9c4014b400000000", ALLOW },
+    { "SCTP", "132 " SERVER " 0 body=4e20005000000000f00000000100001000000001", ALLOW },
+    { "UDP-Lite", "136 " SERVER " 0 body=4e2014b400000000", ALLOW },
     { "protocol 255", "255 " SERVER " 0", ALLOW },
     { "TTL 1", UDP "ttl=1", ITSELF("output: rest") },
     { "back to itself", "udp 10.255.0.2 5300", STOPS("forward: rest", { "forward: rest", ACCEPTS, 0 }, { "nat: rest", ACCEPTS, 0 }) },
@@ -288,9 +288,9 @@ static void on_lost(void *ud, struct orch_vm *vm, const struct orch_err *err)
     g->err = *err;
 }
 
-#define WAIT(cond, ms) \
-    for (int64_t end_ = orch_now_us() + (ms) * INT64_C(1000); !(cond); orch_loop_step(loop, 50)) \
-    CHECK(orch_now_us() < end_, "within " #ms " ms")
+#define WAIT(cond) \
+    for (int64_t end_ = orch_now_us() + START_MS * INT64_C(1000); !(cond); orch_loop_step(loop, 50)) \
+    CHECK(orch_now_us() < end_, "waited in vain")
 
 static void show(void *ud, const char *line)
 {
@@ -346,7 +346,7 @@ static void spawn(struct guest *g, struct orch_rules *r)
 static void start(struct guest *g, struct orch_rules *r)
 {
     spawn(g, r);
-    WAIT(g->ready || g->failed, START_MS);
+    WAIT(g->ready || g->failed);
     CHECK(g->ready, "%s", g->err.msg);
 }
 
@@ -397,7 +397,7 @@ static void run(struct guest *g, const char *args, const char *user, const char 
 {
     struct command c;
     begin(g, &c, args, user);
-    WAIT(c.done, 60000);
+    WAIT(c.done);
     CHECK(c.status == 0, "%s: status %d: %s", what, c.status, c.out.p ? c.out.p : "");
     orch_buf_free(&c.out);
 }
@@ -417,7 +417,7 @@ static void put_attack(struct guest *g)
     CHECK(channel, "%s", err.msg);
     orch_channel_write_file(channel, "/tmp/attack", (struct orch_slice){ attack.p, attack.n }, 0755, on_written,
                             &done);
-    WAIT(done, 10000);
+    WAIT(done);
 }
 
 /* ---- processes */
@@ -603,7 +603,7 @@ static void look(struct guest *g, struct seen *s, bool arp)
 static void settle(struct guest *g)
 {
     struct seen none = { 0 };
-    for (int64_t quiet = orch_now_us(), end_us = quiet + 5000000; orch_now_us() < quiet + 100000;) {
+    for (int64_t quiet = orch_now_us(), end_us = quiet + WAIT_US; orch_now_us() < quiet + 100000;) {
         struct seen s = { 0 };
         CHECK(orch_now_us() < end_us, "it does not get quiet");
         orch_loop_step(loop, 10);
@@ -664,7 +664,7 @@ static struct outcome strike(struct guest *g, const struct attack *a, int wait_m
     look(g, &old, true);
     count(g, &before);
     run(g, a->args, "root", a->name);
-    for (int64_t end_us = orch_now_us() + wait_ms * 1000;;) {
+    for (int64_t end_us = orch_now_us() + wait_ms * INT64_C(1000);;) {
         count(g, &after);
         look(g, &o.seen, a->arp);
         o.by_rule = a->rule && counted(&after, a->rule) > counted(&before, a->rule);
@@ -707,7 +707,7 @@ static void attacks_case(void)
             run(&g, "echo " SERVER " 5300 100", "root", "a datagram after the attacks");
             settle(&g);
         }
-        struct outcome o = strike(&g, a, a->rule ? 1000 : 20);
+        struct outcome o = strike(&g, a, a->rule ? WAIT_MS : 20);
         if (o.leaked)
             fprintf(stderr, "LEAK: %s: in W %u, on the host's loopback %u, to the uplink %u (%s), to the guest %u\n", a->name,
                     o.seen.world, o.seen.loopback, o.seen.uplink, o.seen.what, o.seen.guest);
@@ -772,7 +772,7 @@ static void no_route_case(void)
     struct guest g;
     open_vms();
     spawn(&g, policy());
-    WAIT(g.ready || g.failed, START_MS);
+    WAIT(g.ready || g.failed);
     CHECK(g.failed && g.err.cls == ORCH_CLASS_ISOLATION && strstr(g.err.msg, "no network: pasta") &&
               strstr(g.err.msg, "ip -4 route"),
           "%s", g.err.msg);
@@ -787,7 +787,7 @@ static void no_pasta_case(void)
     struct guest g;
     open_vms();
     spawn(&g, policy());
-    WAIT(g.ready || g.failed, START_MS);
+    WAIT(g.ready || g.failed);
     CHECK(g.failed && g.err.cls == ORCH_CLASS_ISOLATION && strstr(g.err.msg, "no network: pasta program") &&
               strstr(g.err.msg, "install the package passt"),
           "%s", g.err.msg);
@@ -813,7 +813,7 @@ static void pasta_dies_case(void)
     CHECK(!orch_vm_usage(none.vm, &u, &err) && u.vmm_bytes > 20 << 20 && !u.uplink_bytes && !u.connections, "%s", err.msg);
     CHECK(!strcmp(orch_vm_network(g.vm), "attacked") && !strcmp(orch_vm_network(none.vm), "none"), "names");
     kill(v[0], SIGKILL);
-    WAIT(g.lost, 5000);
+    WAIT(g.lost);
     CHECK(g.err.cls == ORCH_CLASS_CLOSED && strstr(g.err.msg, "no network: pasta (killed by signal 9)"), "%s", g.err.msg);
     CHECK(!none.lost, "the other is lost too");
     end(&g);
@@ -891,8 +891,10 @@ static void test_pasta_dies(void **state)
     run_prepared(USER, NULL, pasta_dies_case);
 }
 
-/* The same from outside: policies/network.lua, the command line, Lua. The guest closes late: pasta of 2023
- * often stalls a connection whose FIN comes right behind its first data. */
+/* The same from outside: policies/network.lua, the command line, Lua. The guest closes when it has its
+ * answer: pasta of 2023 often stalls a connection whose FIN comes right behind its first data. */
+#define ASK(n) \
+    "mkfifo /tmp/f; nc " SERVER " 80 </tmp/f | (exec 3>/tmp/f; printf '\\0\\0\\0\\0\\" #n "\\0\\0\\0' >&3; head -c " #n " | wc -c)"
 static void command_case(void)
 {
     static const char *const files[][2] = {
@@ -900,7 +902,7 @@ static void command_case(void)
         { "policies/tools.lua", "return { rules = {} }\n" },
         { "policies/network.lua", "return { open = { allow = { { cidr = '198.51.100.0/24', ports = { 80 } } }, connections = 8 } }\n" },
         { "s.lua", "local vm = assert(orch.vm.spawn { network = 'open' })\n"
-                   "local r = vm:exec { 'sh', '-c', [[(printf '\\0\\0\\0\\0\\5\\0\\0\\0'; sleep 1) | nc " SERVER " 80 | wc -c]] }\n"
+                   "local r = vm:exec { 'sh', '-c', [[" ASK(5) "]] }\n"
                    "local s = assert(vm:stats())\n"
                    "for _, rule in ipairs(s.rules) do s[rule.label] = rule.packets end\n"
                    "io.write(vm:network(), ' ', tonumber(r.stdout) or r.stderr, ' ', s.connections, ' ', s['flow: new tcp'], ' ',\n"
@@ -916,7 +918,7 @@ static void command_case(void)
     }
 #define ORCH(args) \
     snprintf(command, sizeof command, "cd %s/conf && mkdir -p ../xdg && ln -sfn %s ../xdg/orch && " \
-             "XDG_CACHE_HOME=%s/xdg XDG_RUNTIME_DIR=%s/xdg XDG_STATE_HOME=%s/xdg/state timeout 60 %s --config %s/conf/orchestrator.lua " args " 2>&1; echo \" $?\"", \
+             "XDG_CACHE_HOME=%s/xdg XDG_RUNTIME_DIR=%s/xdg XDG_STATE_HOME=%s/xdg/state timeout 300 %s --config %s/conf/orchestrator.lua " args " 2>&1; echo \" $?\"", \
              dir, cache, dir, dir, dir, orch, dir)
     ORCH("s.lua");
     FILE *f = popen(command, "re");
@@ -924,7 +926,7 @@ static void command_case(void)
     out[n] = 0;
     pclose(f);
     CHECK(!strcmp(out, "open 5 1 1 0 0 true 0\n"), "%s", out);
-    ORCH("vm run --network open -- sh -c \"(printf '\\0\\0\\0\\0\\7\\0\\0\\0'; sleep 1) | nc " SERVER " 80 | wc -c; nc -w 1 " SERVER " 81 </dev/null; echo \\$?\"");
+    ORCH("vm run --network open -- sh -c \"" ASK(7) "; nc -w 1 " SERVER " 81 </dev/null; echo \\$?\"");
     f = popen(command, "re");
     n = fread(out, 1, sizeof out - 1, f);
     out[n] = 0;
@@ -985,12 +987,6 @@ static void test_host_untouched(void **state)
     run_prepared(0, NULL, untouched_case);
 }
 
-static int by_value(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
 static int64_t wall_us(void)
 {
     struct timespec t;
@@ -1042,9 +1038,7 @@ static void set_address(const char *verb, const char *addr)
 /* The server of a flow that goes on becomes an address of the host, and is one no more. */
 static void address_case(void)
 {
-    enum { N = 10 };
     static const char label[] = "never: " SERVER " (host)";
-    double us[N];
     int on = 1;
     struct guest g;
     struct command c;
@@ -1053,30 +1047,25 @@ static void address_case(void)
     look_into(&g);
     put_attack(&g);
     setsockopt(g.capture, SOL_SOCKET, SO_TIMESTAMPNS, &on, sizeof on);
-    begin(&g, &c, UDP "for=60000 size=200", "root");
-    for (int i = 0; i < N; i++) {
+    begin(&g, &c, UDP "for=600000 size=200", "root");
+    for (int i = 0; i < 10; i++) {
         while (last_packet_us(g.capture, g.up, true))
             ;
-        WAIT(last_packet_us(g.capture, g.up, true), 5000);
+        WAIT(last_packet_us(g.capture, g.up, true));
         *denied_lines.last = 0;
         set_address("add", SERVER);
-        int64_t there_us = wall_us();
-        WAIT(denies(&g, label), 1000);
-        us[i] = (double)(wall_us() - there_us);
+        WAIT(denies(&g, label));
         /* Lines of its answers to what it got before come in between. */
-        WAIT(strstr(denied_lines.last, "\"rule\":\"never: " SERVER " (host)\",\"dst\":\"" SERVER "\",\"proto\":\"udp\",\"port\":5300"),
-             5000);
+        WAIT(strstr(denied_lines.last, "\"rule\":\"never: " SERVER " (host)\",\"dst\":\"" SERVER "\",\"proto\":\"udp\",\"port\":5300"));
         last_packet_us(g.capture, g.up, true);
         for (int64_t end_us = orch_now_us() + 20000; orch_now_us() < end_us;)
             orch_loop_step(loop, 5);
         CHECK(!last_packet_us(g.capture, g.up, true), "round %d: the flow goes on", i);
         set_address("del", SERVER);
-        WAIT(!denies(&g, label), 1000);
-        WAIT(last_packet_us(g.capture, g.up, true), 5000);
+        WAIT(!denies(&g, label));
+        WAIT(last_packet_us(g.capture, g.up, true));
     }
     CHECK(!c.done && !g.lost, "%s", g.lost ? g.err.msg : "the traffic ended");
-    qsort(us, N, sizeof *us, by_value);
-    printf("from an address of the host to its rule, us: %.0f (median), %.0f (most)\n", us[N / 2], us[N - 1]);
     end(&g);
     close_vms();
 }
@@ -1100,13 +1089,13 @@ static void address_race_case(void)
         if (i)
             set_address("add", "203.0.113.99");
         for (int k = 0; k < 2; k++) {
-            WAIT(g[k].ready || g[k].failed, START_MS);
+            WAIT(g[k].ready || g[k].failed);
             CHECK(g[k].ready, "%s", g[k].err.msg);
-            WAIT(denies(&g[k], label), 1000);
+            WAIT(denies(&g[k], label));
         }
         set_address("del", "203.0.113.99");
         for (int k = 0; k < 2; k++) {
-            WAIT(!denies(&g[k], label), 1000);
+            WAIT(!denies(&g[k], label));
             CHECK(!g[k].lost, "%s", g[k].err.msg);
             end(&g[k]);
         }
@@ -1123,7 +1112,7 @@ static void address_race_case(void)
     snprintf(command, sizeof command, "nsenter -t %d -n nft add table ip other", newest_init());
     sh(command);
     set_address("add", "203.0.113.99");
-    WAIT(g.lost, 2000);
+    WAIT(g.lost);
     CHECK(g.err.cls == ORCH_CLASS_CLOSED && strstr(g.err.msg, "the packet filter could not follow") && strstr(g.err.msg, "table \"other\""), "%s",
           g.err.msg);
     CHECK(c.done && !strcmp(c.out.p, g.err.msg), "under way: %s", c.out.p ? c.out.p : "nothing");
@@ -1153,7 +1142,7 @@ static void hold(void)
     open_vms();
     start(&g, policy());
     put_attack(&g);
-    begin(&g, &c, UDP "for=60000 size=200 count=16", "root");
+    begin(&g, &c, UDP "for=600000 size=200 count=16", "root");
     orch_loop_run(loop);
 }
 
@@ -1171,8 +1160,7 @@ static bool look_into_child(struct guest *g, pid_t session)
 static void kill_case(void)
 {
     enum { N = 30 };
-    double gone[N], late[N], left[N], ending[N];
-    int with_traffic = 0, n_left = 0, n_gone = 0, on = 1;
+    int with_traffic = 0, n_left = 0, on = 1;
     setsockopt(in_world, SOL_SOCKET, SO_TIMESTAMPNS, &on, sizeof on);
     struct guest g;
     open_vms(); /* so that the template is there */
@@ -1188,31 +1176,37 @@ static void kill_case(void)
             prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
             hold();
         }
-        poll(NULL, 0, 20 + rand() % 900);
+        /* In every second round there is traffic, whatever the machine. */
+        bool await = i % 2, came = false;
+        int64_t left_us = 0, last_us, end_us = orch_now_us() + WAIT_US;
+        if (!await)
+            poll(NULL, 0, 20 + rand() % 900);
+        for (; await && !came; poll(NULL, 0, 1)) {
+            came = last_packet_us(in_world, world_if, false);
+            CHECK(orch_now_us() < end_us, "round %d: no traffic", i);
+        }
         kill(holder, SIGSTOP); /* so that its launcher is known */
         waitpid(holder, NULL, WUNTRACED);
         pid_t session = launcher_of(holder);
         bool looking = look_into_child(&g, session);
+        for (; await && looking && !left_us; poll(NULL, 0, 1)) {
+            left_us = last_packet_us(g.capture, g.up, true);
+            CHECK(orch_now_us() < end_us, "round %d: no more traffic", i);
+        }
         if (looking && poll(&(struct pollfd){ g.capture, POLLIN, 0 }, 1, 100) > 0)
             poll(NULL, 0, rand() % 20);
-        int64_t killed_us = orch_now_us();
         kill(holder, SIGKILL);
         waitpid(holder, NULL, 0);
         int64_t dead_us = orch_now_us(), dead_wall_us = wall_us();
-        ending[i] = (double)(dead_us - killed_us) / 1000;
         char said[512];
         while (session && count_session(session, said, sizeof said)) {
-            CHECK(orch_now_us() < dead_us + 1000000, "round %d: after 1 s there are left:%s", i, said);
+            CHECK(orch_now_us() < dead_us + WAIT_US, "round %d: there are left:%s", i, said);
             poll(NULL, 0, 1);
         }
-        if (session)
-            gone[n_gone++] = (double)(orch_now_us() - dead_us) / 1000;
-        int64_t last_us = last_packet_us(in_world, world_if, false);
-        int64_t left_us = looking ? last_packet_us(g.capture, g.up, true) : 0;
-        if (last_us)
-            late[with_traffic++] = (double)(last_us - dead_wall_us) / 1000;
-        if (left_us)
-            left[n_left++] = (double)(left_us - dead_wall_us) / 1000;
+        last_us = looking ? last_packet_us(g.capture, g.up, true) : 0;
+        left_us = last_us ? last_us : left_us;
+        with_traffic += last_packet_us(in_world, world_if, false) || came;
+        n_left += left_us != 0;
         CHECK(left_us <= dead_wall_us, "round %d: a packet left the microVM's namespace %.1f ms after orch's end", i,
               (double)(left_us - dead_wall_us) / 1000);
         if (g.capture >= 0)
@@ -1221,14 +1215,7 @@ static void kill_case(void)
         CHECK(!last_packet_us(in_world, world_if, false), "round %d: packets after everything ended", i);
     }
     CHECK(with_traffic > N / 3 && n_left > N / 6, "traffic in %d, %d rounds only", with_traffic, n_left);
-    qsort(gone, (size_t)n_gone, sizeof *gone, by_value);
-    qsort(late, (size_t)with_traffic, sizeof *late, by_value);
-    qsort(left, (size_t)n_left, sizeof *left, by_value);
-    qsort(ending, N, sizeof *ending, by_value);
-    printf("as uid %u: %d killed, %d with traffic; ms, median, most: from the kill to orch's end %.1f, %.1f; from there to all "
-           "processes gone %.1f, %.1f, to the last packet out of the namespace %.1f, %.1f, to the last in W, by pasta, %.1f, %.1f\n",
-           getuid(), N, with_traffic, ending[N / 2], ending[N - 1], gone[n_gone / 2], gone[n_gone - 1], left[n_left / 2],
-           left[n_left - 1], late[with_traffic / 2], late[with_traffic - 1]);
+    printf("as uid %u: %d killed, %d with traffic\n", getuid(), N, with_traffic);
 }
 
 static void test_killed(void **state)
@@ -1267,7 +1254,7 @@ static _Noreturn void serve_stream(int fd)
     static uint8_t buf[65536];
     uint32_t head[2];
     ssize_t n;
-    alarm(30);
+    alarm(300);
     if (recv(fd, head, sizeof head, MSG_WAITALL) != sizeof head)
         _exit(1);
     for (size_t at = 0; at < head[0]; at += (size_t)n) {

@@ -303,7 +303,7 @@ static void test_head_by_timer(void **state)
     assert_true(r.ok);
     assert_false(r.has_head);
     assert_int_equal(r.unsigned_lines, 1);
-    int64_t until = orch_now_us() + 10 * 1000000;
+    int64_t until = orch_now_us() + 60 * 1000000;
     cleanup_free char *head = orch_xasprintf("%s.head", path);
     while (access(head, F_OK) < 0 && orch_now_us() < until)
         orch_loop_step(loop, 2000);
@@ -909,7 +909,7 @@ static void test_killed_writer(void **state)
         }
         uint16_t wait_us;
         orch_random(&wait_us, sizeof wait_us);
-        int64_t until = orch_now_us() + 10 * 1000000;
+        int64_t until = orch_now_us() + 60 * 1000000;
         while (!__atomic_load_n(acked, __ATOMIC_ACQUIRE) && orch_now_us() < until)
             sched_yield();
         usleep(wait_us / 2); /* the moment is what is random here */
@@ -1156,7 +1156,7 @@ static void test_db_busy(void **state)
     struct orch_err err;
     int64_t start = orch_now_us();
     assert_int_equal(orch_db_trust_set(db, "/a", true, NULL, 0, &err), -EBUSY);
-    assert_in_range(orch_now_us() - start, 1500000, 4000000);
+    assert_true(orch_now_us() - start >= 4500000);
     assert_non_null(strstr(err.msg, "another process held it"));
     expect_no_trust(db, "/a"); /* reading goes on */
     kill(holder, SIGKILL);

@@ -169,19 +169,19 @@ static void spawn(struct bed *b, struct guest *g, const struct orch_vm_opts *o)
     assert_false(g->ready || g->failed); /* never from inside spawn */
 }
 
-#define WAIT_FOR(cond, ms)                                                                         \
+#define WAIT_FOR(cond)                                                                             \
     do {                                                                                           \
-        int64_t until_ = orch_now_us() / 1000 + (ms);                                              \
+        int64_t until_ = orch_now_us() / 1000 + START_MS;                                          \
         while (!(cond) && orch_now_us() / 1000 < until_)                                           \
             orch_loop_step(loop, 100);                                                             \
         if (!(cond))                                                                               \
-            fail_msg("%s: not within %d ms", #cond, (int)(ms));                                    \
+            fail_msg("%s: waited in vain", #cond);                                                 \
     } while (0)
 
 static void start_with(struct bed *b, struct guest *g, const struct orch_vm_opts *o)
 {
     spawn(b, g, o);
-    WAIT_FOR(g->ready || g->failed, START_MS);
+    WAIT_FOR(g->ready || g->failed);
     if (g->failed)
         fail_msg("%s", g->err.msg);
 }
@@ -196,7 +196,7 @@ static void start(struct bed *b, struct guest *g)
 static void start_failing(struct bed *b, struct guest *g, const struct orch_vm_opts *o)
 {
     spawn(b, g, o);
-    WAIT_FOR(g->ready || g->failed, START_MS);
+    WAIT_FOR(g->ready || g->failed);
     assert_true(g->failed);
 }
 
@@ -241,7 +241,7 @@ static const char *run(struct guest *g, const char *script)
     static char out[65536];
     struct command c;
     run_start(g, &c, script, "root");
-    WAIT_FOR(c.done, 60000);
+    WAIT_FOR(c.done);
     if (c.failed)
         fail_msg("%s: %s", script, c.err.msg);
     snprintf(out, sizeof out, "%s", c.out.p ? c.out.p : "");
@@ -411,16 +411,16 @@ static void test_clones_differ(void **state)
     struct orch_vms_opts o = bed_opts(&b);
     bed_open(&b, &o);
     for (int i = 0; i < 2; i++) {
+        struct timespec before, after;
+        clock_gettime(CLOCK_REALTIME, &before);
         start(&b, &g[i]);
         snprintf(
             first[i], sizeof first[i], "%s",
             run(&g[i],
                 "cat /proc/sys/kernel/random/boot_id; head -c 16 /dev/urandom | hexdump -v -e '/1 \"%02x\"'; echo"));
-        struct timespec before, after;
-        clock_gettime(CLOCK_REALTIME, &before);
         double guest_s = atof(run(&g[i], "date +%s"));
         clock_gettime(CLOCK_REALTIME, &after);
-        assert_true(guest_s >= (double)before.tv_sec - 2 && guest_s <= (double)after.tv_sec + 1);
+        assert_true(guest_s >= (double)before.tv_sec - 1 && guest_s <= (double)after.tv_sec + 1);
     }
     char *nl[2] = { strchr(first[0], '\n'), strchr(first[1], '\n') };
     assert_true(nl[0] && nl[1] && strlen(nl[0]) == 34 && strlen(nl[1]) == 34);
@@ -466,13 +466,13 @@ static void test_many_at_once(void **state)
     assert_int_equal(err.cls, ORCH_CLASS_LIMIT);
     assert_contains(err.msg, "the limit (vm.max) is 8");
     for (int i = 0; i < N; i++) {
-        WAIT_FOR(g[i].ready || g[i].failed, START_MS);
+        WAIT_FOR(g[i].ready || g[i].failed);
         if (g[i].failed)
             fail_msg("%s", g[i].err.msg);
         run_start(&g[i], &c[i], "echo $((40 + 2))", NULL);
     }
     for (int i = 0; i < N; i++) {
-        WAIT_FOR(c[i].done, 30000);
+        WAIT_FOR(c[i].done);
         assert_false(c[i].failed);
         assert_string_equal(c[i].out.p, "42\n");
         orch_buf_free(&c[i].out);
@@ -505,15 +505,15 @@ static void test_nothing_is_left(void **state)
         struct orch_vm_opts vo = guest_opts(&g);
         spawn(&b, &g, &vo);
         if (i % 2)
-            WAIT_FOR(g.ready || g.failed, 30000);
+            WAIT_FOR(g.ready || g.failed);
         else /* cancelled somewhere on its way */
             for (int k = 0; k < i / 6; k++)
                 orch_loop_step(loop, 10);
         assert_false(g.failed);
         orch_vm_free(g.vm);
     }
-    WAIT_FOR(find_vmms(pids, 8) == 0, 5000);
-    assert_int_equal(open_fds(), fds);
+    WAIT_FOR(find_vmms(pids, 8) == 0);
+    WAIT_FOR(open_fds() == fds);
     assert_int_equal(entries(b.run_dir, ""), 0);
     bed_close(&b);
 }
@@ -550,7 +550,7 @@ static void test_crash_is_lost(void **state)
     run_start(&g, &c, "sleep 100", NULL);
     assert_int_equal(find_vmms(&pid, 1), 1);
     kill(pid, SIGKILL);
-    WAIT_FOR(g.lost, 5000);
+    WAIT_FOR(g.lost);
     assert_same_end(&g, &c, ORCH_CLASS_CLOSED, "the VMM was killed by signal 9 (Killed)");
     assert_contains(b.events.p, "\"reason\":\"vmm\",\"status\":\"killed by signal 9 (Killed)\"");
     orch_vm_free(g.vm);
@@ -573,7 +573,7 @@ static void test_guest_powers_off(void **state)
     for (size_t i = 0; i < ORCH_ARRAY_LEN(ways); i++) {
         start(&b, &g);
         run_start(&g, &c, ways[i][0], "root");
-        WAIT_FOR(g.lost, 20000);
+        WAIT_FOR(g.lost);
         assert_same_end(&g, &c, ORCH_CLASS_CLOSED, ways[i][1]);
         assert_string_equal(c.out.p, "so far\n");
         orch_buf_free(&c.out);
@@ -599,7 +599,7 @@ static void test_launcher_dies(void **state)
     for (pid_t up = pid; up != getpid(); up = parent_of(up, comm))
         pid = up;
     kill(pid, SIGKILL);
-    WAIT_FOR(g[0].lost, 5000);
+    WAIT_FOR(g[0].lost);
     assert_same_end(&g[0], &c, ORCH_CLASS_CLOSED, "launcher");
     assert_contains(b.events.p, "\"reason\":\"launcher\"");
     start(&b, &g[1]); /* with another launcher */
@@ -622,7 +622,7 @@ static void test_timeout(void **state)
     vo.call = "call-7";
     start_with(&b, &g, &vo);
     run_start(&g, &c, "sleep 100", NULL);
-    WAIT_FOR(g.lost, 5000);
+    WAIT_FOR(g.lost);
     assert_same_end(&g, &c, ORCH_CLASS_TIMEOUT, "its time of 2 s is over (vm.timeout)");
     assert_contains(b.events.p, "\"call\":\"call-7\"");
     assert_contains(b.events.p, "\"reason\":\"timeout\"");
@@ -650,7 +650,7 @@ static void test_log_is_capped(void **state)
     bed_open(&b, &o);
     start(&b, &g);
     run(&g, "head -c 1500000 /dev/zero | tr '\\0' x >/dev/console; echo the end >/dev/console");
-    WAIT_FOR(memmem(orch_vm_log_tail(g.vm).p, orch_vm_log_tail(g.vm).n, "the end", 7), 60000);
+    WAIT_FOR(memmem(orch_vm_log_tail(g.vm).p, orch_vm_log_tail(g.vm).n, "the end", 7));
     assert_int_equal(orch_vm_log_tail(g.vm).n, ORCH_RUNDIR_TAIL);
     snprintf(path, sizeof path, "%s/%s/vmm.log", b.run_dir, orch_vm_id(g.vm));
     assert_int_equal(stat(path, &st), 0);
@@ -996,7 +996,7 @@ static void test_bad_inits(void **state)
     expect_failure(
         &o, &b,
         (const char *const[]){
-            "template of image base (emulated, 256 MiB): booting: the guest agent did not answer within 5.",
+            "template of image base (emulated, 256 MiB): booting: the guest agent did not answer within ",
             "\nlog: ", NULL },
         ORCH_CLASS_TIMEOUT);
     bed_init(&b);
@@ -1013,6 +1013,7 @@ static void test_bad_inits(void **state)
         ORCH_CLASS_FAILED);
 }
 
+/* The guest's kernel gives up, or on a busy host now and then goes on waiting for memory. */
 static void test_little_memory(void **state)
 {
     (void)state;
@@ -1020,14 +1021,16 @@ static void test_little_memory(void **state)
     struct guest g = { 0 };
     bed_init(&b);
     struct orch_vms_opts o = bed_opts(&b);
+    o.boot_ms = 20000;
     bed_open(&b, &o);
     struct orch_vm_opts vo = guest_opts(&g);
     vo.memory_bytes = 64 << 20;
     start_failing(&b, &g, &vo);
-    assert_contains(
-        g.err.msg,
-        "template of image base (emulated, 64 MiB): booting: the guest stopped");
-    assert_contains(g.err.msg, "Kernel panic - not syncing: System is deadlocked on memory");
+    assert_contains(g.err.msg, "template of image base (emulated, 64 MiB): booting: ");
+    if (!strstr(g.err.msg, "booting: the guest agent did not answer within ")) {
+        assert_contains(g.err.msg, "booting: the guest stopped");
+        assert_contains(g.err.msg, "Kernel panic - not syncing: System is deadlocked on memory");
+    }
     bed_close(&b);
 }
 
@@ -1168,7 +1171,7 @@ static void cache_full(void)
     struct orch_vms_opts o = bed_opts(&b);
     bed_open(&b, &o);
     start(&b, &g);
-    WAIT_FOR(b.log.p && strstr(b.log.p, "not kept"), 20000);
+    WAIT_FOR(b.log.p && strstr(b.log.p, "not kept"));
     assert_contains(
         b.log.p,
         "full-cache/templates: the template is not kept, each process boots its own: No space left on device");
@@ -1311,7 +1314,7 @@ static void test_kvm_forbidden(void **state)
 
 /* ---- orch is killed */
 
-static char victim_dir[128];
+static char victim_dir[128], victim_file[160]; /* made when it has begun */
 
 static void victim(void)
 {
@@ -1327,8 +1330,9 @@ static void victim(void)
             struct orch_vm_opts vo = guest_opts(&g[i]);
             spawn(&b, &g[i], &vo);
         }
+        write_text(victim_file, "", 0, 0600);
         for (int i = 0; i < 3; i++)
-            WAIT_FOR(g[i].ready, 30000);
+            WAIT_FOR(g[i].ready);
         for (int i = 0; i < 3; i++)
             orch_vm_free(g[i].vm);
     }
@@ -1344,11 +1348,16 @@ static void test_killed_orch(void **state)
     bed_open(&b, &o);
     start(&b, &g); /* a live one in the same directory, all the while */
     snprintf(victim_dir, sizeof victim_dir, "%s", b.run_dir);
+    snprintf(victim_file, sizeof victim_file, "%s/victim", work);
     size_t left = 0;
     for (int i = 0; i < 8; i++) {
+        unlink(victim_file);
         pid_t pid = child_start(victim);
         struct timespec t = { 0, (5 + rand() % 400) * 1000000L };
-        nanosleep(&t, NULL);
+        if (i % 2)
+            nanosleep(&t, NULL);
+        else
+            WAIT_FOR(access(victim_file, F_OK) == 0);
         kill(pid, SIGKILL);
         int status;
         waitpid(pid, &status, 0);

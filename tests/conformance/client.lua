@@ -13,7 +13,7 @@ local function must(ok, why, code)
   return ok
 end
 
-local options = { url = url, protocol = orch.env("MCP_CONFORMANCE_PROTOCOL_VERSION"), timeout = 20 }
+local options = { url = url, protocol = orch.env("MCP_CONFORMANCE_PROTOCOL_VERSION"), timeout = 60 }
 options.elicit = function() return { action = "accept", content = {} } end
 options.sample = function() return { role = "assistant", model = "none", content = { type = "text", text = "nothing" } } end
 options.roots = { { uri = "file:///workspace", name = "workspace" } }

@@ -26,7 +26,8 @@
 #define GUEST_MAC "\x02\x00\x00\x00\x00\x02"
 #define TAP_MAC "\x02\x00\x00\x00\x00\x01"
 #define GUEST "10.255.0.2"
-#define WAIT_MS 10000
+#define WAIT_MS 60000
+#define PORT 20000 /* none that the kernel gives to a connection: a flow that is known is no attack */
 
 struct frame {
     uint8_t b[2048];
@@ -225,7 +226,7 @@ static int64_t now_ms(void)
 
 static void packets(char **a)
 {
-    unsigned count = number(a + 3, "count", 1, 10), sport = number(a + 3, "sport", 40000, 10);
+    unsigned count = number(a + 3, "count", 1, 10), sport = number(a + 3, "sport", PORT, 10);
     int64_t end_ms = now_ms() + number(a + 3, "for", 0, 10);
     do
         for (unsigned i = 0; i < count; i++)

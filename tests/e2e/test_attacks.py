@@ -5,7 +5,7 @@ import json
 from orch_e2e import *
 
 SERVER = r'''
-import json, os, sys, time
+import json, os, sys
 def out(m):
     sys.stdout.write((m if isinstance(m, str) else json.dumps(m)) + "\n")
     sys.stdout.flush()
@@ -77,10 +77,8 @@ def redact_progress(env):
 def redact_time(env):
     s = proxy(env, 'result(m, {"content": [{"type": "text", "text": "a" * 13 + "!"}] * 5000})', REDACT % r"(\w+\s?)+[:;]")
     s.initialize()
-    started = time.monotonic()
-    expect("withheld" in text_of(s.call("t", deadline_s=30)))
-    s.call("t", {"list": ["a" * 13 + "!"] * 5000}, deadline_s=30) # its audit line
-    expect(time.monotonic() - started < 4 * SLOW, "took %.1f s" % (time.monotonic() - started))
+    expect("withheld" in text_of(s.call("t")))
+    s.call("t", {"list": ["a" * 13 + "!"] * 5000}) # its audit line
 
 
 @case("a result that is empty but for a space, to a modern client")
@@ -95,9 +93,9 @@ def reload_while_listing(env):
               on_list='open("listing", "w").close()')
     s.initialize()
     s.call("t")
-    until(lambda: os.path.exists(env.path("p", "listing")), 5, "the server is asked again")
+    until(lambda: os.path.exists(env.path("p", "listing")), "the server is asked again")
     env.write("policies/tools.lua", 'return { rules = { { tool = "*", action = "deny", reason = "reloaded" } } }')
-    until(lambda: "reloaded" in text_of(s.call("t")), 5, "the new rules, with the server's tool")
+    until(lambda: "reloaded" in text_of(s.call("t")), "the new rules, with the server's tool")
 
 
 @case("what an agent sends while the server starts is bounded")
@@ -110,16 +108,16 @@ def flood_while_starting(env):
         s.send_raw(b'{"jsonrpc":"2.0","id":%d,"method":"tools/call","params":{"name":"t","arguments":{"a":"%s"}}}\n' % (i, b"a" * 1000000))
     refused = [s.recv() for _ in range(84)] # 16 are held
     expect(all("bytes of calls wait for the server to start" in a["error"]["message"] for a in refused), refused)
-    expect(s.request("ping")["result"] == {} and rss_mb(s.pid) < 60 * SLOW, "%d MiB" % rss_mb(s.pid))
+    expect(s.request("ping")["result"] == {} and rss_mb(s.pid) < 60 * ROOM, "%d MiB" % rss_mb(s.pid))
 
 
 @case("a server that asks without end and reads no answer is ended")
 def ping_flood(env):
     s = proxy(env, 'for _ in range(300): out({"jsonrpc": "2.0", "id": "x" * 1000000, "method": "ping"})\ntime.sleep(100)')
     s.initialize()
-    answer = s.request("tools/call", {"name": "t", "arguments": {}}, deadline_s=20)
+    answer = s.request("tools/call", {"name": "t", "arguments": {}})
     expect("does not read its input" in answer["error"]["message"], answer)
-    expect(rss_mb(s.pid) < 160 * SLOW, "%d MiB" % rss_mb(s.pid))
+    expect(rss_mb(s.pid) < 160 * ROOM, "%d MiB" % rss_mb(s.pid))
 
 
 @case("directories that everybody may write to are not believed")

@@ -186,7 +186,7 @@ def no_folder(env):
     env.project(more="")
     env.write("orchestrator.lua", 'return { policies = "policies", tools = { "lua/tools" }, audit = { dir = "/proc/nowhere/audit" } }')
     s = env.session()
-    status = s.end(5)
+    status = s.end()
     expect(status != 0 and "/proc/nowhere" in s.stderr(), status, s.stderr())
 
 

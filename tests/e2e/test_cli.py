@@ -157,10 +157,10 @@ def script_missing(env):
 @case("script: runs with the full standard library and the JIT, and ends on SIGINT with 130")
 def script_trusted(env):
     expect(env.orch("-e", "assert(io.open and os.execute and require 'ffi' and jit.status())").status == 0, env.orch("-e", "assert(jit.status())"))
-    s = env.session(argv=[ORCH, "-e", "io.write('on\\n') io.flush() orch.sleep(60)"])
+    s = env.session(argv=[ORCH, "-e", "io.write('on\\n') io.flush() orch.sleep(600)"])
     expect(s.recv_raw() == b"on")
     os.kill(s.pid, 2)
-    expect(s.wait(2) == 130, s.child.returncode)
+    expect(s.wait() == 130, s.child.returncode)
 
 
 @case("print goes to the log, not to stdout")
@@ -192,7 +192,7 @@ def trust(env):
     env.project()
     def start():
         s = env.session(argv=[ORCH, "mcp", "stdio"])
-        return s, s.end(3)
+        return s, s.end()
     s, status = start()
     expect(status == 6 and "orch trust" in s.stderr(), status, s.stderr())
     for args in (["version"], ["doctor"], ["init"], ["audit", "tail"], ["help"]):
@@ -221,11 +221,11 @@ def trust_reload(env):
     s = env.session(argv=[ORCH, "mcp", "stdio"])
     s.initialize()
     env.write("policies/tools.lua", 'return { rules = { { tool = "echo", action = "deny", reason = "new" } } }')
-    until(lambda: "orch trust" in s.stderr(), 3, "the refusal in the log")
+    until(lambda: "orch trust" in s.stderr(), "the refusal in the log")
     expect(text_of(s.call("echo", {"message": "old"})) == "old")
     expect(env.person("trust").status == 0)
     os.kill(s.pid, 1)
-    until(lambda: text_of(s.call("echo", {"message": "x"})).startswith("denied: new"), 3, "the trusted edit")
+    until(lambda: text_of(s.call("echo", {"message": "x"})).startswith("denied: new"), "the trusted edit")
 
 
 @case("no configuration at all: the built-in one, run_command listed")
@@ -330,10 +330,10 @@ def reload(env):
 @case("doctor is read-only and answers in JSON too")
 def doctor(env):
     before = sorted(os.walk(env.dir))
-    r = env.orch("doctor", deadline_s=60)
+    r = env.orch("doctor")
     expect(r.status in (0, 1) and re.search("qemu|kvm", r.out, re.I), r)
     expect(sorted(os.walk(env.dir)) == before, "doctor wrote something")
-    r = env.orch("doctor", "--json", deadline_s=60)
+    r = env.orch("doctor", "--json")
     json.loads(r.out)
 
 

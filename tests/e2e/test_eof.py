@@ -1,4 +1,4 @@
-# The end: end of input, signals, a closed stdout. In time, with the right status, nothing left behind.
+# The end: end of input, signals, a closed stdout. With the right status, nothing left behind.
 # as: user asan
 import signal
 
@@ -11,18 +11,18 @@ def started(env, calls=0):
     s = env.project(tools={"wait": SLEEP, "echo": ECHO, "x": SPAWNED}).session()
     s.initialize()
     for _ in range(calls):
-        s.start("tools/call", {"name": "wait", "arguments": {"seconds": 50}})
+        s.start("tools/call", {"name": "wait", "arguments": {"seconds": 500}})
     expect(s.request("ping")["result"] == {})
     return s
 
 
 def at_end(env, calls):
     s = started(env, calls)
-    expect(s.end(2) == 0, s.child.returncode, s.stderr())
+    expect(s.end() == 0, s.child.returncode, s.stderr())
 
 
 case("end of input: exit 0", 0)(at_end)
-case("end of input with a call running: exit 0 within 2 s", 1)(at_end)
+case("end of input with a call running: exit 0, which does not wait for it", 1)(at_end)
 case("end of input with 50 calls running", 50)(at_end)
 
 
@@ -37,14 +37,14 @@ def cancelled(env):
 
 @case("end of input before anything was said")
 def nothing(env):
-    expect(env.project().session().end(2) == 0)
+    expect(env.project().session().end() == 0)
 
 
 @case("end of input in the middle of a line")
 def half(env):
     s = started(env)
     s.send_raw(b'{"jsonrpc":"2.0","id":1,"meth')
-    expect(s.end(2) == 0)
+    expect(s.end() == 0)
 
 
 @case("requests that were written before the end of input are answered")
@@ -54,13 +54,13 @@ def answered(env):
     s.close_input()
     answers = [s.recv() for _ in range(60)]
     expect({a["id"] for a in answers if "result" in a} == set(range(200, 260)), answers)
-    expect(s.wait(2) == 0)
+    expect(s.wait() == 0)
 
 
 def by_signal(env, number, status, calls):
     s = started(env, calls)
     os.kill(s.pid, number)
-    expect(s.wait(2) == status, "exit status", s.child.returncode, s.stderr())
+    expect(s.wait() == status, "exit status", s.child.returncode, s.stderr())
 
 
 for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
@@ -72,7 +72,7 @@ for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
 def at_once(env):
     s = env.project().session()
     os.kill(s.pid, signal.SIGTERM)
-    expect(s.wait(2) in (143, -15), s.child.returncode, s.stderr())
+    expect(s.wait() in (143, -15), s.child.returncode, s.stderr())
 
 
 @case("a closed stdout ends it")
@@ -84,7 +84,7 @@ def closed_stdout(env):
             s.child.stdin.write(b'{"jsonrpc":"2.0","id":1,"method":"ping"}\n')
     except OSError:
         pass
-    status = s.wait(2)
+    status = s.wait()
     expect(status >= 0, "ended by signal", -status)
 
 
@@ -138,7 +138,7 @@ def leaks(env):
     before = now()
     calls(2048)
     after = now()
-    expect(after[0] == before[0] and after[1] < before[1] + 4096 * SLOW, "descriptors, KiB:", before, after)
+    expect(after[0] == before[0] and after[1] < before[1] + 4096 * ROOM, "descriptors, KiB:", before, after)
 
 
 if __name__ == "__main__":

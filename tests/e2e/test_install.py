@@ -51,10 +51,10 @@ def serves(env):
 def embed(env):
     at = installed(env)
     environ = {**env.environ, "PATH": os.environ["PATH"], "PKG_CONFIG_PATH": os.path.join(at, "lib/pkgconfig")}
-    r = run(["sh", "-c", 'cc -o "$0" "$1" $(pkg-config --cflags --libs --static orch)', env.path("embed"), os.path.join(ROOT, "examples/embed.c")], environ, env.dir, deadline_s=60)
+    r = run(["sh", "-c", 'cc -o "$0" "$1" $(pkg-config --cflags --libs --static orch)', env.path("embed"), os.path.join(ROOT, "examples/embed.c")], environ, env.dir)
     expect(r.status == 0, r)
     # A program elsewhere finds orch's files through the orch in PATH.
-    r = run([env.path("embed")], {**env.environ, "PATH": os.path.join(at, "bin")}, env.path("p"), deadline_s=60)
+    r = run([env.path("embed")], {**env.environ, "PATH": os.path.join(at, "bin")}, env.path("p"))
     expect(r.status == 0 and '"text":"42"' in r.out and "denied: too large" in r.out, r)
 
 

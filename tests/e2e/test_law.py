@@ -40,7 +40,7 @@ def reload(env, s):
     """The files are read again, and that has been done."""
     before = len([l for l in env.audit() if l["event"] == "reload"])
     os.kill(s.pid, signal.SIGHUP)
-    until(lambda: len([l for l in env.audit() if l["event"] == "reload"]) > before, 10 * SLOW, "a reload")
+    until(lambda: len([l for l in env.audit() if l["event"] == "reload"]) > before, "a reload")
 
 
 # ---- the story
@@ -58,7 +58,7 @@ def story(env):
     r = s.call("write_file", {"path": env.path("p", "notes.txt"), "content": "work"})
     expect(text_of(r) == "ok" and open(env.path("p", "notes.txt")).read() == "work", r)
     env.write(RULES, law("second"))  # the user's own editor
-    until(lambda: in_force(s) == "second", 3 * SLOW, "the user's edit")
+    until(lambda: in_force(s) == "second", "the user's edit")
     expect(s.end() == 0)
 
 
@@ -66,7 +66,7 @@ def story(env):
 def unprotected(env):
     s = start(env, "--no-protect")
     expect(text_of(s.call("write_file", {"path": env.path("p", RULES), "content": OPEN})) == "ok")
-    until(lambda: in_force(s) == "none", 3 * SLOW, "the server's law")
+    until(lambda: in_force(s) == "none", "the server's law")
     expect("rewriting the policies" in s.stderr(), s.stderr())
     expect(s.end() == 0)
 
@@ -240,7 +240,7 @@ def later_alias(env):
     s = start(env, argv=in_namespaces(env, setup, *env.argv("mcp", "stdio", "--", PY, FILES)))
     with open(env.path("now"), "w") as f:
         f.write("go\n")
-    until(lambda: os.path.exists(env.path("mounted")), 5 * SLOW, "the mount")
+    until(lambda: os.path.exists(env.path("mounted")), "the mount")
     said = attempt(s, "write", env.path("all/policies/tools.lua"))
     expect(said == "ENOENT", said)
 
@@ -272,7 +272,7 @@ def hard_link(env):
     s = start(env)
     os.link(env.path("p", RULES), env.path("p/other-name"))
     reload(env, s)
-    until(lambda: "hard link" in s.stderr(), 3 * SLOW, "the refusal in the log")
+    until(lambda: "hard link" in s.stderr(), "the refusal in the log")
     expect(in_force(s) == "first")
 
 
@@ -317,7 +317,7 @@ def replaced(env):
     reload(env, s)
     expect("not loaded" not in s.stderr() and "orch trust" not in s.stderr() and in_force(s) == "first", s.stderr())
     save(env.config, text.replace('"policies"', '"other"'))
-    until(lambda: "orch trust " + env.path("p") in s.stderr(), 3 * SLOW, "the refusal in the log")
+    until(lambda: "orch trust " + env.path("p") in s.stderr(), "the refusal in the log")
     expect(in_force(s) == "first")
     # The server writes to it, and to a folder that was none of orch's when it started.
     expect(text_of(s.call("write_file", {"path": env.config, "content": text.replace('"policies"', '"planted"')})) == "ok")
@@ -336,7 +336,7 @@ def replaced(env):
     s = start(env)
     expect(in_force(s) == "other")
     env.write("other/tools.lua", law("edited"))  # protected again, and so the user's alone
-    until(lambda: in_force(s) == "edited", 3 * SLOW, "the edit")
+    until(lambda: in_force(s) == "edited", "the edit")
 
 
 @case("what was trusted is loaded by the running orch too")
@@ -346,12 +346,12 @@ def trusted_while_running(env):
         text = f.read()
     env.write("other/tools.lua", law("other"))
     save(env.config, text.replace('"policies"', '"other"'))
-    until(lambda: "orch trust" in s.stderr(), 3 * SLOW, "the refusal in the log")
+    until(lambda: "orch trust" in s.stderr(), "the refusal in the log")
     expect(env.person("trust", env.path("p")).status == 0)
     r = env.orch("reload")
     expect(r.status == 0 and in_force(s) == "other", r)
     expect(text_of(s.call("write_file", {"path": env.path("p/other/tools.lua"), "content": OPEN})) == "ok")
-    until(lambda: "changed since it was trusted" in s.stderr() or s.stderr().count("orch trust") > 1, 3 * SLOW, "the refusal of the server's edit")
+    until(lambda: "changed since it was trusted" in s.stderr() or s.stderr().count("orch trust") > 1, "the refusal of the server's edit")
     expect(in_force(s) == "other")
 
 
@@ -419,7 +419,7 @@ os.rename(sys.argv[1] + ".new", sys.argv[1])
                            (["status"], "refused: asked by a process that orch started")):
         out = env.path("p/out-" + words[0])
         run("setsid", "-f", PY, "-c", script, out, ORCH, *words)
-        until(lambda: os.path.exists(out), 20 * SLOW, "the orphan's end")
+        until(lambda: os.path.exists(out), "the orphan's end")
         with open(out) as f:
             said = f.read()
         expect(re.search(refusal, said) and (words == ["status"] or not said.endswith("\n0")), words, said)
@@ -513,7 +513,7 @@ def trust_word(env):
 @case("doctor says whether protection works, and warns of a configuration beneath the workspace or the current folder")
 def doctor(env):
     def checks(**more):
-        return {c["name"]: c for c in json.loads(env.orch("doctor", "--json", deadline_s=60, **more).out)["checks"]}
+        return {c["name"]: c for c in json.loads(env.orch("doctor", "--json", **more).out)["checks"]}
     env.project(more='workspace = "."')
     found = checks(config=True, cwd=env.path("home"))
     expect(found["protection"]["state"] == "ok", found["protection"])

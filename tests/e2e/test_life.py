@@ -113,7 +113,7 @@ def ends(env, options, code, act, why, cls):
     if act:
         act(s)
     got = json.loads(s.recv_raw(60))
-    expect(s.wait(10) == 0, s.stderr())
+    expect(s.wait() == 0, s.stderr())
     text = got["running"][1]
     expect(re.fullmatch("microVM %s: %s" % (id, why), text), got["running"])
     expect(got["running"] == [True, text, cls, "so far\n", "", False, True], got["running"])
@@ -121,7 +121,7 @@ def ends(env, options, code, act, why, cls):
         if name not in ("running", "fields"):
             expect(seen[:2] == [text, cls] and seen[2:] in ([], [True]), name, seen, "expected", text)
     expect(len(got) == 2 * 8 + 3 and got["fields"] == "orch.vm(%s, closed)" % id, got)
-    left = leftovers(2)
+    left = leftovers()
     expect(not left, left)
 
 
@@ -232,9 +232,9 @@ def served(env):
     s.notify("notifications/initialized")
     vm = text_of(s.call("leave", deadline_s=START_S))
     expect(text_of(s.call("leave_others")) == "left")
-    fresh, status = text_of(s.call("fresh", deadline_s=30)).split()
+    fresh, status = text_of(s.call("fresh")).split()
     expect(fresh != vm and status == "0", vm, fresh, status)
-    got = json.loads(text_of(s.call("got", deadline_s=30)))
+    got = json.loads(text_of(s.call("got")))
     for name in ("exec", "read_file"):
         expect(got[name] == "nil microVM %s: the call is over closed" % vm, name, got[name])
     expect(re.fullmatch(r"nil microVM vm-\w+: the call is over closed", got["spawn"]) and vm not in got["spawn"], got["spawn"])
@@ -246,7 +246,7 @@ def served(env):
     expect(s.end() == 0)
     outcomes = [l for l in env.audit() if l["event"] == "outcome"]
     expect([l.get("vm") for l in outcomes] == [vm, None, fresh, None], outcomes)
-    left = leftovers(2)
+    left = leftovers()
     expect(not left, left)
 
 
@@ -262,12 +262,12 @@ def reload(env):
     s = project(env, tools={"long": tool("long", body)}, more='workspace = "."').session()
     s.initialize()
     id = s.start("tools/call", {"name": "long", "arguments": {}})
-    until(lambda: any("qemu-system" in name_of(p) for p in descendants(s.pid)), START_S, "its microVM")
+    until(lambda: any("qemu-system" in name_of(p) for p in descendants(s.pid)), "its microVM")
     for n in range(3):
         env.write("lua/tools/long%d.lua" % n, tool("long%d" % n, 'return "x"'))
-        until(lambda: "long%d" % n in [t["name"] for t in s.request("tools/list")["result"]["tools"]], 10, "the reload")
+        until(lambda: "long%d" % n in [t["name"] for t in s.request("tools/list")["result"]["tools"]], "the reload")
     env.write("go", "x")
-    r = s.answer(id, 60)["result"]
+    r = s.answer(id)["result"]
     expect(text_of(r) == "went\non", r)
     expect(s.end() == 0)
 
@@ -328,7 +328,7 @@ def client(env, transport, end, act, why, cls):
         if act:
             os.kill([p for p in descendants(s.pid) if stat_of(p)[0] == s.pid][0], act)
         got = json.loads(s.recv_raw(30))
-        expect(s.wait(10) == 0, s.stderr())
+        expect(s.wait() == 0, s.stderr())
     finally:
         stop()
     text = got["ping"][1]

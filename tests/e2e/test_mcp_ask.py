@@ -7,7 +7,7 @@ from orch_e2e import *
 ASK = """return {
   name = "ask", description = "Asks for a name",
   input = { type = "object", properties = { greeting = { type = "string" } } },
-  timeout = "300ms",
+  timeout = "60s",
   run = function(args, ctx)
     local answer, why, code = ctx:elicit { key = "who", message = "Who? sk-12345",
       schema = { type = "object", properties = { name = { type = "string" } }, required = { "name" } } }
@@ -104,9 +104,9 @@ def legacy_bad(env):
 
 @case("a person takes longer than the tool's timeout: both eras")
 def patience(env):
-    s = started(env)
+    s = env.project(tools={"ask": ASK.replace("60s", "2s")}).session()
     first = parked(ask(s))
-    time.sleep(0.6)  # twice the timeout, which is what is tested
+    time.sleep(3)  # more than the timeout, which is what is tested
     done = ask(s, requestState=first["requestState"], inputResponses={"who": accept(name="Ann")})
     expect(text_of(done["result"]) == "Hello, Ann", done)
 
@@ -184,7 +184,7 @@ def reload(env):
     env.write("lua/tools/ask.lua", ASK.replace('"Hello"', '"Good day"'))
     def reloaded():
         return text_of(ask(s, inputResponses={"who": accept(name="B")}).get("result", {})) == "Good day, B"
-    until(reloaded, 5, "the reload")
+    until(reloaded, "the reload")
     done = ask(s, requestState=first["requestState"], inputResponses={"who": accept(name="Ann")})
     expect(text_of(done["result"]) == "Hello, Ann", done)
 
@@ -210,7 +210,7 @@ def parked_bound(env):
     states = []
     for batch in range(0, count, 50):
         ids = [s.start("tools/call", {"name": "ask", "arguments": {}, **meta()}) for _ in range(min(50, count - batch))]
-        states += [parked(s.answer(id, 30))["requestState"] for id in ids]
+        states += [parked(s.answer(id))["requestState"] for id in ids]
     expect(status("Threads") == 1 and not descendants(s.pid), status("Threads"), descendants(s.pid))
     if ASAN:
         return
@@ -221,9 +221,7 @@ def parked_bound(env):
     for state in (states[0], states[4999], states[9999]):
         done = ask(s, requestState=state, inputResponses={"who": accept(name="Ann")})
         expect(text_of(done["result"]) == "Hello, Ann", done)
-    started_at = time.monotonic()
-    expect(s.end(10) == 0)
-    expect(time.monotonic() - started_at < 5, "the end takes", time.monotonic() - started_at)
+    expect(s.end() == 0)
 
 
 main()

@@ -11,8 +11,8 @@ local function tool(name, run, input) return { name = name, description = name, 
 return orch.mcp.serve { transport = "http", listen = arg[1], token = os.getenv "ORCH_TOKEN", name = "e2e", version = "7", tools = {
   tool("hello", function() return "hello" end),
   tool("steps", function(_, ctx) for i = 1, 3 do ctx:progress(i, 3) end return "stepped" end),
-  tool("slow", function() orch.sleep(0.3) return "slow" end),
-  tool("forever", function() orch.sleep(60) return "never" end),
+  tool("slow", function() while not io.open("go") do orch.sleep(0.01) end return "slow" end),
+  tool("forever", function() orch.sleep(600) return "never" end),
   tool("ask", function(_, ctx)
     local a, why, code = ctx:elicit { message = "Go on?" }
     if not a then return nil, why, code end
@@ -39,7 +39,7 @@ class Http:
                 text = f.read()
             expect(self.child.poll() is None, "it ended:", text)
             return re.search(r"listening on (\S+)", text)
-        where = until(address, 10 * SLOW, "the address").group(1)
+        where = until(address, "the address").group(1)
         self.unix = where[5:] if where.startswith("unix:") else None
         self.port = None if self.unix else int(re.search(r":(\d+)/", where).group(1))
 
@@ -55,7 +55,7 @@ class Http:
             s.connect(self.unix)
         else:
             s = socket.create_connection(("127.0.0.1", self.port))
-        s.settimeout(10 * SLOW)
+        s.settimeout(WAIT_S)
         return s
 
     def open(self, method="POST", body=None, headers=None, path="/mcp"):
@@ -295,7 +295,7 @@ def cancelled(env):
     for id in (1, 2):
         reader = h.open(body={"jsonrpc": "2.0", "id": id, "method": "tools/call", "params": {"name": "forever"}}, headers=headers)
         with contextlib.closing(reader):
-            until(lambda: sum(line["event"] == "decision" for line in env.audit()) == id, 5 * SLOW, "the decision")
+            until(lambda: sum(line["event"] == "decision" for line in env.audit()) == id, "the decision")
             expect(h.ask(body={"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": id}}, headers=headers).status == 202)
             expect(reader.whole().status == 202 and reader.body is None, reader.status, reader.body)
 
@@ -334,9 +334,9 @@ def listen(env):
 def closing(env):
     h = script(env)
     reader = h.open(**call("forever"))
-    until(lambda: any(line["event"] == "decision" for line in env.audit()), 5 * SLOW, "the decision")
+    until(lambda: any(line["event"] == "decision" for line in env.audit()), "the decision")
     reader.close()
-    until(lambda: any(line["event"] == "outcome" and line.get("cancelled") for line in env.audit()), 5 * SLOW, "the outcome")
+    until(lambda: any(line["event"] == "outcome" and line.get("cancelled") for line in env.audit()), "the outcome")
 
 
 @case("modern: input_required over two POSTs, state bound to the caller's call")
@@ -356,6 +356,7 @@ def concurrent(env):
     with contextlib.closing(slow):
         expect(text_of(h.ask(**call("hello")).body["result"]) == "hello")
         expect(not select.select([slow.s], [], [], 0)[0], "the slow one is done already")
+        env.write("go", "")
         expect(text_of(slow.whole().body["result"]) == "slow")
 
 
@@ -374,11 +375,12 @@ def sessions(env):
     one, two = h.legacy(), h.legacy()
     body = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "slow", "arguments": {}}}
     with contextlib.closing(h.open(body=body, headers=one)) as slow:
-        until(lambda: any(line["event"] == "decision" for line in env.audit()), 5 * SLOW, "the decision")
+        until(lambda: any(line["event"] == "decision" for line in env.audit()), "the decision")
         r = h.ask(body={**body, "id": 2}, headers=one)
         expect(r.body["error"]["code"] == -31001, r.body)
         r = h.ask(body={**body, "id": 2, "params": {"name": "hello", "arguments": {}}}, headers=two)
         expect(text_of(r.body["result"]) == "hello", r.body)
+        env.write("go", "")
         slow.whole()
 
 
@@ -386,11 +388,11 @@ def sessions(env):
 def limit(env):
     h = script(env, more="limits = { calls = 3 }")
     readers = [h.open(**call("forever")) for _ in range(3)]
-    until(lambda: sum(line["event"] == "decision" for line in env.audit()) == 3, 5 * SLOW, "the decisions")
+    until(lambda: sum(line["event"] == "decision" for line in env.audit()) == 3, "the decisions")
     r = h.ask(**call("hello"))
     expect(r.body["error"]["code"] == -31001 and "limits.calls" in r.body["error"]["message"], r.body)
     readers.pop().close()
-    until(lambda: any(line["event"] == "outcome" for line in env.audit()), 5 * SLOW, "the outcome")
+    until(lambda: any(line["event"] == "outcome" for line in env.audit()), "the outcome")
     expect(text_of(h.ask(**call("hello")).body["result"]) == "hello")
     for reader in readers:
         reader.close()

@@ -5,7 +5,7 @@ import json
 from orch_e2e import *
 
 JOB = """return {
-  name = "job", description = "A task where the client can", task = "%s", timeout = "60s",
+  name = "job", description = "A task where the client can", task = "%s", timeout = "600s",
   input = { type = "object", properties = { seconds = { type = "number" } } },
   run = function(args, ctx) orch.sleep(args.seconds or 0) return "done" end,
 }
@@ -42,7 +42,7 @@ def get(s, id):
 
 
 def settled(s, id, status):
-    task = until(lambda: (lambda t: t if t["status"] == status else None)(get(s, id)), 5 * SLOW, status)
+    task = until(lambda: (lambda t: t if t["status"] == status else None)(get(s, id)), status)
     expect(task["taskId"] == id and task["resultType"] == "complete", task)
     return task
 
@@ -50,7 +50,7 @@ def settled(s, id, status):
 @case("created, worked on, completed with its result inlined; still there after a restart")
 def life(env):
     s = started(env)
-    id = create(s, "job", {"seconds": 0.2})
+    id = create(s, "job", {"seconds": 3})
     expect(get(s, id)["status"] == "working")
     folder = env.path("state", "orch", "tasks")
     expect(os.listdir(folder) == [id + ".json"] and os.stat(os.path.join(folder, id + ".json")).st_mode & 0o777 == 0o600)
@@ -65,7 +65,7 @@ def life(env):
 @case("orch is killed: what it worked on is failed, not lost")
 def killed(env):
     s = started(env)
-    id = create(s, "job", {"seconds": 30})
+    id = create(s, "job", {"seconds": 300})
     s.kill()
     task = get(env.session(), id)
     expect(task["status"] == "failed" and "ended before" in task["error"]["message"], task)
@@ -74,7 +74,7 @@ def killed(env):
 @case("cancelled; cancelling again is acknowledged as well")
 def cancelled(env):
     s = started(env)
-    id = create(s, "job", {"seconds": 30})
+    id = create(s, "job", {"seconds": 300})
     for _ in range(2):
         expect(send(s, "tasks/cancel", {"taskId": id})["result"] == {"resultType": "complete"})
         task = settled(s, id, "cancelled")
@@ -110,7 +110,7 @@ def without(env):
 @case("ids that are none, and tasks of another caller")
 def unknown(env):
     s = started(env)
-    id = create(s, "job", {"seconds": 30})
+    id = create(s, "job", {"seconds": 300})
     for bad in ("", "x", "0" * 32, "../../../etc/passwd", id + "0", id.upper(), id[:31] + "/"):
         expect(send(s, "tasks/get", {"taskId": bad}).get("error", {}).get("code") == -32602 or bad == id, bad)
     path = env.path("state", "orch", "tasks", "f" * 32 + ".json")
@@ -125,7 +125,7 @@ def unknown(env):
 @case("subscribers hear of the end")
 def notified(env):
     s = started(env)
-    id = create(s, "job", {"seconds": 0.2})
+    id = create(s, "job", {"seconds": 3})
     s.start("subscriptions/listen", {"notifications": {"taskIds": [id]}}, modern=True)
     expect(s.recv()["params"]["notifications"]["taskIds"] == [id])
     note = s.recv()

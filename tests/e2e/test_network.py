@@ -4,7 +4,6 @@ import json
 
 from orch_e2e import *
 
-START_S = 120
 RULES = """return { rules = {
   { tool = "run_command", action = "allow", network = "one" },
   { tool = "fetch_url", action = "allow", network = "one" },
@@ -36,16 +35,16 @@ def denied(env):
 @case("vm run --network: what the policy allows passes, and nothing else")
 def allowed(env):
     project(env)
-    r = vm(env, GET % (5, "198.51.100.10"), "--network", "one")
+    r = vm(env, GET % (60, "198.51.100.10"), "--network", "one")
     expect(r.status == 0 and r.out == "198.51.100.10 greets 198.51.100.1\n", r)
     expect(not denied(env), denied(env))
-    r = vm(env, GET % (2, "198.51.100.11"), "--network", "one")
+    r = vm(env, GET % (5, "198.51.100.11"), "--network", "one")
     expect(r.status != 0 and r.out == "", r)
     lines = denied(env)
     spawned = [l["vm"] for l in env.audit() if l["event"] == "vm_spawn"]
     expect(lines and all(l["dst"] == "198.51.100.11" and l["port"] == 80 and l["proto"] == "tcp" and l["vm"] == spawned[-1] and l["rule"] for l in lines),
            lines)
-    r = vm(env, "(ip link | grep -c '^[0-9]'; %s)" % (GET % (2, "198.51.100.10")), "--network", "none")
+    r = vm(env, "(ip link | grep -c '^[0-9]'; %s)" % (GET % (5, "198.51.100.10")), "--network", "none")
     expect(r.out == "1\n", r)
     expect(env.orch("audit", "verify", config=True).status == 0)
 
@@ -56,11 +55,11 @@ def tools(env):
     s = env.session(argv=inside(*env.argv("mcp", "stdio")))
     s.initialize()
     call = lambda tool, **args: s.call(tool, args, deadline_s=START_S)
-    r = call("run_command", command=GET % (5, "198.51.100.10"))
+    r = call("run_command", command=GET % (60, "198.51.100.10"))
     expect(text_of(r) == "198.51.100.10 greets 198.51.100.1\n" and r["_meta"]["orch/isolation"], r)
     expect(text_of(call("fetch_url", url="http://198.51.100.10/")) == "198.51.100.10 greets 198.51.100.1\n")
-    for tool, args, dst in (("run_command", {"command": GET % (2, "198.51.100.1")}, "198.51.100.1"),
-                            ("run_command", {"command": GET % (2, "169.254.169.254")}, "169.254.169.254"),
+    for tool, args, dst in (("run_command", {"command": GET % (5, "198.51.100.1")}, "198.51.100.1"),
+                            ("run_command", {"command": GET % (5, "169.254.169.254")}, "169.254.169.254"),
                             ("fetch_url", {"url": "http://169.254.169.254/"}, "169.254.169.254"),
                             ("fetch_url", {"url": "http://198.51.100.11/"}, "198.51.100.11")):
         r = call(tool, **args)
@@ -68,7 +67,7 @@ def tools(env):
         lines = [l for l in denied(env) if l.get("call") == r["_meta"]["orch/call"]]
         expect(lines and all(l["dst"] == dst and l["port"] == 80 and l["rule"] for l in lines), tool, args, lines)
         expect(("never" in lines[0]["rule"]) == (dst != "198.51.100.11"), lines)
-    expect(s.end(5) == 0)
+    expect(s.end() == 0)
 
 
 ENTRY = 'return { web = { allow = {\n  { %s },\n} } }'

@@ -1,10 +1,9 @@
-# Hot reload: how fast, whatever way the file is saved; what is broken stays out; no call is lost.
+# Hot reload: whatever way the file is saved; what is broken stays out; no call is lost.
 # as: user
 import re, signal
 
 from orch_e2e import *
 
-IN_FORCE_S = 0.3
 RULES = "policies/tools.lua"
 
 
@@ -18,10 +17,9 @@ def reason(s):
     return re.match(r"denied: (.*) \(", text).group(1) if text.startswith("denied: ") else text
 
 
-def in_force(s, wanted, since):
-    """Calls until the answer changes; the seconds it took."""
-    until(lambda: reason(s) == wanted, 3, "%r in force; stderr: %s" % (wanted, s.stderr()[-500:]))
-    return time.monotonic() - since
+def in_force(s, wanted):
+    """Calls until the answer changes."""
+    until(lambda: reason(s) == wanted, "%r in force; stderr: %s" % (wanted, s.stderr()[-500:]))
 
 
 def in_place(path, text):
@@ -81,15 +79,13 @@ def saved(env, save):
     s = env.session()
     s.initialize()
     expect(reason(s) == "first")
-    took = []
     for n in range(3):
         save(env.path("p", RULES), says("edit %d" % n))
-        took.append(in_force(s, "edit %d" % n, time.monotonic()))
-    expect(max(took) <= IN_FORCE_S * SLOW, "in force after", ["%.0f ms" % (t * 1000) for t in took])
+        in_force(s, "edit %d" % n)
 
 
 for save in (in_place, rename_over, unlink_create, backup_first, from_elsewhere, in_pieces, truncate_later, hard_link):
-    case("an edit is in force within 300 ms: " + save.__name__.replace("_", " "), save)(saved)
+    case("an edit comes in force: " + save.__name__.replace("_", " "), save)(saved)
 
 
 @case("editors' side files do not count as policies and break nothing")
@@ -99,7 +95,7 @@ def side_files(env):
     for name in (".tools.lua.swp", "tools.lua~", "#tools.lua#", "4913", ".#tools.lua"):
         env.write("policies/" + name, "return {")
     rename_over(env.path("p", RULES), says("second"))
-    in_force(s, "second", time.monotonic())
+    in_force(s, "second")
 
 
 BROKEN = [
@@ -115,11 +111,11 @@ def broken(env, text, words):
     s = env.project(says("old")).session()
     s.initialize()
     env.write(RULES, text)
-    until(lambda: re.search(words, s.stderr()), 8 * SLOW, "the error in the log")
+    until(lambda: re.search(words, s.stderr()), "the error in the log")
     expect(reason(s) == "old", "the broken policy is in force")
     expect(re.search(r"old generation|stay in force", s.stderr()), "log should say what goes on:", s.stderr())
     rename_over(env.path("p", RULES), says("mended"))
-    in_force(s, "mended", time.monotonic())
+    in_force(s, "mended")
 
 
 for name, text, words in BROKEN:
@@ -132,10 +128,10 @@ def removed(env):
     s.initialize()
     os.unlink(env.path("p", RULES))
     os.kill(s.pid, signal.SIGHUP)
-    until(lambda: "tools.lua" in s.stderr(), 3 * SLOW, "the error in the log")
+    until(lambda: "tools.lua" in s.stderr(), "the error in the log")
     expect(reason(s) == "old")
     env.write(RULES, says("back"))
-    in_force(s, "back", time.monotonic())
+    in_force(s, "back")
 
 
 def two(n):
@@ -168,7 +164,7 @@ def stream(env):
         started = time.monotonic()
         if n % 5 == 0:
             while pump(20) != n:
-                expect(time.monotonic() - started < 3 * SLOW, "edit", n, "never came in force")
+                expect(time.monotonic() - started < WAIT_S, "edit", n, "never came in force")
         else:
             pump(40)
     expect(sent == done and 50 in seen and len(seen) >= 10, "seen:", sorted(seen))
@@ -187,7 +183,7 @@ def sighup(env):
     expect(reason(s) == "one")
     env.write(RULES, says("two"))
     os.kill(s.pid, signal.SIGHUP)
-    in_force(s, "two", time.monotonic())
+    in_force(s, "two")
     expect(s.end() == 0)
     lines = env.audit()
     decided = [l["generation"] for l in lines if l["event"] == "decision"]
@@ -204,7 +200,7 @@ def reload_command(env):
     env.write(RULES, says("two"))
     r = env.orch("reload", config=True)
     expect(r.status == 0, r)
-    in_force(s, "two", time.monotonic())
+    in_force(s, "two")
 
 
 @case("tools: added, changed, removed; the client is told")
@@ -220,17 +216,18 @@ def tools(env):
         s.request("ping")
         return any(n["method"] == "notifications/tools/list_changed" for n in s.notes)
     env.write("lua/tools/second.lua", ECHO.replace('"echo"', '"second"'))
-    until(lambda: "second" in names(), 3, "the new tool")
-    until(told, 3, "list_changed")
+    until(lambda: "second" in names(), "the new tool")
+    until(told, "list_changed")
     env.write("lua/tools/second.lua", ECHO.replace('"echo"', '"second"').replace("args.message", '"changed"'))
-    until(lambda: text_of(s.call("second", {"message": "x"})) == "changed", 3, "the changed tool")
+    until(lambda: text_of(s.call("second", {"message": "x"})) == "changed", "the changed tool")
     id = s.start("tools/call", {"name": "wait", "arguments": {"seconds": 0.6}})
+    until(lambda: any(l["event"] == "decision" and l["tool"] == "wait" for l in env.audit()), "the call")
     env.write("lua/tools/wait.lua", SLEEP.replace("waited", "waited anew"))
     os.unlink(env.path("p", "lua/tools/second.lua"))
     os.kill(s.pid, signal.SIGHUP)
     expect(text_of(s.answer(id)["result"]) == "waited", "a call in flight ends on its generation")
-    until(lambda: "second" not in names(), 3, "the removal")
-    until(lambda: text_of(s.call("wait", {"seconds": 0})) == "waited anew", 3, "the changed tool")
+    until(lambda: "second" not in names(), "the removal")
+    until(lambda: text_of(s.call("wait", {"seconds": 0})) == "waited anew", "the changed tool")
 
 
 @case("a rule that hides a tool takes it off the list")
@@ -238,7 +235,7 @@ def hides(env):
     s = env.project(tools={"echo": ECHO, "wait": SLEEP}).session()
     s.initialize()
     env.write(RULES, 'return { rules = { { tool = "*", action = "allow" }, { tool = "wait", action = "deny", reason = "no" } } }')
-    until(lambda: "wait" not in [t["name"] for t in s.request("tools/list")["result"]["tools"]], 3, "the list")
+    until(lambda: "wait" not in [t["name"] for t in s.request("tools/list")["result"]["tools"]], "the list")
 
 
 @case("orchestrator.lua itself is watched")
@@ -248,7 +245,7 @@ def config(env):
     expect(reason(s) == "one")
     env.write("other/tools.lua", says("other folder"))
     in_place(env.config, 'return { policies = "other", tools = { "lua/tools" }, audit = { dir = "audit" } }')
-    in_force(s, "other folder", time.monotonic())
+    in_force(s, "other folder")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ class Fifo:
                 return os.open(self.path, os.O_WRONLY | os.O_NONBLOCK)
             except OSError as error:
                 expect(error.errno == errno.ENXIO, error)
-        self.fd = until(try_it, 10 * SLOW, "the server waits")
+        self.fd = until(try_it, "the server waits")
         return self
 
     def write(self, data):
@@ -145,14 +145,14 @@ def client_gone(env):
     expect(s.request("ping")["result"] == {})
     s.child.stdout.close()
     s.close_input()
-    expect(s.wait(10) == 0)
+    expect(s.wait() == 0)
 
 
 @case("nothing was asked, and the input ends while the server starts: orch does not wait for it")
 def idle_eof(env):
     s, fifo = slow(env)
     s.initialize()
-    expect(s.end(3) == 0)
+    expect(s.end() == 0)
 
 
 def expired(env, mode, method, modern):
@@ -163,7 +163,7 @@ def expired(env, mode, method, modern):
     for id in ids:
         error = s.answer(id)["error"]
         expect(error["code"] == FAILED and "no %s answer within 1 s (--start-timeout); its stderr ends: upstream ready" % method in error["message"], error)
-    until(lambda: all(stat_of(pid)[1] == "Z" for pid in descendants(s.pid)), 2 * SLOW, "the server's end")
+    until(lambda: all(stat_of(pid)[1] == "Z" for pid in descendants(s.pid)), "the server's end")
     expect(("result" if not modern else "error") in s.request("ping", modern=modern))
     expect(s.end() == 0)
 
@@ -195,7 +195,7 @@ def reloaded(env):
     call = say(s, "x")
     expect(re.search(r"upstream\s+starting", env.orch("status").out), env.orch("status"))
     env.write("policies/tools.lua", 'return { rules = { { tool = "cmd__*", action = "deny", reason = "changed" } } }')
-    until(lambda: any(l["event"] == "reload" for l in env.audit()), 5, "a reload")
+    until(lambda: any(l["event"] == "reload" for l in env.audit()), "a reload")
     fifo.close()
     expect(text_of(s.answer(call)["result"]).startswith("denied: changed"))
     expect(re.search(r"upstream\s+ready", env.orch("status").out), env.orch("status"))
@@ -220,7 +220,7 @@ def logged(env):
     s, fifo = slow(env, "-v")
     s.initialize()
     fifo.write(b"added 12 packages\nbar 1%\rbar 2%\r\x1b]0;title\x07" + b"x" * 3000 + b"\n")
-    until(lambda: "cmd: \\x1b]0;title\\x07xxx" in s.stderr(), 5 * SLOW, "the line in the log")
+    until(lambda: "cmd: \\x1b]0;title\\x07xxx" in s.stderr(), "the line in the log")
     lines = s.stderr().splitlines()
     for want in ("orch: cmd: added 12 packages", "orch: cmd: bar 1%", "orch: cmd: bar 2%"):
         expect(want in lines, want, "is not in", lines)
@@ -234,7 +234,7 @@ def flood(env):
     s = proxy(env, "stderr", options=("-v", "--"))
     s.initialize()
     for _ in range(2):
-        s.call("echo", {"message": "x"}, deadline_s=30)
+        s.call("echo", {"message": "x"})
     expect(s.end() == 0)
     size = os.path.getsize(s.stderr_path)
     expect(size < 3 << 20 and re.search(r"cmd: \d{4,} lines of its stderr are left out", s.stderr()), "20 MiB of stderr are", size, "bytes of log")
@@ -264,7 +264,7 @@ def silence(env):
     s = proxy(env, "hang", env.path("cancelled"), options=("--timeout", "500ms", "--"))
     s.initialize()
     expect("within 0.5 s (--timeout)" in text_of(s.call("echo", {"message": "x"})))
-    until(lambda: os.path.exists(env.path("cancelled")), 2 * SLOW, "notifications/cancelled at the server")
+    until(lambda: os.path.exists(env.path("cancelled")), "notifications/cancelled at the server")
     expect(s.end() == 0)
 
 
@@ -288,11 +288,11 @@ def terminated(env):
     s.start("tools/list")
     expect(s.request("ping")["result"] == {})
     os.kill(s.pid, signal.SIGTERM)
-    expect(s.wait(3) == 143)
+    expect(s.wait() == 143)
 
 
 def test(env, *options):
-    return env.orch("mcp", "test", *options, deadline_s=30)
+    return env.orch("mcp", "test", *options)
 
 
 @case("mcp test: a limit that is too short is named, and the option that sets it")
@@ -317,9 +317,9 @@ client:close()
     time.sleep(6) # longer than the probe, which is what is tested
     first = descendants(s.pid)
     fifo.close()
-    expect(first and all(wait_exit(pid, 5 * SLOW) for pid in first), "the first one is still there")
+    expect(first and all(wait_exit(pid, WAIT_S) for pid in first), "the first one is still there")
     fifo.open().close()
-    expect(s.wait(20) == 0 and "legacy" in s.stderr(), s.stderr())
+    expect(s.wait() == 0 and "legacy" in s.stderr(), s.stderr())
 
 
 @case("orch.mcp.connect: a server that needs a second to save at its end has it")

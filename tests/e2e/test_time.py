@@ -37,8 +37,8 @@ def started(env, limit, tools, **capabilities):
     return s
 
 
-def result(s, name, deadline_s=40, **arguments):
-    r = s.call(name, arguments, deadline_s=deadline_s)
+def result(s, name, **arguments):
+    r = s.call(name, arguments)
     expect(not r.get("isError"), r)
     return json.loads(text_of(r))
 
@@ -73,7 +73,7 @@ def longer(env):
     r = result(s, "build", timeout=20)
     expect(r["timed_out"] and r["stdout"] == "so far\n" and r["capped"] is True, r)
     env.write("orchestrator.lua", 'return { policies = "policies", tools = { "lua/tools" }, vm = { image = "base", timeout = "30s" } }')
-    until(lambda: s.request("ping") and "reload" in [l["event"] for l in env.audit()], 10, "the reload")
+    until(lambda: s.request("ping") and "reload" in [l["event"] for l in env.audit()], "the reload")
     r = result(s, "build", timeout=20)
     expect(not r["timed_out"] and r["stdout"] == "so far\nbuilt\n" and "limit" not in r and "capped" not in r, r)
     r = result(s, "build", timeout=1000)
@@ -85,11 +85,11 @@ def longer(env):
 def run_command(env):
     s = started(env, "3s", {"echo": ECHO})
     for arguments, words in (({}, "3 s: vm.timeout"), ({"timeout": 1}, "1 s: the argument timeout"), ({"timeout": 3600}, "3 s: vm.timeout")):
-        r = s.call("run_command", {"command": "echo so far; exec sleep 100", **arguments}, deadline_s=40)
+        r = s.call("run_command", {"command": "echo so far; exec sleep 100", **arguments})
         expect(text_of(r).startswith("so far\n") and words in text_of(r), r)
-    r = s.call("run_command", {"command": "echo quick", "timeout": 3600}, deadline_s=40)
+    r = s.call("run_command", {"command": "echo quick", "timeout": 3600})
     expect(not r.get("isError") and text_of(r).startswith("quick\n") and "3 s: vm.timeout" in text_of(r), r)
-    expect(text_of(s.call("run_command", {"command": "echo quick", "timeout": 2}, deadline_s=40)) == "quick\n")
+    expect(text_of(s.call("run_command", {"command": "echo quick", "timeout": 2})) == "quick\n")
     expect(s.end() == 0)
 
 
@@ -106,7 +106,7 @@ def grace(env):
     r = result(s, "grace")
     expect(r["report"] == "half\n" and r["limit"] == "2 s: vm.timeout" and r["again"], r)
     expect(r["why"] == "microVM %s: its time of 2 s is over (vm.timeout)" % r["id"] and r["code"] == "timeout", r)
-    r = s.call("slow", deadline_s=40)
+    r = s.call("slow")
     expect(r["isError"] and text_of(r) == "failed: timeout: not done within 2 s (vm.timeout)", r)
     expect([l["reason"] for l in env.audit() if l["event"] == "vm_exit"][-1] == "timeout", env.audit()[-2:])
     expect(s.end() == 0)
@@ -139,11 +139,11 @@ def fails(env, end, act, why, code):
     vm = [l["vm"] for l in env.audit() if l["event"] == "vm_spawn"][-1]
     if act:
         os.kill([p for p in descendants(s.pid) if "qemu-system" in name_of(p)][0], act)
-    r = json.loads(text_of(s.answer(id, 40)["result"]))
+    r = json.loads(text_of(s.answer(id)["result"]))
     expect(r["why"] == "microVM %s: %s" % (vm, why) and r["code"] == code, r)
     expect(r["so_far"]["stdout"] == "so far\n" and r["so_far"]["stderr"] == "also\n" and r["so_far"]["truncated"] is False, r)
     expect(s.end() == 0)
-    left = leftovers(2)
+    left = leftovers()
     expect(not left, left)
 
 
@@ -157,10 +157,10 @@ def killed(env):
     # No event tells that the output has come; one of these is late enough.
     for wait in (0.5, 2, 8):
         id = s.start("tools/call", {"name": "run_command", "arguments": {"command": "echo so far; exec sleep 100"}})
-        until(lambda: [p for p in descendants(s.pid) if "qemu-system" in name_of(p)], 20, "its VMM")
+        until(lambda: [p for p in descendants(s.pid) if "qemu-system" in name_of(p)], "its VMM")
         select.select([s.child.stdout], [], [], wait)
         os.kill([p for p in descendants(s.pid) if "qemu-system" in name_of(p)][0], signal.SIGKILL)
-        r = s.answer(id, 40)["result"]
+        r = s.answer(id)["result"]
         expect(r["isError"] and "killed by signal 9" in text_of(r), r)
         if "so far\n" in text_of(r):
             break
@@ -175,7 +175,7 @@ SLEEP_ON = tool("sleep_on", 'orch.sleep(100) return "x"')
 
 def time_passes(s, limit):
     """Comes back when more than vm.timeout has passed: a call of its own was ended by it."""
-    r = s.call("sleep_on", deadline_s=60)
+    r = s.call("sleep_on")
     expect(r["isError"] and text_of(r) == "failed: timeout: not done within %s (vm.timeout)" % limit, r)
 
 
@@ -198,7 +198,7 @@ def template(env):
         s = env.session()
         s.initialize()
         id = s.start("tools/call", {"name": "quick", "arguments": {}})
-        until(lambda: "waiting for another orch that makes the template" in s.stderr(), 20, "its wait")
+        until(lambda: "waiting for another orch that makes the template" in s.stderr(), "its wait")
         time_passes(s, "3 s")
         expect(s.request("ping")["result"] == {})
     r = s.answer(id, START_S)["result"]
@@ -221,7 +221,7 @@ def asked(env):
     expect(question.get("method") == "elicitation/create", question)
     time_passes(s, "3 s")
     s.send({"jsonrpc": "2.0", "id": question["id"], "result": {"action": "accept", "content": {}}})
-    r = s.answer(id, 40)["result"]
+    r = s.answer(id)["result"]
     expect(text_of(r) == "accept kept", r)
     expect(s.end() == 0)
 
@@ -262,14 +262,14 @@ def waits(env):
         s = env.session()
         s.initialize()
         for name, limit in (("head", "vm.timeout"), ("body", "timeout of lua/tools/body.lua")):
-            r = s.call(name, {"timeout": 0.5}, deadline_s=20)
+            r = s.call(name, {"timeout": 0.5})
             expect(json.loads(text_of(r)) == {"why": "%s within 0.5 s (the argument timeout)" % ("nothing came" if name == "head" else "not done"),
                                               "code": "timeout"}, r)
             for arguments in ({}, {"timeout": 100}):  # by the wait itself or by the call, whichever is first
-                r = s.call(name, arguments, deadline_s=20)
+                r = s.call(name, arguments)
                 expect("within 2 s (%s)" % limit in text_of(r), r)
         time_passes(s, "2 s")
-        answer = s.request("resources/read", {"uri": "x:slow"}, deadline_s=20)
+        answer = s.request("resources/read", {"uri": "x:slow"})
         expect("not done within 2 s (vm.timeout)" in answer["error"]["message"], answer)
         expect(s.end() == 0)
     finally:
@@ -300,7 +300,7 @@ def scripts(env):
     expect(env.orch("vm", "run", "--", "sh", "-c", "sleep 3; echo whole", config=True, deadline_s=START_S).out == "whole\n")
     for options, expected in (("", "its time of 2 s is over (vm.timeout) timeout"), ("timeout = 1", "its time of 1 s is over (timeout) timeout"),
                               ("timeout = 0", "whole\n")):
-        r = env.orch("-e", script % options, config=True, deadline_s=30)
+        r = env.orch("-e", script % options, config=True)
         expect(r.out == expected, options, r)
 
 

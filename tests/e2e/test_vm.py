@@ -5,7 +5,6 @@ import json, random, re, signal
 from orch_e2e import *
 
 RUN_COMMAND = 'return { rules = { { tool = "run_command", action = "allow" }, { tool = "echo", action = "allow" } } }'
-START_S = 120  # the first start on a machine builds the image
 
 
 def vm(env, *args, input=b"", options=(), deadline_s=START_S, **more):
@@ -72,9 +71,8 @@ def as_json(env):
 @case("vm run: time-out is 124 and ends the whole tree")
 def timeout(env):
     vm(env, "true")
-    started = time.monotonic()
-    r = vm(env, "sh", "-c", "trap '' TERM; sleep 100 & sleep 100", options=("--timeout", "500ms"))
-    expect(r.status == 124 and time.monotonic() - started < 20, r, time.monotonic() - started)
+    r = vm(env, "sh", "-c", "trap '' TERM; sleep 1000 & sleep 1000", options=("--timeout", "500ms"))
+    expect(r.status == 124, r)
 
 
 @case("vm run: a network policy that does not exist is refused before anything runs")
@@ -95,11 +93,11 @@ def sizes(env):
 def interrupted(env):
     vm(env, "true")
     for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        s = env.session(argv=env.argv("vm", "run", "--", "sh", "-c", "echo up; sleep 100"))
+        s = env.session(argv=env.argv("vm", "run", "--", "sh", "-c", "echo up; sleep 1000"))
         expect(s.recv_raw(START_S) == b"up")
         os.kill(s.pid, number)
-        expect(s.wait(3) == status, s.child.returncode, s.stderr())
-        left = leftovers(1)
+        expect(s.wait() == status, s.child.returncode, s.stderr())
+        left = leftovers()
         expect(not left, left)
 
 
@@ -174,8 +172,9 @@ def not_started(env):
 @case("run_command: the clock, and bytes that are not UTF-8")
 def results(env):
     s = session(env)
+    before = time.time()
     now = int(text_of(command(s, "date +%s")))
-    expect(abs(now - time.time()) < 3, "the guest's clock is off by", now - time.time())
+    expect(before - 1 <= now <= time.time() + 1, "the guest's clock is off:", before, now, time.time())
     r = command(s, "printf 'a\\377b\\000c'")
     expect("\ufffd" in text_of(r) and text_of(r).startswith("a"), r)
 
@@ -191,7 +190,7 @@ def output_cap(env):
 @case("run_command: a fork bomb and a full memory end with their microVM")
 def bombs(env):
     s = session(env, more='vm = { timeout = "5s" }')
-    for text in (":(){ :|:& };:; wait; sleep 100", "head -c 2000000000 /dev/zero | tail", "cat /dev/zero > /tmp/full; sleep 100"):
+    for text in (":(){ :|:& };:; wait; sleep 1000", "head -c 2000000000 /dev/zero | tail", "cat /dev/zero > /tmp/full; sleep 1000"):
         r = command(s, text)
         expect("content" in r, r)
     expect(text_of(command(s, "echo next")) == "next\n")
@@ -202,11 +201,11 @@ def cancellation(env):
     s = session(env)
     command(s, "true")
     at_rest = 1  # the launcher
-    until(lambda: len(descendants(s.pid)) <= at_rest, 2, "the end of the first microVM")
-    id = s.start("tools/call", {"name": "run_command", "arguments": {"command": "sleep 100"}})
-    until(lambda: len(descendants(s.pid)) > at_rest, 20, "the microVM's process")
+    until(lambda: len(descendants(s.pid)) <= at_rest, "the end of the first microVM")
+    id = s.start("tools/call", {"name": "run_command", "arguments": {"command": "sleep 1000"}})
+    until(lambda: len(descendants(s.pid)) > at_rest, "the microVM's process")
     s.notify("notifications/cancelled", {"requestId": id})
-    until(lambda: len(descendants(s.pid)) <= at_rest, 2, "the end of the microVM: %s" % [name_of(p) for p in descendants(s.pid)])
+    until(lambda: len(descendants(s.pid)) <= at_rest, "the end of the microVM: %s" % [name_of(p) for p in descendants(s.pid)])
     expect(s.request("ping")["result"] == {})
 
 
@@ -219,18 +218,18 @@ def eight(env):
     expect(len({text_of(a["result"]) for a in answers}) == 8, [text_of(a["result"]) for a in answers])
 
 
-@case("end of input with a command running: within 2 s, nothing left")
+@case("end of input with a command running: nothing is left")
 def end_running(env):
     s = session(env)
     command(s, "true")
-    s.start("tools/call", {"name": "run_command", "arguments": {"command": "sleep 100"}})
+    s.start("tools/call", {"name": "run_command", "arguments": {"command": "sleep 1000"}})
     expect(s.request("ping")["result"] == {})
-    expect(s.end(2) == 0)
-    left = leftovers(1)
+    expect(s.end() == 0)
+    left = leftovers()
     expect(not left, left)
 
 
-@case("kill -9 at 30 random moments: within 1 s nothing is left, and the next start cleans its folders")
+@case("kill -9 at 30 random moments: nothing is left, and the next start cleans its folders")
 def kill_nine(env):
     rng = random.Random(3)
     s = session(env)
@@ -246,7 +245,7 @@ def kill_nine(env):
         while time.monotonic() < end and select.select([s.child.stdout], [], [], end - time.monotonic())[0]:
             s._read()
         s.kill()
-        left = leftovers(1)
+        left = leftovers()
         expect(not left, "moment", n, "left:", left)
     s = session(env)
     expect(text_of(command(s, "echo fine")) == "fine\n")
@@ -267,7 +266,7 @@ def many(env):
     before = now()
     for _ in range(300):
         expect(not command(s, "true").get("isError"))
-    until(lambda: now()[2] <= before[2], 2, "the end of the last microVM")
+    until(lambda: now()[2] <= before[2], "the end of the last microVM")
     after = now()
     expect(after[0] <= before[0] and after[2] <= before[2] and after[1] < before[1] + 2048, before, after)
 
@@ -277,7 +276,7 @@ def many(env):
 def refused(env, words, more=""):
     """vm run exits with 125 and names status 5; run_command answers `not run: …`."""
     env.shared_cache().project(RUN_COMMAND, more=more)
-    r = env.orch("vm", "run", "--", "true", config=True, deadline_s=60)
+    r = env.orch("vm", "run", "--", "true", config=True)
     expect(r.status == 125 and re.search(words, r.err) and r.out == "", r)
     s = env.session()
     s.initialize()
@@ -292,7 +291,7 @@ def no_kvm(env):
         # Usable or not, the answer must be hardware or a refusal.
         r = vm(env, "true")
         env.write("orchestrator.lua", 'return { policies = "policies", tools = { "lua/tools" }, vm = { accel = "kvm" } }')
-        r = env.orch("vm", "run", "--json", "--", "true", config=True, deadline_s=60)
+        r = env.orch("vm", "run", "--json", "--", "true", config=True)
         expect((r.status == 0 and json.loads(r.out)["isolation"] == "hardware") or (r.status == 125 and "kvm" in r.err.lower()), r)
     else:
         refused(env, "/dev/kvm|kvm", 'vm = { accel = "kvm" }')
