@@ -330,39 +330,6 @@ static int audit_decision(struct orch_toolcall *c, struct orch_slice name, const
     return r;
 }
 
-static void take_effects(struct orch_toolcall *c, lua_State *L, int idx)
-{
-    lua_getfield(L, idx, "redact");
-    if (lua_istable(L, -1)) {
-        c->n_redact = lua_objlen(L, -1);
-        c->redact = orch_xcalloc(c->n_redact, sizeof *c->redact);
-        for (size_t i = 0; i < c->n_redact; i++) {
-            lua_rawgeti(L, -1, (int)i + 1);
-            c->redact[i] = (uint16_t)(lua_tointeger(L, -1) - 1);
-            lua_pop(L, 1);
-        }
-    }
-    lua_getfield(L, idx, "network");
-    if (lua_isstring(L, -1))
-        c->network = orch_xstrdup(lua_tostring(L, -1));
-    lua_pop(L, 1);
-    lua_getfield(L, idx, "marks");
-    struct orch_session *s = c->session;
-    for (int i = 1, n = lua_istable(L, -1) && c->decision == ORCH_ALLOW ? (int)lua_objlen(L, -1) : 0; i <= n; i++) {
-        lua_rawgeti(L, -1, i);
-        const char *mark = lua_tostring(L, -1);
-        bool known = false;
-        for (size_t k = 0; k < s->n_marks; k++)
-            known = known || strcmp(s->marks[k], mark) == 0;
-        if (!known && s->n_marks < 256) {
-            s->marks = orch_xrealloc(s->marks, (s->n_marks + 1) * sizeof *s->marks);
-            s->marks[s->n_marks++] = orch_xstrdup(mark);
-        }
-        lua_pop(L, 1);
-    }
-    lua_pop(L, 2);
-}
-
 /* Keeps the arguments in the form the tool's side wants them. */
 static void keep_args(struct orch_toolcall *c, const struct orch_json_doc *d, uint32_t args)
 {
@@ -393,53 +360,6 @@ static void judgement_fini(struct judgement *j)
 {
     orch_buf_free(&j->args);
     orch_json_doc_free(&j->doc);
-}
-
-/* Calls engine.judge; what it returned stays on the policy state's stack until lua_settop(0). */
-static int judge(struct orch_toolcall *c, const struct orch_json_doc *d, uint32_t args, struct judgement *j, struct orch_err *err)
-{
-    struct orch_generation *g = c->gen;
-    lua_State *L = orch_state_lua(g->policy);
-    lua_rawgeti(L, LUA_REGISTRYINDEX, g->judge_ref);
-    lua_rawgeti(L, LUA_REGISTRYINDEX, c->tool->name_ref);
-    bool nulls = false;
-    if (args)
-        nulls = orch_lua_push_json(L, d, args, ORCH_LUA_JSON_KEEP_NULL);
-    else
-        lua_newtable(L);
-    if (nulls)
-        orch_lua_strip_nulls(L, -1);
-    else
-        lua_pushvalue(L, -1);
-    lua_pushstring(L, c->session->id);
-    lua_pushstring(L, c->session->caller);
-    int r = orch_state_pcall(g->policy, 5, 6, err);
-    if (r < 0) {
-        lua_rawgeti(L, LUA_REGISTRYINDEX, g->engine_ref);
-        lua_getfield(L, -1, "current");
-        return lua_isstring(L, -1) ? orch_err_wrap(err, "%s", lua_tostring(L, -1)) : r;
-    }
-    j->verdict = (int)lua_tointeger(L, -5);
-    j->reason = lua_tostring(L, -4);
-    j->rules = lua_tostring(L, -3);
-    c->decision = j->verdict;
-    if (lua_istable(L, -2))
-        take_effects(c, L, lua_gettop(L) - 1);
-    /* Rewritten, when that is what runs; or without the nulls that stand for absent members. */
-    bool rewritten = lua_istable(L, -1) && j->verdict == ORCH_ALLOW;
-    if (!rewritten && !lua_istable(L, -6))
-        return 0;
-    char why[256];
-    struct orch_json_fault fault;
-    orch_buf_char(&j->args, '[');
-    if (!rewritten)
-        orch_lua_json_less(L, -6, d, args, &j->args);
-    else if (orch_lua_encode_json(L, -1, &j->args, why, sizeof why) < 0)
-        return orch_err_set(err, EINVAL, "the rewritten arguments cannot be JSON: %s", why);
-    orch_buf_char(&j->args, ']');
-    if (orch_json_scan(&j->doc, (struct orch_slice){ j->args.p, j->args.n }, &(struct orch_json_limits){ 0 }, &fault) < 0)
-        return orch_err_set(err, EINVAL, "the rewritten arguments: %s", fault.rule);
-    return 0;
 }
 
 /* Judges and queues the decision; the call then is in the list of begun ones. */

@@ -1,9 +1,18 @@
 /* Loading a generation's parts: sources are read once, hashed, held against what is trusted, and run in
- * bounded states. See loading.h. */
-#include "loading.h"
+ * bounded states. See policy_int.h. */
+#include "policy_int.h"
 
+#include "../base/log.h"
+#include "../script/args.h"
+#include "../script/jsonlib.h"
+#include "../script/regex.h"
+
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <lauxlib.h>
+#include <stdarg.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
 
@@ -13,7 +22,7 @@ enum {
     LOAD_TIME_MS = 500, /* for the files' own top level; judging has its own budget */
 };
 
-void orch_load_fail(struct loading *l, enum orch_class cls, const char *fmt, ...)
+void orch_load_fail(struct orch_loading *l, enum orch_class cls, const char *fmt, ...)
 {
     va_list ap;
     va_start(ap, fmt);
@@ -28,106 +37,12 @@ void orch_load_fail(struct loading *l, enum orch_class cls, const char *fmt, ...
 
 /* ---- sources: read once, hashed, held against what is trusted */
 
-const char *orch_load_display(const struct loading *l, const char *path)
+const char *orch_load_display(const struct orch_loading *l, const char *path)
 {
     size_t n = l->base ? strlen(l->base) : 0;
     if (n && strncmp(path, l->base, n) == 0 && path[n] == '/')
         return path + n + 1;
     return path;
-}
-
-static char *trust_db(const struct orch *o)
-{
-    return orch_xasprintf("%s/state.db", o->paths.state);
-}
-
-/* Not the folder that a link leads to: what lies in the working directory is not trusted because it says so elsewhere. */
-char *orch_trust_dir(const struct orch *o)
-{
-    cleanup_free char *dir = orch_xstrdup(o->paths.named);
-    char *slash = strrchr(dir, '/');
-    slash[slash == dir] = 0; /* "/" stays */
-    char *real = realpath(dir, NULL);
-    return real ? real : orch_steal_ptr(&dir);
-}
-
-/* In the record, an entry with an empty name says `always`. */
-int orch_trust_read(struct orch *o, struct orch_trust *t, struct orch_err *err)
-{
-    *t = (struct orch_trust){ .edits = false };
-    cleanup_free char *path = trust_db(o), *dir = orch_trust_dir(o);
-    if (!ORCH_FEATURE_TRUST || access(path, F_OK) < 0)
-        return 0;
-    struct orch_db *db = orch_db_open(path, err);
-    if (!db)
-        return -EIO;
-    int r = orch_db_trust_get(db, dir, &t->edits, &t->list.files, &t->list.n, err);
-    orch_db_close(db);
-    for (size_t i = 0; i < t->list.n; i++)
-        t->always = t->always || !*t->list.files[i].path;
-    return r;
-}
-
-int orch_trust_record(struct orch *o, const struct orch_trust *t, struct orch_err *err)
-{
-    cleanup_free char *path = trust_db(o), *dir = orch_trust_dir(o);
-    cleanup_close int state = orch_own_dir(o->paths.state, err);
-    struct orch_db *db = state < 0 ? NULL : orch_db_open(path, err);
-    if (!db)
-        return -EIO;
-    cleanup_free struct orch_trust_file *files = orch_xcalloc(t->list.n + 1, sizeof *files);
-    size_t n = 0;
-    for (size_t i = 0; i < t->list.n; i++)
-        if (*t->list.files[i].path)
-            files[n++] = t->list.files[i];
-    if (t->always) {
-        files[n].path = (char *)(uintptr_t)"";
-        memset(files[n++].sha256, '0', 64);
-    }
-    int r = orch_db_trust_set(db, dir, t->edits, files, n, err);
-    orch_db_close(db);
-    return r;
-}
-
-void orch_trust_fini(struct orch_trust *t)
-{
-    orch_trust_files_free(t->list.files, t->list.n);
-    *t = (struct orch_trust){ .edits = false };
-}
-
-static const struct orch_trust_file *trusted_file(const struct loading *l, const char *path)
-{
-    for (size_t i = 0; i < l->trust.list.n; i++)
-        if (strcmp(l->trust.list.files[i].path, path) == 0)
-            return &l->trust.list.files[i];
-    return NULL;
-}
-
-/* Whether the user has seen these very bytes. */
-static bool trusted_content(const struct loading *l, const char *path, const char *sha)
-{
-    const struct orch_trust_file *f = trusted_file(l, path);
-    return f && strcmp(f->sha256, sha) == 0;
-}
-
-static bool check_trust(struct loading *l, const char *path, const char *sha)
-{
-    if (!l->needs_trust || l->trust.edits || trusted_content(l, path, sha))
-        return true;
-    orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: %s: orch trust %s", orch_load_display(l, path),
-                   trusted_file(l, path)                    ? "changed since it was trusted; look at it, then run"
-                   : l->o->paths.origin == ORCH_CONFIG_CWD ? "not trusted; a configuration in the working directory is only loaded after"
-                                                           : "not trusted; this configuration is only loaded after",
-                   l->trust_dir);
-    return false;
-}
-
-int orch_load_trust_config(struct loading *l)
-{
-    if (l->mode != ORCH_TRUST_CHECK || l->needs_trust)
-        return 0;
-    l->needs_trust = true;
-    return check_trust(l, l->o->paths.config, l->sha) ? 0 : -EPERM;
 }
 
 static void keep_source(struct orch_trust_list *list, const char *path, const char *sha)
@@ -137,31 +52,8 @@ static void keep_source(struct orch_trust_list *list, const char *path, const ch
     memcpy(list->files[list->n++].sha256, sha, 65);
 }
 
-/* What a child may have written is the law only when the user has seen it. */
-static int check_writers(struct loading *l, int fd, const struct stat *st, const char *path, bool product)
-{
-    struct orch *o = l->o;
-    if (trusted_content(l, path, l->sha))
-        return 0;
-    if (!orch_protect_holds(o, fd)) {
-        l->unheld = l->unheld || !product;
-        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: put there while a program runs that orch started and that may write to it; %s%s",
-                       orch_load_display(l, path), product ? "start orch anew" : "look at it, then run: orch trust ", product ? "" : l->trust_dir);
-        return -EPERM;
-    }
-    if (product || st->st_nlink < 2)
-        return 0;
-    if (!l->g->linked)
-        l->g->linked = orch_xstrdup(path);
-    if (!o->protects)
-        return 0;
-    orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: it has another name (a hard link), by which a program that orch started may write to it; remove that one",
-                   orch_load_display(l, path));
-    return -EPERM;
-}
-
 /* dirfd/name is opened; path is the absolute name. Product files (lua/) are hashed but need no trust. */
-int orch_load_read(struct loading *l, int dirfd, const char *name, const char *path, bool product, struct orch_buf *out)
+int orch_load_read(struct orch_loading *l, int dirfd, const char *name, const char *path, bool product, struct orch_buf *out)
 {
     struct stat st;
     if (++l->files > FILES_MAX) {
@@ -183,9 +75,8 @@ int orch_load_read(struct loading *l, int dirfd, const char *name, const char *p
     if (r < 0)
         return r;
     orch_sha256_hex(out->p, out->n, l->sha);
-    if (!product && !check_trust(l, path, l->sha))
-        return -EPERM;
-    if ((r = check_writers(l, fd, &st, path, product)) < 0)
+    r = orch_load_check_trust(l, fd, (unsigned)st.st_nlink, path, product);
+    if (r < 0)
         return r;
     if (!product)
         keep_source(&l->g->sources, path, l->sha);
@@ -194,13 +85,13 @@ int orch_load_read(struct loading *l, int dirfd, const char *name, const char *p
     return 0;
 }
 
-void orch_load_fail_file(struct loading *l, const char *shown, const struct orch_err *err)
+void orch_load_fail_file(struct orch_loading *l, const char *shown, const struct orch_err *err)
 {
     bool named = strstr(err->msg, shown) != NULL;
     orch_load_fail(l, ORCH_CLASS_CONFIG, "%s%s%s", named ? "" : shown, named ? "" : ": ", err->msg);
 }
 
-int orch_load_run(struct loading *l, struct orch_state *s, const char *shown, struct orch_slice text, int n_args)
+int orch_load_run(struct orch_loading *l, struct orch_state *s, const char *shown, struct orch_slice text, int n_args)
 {
     lua_State *L = orch_state_lua(s);
     struct orch_err err = { 0 };
@@ -216,9 +107,9 @@ int orch_load_run(struct loading *l, struct orch_state *s, const char *shown, st
     return r;
 }
 
-int orch_load_run_product(struct loading *l, struct orch_state *s, const char *name, int n_args)
+int orch_load_run_product(struct orch_loading *l, struct orch_state *s, const char *name, int n_args)
 {
-    cleanup_free char *path = orch_xasprintf("%s/lua/%s", l->o->paths.share, name);
+    cleanup_free char *path = orch_xasprintf("%s/lua/%s", l->cur->paths->share, name);
     cleanup_buf struct orch_buf text = { 0 };
     int r = orch_load_read(l, AT_FDCWD, path, path, true, &text);
     if (r < 0) {
@@ -280,23 +171,23 @@ void orch_load_set_function(lua_State *L, const char *name, lua_CFunction fn)
 
 /* ---- states */
 
-struct orch_state *orch_load_state(struct loading *l, enum orch_context ctx, size_t memory_bytes)
+struct orch_state *orch_load_state(struct orch_loading *l, enum orch_context ctx, size_t memory_bytes)
 {
     struct orch_err err = { 0 };
-    cleanup_free char *lua_dir = orch_xasprintf("%s/lua", l->o->paths.share);
+    cleanup_free char *lua_dir = orch_xasprintf("%s/lua", l->cur->paths->share);
     struct orch_state *s = orch_state_new(
         &(struct orch_state_opts){ .ctx = ctx,
                                    .memory_bytes = memory_bytes,
                                    .steps = (uint64_t)LOAD_TIME_MS * ORCH_STEPS_PER_MS,
                                    .cpu_ms = LOAD_TIME_MS,
                                    .lua_dir = lua_dir,
-                                   .host = &l->o->env },
+                                   .host = l->cur->states_host },
         &err);
     if (!s) {
         orch_load_fail(l, ORCH_CLASS_FAILED, "%s", err.msg);
         return NULL;
     }
-    orch_luaopen_orch(orch_state_lua(s));
+    l->cur->ops->open(orch_state_lua(s));
     lua_settop(orch_state_lua(s), 0);
     return s;
 }
@@ -313,7 +204,7 @@ void orch_load_push_deps(lua_State *L)
     orch_load_set_function(L, "size", l_size);
 }
 
-int orch_load_push_schema(struct loading *l, struct orch_state *s)
+int orch_load_push_schema(struct orch_loading *l, struct orch_state *s)
 {
     lua_State *L = orch_state_lua(s);
     orch_load_push_deps(L);
@@ -349,4 +240,100 @@ void orch_load_take_lines(lua_State *L, const char *where, void (*each)(void *ud
 void orch_load_add_error(void *ud, const char *line)
 {
     orch_load_fail(ud, ORCH_CLASS_CONFIG, "%s", line);
+}
+
+/* Where everybody may write, everybody can put another file in the place of one. Borrowed. */
+int orch_load_open_dir(struct orch_loading *l, const char *path, const char *what, const char *fix)
+{
+    struct stat st;
+    int fd = orch_hold_dir(l->cur, path);
+    if (fd < 0 || fstat(fd, &st) < 0) {
+        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: the %s directory cannot be opened: %s%s", orch_load_display(l, path), what,
+                       strerror(fd < 0 ? -fd : errno), fix);
+        return -1;
+    }
+    if (st.st_mode & S_IWOTH) {
+        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: everybody may write to the %s directory; run: chmod o-w %s", orch_load_display(l, path), what, path);
+        return -1;
+    }
+    return fd;
+}
+
+static int by_name(const void *a, const void *b)
+{
+    return strcmp(*(char *const *)a, *(char *const *)b);
+}
+
+int orch_load_list(struct orch_loading *l, int dirfd, const char *path, char ***names, size_t *n)
+{
+    int copy = openat(dirfd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    DIR *d = copy < 0 ? NULL : fdopendir(copy);
+    if (!d) {
+        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: %s", path, strerror(errno));
+        return -1;
+    }
+    *names = NULL;
+    *n = 0;
+    for (struct dirent *e; (e = readdir(d));) {
+        size_t len = strlen(e->d_name);
+        if (len < 5 || e->d_name[0] == '.' || strcmp(e->d_name + len - 4, ".lua") != 0)
+            continue;
+        *names = orch_xrealloc(*names, (*n + 1) * sizeof **names);
+        (*names)[(*n)++] = orch_xstrdup(e->d_name);
+    }
+    closedir(d);
+    if (*n)
+        qsort(*names, *n, sizeof **names, by_name);
+    return 0;
+}
+
+void orch_load_free_names(char **names, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        free(names[i]);
+    free(names);
+}
+
+int orch_load_dir(struct orch_loading *l, const char *dir, const char *what, bool product, orch_load_each_fn *each, void *ud)
+{
+    struct orch_generation *g = l->g;
+    lua_State *L = orch_state_lua(g->tools_state);
+    int dirfd = orch_load_open_dir(l, dir, what, "");
+    if (dirfd < 0)
+        return -1;
+    char **names;
+    size_t n;
+    if (orch_load_list(l, dirfd, dir, &names, &n) < 0)
+        return -1;
+    int r = 0;
+    for (size_t i = 0; i < n; i++) {
+        cleanup_free char *path = orch_xasprintf("%s/%s", dir, names[i]);
+        const char *shown = orch_load_display(l, path);
+        cleanup_buf struct orch_buf text = { 0 };
+        if (orch_load_read(l, dirfd, names[i], path, product, &text) < 0) {
+            r = -1;
+            continue;
+        }
+        struct orch_err err = { 0 };
+        if (orch_state_load_known(g->tools_state, shown, (struct orch_slice){ text.p, text.n }, l->sha, &err) < 0) {
+            orch_load_fail_file(l, shown, &err);
+            r = -1;
+            continue;
+        }
+        orch_state_env(L, -1);
+        int env_ref = luaL_ref(L, LUA_REGISTRYINDEX);
+        if (orch_state_pcall(g->tools_state, 0, 1, &err) < 0) {
+            orch_load_fail_file(l, shown, &err);
+            r = -1;
+        } else {
+            lua_rawgeti(L, LUA_REGISTRYINDEX, env_ref);
+            orch_state_freeze(L, lua_gettop(L));
+            lua_pop(L, 1);
+            if (each(l, ud, path, shown, product) < 0)
+                r = -1;
+        }
+        luaL_unref(L, LUA_REGISTRYINDEX, env_ref);
+    }
+    orch_load_free_names(names, n);
+    return r;
 }

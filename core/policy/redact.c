@@ -1,5 +1,7 @@
 /* Redaction: the policy's patterns over every decoded string of a JSON value. */
-#include "host.h"
+#include "policy.h"
+
+#include "../script/regex.h"
 
 #include <errno.h>
 #include <time.h>

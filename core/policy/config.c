@@ -1,5 +1,7 @@
 /* The configuration: orchestrator.lua, run bounded, checked by lua/config.lua. */
-#include "loading.h"
+#include "policy_int.h"
+
+#include "../script/jsonlib.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -99,7 +101,7 @@ static double config_number(lua_State *L, const char *path)
     return v;
 }
 
-static void read_config(struct loading *l, lua_State *L)
+static void read_config(struct orch_loading *l, lua_State *L)
 {
     struct orch_config *c = &l->g->cfg;
     c->policies = config_string(L, "policies");
@@ -125,7 +127,7 @@ static void read_config(struct loading *l, lua_State *L)
     lua_pop(L, 1);
     c->audit_dir = config_string(L, "audit.dir");
     if (!c->audit_dir)
-        c->audit_dir = orch_xasprintf("%s/audit", l->o->paths.state);
+        c->audit_dir = orch_xasprintf("%s/audit", l->cur->paths->state);
     cleanup_free char *sync = config_string(L, "audit.sync");
     c->audit_sync = !sync || strcmp(sync, "none") == 0 ? ORCH_AUDIT_SYNC_NONE
                     : strcmp(sync, "each") == 0        ? ORCH_AUDIT_SYNC_EACH
@@ -156,23 +158,22 @@ static void read_config(struct loading *l, lua_State *L)
 /* Appends each string of the list at the top (entries may be { path =, message = }) and pops it. */
 static void add_note(void *ud, const char *line)
 {
-    struct loading *l = ud;
+    struct orch_loading *l = ud;
     orch_buf_str(&l->g->notes, line);
     orch_buf_char(&l->g->notes, '\n');
 }
 
-int orch_load_config(struct loading *l)
+int orch_load_config(struct orch_loading *l)
 {
-    struct orch *o = l->o;
     struct orch_generation *g = l->g;
     lua_State *L = orch_state_lua(g->policy);
     cleanup_buf struct orch_buf text = { 0 };
-    int dirfd = orch_hold_dir(o, *l->base ? l->base : "/");
+    int dirfd = orch_hold_dir(l->cur, *l->base ? l->base : "/");
     if (dirfd < 0)
         orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: %s", l->base, strerror(-dirfd));
-    if (dirfd < 0 || orch_load_read(l, dirfd, strrchr(o->paths.config, '/') + 1, o->paths.config, o->paths.origin == ORCH_CONFIG_BUILTIN, &text) < 0)
+    if (dirfd < 0 || orch_load_read(l, dirfd, strrchr(l->cur->paths->config, '/') + 1, l->cur->paths->config, l->cur->paths->origin == ORCH_CONFIG_BUILTIN, &text) < 0)
         return -1;
-    const char *shown = orch_load_display(l, o->paths.config);
+    const char *shown = orch_load_display(l, l->cur->paths->config);
     char sha[sizeof l->sha];
     memcpy(sha, l->sha, sizeof sha);
     struct orch_err err = { 0 };
@@ -189,9 +190,9 @@ int orch_load_config(struct loading *l)
     }
     orch_load_push_deps(L);
     orch_load_set_function(L, "is_secret", l_is_secret);
-    lua_pushstring(L, o->paths.home);
+    lua_pushstring(L, l->cur->paths->home);
     lua_setfield(L, -2, "home");
-    lua_pushstring(L, o->paths.cwd);
+    lua_pushstring(L, l->cur->paths->cwd);
     lua_setfield(L, -2, "cwd");
     if (orch_load_run_product(l, g->policy, "config.lua", 1) < 0)
         return -1;

@@ -1,5 +1,5 @@
 /* Rates of rules: a token bucket a key, kept across reloads. */
-#include "host.h"
+#include "current.h"
 
 #include <math.h>
 #include <string.h>
@@ -18,10 +18,10 @@ static void rate_refill(struct orch_rate *r, int64_t now)
 }
 
 /* Full buckets say nothing: they are as good as new ones. */
-static unsigned drop_full(struct orch *o, int64_t now)
+static unsigned drop_full(struct orch_rate **rates, int64_t now)
 {
     unsigned n = 0;
-    for (struct orch_rate **at = &o->rates; *at;) {
+    for (struct orch_rate **at = rates; *at;) {
         struct orch_rate *r = *at;
         rate_refill(r, now);
         if (r->tokens < r->limit) {
@@ -35,21 +35,21 @@ static unsigned drop_full(struct orch *o, int64_t now)
     return n;
 }
 
-bool orch_rate_take(struct orch *o, const char *key, double limit, int64_t window_ms)
+bool orch_rate_take(struct orch_rate **rates, const char *key, double limit, int64_t window_ms)
 {
     enum { KEYS_MAX = 10000 };
     int64_t now = orch_now_us() / 1000;
     unsigned n = 0;
-    struct orch_rate *r = o->rates;
+    struct orch_rate *r = *rates;
     for (; r && strcmp(r->key, key) != 0; r = r->next)
         n++;
     if (!r) {
-        if (n >= KEYS_MAX && drop_full(o, now) >= KEYS_MAX)
+        if (n >= KEYS_MAX && drop_full(rates, now) >= KEYS_MAX)
             return false; /* more callers than are kept track of: fail closed */
         r = orch_xmalloc(sizeof *r + strlen(key) + 1);
-        *r = (struct orch_rate){ .next = o->rates, .tokens = limit, .limit = limit, .at_ms = now, .window_ms = window_ms };
+        *r = (struct orch_rate){ .next = *rates, .tokens = limit, .limit = limit, .at_ms = now, .window_ms = window_ms };
         strcpy(r->key, key);
-        o->rates = r;
+        *rates = r;
     }
     rate_refill(r, now);
     if (r->tokens < 1)
@@ -58,11 +58,11 @@ bool orch_rate_take(struct orch *o, const char *key, double limit, int64_t windo
     return true;
 }
 
-void orch_rates_free(struct orch *o)
+void orch_rates_free(struct orch_rate **rates)
 {
-    while (o->rates) {
-        struct orch_rate *r = o->rates;
-        o->rates = r->next;
+    while (*rates) {
+        struct orch_rate *r = *rates;
+        *rates = r->next;
         free(r);
     }
 }
