@@ -1,14 +1,13 @@
-#include "lua_firewall.h"
-
+/* orch.firewall: what a policy makes of packets. */
 #include "bind.h"
+
+#include "../policy/current.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
 #include <netinet/in.h>
 #include <stdio.h>
 #include <string.h>
-
-/* ---- orch.firewall */
 
 static int push_bad_policy(lua_State *L, struct orch_policy_box *b, const struct orch_err *err)
 {
@@ -23,7 +22,7 @@ static int l_check(lua_State *L)
     struct orch_policy_box b;
     struct orch_err err = { 0 };
     luaL_checktype(L, 1, LUA_TTABLE);
-    if (orch_lua_read_policy(L, 1, &b, &err) < 0)
+    if (orch_policy_box_read(L, 1, &b, &err) < 0)
         return orch_push_err(L, &err);
     if (env->fill_policy(env->ud, &b.p, &err) < 0)
         return push_bad_policy(L, &b, &err);
@@ -65,7 +64,7 @@ static int l_explain(lua_State *L)
         return luaL_error(L, "orch.firewall.explain: ip must be an IPv4 address");
     if (!port)
         return luaL_error(L, "orch.firewall.explain: port is missing");
-    if (orch_lua_read_policy(L, 1, &b, &err) < 0)
+    if (orch_policy_box_read(L, 1, &b, &err) < 0)
         return orch_push_err(L, &err);
     if (env->fill_policy(env->ud, &b.p, &err) < 0)
         return push_bad_policy(L, &b, &err);

@@ -201,7 +201,8 @@ static void stop(struct orch_call *c, enum orch_class cls, const char *why)
 {
     if (!c->backend || c->backend->stop(c, cls, why))
         return;
-    orch_call_fail_text(c, cls == ORCH_CLASS_CANCELLED ? "cancelled" : "failed", orch_slice_str(why));
+    orch_call_fail_text(c, cls == ORCH_CLASS_CANCELLED ? "cancelled" : "failed",
+                        orch_slice_str(why));
     orch_call_end(c);
 }
 

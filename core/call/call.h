@@ -123,8 +123,8 @@ struct orch_call_part_ops {
     /* The outcome is written, the answer follows. true: the part keeps the call, to be answered later by
      * orch_call_answer. */
     bool (*answer)(struct orch_call_part *p, struct orch_call *c);
-    /* What its client is asked has changed. */
-    void (*asked)(struct orch_call_part *p, struct orch_call *c);
+    /* What its client is asked has changed. true: the part shows it to the client. */
+    bool (*asked)(struct orch_call_part *p, struct orch_call *c);
     /* The call's time is over: whether something of it ends by itself soon and is worth waiting for. now:
      * it was waited for, what still runs shall end. */
     bool (*late)(struct orch_call_part *p, struct orch_call *c, bool now);
@@ -170,24 +170,27 @@ struct orch_call {
     void *run;
     struct orch_timer *timer; /* kept with the record; armed when the call waits */
     int64_t begun_us, deadline_us, held_since_us, time_ms, grace_ms;
-    const char *limit; /* what sets time_ms, for people */
+    const char *limit;                  /* what sets time_ms, for people */
     unsigned holds, refused, questions; /* refused: connections; questions: asked so far */
-    bool cancelled, finished, owed; /* owed: the record is not used again before its backend lets it go */
+    bool cancelled, finished,
+        owed; /* owed: the record is not used again before its backend lets it go */
 
     /* what came of it */
-    struct orch_buf text;      /* the error's text, or the result's members */
-    int rpc_code;              /* the answer is a JSON-RPC error */
+    struct orch_buf text; /* the error's text, or the result's members */
+    int rpc_code;         /* the answer is a JSON-RPC error */
     struct orch_buf rpc_data;
-    bool reserved, is_error;   /* reserved: the audit log has space for its outcome */
-    const char *isolation;     /* of the last microVM it had; NULL */
+    bool reserved, is_error; /* reserved: the audit log has space for its outcome */
+    const char *isolation;   /* of the last microVM it had; NULL */
     char vm_id[32];
 };
 
 void orch_call_add_part(struct orch_call *c, struct orch_call_part *p);
 /* The part with these ops, or NULL. */
-struct orch_call_part *orch_call_part(const struct orch_call *c, const struct orch_call_part_ops *ops);
+struct orch_call_part *orch_call_part(const struct orch_call *c,
+                                      const struct orch_call_part_ops *ops);
 
-struct orch_call *orch_call_find(struct orch_calls *cs, uint32_t slot, uint32_t serial); /* NULL: freed */
+struct orch_call *orch_call_find(struct orch_calls *cs, uint32_t slot,
+                                 uint32_t serial); /* NULL: freed */
 /* Starts its time. limit: what sets it ("vm.timeout"). */
 void orch_call_clock(struct orch_call *c, int64_t ms, const char *limit);
 /* Anew, from now. */
@@ -219,7 +222,8 @@ void orch_call_missing(struct orch_call *c);
 
 /* What a call has of time. limit: what sets the whole of it, for people. */
 struct orch_call_time {
-    int64_t left_ms, whole_ms; /* left: negative when it is over, and the call has a moment to answer */
+    int64_t left_ms,
+        whole_ms; /* left: negative when it is over, and the call has a moment to answer */
     const char *limit;
 };
 struct orch_call_time orch_call_time(const struct orch_call *c);
@@ -238,7 +242,8 @@ void orch_call_let_go(struct orch_call *c, int64_t retry_ms);
 
 extern const struct orch_tool_backend orch_lua_backend;
 void orch_push_ctx(lua_State *L, uint32_t slot, uint32_t serial);
-struct orch_call *orch_check_call(lua_State *L, struct orch_calls *cs); /* of the ctx at 1; raises */
+struct orch_call *orch_check_call(lua_State *L,
+                                  struct orch_calls *cs); /* of the ctx at 1; raises */
 #define ORCH_CTX_META "orch.ctx"
 
 /* ---- questions to its client (ask.c) */
@@ -262,7 +267,8 @@ void orch_ask_free(struct orch_ask *a);
 bool orch_ask_done(const struct orch_ask *a);
 const struct orch_ask_item *orch_ask_items(const struct orch_ask *a, size_t *n);
 bool orch_call_asks(const struct orch_call *c); /* some answer is still awaited */
-void orch_call_put_questions(struct orch_call *c, struct orch_buf *b); /* "inputRequests":{…} */
+void orch_call_put_questions(const struct orch_call *c,
+                             struct orch_buf *b); /* "inputRequests":{…} */
 void orch_call_take_answers(struct orch_call *c, struct orch_slice inputs);
 
 /* ---- the tasks extension (job.c) */

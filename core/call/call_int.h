@@ -31,6 +31,8 @@ int orch_record_request(struct orch_call *c, struct orch_slice name, struct orch
 void orch_call_take_lua(struct orch_call *c, lua_State *L, int nres);
 void orch_call_withhold(struct orch_call *c, const char *text);
 void orch_call_redact(struct orch_call *c); /* by the deciding rules */
+/* "_meta":{…} of what is answered before there is a result. */
+void orch_call_put_origin(const struct orch_call *c, struct orch_buf *b);
 
 /* lua_tool.c: runs the function below nargs arguments on the state's stack. */
 void orch_lua_start(struct orch_call *c, struct orch_state *s, int nargs);

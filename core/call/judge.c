@@ -45,12 +45,14 @@ static void judge(struct orch_call *c, struct orch_slice name, const struct orch
     }
     if (!c->tool) {
         cleanup_free char *text = orch_xasprintf(
-            "Unknown tool: %.*s", name.n > NAME_SHOWN_BYTES ? NAME_SHOWN_BYTES : (int)name.n, name.p);
+            "Unknown tool: %.*s", name.n > NAME_SHOWN_BYTES ? NAME_SHOWN_BYTES : (int)name.n,
+            name.p);
         orch_call_rpc_error(c, ORCH_RPC_INVALID_PARAMS, orch_slice_str(text));
         j->reason = "unknown tool";
         return;
     }
-    int r = orch_generation_judge(c->gen, c->tool, c->session->id, c->session->caller, d, args, j, err);
+    int r = orch_generation_judge(c->gen, c->tool, c->session->id, c->session->caller, d, args, j,
+                                  err);
     c->decision = j->verdict;
     c->network = orch_steal_ptr(&j->network);
     c->redact = orch_steal_ptr(&j->redact);

@@ -19,18 +19,21 @@ const char *const orch_decision_words[] = { "deny", "allow", "ask", "deny" };
 
 /* ---- judging */
 
-static void put_decision_fields(struct orch_call *c, struct orch_slice name, struct orch_slice args, struct orch_slice canonical,
-                                const char *reason, const char *rules, struct orch_buf *b)
+static void put_decision_fields(struct orch_call *c, struct orch_slice name, struct orch_slice args,
+                                struct orch_slice canonical, const char *reason, const char *rules,
+                                struct orch_buf *b)
 {
     orch_buf_str(b, "\"call\":\"");
     orch_buf_str(b, c->id);
     orch_buf_str(b, "\",");
-    orch_buf_slice(b, (struct orch_slice){ c->session->audit_fields.p, c->session->audit_fields.n });
+    orch_buf_slice(b,
+                   (struct orch_slice){ c->session->audit_fields.p, c->session->audit_fields.n });
     orch_buf_str(b, ",\"tool\":");
     if (c->tool)
         orch_json_quote(b, orch_slice_str(c->tool->name));
     else
-        orch_json_quote(b, (struct orch_slice){ name.p, name.n < NAME_AUDIT_BYTES ? name.n : NAME_AUDIT_BYTES });
+        orch_json_quote(b, (struct orch_slice){
+                               name.p, name.n < NAME_AUDIT_BYTES ? name.n : NAME_AUDIT_BYTES });
     if (args.n <= ARGS_AUDIT_BYTES) {
         orch_buf_str(b, ",\"args\":");
         orch_buf_slice(b, args);
@@ -53,8 +56,8 @@ static void put_decision_fields(struct orch_call *c, struct orch_slice name, str
     orch_buf_slice(b, (struct orch_slice){ c->gen->audit_field.p, c->gen->audit_field.n });
 }
 
-int orch_record_decision(struct orch_call *c, struct orch_slice name, const struct orch_json_doc *d, uint32_t args, const char *reason,
-                          const char *rules, struct orch_err *err)
+int orch_record_decision(struct orch_call *c, struct orch_slice name, const struct orch_json_doc *d,
+                         uint32_t args, const char *reason, const char *rules, struct orch_err *err)
 {
     static _Thread_local struct orch_buf fields, canonical, redacted;
     fields.n = canonical.n = redacted.n = 0;
@@ -79,15 +82,18 @@ int orch_record_decision(struct orch_call *c, struct orch_slice name, const stru
     cleanup_buf struct orch_buf why = { 0 }; /* a predicate's error may quote an argument */
     if (reason && c->gen->n_redact) {
         orch_buf_str(&why, reason);
-        reason = n < c->gen->n_redact || orch_redact_text(c->gen, all, n, &why) < 0 ? "[withheld: redaction limit]" : why.p;
+        reason = n < c->gen->n_redact || orch_redact_text(c->gen, all, n, &why) < 0
+                     ? "[withheld: redaction limit]"
+                     : why.p;
     }
-    put_decision_fields(c, name, shown, (struct orch_slice){ canonical.p, canonical.n }, reason, rules, &fields);
+    put_decision_fields(c, name, shown, (struct orch_slice){ canonical.p, canonical.n }, reason,
+                        rules, &fields);
     orch_json_one_line(&fields, 0);
-    int r = orch_audit_add(c->calls->audit, "decision", (struct orch_slice){ fields.p, fields.n }, true, err);
+    int r = orch_audit_add(c->calls->audit, "decision", (struct orch_slice){ fields.p, fields.n },
+                           true, err);
     c->reserved = r == 0;
     return r;
 }
-
 
 int orch_record_outcome(struct orch_call *c, struct orch_err *err)
 {
@@ -108,10 +114,15 @@ int orch_record_outcome(struct orch_call *c, struct orch_err *err)
         orch_buf_str(b, ",\"cancelled\":true");
     int64_t us = orch_now_us() - c->begun_us;
     orch_buf_str(b, ",\"ms\":");
-    orch_json_put_number(b, (double)(us / 1000)); /* whole numbers are cheap to print, fractions are not */
+    orch_json_put_number(
+        b, (double)(us / 1000)); /* whole numbers are cheap to print, fractions are not */
     int part = (int)(us % 1000);
-    orch_buf_add(b, (char[]){ '.', (char)('0' + part / 100), (char)('0' + part / 10 % 10), (char)('0' + part % 10) }, 4);
-    orch_buf_str(b, c->is_error || c->rpc_code ? ",\"result\":{\"is_error\":true,\"bytes\":" : ",\"result\":{\"is_error\":false,\"bytes\":");
+    orch_buf_add(b,
+                 (char[]){ '.', (char)('0' + part / 100), (char)('0' + part / 10 % 10),
+                           (char)('0' + part % 10) },
+                 4);
+    orch_buf_str(b, c->is_error || c->rpc_code ? ",\"result\":{\"is_error\":true,\"bytes\":"
+                                               : ",\"result\":{\"is_error\":false,\"bytes\":");
     orch_json_put_number(b, (double)c->text.n);
     orch_buf_str(b, ",\"sha256\":\"");
     orch_buf_str(b, sha);
@@ -124,9 +135,11 @@ int orch_record_request(struct orch_call *c, struct orch_slice name, struct orch
     struct orch_audit *log = c->calls->audit;
     cleanup_buf struct orch_buf b = { 0 };
     orch_buf_printf(&b, "\"call\":\"%s\",", c->id);
-    orch_buf_slice(&b, (struct orch_slice){ c->session->audit_fields.p, c->session->audit_fields.n });
+    orch_buf_slice(&b,
+                   (struct orch_slice){ c->session->audit_fields.p, c->session->audit_fields.n });
     orch_buf_printf(&b, ",\"method\":\"%s\",\"name\":", c->method);
-    orch_json_quote(&b, (struct orch_slice){ name.p, name.n > URI_AUDIT_BYTES ? URI_AUDIT_BYTES : name.n });
+    orch_json_quote(
+        &b, (struct orch_slice){ name.p, name.n > URI_AUDIT_BYTES ? URI_AUDIT_BYTES : name.n });
     orch_buf_slice(&b, (struct orch_slice){ c->gen->audit_field.p, c->gen->audit_field.n });
     if (!log || orch_audit_broken(log))
         return orch_err_set(err, EIO, "not run: the audit log cannot be written");

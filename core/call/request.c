@@ -6,7 +6,6 @@
 
 #include <string.h>
 
-
 static bool cacheable(const char *method)
 {
     return strcmp(method, "prompts/get") != 0 && strcmp(method, "completion/complete") != 0;
@@ -16,18 +15,21 @@ static bool cacheable(const char *method)
 static void take_error(struct orch_call *c, lua_State *L, int first, int nres)
 {
     const char *text = nres >= 2 ? lua_tostring(L, first + 1) : NULL;
-    const char *word = nres >= 3 && lua_type(L, first + 2) == LUA_TSTRING ? lua_tostring(L, first + 2) : NULL;
-    double code = nres >= 3 && lua_type(L, first + 2) == LUA_TNUMBER ? lua_tonumber(L, first + 2) : ORCH_RPC_INTERNAL_ERROR;
+    const char *word = nres >= 3 && lua_type(L, first + 2) == LUA_TSTRING
+                           ? lua_tostring(L, first + 2)
+                           : NULL;
+    double code = nres >= 3 && lua_type(L, first + 2) == LUA_TNUMBER ? lua_tonumber(L, first + 2)
+                                                                     : ORCH_RPC_INTERNAL_ERROR;
     char why[256];
     if (word && strcmp(word, "capability") == 0 && c->modern && c->missing) {
         orch_call_missing(c);
         return;
     }
     orch_call_rpc_error(c, (int)code, orch_slice_str(text ? text : "no reason given"));
-    if (nres >= 4 && lua_istable(L, first + 3) && orch_lua_encode_json(L, first + 3, &c->rpc_data, why, sizeof why) < 0)
+    if (nres >= 4 && lua_istable(L, first + 3) &&
+        orch_lua_encode_json(L, first + 3, &c->rpc_data, why, sizeof why) < 0)
         c->rpc_data.n = 0;
 }
-
 
 static void take_result(struct orch_call *c, lua_State *L, int nres)
 {
@@ -39,7 +41,8 @@ static void take_result(struct orch_call *c, lua_State *L, int nres)
         return;
     }
     if (orch_lua_encode_json(L, first, &json, why, sizeof why) < 0 || json.p[0] != '{') {
-        cleanup_free char *m = orch_xasprintf("%s: the result cannot be sent: %s", c->method, json.n ? "it must be an object" : why);
+        cleanup_free char *m = orch_xasprintf("%s: the result cannot be sent: %s", c->method,
+                                              json.n ? "it must be an object" : why);
         orch_call_rpc_error(c, ORCH_RPC_INTERNAL_ERROR, orch_slice_str(m));
         return;
     }
@@ -54,9 +57,11 @@ static void take_result(struct orch_call *c, lua_State *L, int nres)
     meta = !lua_isnil(L, -1);
     lua_pop(L, 2);
     if (!hinted)
-        orch_buf_str(&c->text, c->text.n ? ",\"ttlMs\":0,\"cacheScope\":\"private\"" : "\"ttlMs\":0,\"cacheScope\":\"private\"");
+        orch_buf_str(&c->text, c->text.n ? ",\"ttlMs\":0,\"cacheScope\":\"private\""
+                                         : "\"ttlMs\":0,\"cacheScope\":\"private\"");
     if (!meta)
-        orch_buf_printf(&c->text, "%s\"_meta\":{\"io.modelcontextprotocol/serverInfo\":%s}", c->text.n ? "," : "", c->server_info);
+        orch_buf_printf(&c->text, "%s\"_meta\":{\"io.modelcontextprotocol/serverInfo\":%s}",
+                        c->text.n ? "," : "", c->server_info);
 }
 
 void orch_request_take(struct orch_call *c, lua_State *L, int nres, const struct orch_err *err)

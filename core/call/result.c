@@ -3,6 +3,7 @@
 
 #include "../script/jsonlib.h"
 
+#include <lauxlib.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -26,7 +27,14 @@ static void put_meta(struct orch_call *c)
     orch_buf_char(b, '}');
 }
 
-static void put_text_result(struct orch_call *c, struct orch_slice prefix, struct orch_slice text, bool is_error)
+void orch_call_put_origin(const struct orch_call *c, struct orch_buf *b)
+{
+    orch_buf_printf(b, "\"_meta\":{\"orch/call\":\"%s\",\"io.modelcontextprotocol/serverInfo\":%s}",
+                    c->id, c->server_info);
+}
+
+static void put_text_result(struct orch_call *c, struct orch_slice prefix, struct orch_slice text,
+                            bool is_error)
 {
     struct orch_buf *b = &c->text;
     b->n = 0;
@@ -85,7 +93,6 @@ void orch_call_members(struct orch_call *c, struct orch_slice members)
     orch_buf_slice(&c->text, members);
 }
 
-
 void orch_call_missing(struct orch_call *c)
 {
     struct orch_buf *b = &c->rpc_data;
@@ -95,7 +102,8 @@ void orch_call_missing(struct orch_call *c)
     if (m & (ORCH_MCP_CAP_FORM | ORCH_MCP_CAP_URL))
         orch_buf_printf(b, "\"elicitation\":{\"%s\":{}},", m & ORCH_MCP_CAP_URL ? "url" : "form");
     if (m & (ORCH_MCP_CAP_SAMPLING | ORCH_MCP_CAP_SAMPLING_TOOLS))
-        orch_buf_str(b, m & ORCH_MCP_CAP_SAMPLING_TOOLS ? "\"sampling\":{\"tools\":{}}," : "\"sampling\":{},");
+        orch_buf_str(b, m & ORCH_MCP_CAP_SAMPLING_TOOLS ? "\"sampling\":{\"tools\":{}},"
+                                                        : "\"sampling\":{},");
     if (m & ORCH_MCP_CAP_ROOTS)
         orch_buf_str(b, "\"roots\":{},");
     if (m & ORCH_MCP_CAP_TASKS)
@@ -211,7 +219,9 @@ void orch_call_take_lua(struct orch_call *c, lua_State *L, int nres)
         const char *s = lua_tolstring(L, first, &n);
         orch_call_text(c, (struct orch_slice){ s, n }, false);
     } else if (type == LUA_TNIL && nres >= 2) {
-        const char *code = nres >= 3 && lua_type(L, first + 2) == LUA_TSTRING ? lua_tostring(L, first + 2) : NULL;
+        const char *code = nres >= 3 && lua_type(L, first + 2) == LUA_TSTRING
+                               ? lua_tostring(L, first + 2)
+                               : NULL;
         struct orch_slice why = ORCH_SLICE("the tool gave no reason");
         const char *text = lua_tolstring(L, first + 1, &why.n); /* a guest's output may be in it */
         if (text)
@@ -224,8 +234,9 @@ void orch_call_take_lua(struct orch_call *c, lua_State *L, int nres)
         else if (nres >= 3 && lua_type(L, first + 2) == LUA_TNUMBER) /* it wants a JSON-RPC error */
             orch_call_rpc_error(c, (int)lua_tonumber(L, first + 2), why);
     } else {
-        cleanup_free char *m = orch_xasprintf("%s: run must return a table, a string, or nil and an error; it returned %s", c->tool->name,
-                                              lua_typename(L, type));
+        cleanup_free char *m = orch_xasprintf(
+            "%s: run must return a table, a string, or nil and an error; it returned %s",
+            c->tool->name, lua_typename(L, type));
         fail(c, m);
     }
 }
@@ -251,7 +262,9 @@ void orch_call_redact(struct orch_call *c)
         orch_buf_slice(&whole, (struct orch_slice){ c->text.p, c->text.n });
         orch_buf_char(&whole, '}');
     }
-    if (orch_json_scan(&d, (struct orch_slice){ whole.p, whole.n }, &(struct orch_json_limits){ .bytes = 256 << 20, .depth = 1000 }, &fault) < 0 ||
+    if (orch_json_scan(&d, (struct orch_slice){ whole.p, whole.n },
+                       &(struct orch_json_limits){ .bytes = 256 << 20, .depth = 1000 },
+                       &fault) < 0 ||
         orch_redact_json(c->gen, c->redact, c->n_redact, &d, 0, &out) < 0) {
         orch_call_withhold(c, "the result was withheld: a redact pattern hit its match limit");
         return;
@@ -259,7 +272,8 @@ void orch_call_redact(struct orch_call *c)
     c->text.n = 0;
     if (c->rpc_code) {
         cleanup_json struct orch_json_doc text = { 0 };
-        if (orch_json_scan(&text, (struct orch_slice){ out.p, out.n }, &(struct orch_json_limits){ 0 }, &fault) == 0)
+        if (orch_json_scan(&text, (struct orch_slice){ out.p, out.n },
+                           &(struct orch_json_limits){ 0 }, &fault) == 0)
             orch_json_string(&text, 0, &c->text);
     } else {
         orch_buf_add(&c->text, out.p + 1, out.n - 2);

@@ -125,8 +125,9 @@ static void answer_ended(struct orch_calls *cs, struct orch_call *ended)
         orch_log(ORCH_ERROR, "%s", err.msg);
         for (struct orch_call *c = ended; c; c = c->next)
             if (c->reserved)
-                orch_call_withhold(c, "the outcome could not be written to the audit log; the answer "
-                                      "is withheld");
+                orch_call_withhold(c,
+                                   "the outcome could not be written to the audit log; the answer "
+                                   "is withheld");
     }
     for (struct orch_call *c = ended, *next; c; c = next) {
         next = c->next;

@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <lauxlib.h>
 #include <string.h>
 #include <sys/stat.h>
 
@@ -14,7 +15,8 @@ static int secret_concat(lua_State *L)
     lua_settop(L, 2);
     cleanup_buf struct orch_buf b = { 0 };
     for (int i = 1; i <= 2; i++) {
-        const char *s = lua_type(L, i) == LUA_TUSERDATA ? luaL_testudata(L, i, "orch.secret") : lua_tostring(L, i);
+        const char *s = lua_type(L, i) == LUA_TUSERDATA ? luaL_testudata(L, i, "orch.secret")
+                                                        : lua_tostring(L, i);
         if (!s)
             return luaL_error(L, "a secret can only be joined with strings");
         orch_buf_str(&b, s);
@@ -33,7 +35,8 @@ static int secret_tostring(lua_State *L)
 
 static int l_is_secret(lua_State *L)
 {
-    lua_pushboolean(L, lua_type(L, 1) == LUA_TUSERDATA && luaL_testudata(L, 1, "orch.secret") != NULL);
+    lua_pushboolean(L,
+                    lua_type(L, 1) == LUA_TUSERDATA && luaL_testudata(L, 1, "orch.secret") != NULL);
     return 1;
 }
 
@@ -43,7 +46,10 @@ static int l_config_env(lua_State *L)
     const char *value = getenv(name);
     if (!value) {
         if (lua_gettop(L) < 2)
-            return luaL_error(L, "the environment variable %s is not set; set it, or give a default: env(\"%s\", nil)", name, name);
+            return luaL_error(L,
+                              "the environment variable %s is not set; set it, or give a default: "
+                              "env(\"%s\", nil)",
+                              name, name);
         lua_settop(L, 2);
         return 1;
     }
@@ -138,7 +144,8 @@ static void read_config(struct orch_loading *l, lua_State *L)
     size_t kept = 0;
     for (size_t i = 0; i < c->n_permit; i++) {
         lua_rawgeti(L, -1, (int)i + 1);
-        if (orch_cidr_parse(lua_tostring(L, -1), &c->permit[kept], NULL) == 0) /* IPv6: nothing is reachable by it */
+        if (orch_cidr_parse(lua_tostring(L, -1), &c->permit[kept], NULL) ==
+            0) /* IPv6: nothing is reachable by it */
             kept++;
         lua_pop(L, 1);
     }
@@ -171,7 +178,9 @@ int orch_load_config(struct orch_loading *l)
     int dirfd = orch_hold_dir(l->cur, *l->base ? l->base : "/");
     if (dirfd < 0)
         orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: %s", l->base, strerror(-dirfd));
-    if (dirfd < 0 || orch_load_read(l, dirfd, strrchr(l->cur->paths->config, '/') + 1, l->cur->paths->config, l->cur->paths->origin == ORCH_CONFIG_BUILTIN, &text) < 0)
+    if (dirfd < 0 ||
+        orch_load_read(l, dirfd, strrchr(l->cur->paths->config, '/') + 1, l->cur->paths->config,
+                       l->cur->paths->origin == ORCH_CONFIG_BUILTIN, &text) < 0)
         return -1;
     const char *shown = orch_load_display(l, l->cur->paths->config);
     char sha[sizeof l->sha];
@@ -229,7 +238,8 @@ int orch_load_config(struct orch_loading *l)
     lua_settop(L, 0);
     struct stat st;
     if (g->cfg.workspace && (stat(g->cfg.workspace, &st) < 0 || !S_ISDIR(st.st_mode))) {
-        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: workspace: %s is not a directory", shown, g->cfg.workspace);
+        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: workspace: %s is not a directory", shown,
+                       g->cfg.workspace);
         return -1;
     }
     return 0;

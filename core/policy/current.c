@@ -41,10 +41,11 @@ static void note(struct orch_current *cur, const char *why, bool ok, int64_t sta
     if (!ok) {
         size_t n = cur->error.n;
         orch_buf_str(&fields, ",\"error\":");
-        orch_json_quote(&fields, (struct orch_slice){ cur->error.p,
-                                                      n > ERROR_NOTED_BYTES ? ERROR_NOTED_BYTES : n });
+        orch_json_quote(&fields, (struct orch_slice){
+                                     cur->error.p, n > ERROR_NOTED_BYTES ? ERROR_NOTED_BYTES : n });
     }
-    orch_buf_slice(&fields, (struct orch_slice){ cur->gen->audit_field.p, cur->gen->audit_field.n });
+    orch_buf_slice(&fields,
+                   (struct orch_slice){ cur->gen->audit_field.p, cur->gen->audit_field.n });
     orch_audit_note(cur->audit, "reload", (struct orch_slice){ fields.p, fields.n });
 }
 
@@ -105,7 +106,8 @@ void orch_current_watch(struct orch_current *cur)
     if (!cur->watch)
         cur->watch = orch_dirwatch_new(cur->loop, RELOAD_QUIET_MS, files_changed, cur, &err);
     if (!cur->watch) {
-        orch_log(ORCH_WARN, "changes of files will not be noticed (orch reload works): %s", err.msg);
+        orch_log(ORCH_WARN, "changes of files will not be noticed (orch reload works): %s",
+                 err.msg);
         return;
     }
     cleanup_buf struct orch_buf dirs = { 0 };

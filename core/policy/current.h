@@ -13,7 +13,7 @@ struct orch_rate;
 
 /* What loading needs of those above; ud is given to each. */
 struct orch_current_ops {
-    void (*open)(lua_State *L);             /* opens the API in a new state */
+    void (*open)(lua_State *L);                /* opens the API in a new state */
     int (*open_tools)(struct orch_loading *l); /* and what of it is Lua's, in the tool state */
     /* Pushes what predicates see of a session { id =, marks = }, and what its client says of itself. */
     void (*session)(void *ud, lua_State *L, const char *id);

@@ -1,5 +1,5 @@
-/* The policy engine's C side: loads policies/*.lua into the policy state, where lua/policy.lua compiles them,
- * and asks it. */
+/* The policy engine's C side: loads what lies in policies/ into the policy state, where lua/policy/engine.lua
+ * compiles it, and asks it. */
 #include "policy_int.h"
 
 #include "../script/jsonlib.h"
@@ -59,7 +59,8 @@ static int load_policy_file(struct orch_loading *l, int dirfd, const char *name)
     cleanup_free char *path = orch_xasprintf("%s/%s", g->cfg.policies, name);
     const char *shown = orch_load_display(l, path);
     cleanup_buf struct orch_buf text = { 0 };
-    if (orch_load_read(l, dirfd, name, path, l->cur->paths->origin == ORCH_CONFIG_BUILTIN, &text) < 0)
+    if (orch_load_read(l, dirfd, name, path, l->cur->paths->origin == ORCH_CONFIG_BUILTIN, &text) <
+        0)
         return -1;
     struct orch_slice source = { text.p, text.n };
     if (orch_load_run(l, g->policy, shown, source, 0) < 0)
@@ -105,8 +106,9 @@ int orch_load_policies(struct orch_loading *l)
     bool tools = false;
     for (size_t i = 0; i < n; i++) {
         if (strcmp(names[i], "tools.lua") != 0 && strcmp(names[i], "network.lua") != 0) {
-            orch_load_fail(l, ORCH_CLASS_CONFIG, "%s/%s: not a policy file; only tools.lua and network.lua belong here", orch_load_display(l, g->cfg.policies),
-                 names[i]);
+            orch_load_fail(l, ORCH_CLASS_CONFIG,
+                           "%s/%s: not a policy file; only tools.lua and network.lua belong here",
+                           orch_load_display(l, g->cfg.policies), names[i]);
             r = -1;
         } else if (load_policy_file(l, dirfd, names[i]) < 0) {
             r = -1;
@@ -115,8 +117,10 @@ int orch_load_policies(struct orch_loading *l)
     }
     orch_load_free_names(names, n);
     if (!tools) {
-        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s/tools.lua: missing; without rules every call would be denied; run: orch init",
-             orch_load_display(l, g->cfg.policies));
+        orch_load_fail(
+            l, ORCH_CLASS_CONFIG,
+            "%s/tools.lua: missing; without rules every call would be denied; run: orch init",
+            orch_load_display(l, g->cfg.policies));
         return -1;
     }
     return r;
@@ -221,9 +225,9 @@ static int take_args(struct orch_judgement *j, lua_State *L, const struct orch_j
     return 0;
 }
 
-int orch_generation_judge(struct orch_generation *g, const struct orch_tool *tool, const char *session,
-                          const char *caller, const struct orch_json_doc *d, uint32_t args,
-                          struct orch_judgement *j, struct orch_err *err)
+int orch_generation_judge(struct orch_generation *g, const struct orch_tool *tool,
+                          const char *session, const char *caller, const struct orch_json_doc *d,
+                          uint32_t args, struct orch_judgement *j, struct orch_err *err)
 {
     lua_State *L = orch_state_lua(g->policy);
     *j = (struct orch_judgement){ .rules = "[]", .g = g };
@@ -277,11 +281,13 @@ void orch_generation_forget_session(struct orch_generation *g, const char *id)
     lua_getfield(L, -1, "forget_session");
     lua_remove(L, -2);
     lua_pushstring(L, id);
-    (void)orch_state_pcall(g->policy, 1, 0, NULL); /* it cannot fail but by a limit: then it is kept */
+    (void)orch_state_pcall(g->policy, 1, 0,
+                           NULL); /* it cannot fail but by a limit: then it is kept */
 }
 
 /* Calls engine.METHOD with n_args values already pushed; its one result as JSON. */
-static int engine_json(struct orch_generation *g, const char *method, int n_args, struct orch_buf *out, struct orch_err *err)
+static int engine_json(struct orch_generation *g, const char *method, int n_args,
+                       struct orch_buf *out, struct orch_err *err)
 {
     lua_State *L = orch_state_lua(g->policy);
     char why[256];
@@ -297,13 +303,15 @@ static int engine_json(struct orch_generation *g, const char *method, int n_args
     return r < 0 ? orch_err_set(err, EINVAL, "%s", why) : 0;
 }
 
-int orch_generation_explain(struct orch_generation *g, const char *tool, struct orch_slice args, struct orch_buf *out, struct orch_err *err)
+int orch_generation_explain(struct orch_generation *g, const char *tool, struct orch_slice args,
+                            struct orch_buf *out, struct orch_err *err)
 {
     lua_State *L = orch_state_lua(g->policy);
     cleanup_json struct orch_json_doc d = { 0 };
     struct orch_json_fault fault;
     if (orch_json_scan(&d, args, &(struct orch_json_limits){ 0 }, &fault) < 0)
-        return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL, "arguments: %s at byte %zu", fault.rule, fault.byte);
+        return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL, "arguments: %s at byte %zu", fault.rule,
+                             fault.byte);
     if (d.toks[0].type != ORCH_JSON_OBJECT)
         return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL, "arguments: must be a JSON object");
     lua_pushstring(L, tool);

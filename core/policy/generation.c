@@ -24,8 +24,11 @@ static int load_all(struct orch_loading *l)
     if (r < 0 || orch_load_networks(l) < 0 || orch_load_finish_policies(l) < 0)
         return -1;
     orch_generation_list(g);
-    orch_state_set_limits(g->policy, g->cfg.policy_memory_bytes, (uint64_t)g->cfg.policy_time_ms * ORCH_STEPS_PER_MS, g->cfg.policy_time_ms);
-    orch_state_set_limits(g->tools_state, g->cfg.tool_memory_bytes, (uint64_t)g->cfg.tool_cpu_ms * ORCH_STEPS_PER_MS, g->cfg.tool_cpu_ms);
+    orch_state_set_limits(g->policy, g->cfg.policy_memory_bytes,
+                          (uint64_t)g->cfg.policy_time_ms * ORCH_STEPS_PER_MS,
+                          g->cfg.policy_time_ms);
+    orch_state_set_limits(g->tools_state, g->cfg.tool_memory_bytes,
+                          (uint64_t)g->cfg.tool_cpu_ms * ORCH_STEPS_PER_MS, g->cfg.tool_cpu_ms);
     uint8_t digest[ORCH_SHA256_BYTES];
     orch_sha256_final(&l->hash, digest);
     cleanup_buf struct orch_buf hex = { 0 };
@@ -38,7 +41,9 @@ static int load_all(struct orch_loading *l)
 struct orch_generation *orch_generation_load(struct orch_current *cur, enum orch_trust_mode mode,
                                              struct orch_buf *errors, enum orch_class *cls)
 {
-    struct orch_loading l = { .cur = cur, .mode = mode, .errors = errors, .cls = ORCH_CLASS_CONFIG };
+    struct orch_loading l = {
+        .cur = cur, .mode = mode, .errors = errors, .cls = ORCH_CLASS_CONFIG
+    };
     l.g = orch_xcalloc(1, sizeof *l.g);
     l.g->hostaddr = cur->hostaddr;
     l.g->refs = 1;

@@ -34,7 +34,10 @@ static int l_cidr(lua_State *L)
     int r = orch_cidr_parse(luaL_checkstring(L, 1), &c, &err);
     const char *never = r < 0 ? NULL : orch_policy_never(&p, c);
     if (never)
-        r = orch_err_set(&err, EACCES, "%s is never allowed (%s) unless net.permit_private in the configuration names it", lua_tostring(L, 1), never);
+        r = orch_err_set(
+            &err, EACCES,
+            "%s is never allowed (%s) unless net.permit_private in the configuration names it",
+            lua_tostring(L, 1), never);
     return push_verdict(L, r, &err);
 }
 
@@ -93,16 +96,21 @@ static int bad(struct orch_err *err, size_t entry, const char *fmt, ...)
                  : orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL, "%s", text);
 }
 
-static int read_ports(lua_State *L, int idx, size_t entry, struct orch_allow *a, struct orch_ports *out, struct orch_err *err)
+static int read_ports(lua_State *L, int idx, size_t entry, struct orch_allow *a,
+                      struct orch_ports *out, struct orch_err *err)
 {
-    if (get(L, idx, "ports") != LUA_TTABLE || !lua_objlen(L, -1) || lua_objlen(L, -1) > ORCH_PORTS_MAX)
-        return bad(err, entry, "ports is required: a list of 1 to %d ports or ranges", ORCH_PORTS_MAX);
+    if (get(L, idx, "ports") != LUA_TTABLE || !lua_objlen(L, -1) ||
+        lua_objlen(L, -1) > ORCH_PORTS_MAX)
+        return bad(err, entry, "ports is required: a list of 1 to %d ports or ranges",
+                   ORCH_PORTS_MAX);
     a->ports = out;
     a->n_ports = lua_objlen(L, -1);
     for (size_t i = 0; i < a->n_ports; i++) {
         struct orch_err why = { 0 };
         lua_rawgeti(L, -1, (int)i + 1);
-        const char *text = lua_type(L, -1) == LUA_TSTRING || lua_type(L, -1) == LUA_TNUMBER ? lua_tostring(L, -1) : "";
+        const char *text = lua_type(L, -1) == LUA_TSTRING || lua_type(L, -1) == LUA_TNUMBER
+                               ? lua_tostring(L, -1)
+                               : "";
         if (orch_ports_parse(text, &out[i], &why) < 0)
             return bad(err, entry, "ports[%zu]: %s", i + 1, why.msg);
         lua_pop(L, 1);
@@ -111,14 +119,17 @@ static int read_ports(lua_State *L, int idx, size_t entry, struct orch_allow *a,
     return 0;
 }
 
-static int read_allow(lua_State *L, int idx, size_t entry, struct orch_allow *a, struct orch_ports *ports, struct orch_err *err)
+static int read_allow(lua_State *L, int idx, size_t entry, struct orch_allow *a,
+                      struct orch_ports *ports, struct orch_err *err)
 {
     struct orch_err why = { 0 };
     if (get(L, idx, "host") != LUA_TNIL)
         return bad(err, entry, "rules by host name are not available yet; use cidr");
     lua_pop(L, 1);
-    if (get(L, idx, "cidr") != LUA_TSTRING || orch_cidr_parse(lua_tostring(L, -1), &a->cidr, &why) < 0)
-        return bad(err, entry, "cidr: %s", why.msg[0] ? why.msg : "must be a text like \"198.51.100.0/24\"");
+    if (get(L, idx, "cidr") != LUA_TSTRING ||
+        orch_cidr_parse(lua_tostring(L, -1), &a->cidr, &why) < 0)
+        return bad(err, entry, "cidr: %s",
+                   why.msg[0] ? why.msg : "must be a text like \"198.51.100.0/24\"");
     lua_pop(L, 1);
     int type = get(L, idx, "proto");
     const char *proto = type == LUA_TSTRING ? lua_tostring(L, -1) : "";
@@ -141,7 +152,8 @@ static int read_numbers(lua_State *L, int idx, struct orch_policy *p, struct orc
     type = get(L, idx, "bandwidth");
     if (type != LUA_TNIL && type != LUA_TSTRING)
         return bad(err, 0, "bandwidth must be a text like \"10mbit\"");
-    if (type == LUA_TSTRING && orch_bandwidth_parse(lua_tostring(L, -1), &p->bandwidth_bits, &why) < 0)
+    if (type == LUA_TSTRING &&
+        orch_bandwidth_parse(lua_tostring(L, -1), &p->bandwidth_bits, &why) < 0)
         return bad(err, 0, "bandwidth %s", why.msg);
     lua_pop(L, 1);
     return 0;
@@ -154,9 +166,11 @@ int orch_policy_box_read(lua_State *L, int idx, struct orch_policy_box *b, struc
         idx = top + idx + 1;
     *b = (struct orch_policy_box){ 0 };
     luaL_checkstack(L, 8, NULL);
-    if (!lua_istable(L, idx) || get(L, idx, "allow") != LUA_TTABLE || lua_objlen(L, -1) > ORCH_ALLOW_MAX) {
+    if (!lua_istable(L, idx) || get(L, idx, "allow") != LUA_TTABLE ||
+        lua_objlen(L, -1) > ORCH_ALLOW_MAX) {
         lua_settop(L, top);
-        return bad(err, 0, "a network policy is { allow = { … } } with at most %d entries", ORCH_ALLOW_MAX);
+        return bad(err, 0, "a network policy is { allow = { … } } with at most %d entries",
+                   ORCH_ALLOW_MAX);
     }
     int list = lua_gettop(L);
     size_t n = lua_objlen(L, list);
@@ -166,7 +180,8 @@ int orch_policy_box_read(lua_State *L, int idx, struct orch_policy_box *b, struc
     b->p.n_allow = n;
     for (size_t i = 0; i < n && r == 0; i++) {
         lua_rawgeti(L, list, (int)i + 1);
-        r = lua_istable(L, -1) ? read_allow(L, lua_gettop(L), i + 1, &b->allow[i], b->ports + i * ORCH_PORTS_MAX, err)
+        r = lua_istable(L, -1) ? read_allow(L, lua_gettop(L), i + 1, &b->allow[i],
+                                            b->ports + i * ORCH_PORTS_MAX, err)
                                : bad(err, i + 1, "must be a table");
         lua_settop(L, list);
     }
@@ -239,7 +254,8 @@ static int find(const struct orch_generation *g, const char *network, struct orc
         i++;
     if (i == g->n_networks)
         return orch_err_setc(err, ORCH_CLASS_CONFIG, ENOENT,
-                             "no network policy \"%s\" in %s/network.lua", network, g->cfg.policies);
+                             "no network policy \"%s\" in %s/network.lua", network,
+                             g->cfg.policies);
     *p = g->networks[i].box.p;
     return orch_generation_fill_policy(g, p, err);
 }
@@ -251,9 +267,9 @@ struct orch_rules *orch_generation_rules(const struct orch_generation *g, const 
     return find(g, network, &p, err) < 0 ? NULL : orch_rules_new(&p, err);
 }
 
-int orch_generation_explain_packet(const struct orch_generation *g, const char *network, uint32_t addr,
-                                   uint8_t proto, uint16_t port, bool *allowed, char *rule, size_t n,
-                                   struct orch_err *err)
+int orch_generation_explain_packet(const struct orch_generation *g, const char *network,
+                                   uint32_t addr, uint8_t proto, uint16_t port, bool *allowed,
+                                   char *rule, size_t n, struct orch_err *err)
 {
     struct orch_policy p;
     int r = find(g, network, &p, err);

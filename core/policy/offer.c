@@ -14,7 +14,8 @@ struct offer_dir {
 };
 
 /* The options for lua/serve.lua are below the file's table: options[name][n], options.where[name][n]. */
-static int take_offer_file(struct orch_loading *l, void *ud, const char *path, const char *shown, bool product)
+static int take_offer_file(struct orch_loading *l, void *ud, const char *path, const char *shown,
+                           bool product)
 {
     struct offer_dir *dir = ud;
     lua_State *L = orch_state_lua(l->g->tools_state);
@@ -61,7 +62,8 @@ int orch_load_offer(struct orch_loading *l)
     int r = 0;
     for (size_t i = 0; i < ORCH_ARRAY_LEN(dirs); i++) {
         cleanup_free char *path = orch_xasprintf("%s/lua/%s", l->base, dirs[i].name);
-        if (orch_hold_dir(l->cur, path) != -ENOENT && orch_load_dir(l, path, dirs[i].name, false, take_offer_file, &dirs[i]) < 0)
+        if (orch_hold_dir(l->cur, path) != -ENOENT &&
+            orch_load_dir(l, path, dirs[i].name, false, take_offer_file, &dirs[i]) < 0)
             r = -1;
     }
     orch_sha256_final(&sum, g->offer_digest);
@@ -72,9 +74,11 @@ int orch_load_offer(struct orch_loading *l)
     if (orch_load_run_product(l, g->tools_state, "serve.lua", 0) < 0)
         return -1;
     lua_insert(L, -2);
-    if (orch_state_pcall(g->tools_state, 1, 2, &err) < 0) { /* tools, which it has none of here, and the handler */
+    if (orch_state_pcall(g->tools_state, 1, 2, &err) <
+        0) { /* tools, which it has none of here, and the handler */
         char *end = strchr(err.msg, '\n');
-        orch_load_fail(l, ORCH_CLASS_CONFIG, "%.*s", end ? (int)(end - err.msg) : (int)strlen(err.msg), err.msg);
+        orch_load_fail(l, ORCH_CLASS_CONFIG, "%.*s",
+                       end ? (int)(end - err.msg) : (int)strlen(err.msg), err.msg);
         return -1;
     }
     g->handle_ref = luaL_ref(L, LUA_REGISTRYINDEX);

@@ -23,7 +23,8 @@ static bool install_at(struct orch_paths *p, const char *dir, bool tree)
         return false;
     p->share = realpath(share, NULL);
     if (!p->launcher)
-        p->launcher = orch_xasprintf("%s/%s", p->share, tree ? "launcher" : "../../libexec/orch/launcher");
+        p->launcher = orch_xasprintf("%s/%s", p->share,
+                                     tree ? "launcher" : "../../libexec/orch/launcher");
     if (!p->agent)
         p->agent = orch_xasprintf("%s/%s", p->share, tree ? "agent" : "../../libexec/orch/agent");
     return true;
@@ -39,13 +40,15 @@ static void find_install(struct orch_paths *p)
     char *slash = strrchr(exe, '/');
     if (slash)
         *slash = 0;
-    if (install_at(p, exe, true) || install_at(p, exe, false) || install_at(p, ORCH_PREFIX "/bin", false))
+    if (install_at(p, exe, true) || install_at(p, exe, false) ||
+        install_at(p, ORCH_PREFIX "/bin", false))
         return;
     cleanup_free char *path = orch_xstrdup(getenv("PATH") ? getenv("PATH") : "");
     for (char *save, *dir = strtok_r(path, ":", &save); dir; dir = strtok_r(NULL, ":", &save)) {
         cleanup_free char *program = orch_xasprintf("%s/orch", dir);
         cleanup_free char *real = dir[0] == '/' ? realpath(program, NULL) : NULL;
-        if (real && strrchr(real, '/') && (*strrchr(real, '/') = 0, install_at(p, real, false) || install_at(p, real, true)))
+        if (real && strrchr(real, '/') &&
+            (*strrchr(real, '/') = 0, install_at(p, real, false) || install_at(p, real, true)))
             return;
     }
     /* Not there: what opens the files says so. */
@@ -79,7 +82,8 @@ static int find_config(struct orch_paths *p, const char *option, struct orch_err
     if (named) {
         if (try_config(p, orch_xstrdup(named), option ? ORCH_CONFIG_OPTION : ORCH_CONFIG_ENV))
             return 0;
-        return orch_err_setc(err, ORCH_CLASS_CONFIG, ENOENT, "%s: no such configuration (given by %s)", named,
+        return orch_err_setc(err, ORCH_CLASS_CONFIG, ENOENT,
+                             "%s: no such configuration (given by %s)", named,
                              option ? "--config" : "ORCH_CONFIG");
     }
     if (try_config(p, orch_xasprintf("%s/orchestrator.lua", p->cwd), ORCH_CONFIG_CWD) ||
@@ -87,8 +91,10 @@ static int find_config(struct orch_paths *p, const char *option, struct orch_err
         try_config(p, orch_xstrdup(ORCH_SYSTEM_CONFIG "/orchestrator.lua"), ORCH_CONFIG_ETC) ||
         try_config(p, orch_xasprintf("%s/orchestrator.lua", p->share), ORCH_CONFIG_BUILTIN))
         return 0;
-    return orch_err_setc(err, ORCH_CLASS_CONFIG, ENOENT, "%s/orchestrator.lua: the built-in configuration is missing; is orch installed whole?",
-                         p->share);
+    return orch_err_setc(
+        err, ORCH_CLASS_CONFIG, ENOENT,
+        "%s/orchestrator.lua: the built-in configuration is missing; is orch installed whole?",
+        p->share);
 }
 
 int orch_paths_find(struct orch_paths *p, const char *config_option, struct orch_err *err)
@@ -98,14 +104,17 @@ int orch_paths_find(struct orch_paths *p, const char *config_option, struct orch
     p->home = orch_xstrdup(home && *home == '/' ? home : pw ? pw->pw_dir : "/nonexistent");
     p->cwd = getcwd(NULL, 0);
     if (!p->cwd)
-        return orch_err_set(err, errno, "the working directory cannot be read: %s", strerror(errno));
+        return orch_err_set(err, errno, "the working directory cannot be read: %s",
+                            strerror(errno));
     if (!p->share)
         find_install(p);
     bool root = geteuid() == 0;
     const char *run = getenv("XDG_RUNTIME_DIR");
-    p->state = root && !getenv("XDG_STATE_HOME") ? orch_xstrdup("/var/lib/orch") : xdg("XDG_STATE_HOME", p->home, ".local/state");
-    p->cache = root && !getenv("XDG_CACHE_HOME") ? orch_xstrdup("/var/cache/orch") : xdg("XDG_CACHE_HOME", p->home, ".cache");
-    p->runtime = root && !run           ? orch_xstrdup("/run/orch")
+    p->state = root && !getenv("XDG_STATE_HOME") ? orch_xstrdup("/var/lib/orch")
+                                                 : xdg("XDG_STATE_HOME", p->home, ".local/state");
+    p->cache = root && !getenv("XDG_CACHE_HOME") ? orch_xstrdup("/var/cache/orch")
+                                                 : xdg("XDG_CACHE_HOME", p->home, ".cache");
+    p->runtime = root && !run         ? orch_xstrdup("/run/orch")
                  : run && *run == '/' ? orch_xasprintf("%s/orch", run)
                                       : orch_xasprintf("%s/run", p->state);
     p->user_config = xdg("XDG_CONFIG_HOME", p->home, ".config");

@@ -16,6 +16,7 @@
 
 struct orch_call;
 struct orch_current;
+struct orch_generation;
 struct orch_hostaddr;
 struct orch_regex;
 
@@ -23,7 +24,7 @@ struct orch_regex;
 
 struct orch_config {
     char *policies, *workspace, *audit_dir;
-    char **tools; /* directories, NULL-terminated */
+    char **tools;                           /* directories, NULL-terminated */
     char *vm_backend, *vm_accel, *vm_image; /* image: NULL when none is named */
     uint64_t vm_memory_bytes;
     int vm_vcpus, vm_max;
@@ -42,7 +43,8 @@ struct orch_config {
 
 /* How a tool's calls are carried out. */
 struct orch_tool_backend {
-    bool lua_args; /* the call's arguments are wanted as a Lua value of the tool's state, not as bytes */
+    bool
+        lua_args; /* the call's arguments are wanted as a Lua value of the tool's state, not as bytes */
     const char *unfinished; /* what to say of one whose time is over: "no answer" */
     /* The call was judged, recorded and may run: it ends by orch_call_end, at once or later. */
     void (*start)(struct orch_call *c);
@@ -61,7 +63,11 @@ struct orch_tool {
     char *input;              /* its JSON Schema */
     struct orch_mcp_param_list headers; /* x-mcp-header in it */
     bool listed, shipped;
-    enum { ORCH_TOOL_NO_TASK, ORCH_TOOL_TASK, ORCH_TOOL_TASK_ONLY } task; /* where the client can; only so */
+    enum {
+        ORCH_TOOL_NO_TASK,
+        ORCH_TOOL_TASK,
+        ORCH_TOOL_TASK_ONLY
+    } task;                  /* where the client can; only so */
     int name_ref;            /* policy state: the name, interned */
     int run_ref, output_ref; /* tool state */
     int64_t timeout_ms;      /* 0: the configuration's vm.timeout */
@@ -74,11 +80,17 @@ struct orch_tool {
 struct orch_tool_source {
     struct orch_tool_source *next;
     bool alone; /* there are no tools but these, and no resources or prompts of the folders */
-    int (*add)(void *ud, struct orch_generation *g, struct orch_err *err); /* by orch_generation_add_tool */
+    int (*add)(void *ud, struct orch_generation *g,
+               struct orch_err *err); /* by orch_generation_add_tool */
     void *ud;
 };
 
 void orch_tool_fini(struct orch_tool *t); /* frees its strings */
+/* The tools in the list at idx of L, written as tool files return them, whose functions stay in s. Each
+ * is the caller's. where: what messages call the list. */
+int orch_tools_read(struct orch_current *cur, struct orch_state *s, lua_State *L, int idx,
+                    const char *where, void (*each)(void *ud, struct orch_tool *t), void *ud,
+                    struct orch_err *err);
 
 /* ---- the generation */
 
@@ -95,8 +107,8 @@ struct orch_generation {
     struct orch_config cfg;
     struct orch_state *policy, *tools_state;
     int judge_ref, engine_ref;
-    int handle_ref;    /* tool state: answers resources and prompts of the configuration's folders */
-    unsigned features; /* ORCH_MCP_* of those */
+    int handle_ref; /* tool state: answers resources and prompts of the configuration's folders */
+    unsigned features;                       /* ORCH_MCP_* of those */
     uint8_t offer_digest[ORCH_SHA256_BYTES]; /* of their files */
     bool alone;                              /* it has a source's tools alone */
     struct orch_tool **tools;                /* sorted by wire name */
@@ -112,7 +124,7 @@ struct orch_generation {
     struct orch_buf notes;          /* warnings, a line each */
     char *config_show;              /* JSON for config show */
     struct orch_trust_list sources; /* configuration, policies and tools as they were read */
-    char *linked; /* one of them that has another name too, and is not trusted by its content; NULL */
+    char *linked; /* one of them that has another name too, not trusted by its content; NULL */
 };
 
 /* ANY: whether it is trusted or not, for orch trust. */
@@ -124,7 +136,8 @@ struct orch_generation *orch_generation_load(struct orch_current *cur, enum orch
 struct orch_generation *orch_generation_ref(struct orch_generation *g);
 void orch_generation_unref(struct orch_generation *g);
 
-struct orch_tool *orch_generation_tool(const struct orch_generation *g, struct orch_slice wire_name);
+struct orch_tool *orch_generation_tool(const struct orch_generation *g,
+                                       struct orch_slice wire_name);
 /* Adds a tool (copied). untrusted: JSON of what an upstream says of it, or empty. */
 int orch_generation_add_tool(struct orch_generation *g, const struct orch_tool *t,
                              struct orch_slice untrusted, struct orch_err *err);
@@ -135,10 +148,10 @@ void orch_generation_list(struct orch_generation *g); /* makes g->list anew */
 enum { ORCH_ALLOW = 1, ORCH_ASK, ORCH_DENY }; /* as lua/policy/engine.lua returns them */
 
 struct orch_judgement {
-    int verdict;               /* 0: the arguments are wrong, reason says how */
+    int verdict;                /* 0: the arguments are wrong, reason says how */
     const char *reason, *rules; /* rules: a JSON array of file:line; good until fini */
-    char *network;             /* NULL: none */
-    uint16_t *redact;          /* indices of the generation's patterns */
+    char *network;              /* NULL: none */
+    uint16_t *redact;           /* indices of the generation's patterns */
     size_t n_redact;
     char **marks; /* NULL-terminated, or NULL */
     /* What is called in place of the arguments that came, rewritten or without nulls that stand for absent
@@ -149,9 +162,9 @@ struct orch_judgement {
 };
 
 /* Negative with err: a predicate's time was over and the like; deny. args: token of an object, 0: none. */
-int orch_generation_judge(struct orch_generation *g, const struct orch_tool *tool, const char *session,
-                          const char *caller, const struct orch_json_doc *d, uint32_t args,
-                          struct orch_judgement *j, struct orch_err *err);
+int orch_generation_judge(struct orch_generation *g, const struct orch_tool *tool,
+                          const char *session, const char *caller, const struct orch_json_doc *d,
+                          uint32_t args, struct orch_judgement *j, struct orch_err *err);
 void orch_judgement_fini(struct orch_judgement *j);
 /* What predicates saw of a session that ended. */
 void orch_generation_forget_session(struct orch_generation *g, const char *id);
@@ -178,9 +191,9 @@ struct orch_rules *orch_generation_rules(const struct orch_generation *g, const 
 int orch_generation_rules_text(const struct orch_generation *g, const char *network,
                                struct orch_buf *out, struct orch_err *err);
 /* Whether a new flow to this address (host byte order) would pass, and the rule that decides. */
-int orch_generation_explain_packet(const struct orch_generation *g, const char *network, uint32_t addr,
-                                   uint8_t proto, uint16_t port, bool *allowed, char *rule, size_t n,
-                                   struct orch_err *err);
+int orch_generation_explain_packet(const struct orch_generation *g, const char *network,
+                                   uint32_t addr, uint8_t proto, uint16_t port, bool *allowed,
+                                   char *rule, size_t n, struct orch_err *err);
 /* permit and host of a policy: what the configuration permits, and the host's addresses, borrowed until
  * the next turn of the loop. */
 int orch_generation_fill_policy(const struct orch_generation *g, struct orch_policy *p,

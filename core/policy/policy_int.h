@@ -81,13 +81,14 @@ void orch_held_free(struct orch_held **held);
 
 /* ---- the parts of a generation, each loaded into l->g; negative with failures noted */
 
-int orch_load_config(struct orch_loading *l);    /* config.c */
-int orch_load_policies(struct orch_loading *l);  /* engine.c */
+int orch_load_config(struct orch_loading *l);          /* config.c */
+int orch_load_policies(struct orch_loading *l);        /* engine.c */
 int orch_load_finish_policies(struct orch_loading *l); /* engine.c: when the tools are known */
-int orch_load_networks(struct orch_loading *l);  /* network.c */
-int orch_luaopen_network_deps(lua_State *L, struct orch_generation *g); /* network.c: into the table at the top */
+int orch_load_networks(struct orch_loading *l);        /* network.c */
+int orch_luaopen_network_deps(lua_State *L,
+                              struct orch_generation *g); /* network.c: into the table at the top */
 void orch_networks_free(struct orch_generation *g);
-int orch_load_tools(struct orch_loading *l);     /* tools.c */
-int orch_load_offer(struct orch_loading *l);     /* offer.c */
+int orch_load_tools(struct orch_loading *l); /* tools.c */
+int orch_load_offer(struct orch_loading *l); /* offer.c */
 
 #endif

@@ -13,7 +13,8 @@ struct orch_rate {
 
 static void rate_refill(struct orch_rate *r, int64_t now)
 {
-    r->tokens = fmin(r->limit, r->tokens + (double)(now - r->at_ms) * r->limit / (double)r->window_ms);
+    r->tokens = fmin(r->limit,
+                     r->tokens + (double)(now - r->at_ms) * r->limit / (double)r->window_ms);
     r->at_ms = now;
 }
 
@@ -47,7 +48,9 @@ bool orch_rate_take(struct orch_rate **rates, const char *key, double limit, int
         if (n >= KEYS_MAX && drop_full(rates, now) >= KEYS_MAX)
             return false; /* more callers than are kept track of: fail closed */
         r = orch_xmalloc(sizeof *r + strlen(key) + 1);
-        *r = (struct orch_rate){ .next = *rates, .tokens = limit, .limit = limit, .at_ms = now, .window_ms = window_ms };
+        *r = (struct orch_rate){
+            .next = *rates, .tokens = limit, .limit = limit, .at_ms = now, .window_ms = window_ms
+        };
         strcpy(r->key, key);
         *rates = r;
     }

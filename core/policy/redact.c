@@ -17,12 +17,14 @@ static int64_t cpu_us(void)
     return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
 }
 
-int orch_redact_text(const struct orch_generation *g, const uint16_t *patterns, size_t n, struct orch_buf *text)
+int orch_redact_text(const struct orch_generation *g, const uint16_t *patterns, size_t n,
+                     struct orch_buf *text)
 {
     int matched = 0;
     for (size_t i = 0; i < n; i++) {
         cleanup_buf struct orch_buf out = { 0 };
-        int r = orch_regex_replace(g->redact[patterns[i]], (struct orch_slice){ text->p, text->n }, ORCH_SLICE("[redacted]"), &out);
+        int r = orch_regex_replace(g->redact[patterns[i]], (struct orch_slice){ text->p, text->n },
+                                   ORCH_SLICE("[redacted]"), &out);
         if (r < 0)
             return r;
         if (r > 0) {
@@ -35,13 +37,14 @@ int orch_redact_text(const struct orch_generation *g, const uint16_t *patterns, 
     return matched;
 }
 
-int orch_redact_json(const struct orch_generation *g, const uint16_t *patterns, size_t n, const struct orch_json_doc *d, uint32_t tok,
-                     struct orch_buf *out)
+int orch_redact_json(const struct orch_generation *g, const uint16_t *patterns, size_t n,
+                     const struct orch_json_doc *d, uint32_t tok, struct orch_buf *out)
 {
     /* Strings lie in order in the text: copy what is between them, replace those that match. Keys too. */
     size_t copied = d->toks[tok].start - (d->toks[tok].type == ORCH_JSON_STRING);
     cleanup_buf struct orch_buf text = { 0 };
-    int64_t deadline_us = cpu_us() + BUDGET_US + (int64_t)(n * (d->toks[tok].end - copied) / BYTES_PER_US);
+    int64_t deadline_us = cpu_us() + BUDGET_US +
+                          (int64_t)(n * (d->toks[tok].end - copied) / BYTES_PER_US);
     for (uint32_t i = tok; i < d->toks[tok].next; i++) {
         const struct orch_json_tok *t = &d->toks[i];
         if (t->type != ORCH_JSON_STRING)

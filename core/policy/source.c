@@ -53,17 +53,20 @@ static void keep_source(struct orch_trust_list *list, const char *path, const ch
 }
 
 /* dirfd/name is opened; path is the absolute name. Product files (lua/) are hashed but need no trust. */
-int orch_load_read(struct orch_loading *l, int dirfd, const char *name, const char *path, bool product, struct orch_buf *out)
+int orch_load_read(struct orch_loading *l, int dirfd, const char *name, const char *path,
+                   bool product, struct orch_buf *out)
 {
     struct stat st;
     if (++l->files > FILES_MAX) {
-        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: more than %d files", orch_load_display(l, path), FILES_MAX);
+        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: more than %d files", orch_load_display(l, path),
+                       FILES_MAX);
         return -E2BIG;
     }
     cleanup_close int fd = openat(dirfd, name, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     int r = fd < 0 || fstat(fd, &st) < 0 ? -errno : S_ISDIR(st.st_mode) ? -EISDIR : 0;
     if (r == 0 && (st.st_mode & S_IWOTH) && !product) {
-        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: everybody may write it; run: chmod o-w %s", orch_load_display(l, path), path);
+        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: everybody may write it; run: chmod o-w %s",
+                       orch_load_display(l, path), path);
         return -EPERM;
     }
     if (r == 0)
@@ -71,7 +74,8 @@ int orch_load_read(struct orch_loading *l, int dirfd, const char *name, const ch
     if (r == -EFBIG)
         orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: larger than 1 MiB", orch_load_display(l, path));
     else if (r < 0)
-        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: cannot be read: %s", orch_load_display(l, path), strerror(-r));
+        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: cannot be read: %s", orch_load_display(l, path),
+                       strerror(-r));
     if (r < 0)
         return r;
     orch_sha256_hex(out->p, out->n, l->sha);
@@ -91,7 +95,8 @@ void orch_load_fail_file(struct orch_loading *l, const char *shown, const struct
     orch_load_fail(l, ORCH_CLASS_CONFIG, "%s%s%s", named ? "" : shown, named ? "" : ": ", err->msg);
 }
 
-int orch_load_run(struct orch_loading *l, struct orch_state *s, const char *shown, struct orch_slice text, int n_args)
+int orch_load_run(struct orch_loading *l, struct orch_state *s, const char *shown,
+                  struct orch_slice text, int n_args)
 {
     lua_State *L = orch_state_lua(s);
     struct orch_err err = { 0 };
@@ -107,7 +112,8 @@ int orch_load_run(struct orch_loading *l, struct orch_state *s, const char *show
     return r;
 }
 
-int orch_load_run_product(struct orch_loading *l, struct orch_state *s, const char *name, int n_args)
+int orch_load_run_product(struct orch_loading *l, struct orch_state *s, const char *name,
+                          int n_args)
 {
     cleanup_free char *path = orch_xasprintf("%s/lua/%s", l->cur->paths->share, name);
     cleanup_buf struct orch_buf text = { 0 };
@@ -171,7 +177,8 @@ void orch_load_set_function(lua_State *L, const char *name, lua_CFunction fn)
 
 /* ---- states */
 
-struct orch_state *orch_load_state(struct orch_loading *l, enum orch_context ctx, size_t memory_bytes)
+struct orch_state *orch_load_state(struct orch_loading *l, enum orch_context ctx,
+                                   size_t memory_bytes)
 {
     struct orch_err err = { 0 };
     cleanup_free char *lua_dir = orch_xasprintf("%s/lua", l->cur->paths->share);
@@ -215,7 +222,8 @@ int orch_load_push_schema(struct orch_loading *l, struct orch_state *s)
     return orch_load_run_product(l, s, "schema.lua", 1);
 }
 
-void orch_load_take_lines(lua_State *L, const char *where, void (*each)(void *ud, const char *line), void *ud)
+void orch_load_take_lines(lua_State *L, const char *where, void (*each)(void *ud, const char *line),
+                          void *ud)
 {
     size_t n = lua_istable(L, -1) ? lua_objlen(L, -1) : 0;
     for (size_t i = 1; i <= n; i++) {
@@ -224,7 +232,8 @@ void orch_load_take_lines(lua_State *L, const char *where, void (*each)(void *ud
             lua_getfield(L, -1, "path");
             lua_getfield(L, -2, "message");
             const char *path = lua_tostring(L, -2), *message = lua_tostring(L, -1);
-            cleanup_free char *line = orch_xasprintf("%s: %s%s%s", where, path ? path : "", path && *path ? ": " : "",
+            cleanup_free char *line = orch_xasprintf("%s: %s%s%s", where, path ? path : "",
+                                                     path && *path ? ": " : "",
                                                      message ? message : "?");
             each(ud, line);
             lua_pop(L, 2);
@@ -248,12 +257,14 @@ int orch_load_open_dir(struct orch_loading *l, const char *path, const char *wha
     struct stat st;
     int fd = orch_hold_dir(l->cur, path);
     if (fd < 0 || fstat(fd, &st) < 0) {
-        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: the %s directory cannot be opened: %s%s", orch_load_display(l, path), what,
-                       strerror(fd < 0 ? -fd : errno), fix);
+        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: the %s directory cannot be opened: %s%s",
+                       orch_load_display(l, path), what, strerror(fd < 0 ? -fd : errno), fix);
         return -1;
     }
     if (st.st_mode & S_IWOTH) {
-        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: everybody may write to the %s directory; run: chmod o-w %s", orch_load_display(l, path), what, path);
+        orch_load_fail(l, ORCH_CLASS_CONFIG,
+                       "%s: everybody may write to the %s directory; run: chmod o-w %s",
+                       orch_load_display(l, path), what, path);
         return -1;
     }
     return fd;
@@ -294,7 +305,8 @@ void orch_load_free_names(char **names, size_t n)
     free(names);
 }
 
-int orch_load_dir(struct orch_loading *l, const char *dir, const char *what, bool product, orch_load_each_fn *each, void *ud)
+int orch_load_dir(struct orch_loading *l, const char *dir, const char *what, bool product,
+                  orch_load_each_fn *each, void *ud)
 {
     struct orch_generation *g = l->g;
     lua_State *L = orch_state_lua(g->tools_state);
@@ -315,7 +327,8 @@ int orch_load_dir(struct orch_loading *l, const char *dir, const char *what, boo
             continue;
         }
         struct orch_err err = { 0 };
-        if (orch_state_load_known(g->tools_state, shown, (struct orch_slice){ text.p, text.n }, l->sha, &err) < 0) {
+        if (orch_state_load_known(g->tools_state, shown, (struct orch_slice){ text.p, text.n },
+                                  l->sha, &err) < 0) {
             orch_load_fail_file(l, shown, &err);
             r = -1;
             continue;

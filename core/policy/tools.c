@@ -10,7 +10,8 @@
 
 static int by_wire_name(const void *a, const void *b)
 {
-    return strcmp((*(struct orch_tool *const *)a)->wire_name, (*(struct orch_tool *const *)b)->wire_name);
+    return strcmp((*(struct orch_tool *const *)a)->wire_name,
+                  (*(struct orch_tool *const *)b)->wire_name);
 }
 
 struct orch_tool *orch_generation_tool(const struct orch_generation *g, struct orch_slice name)
@@ -44,16 +45,20 @@ void orch_tool_fini(struct orch_tool *t)
     orch_mcp_params_free(&t->headers);
 }
 
-int orch_generation_add_tool(struct orch_generation *g, const struct orch_tool *def, struct orch_slice untrusted, struct orch_err *err)
+int orch_generation_add_tool(struct orch_generation *g, const struct orch_tool *def,
+                             struct orch_slice untrusted, struct orch_err *err)
 {
     lua_State *L = orch_state_lua(g->policy);
     cleanup_json struct orch_json_doc schema = { 0 };
     struct orch_json_fault fault;
-    if (orch_json_scan(&schema, orch_slice_str(def->input), &(struct orch_json_limits){ .bytes = 1 << 20 }, &fault) < 0)
-        return orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL, "%s at byte %zu", fault.rule, fault.byte);
+    if (orch_json_scan(&schema, orch_slice_str(def->input),
+                       &(struct orch_json_limits){ .bytes = 1 << 20 }, &fault) < 0)
+        return orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL, "%s at byte %zu", fault.rule,
+                             fault.byte);
     const char *bad_header = NULL;
     struct orch_mcp_param_list headers = { 0 };
-    if (strstr(def->input, "\"x-mcp-header\"") && orch_mcp_params_read(&schema, 0, &headers, &bad_header) < 0)
+    if (strstr(def->input, "\"x-mcp-header\"") &&
+        orch_mcp_params_read(&schema, 0, &headers, &bad_header) < 0)
         return orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL, "%s", bad_header);
     orch_mcp_params_free(&headers);
     lua_rawgeti(L, LUA_REGISTRYINDEX, g->engine_ref);
@@ -71,12 +76,14 @@ int orch_generation_add_tool(struct orch_generation *g, const struct orch_tool *
         return r;
     if (!lua_toboolean(L, -2)) {
         const char *why = lua_tostring(L, -1);
-        r = orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL, "%s", why ? why : "input schema is wrong");
+        r = orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL, "%s",
+                          why ? why : "input schema is wrong");
         lua_pop(L, 2);
         return r;
     }
     if (lua_isstring(L, -1))
-        orch_buf_printf(&g->notes, "%s: schema keywords that are not checked: %s\n", def->name, lua_tostring(L, -1));
+        orch_buf_printf(&g->notes, "%s: schema keywords that are not checked: %s\n", def->name,
+                        lua_tostring(L, -1));
     lua_pop(L, 2);
     lua_rawgeti(L, LUA_REGISTRYINDEX, g->engine_ref);
     lua_getfield(L, -1, "listed");
@@ -139,7 +146,8 @@ static char *ordered(const char *json)
 }
 
 /* dispatch.register(where, table) in the state, with the tool's table on its stack (popped). */
-static int read_tool(struct orch_loading *l, struct orch_state *s, int dispatch_ref, const char *shown, struct orch_tool *t)
+static int read_tool(struct orch_loading *l, struct orch_state *s, int dispatch_ref,
+                     const char *shown, struct orch_tool *t)
 {
     lua_State *L = orch_state_lua(s);
     struct orch_err err = { 0 };
@@ -180,7 +188,8 @@ static int read_tool(struct orch_loading *l, struct orch_state *s, int dispatch_
     return 0;
 }
 
-static int register_tool(struct orch_loading *l, void *ud, const char *path, const char *shown, bool shipped)
+static int register_tool(struct orch_loading *l, void *ud, const char *path, const char *shown,
+                         bool shipped)
 {
     int dispatch_ref = *(const int *)ud;
     struct orch_generation *g = l->g;
@@ -193,12 +202,14 @@ static int register_tool(struct orch_loading *l, void *ud, const char *path, con
     const struct orch_tool *same = orch_generation_tool(g, orch_slice_str(t.wire_name));
     int r;
     if (same && !same->shipped)
-        r = orch_err_set(&err, EEXIST, "the name %s is taken by %s", t.name, orch_load_display(l, same->file));
+        r = orch_err_set(&err, EEXIST, "the name %s is taken by %s", t.name,
+                         orch_load_display(l, same->file));
     else
         r = orch_generation_add_tool(g, &t, (struct orch_slice){ 0 }, &err);
     orch_tool_fini(&t);
     if (r < 0)
-        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: %s%s", shown, r == -EEXIST ? "" : "input: ", err.msg);
+        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: %s%s", shown,
+                       r == -EEXIST ? "" : "input: ", err.msg);
     return r;
 }
 
@@ -239,7 +250,8 @@ static int load_folders(struct orch_loading *l)
     cleanup_free char *shipped = orch_xasprintf("%s/lua/tools", l->cur->paths->share);
     int r = orch_load_dir(l, shipped, "tools", true, register_tool, &dispatch_ref);
     for (char **dir = g->cfg.tools; *dir; dir++)
-        if (strcmp(*dir, shipped) != 0 && orch_load_dir(l, *dir, "tools", false, register_tool, &dispatch_ref) < 0)
+        if (strcmp(*dir, shipped) != 0 &&
+            orch_load_dir(l, *dir, "tools", false, register_tool, &dispatch_ref) < 0)
             r = -1;
     luaL_unref(orch_state_lua(g->tools_state), LUA_REGISTRYINDEX, dispatch_ref);
     return r;

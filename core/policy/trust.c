@@ -57,7 +57,7 @@ int orch_trust_record(const struct orch_paths *p, const struct orch_trust *t, st
         if (*t->list.files[i].path)
             files[n++] = t->list.files[i];
     if (t->always) {
-        files[n].path = (char *)(uintptr_t)"";
+        files[n].path = (char *)(uintptr_t) "";
         memset(files[n++].sha256, '0', 64);
     }
     int r = orch_db_trust_set(db, dir, t->edits, files, n, err);
@@ -148,10 +148,11 @@ static int check_writers(struct orch_loading *l, int fd, unsigned links, const c
         l->g->linked = orch_xstrdup(path);
     if (!cur->ops->steered(cur->ud))
         return 0;
-    orch_load_fail(l, ORCH_CLASS_CONFIG,
-                   "%s: it has another name (a hard link), by which a program that orch started may "
-                   "write to it; remove that one",
-                   orch_load_display(l, path));
+    orch_load_fail(
+        l, ORCH_CLASS_CONFIG,
+        "%s: it has another name (a hard link), by which a program that orch started may "
+        "write to it; remove that one",
+        orch_load_display(l, path));
     return -EPERM;
 }
 
