@@ -15,6 +15,13 @@ static int push_bad_policy(lua_State *L, struct orch_policy_box *b, const struct
     return orch_push_err(L, err);
 }
 
+/* permit and host of a policy that is written in a script. */
+static int fill(const struct orch_env *env, struct orch_policy *p, struct orch_err *err)
+{
+    int r = orch_current_need(env->current, err);
+    return r < 0 ? r : orch_generation_fill_policy(env->current->gen, p, err);
+}
+
 /* check(policy) -> { { chain =, rule =, verdict = }… } in the order of evaluation */
 static int l_check(lua_State *L)
 {
@@ -24,7 +31,7 @@ static int l_check(lua_State *L)
     luaL_checktype(L, 1, LUA_TTABLE);
     if (orch_policy_box_read(L, 1, &b, &err) < 0)
         return orch_push_err(L, &err);
-    if (env->fill_policy(env->ud, &b.p, &err) < 0)
+    if (fill(env, &b.p, &err) < 0)
         return push_bad_policy(L, &b, &err);
     struct orch_rules *r = orch_rules_new(&b.p, &err);
     if (!r)
@@ -66,7 +73,7 @@ static int l_explain(lua_State *L)
         return luaL_error(L, "orch.firewall.explain: port is missing");
     if (orch_policy_box_read(L, 1, &b, &err) < 0)
         return orch_push_err(L, &err);
-    if (env->fill_policy(env->ud, &b.p, &err) < 0)
+    if (fill(env, &b.p, &err) < 0)
         return push_bad_policy(L, &b, &err);
     bool allowed = orch_policy_explain(&b.p, ntohl(address.s_addr), strcmp(proto, "udp") == 0 ? IPPROTO_UDP : IPPROTO_TCP, (uint16_t)port,
                                        rule, sizeof rule);

@@ -14,7 +14,8 @@ struct orch_rate;
 /* What loading needs of those above; ud is given to each. */
 struct orch_current_ops {
     void (*open)(lua_State *L);                /* opens the API in a new state */
-    int (*open_tools)(struct orch_loading *l); /* and what of it is Lua's, in the tool state */
+    /* And what of it is Lua's, in the tool state: by orch_load_product_later. */
+    int (*open_tools)(struct orch_loading *l, struct orch_state *s);
     /* Pushes what predicates see of a session { id =, marks = }, and what its client says of itself. */
     void (*session)(void *ud, lua_State *L, const char *id);
     /* Whether programs run that orch started and an agent may steer; whether none of them could have
@@ -55,6 +56,10 @@ void orch_current_watch(struct orch_current *cur);
 
 void orch_current_add_source(struct orch_current *cur, struct orch_tool_source *s);
 void orch_current_remove_source(struct orch_current *cur, struct orch_tool_source *s);
+
+/* Reads one of the product's files below lua/ and pushes a C function that runs it, with its arguments, when it is
+ * needed first. Negative with the failure noted. */
+int orch_load_product_later(struct orch_loading *l, struct orch_state *s, const char *name);
 
 /* Folders beside the configuration that are read when they are there; ended by NULL. */
 extern const char *const orch_beside[];

@@ -112,10 +112,48 @@ int orch_load_run(struct orch_loading *l, struct orch_state *s, const char *show
     return r;
 }
 
+static char *product_path(const struct orch_loading *l, const char *name)
+{
+    return orch_xasprintf("%s/lua/%s", l->cur->paths->share, name);
+}
+
+/* Upvalues: path, text and its SHA-256. */
+static int run_later(lua_State *L)
+{
+    struct orch_err err = { 0 };
+    struct orch_slice text;
+    int n = lua_gettop(L);
+    text.p = lua_tolstring(L, lua_upvalueindex(2), &text.n);
+    struct orch_state *s = orch_state_of(L);
+    if (orch_state_load_known(s, lua_tostring(L, lua_upvalueindex(1)), text,
+                              lua_tostring(L, lua_upvalueindex(3)), &err) < 0)
+        return luaL_error(L, "%s", err.msg);
+    if (L != orch_state_lua(s)) /* a task's thread */
+        lua_xmove(orch_state_lua(s), L, 1);
+    lua_insert(L, 1);
+    lua_call(L, n, 1);
+    return 1;
+}
+
+int orch_load_product_later(struct orch_loading *l, struct orch_state *s, const char *name)
+{
+    cleanup_free char *path = product_path(l, name);
+    cleanup_buf struct orch_buf text = { 0 };
+    lua_State *L = orch_state_lua(s);
+    int r = orch_load_read(l, AT_FDCWD, path, path, true, &text);
+    if (r < 0)
+        return r;
+    lua_pushstring(L, path);
+    lua_pushlstring(L, text.p, text.n);
+    lua_pushstring(L, l->sha);
+    lua_pushcclosure(L, run_later, 3);
+    return 0;
+}
+
 int orch_load_run_product(struct orch_loading *l, struct orch_state *s, const char *name,
                           int n_args)
 {
-    cleanup_free char *path = orch_xasprintf("%s/lua/%s", l->cur->paths->share, name);
+    cleanup_free char *path = product_path(l, name);
     cleanup_buf struct orch_buf text = { 0 };
     int r = orch_load_read(l, AT_FDCWD, path, path, true, &text);
     if (r < 0) {

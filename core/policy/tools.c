@@ -242,7 +242,7 @@ static int load_dispatch(struct orch_loading *l, struct orch_state *s)
 static int load_folders(struct orch_loading *l)
 {
     struct orch_generation *g = l->g;
-    if (l->cur->ops->open_tools(l) < 0)
+    if (l->cur->ops->open_tools(l, g->tools_state) < 0)
         return -1;
     int dispatch_ref = load_dispatch(l, g->tools_state);
     if (dispatch_ref < 0)
