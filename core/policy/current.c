@@ -144,14 +144,19 @@ void orch_current_remove_source(struct orch_current *cur, struct orch_tool_sourc
         }
 }
 
-void orch_current_fini(struct orch_current *cur)
+void orch_current_unwatch(struct orch_current *cur)
 {
     orch_dirwatch_free(cur->watch);
+    cur->watch = NULL;
+}
+
+void orch_current_fini(struct orch_current *cur)
+{
+    orch_current_unwatch(cur);
     orch_generation_unref(cur->gen);
     orch_rates_free(&cur->rates);
     orch_held_free(&cur->held);
     orch_buf_free(&cur->error);
     orch_buf_free(&cur->watched);
-    cur->watch = NULL;
     cur->gen = NULL;
 }

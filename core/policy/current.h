@@ -53,6 +53,7 @@ int orch_current_need(struct orch_current *cur, struct orch_err *err);
 int orch_current_reload(struct orch_current *cur, const char *why);
 /* From now on changes of the files of the generation in force are reloads. */
 void orch_current_watch(struct orch_current *cur);
+void orch_current_unwatch(struct orch_current *cur);
 
 void orch_current_add_source(struct orch_current *cur, struct orch_tool_source *s);
 void orch_current_remove_source(struct orch_current *cur, struct orch_tool_source *s);

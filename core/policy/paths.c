@@ -126,6 +126,8 @@ void orch_paths_fini(struct orch_paths *p)
     free(p->share);
     free(p->launcher);
     free(p->agent);
+    free(p->kernel);
+    free(p->modules);
     free(p->state);
     free(p->cache);
     free(p->runtime);

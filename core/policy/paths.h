@@ -16,6 +16,7 @@ enum orch_config_origin {
 struct orch_paths {
     char *share; /* …/share/orch, or the build tree: lua/, policies/, orchestrator.lua */
     char *launcher, *agent;
+    char *kernel, *modules; /* of microVMs: --kernel, --modules; NULL: Debian's */
     char *state, *cache, *runtime;
     char *cwd, *home;
     char *config;      /* absolute, without links */

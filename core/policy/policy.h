@@ -73,7 +73,8 @@ struct orch_tool {
     int64_t timeout_ms;      /* 0: the configuration's vm.timeout */
     char *limit;             /* what sets it, for people; NULL: the tool's own */
     const struct orch_tool_backend *backend;
-    void *backend_ud;
+    void *backend_ud; /* the backend's own, as is backend_fn */
+    void (*backend_fn)(void);
 };
 
 /* Who gives tools to every generation: an embedder, a script, an upstream. */

@@ -2,9 +2,14 @@
  * API. It may change with any version. Functions return a value, or nil, message, code. */
 #include "host.h"
 
-#include "base/proc.h"
-
-#include "vm/accel.h"
+#include "../base/hash.h"
+#include "../base/log.h"
+#include "../base/proc.h"
+#include "../launch/launch.h"
+#include "../script/jsonlib.h"
+#include "../vm/accel.h"
+#include "../vm/image.h"
+#include "../vm/vm.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -75,6 +80,16 @@ static int push_errors(lua_State *L, struct orch_buf *errors, enum orch_class cl
     return 3;
 }
 
+/* The generation in force, or the first one. */
+static struct orch_generation *loaded(struct orch *o, enum orch_trust_mode mode,
+                                      struct orch_buf *errors, enum orch_class *cls)
+{
+    struct orch_current *cur = &o->current;
+    if (!cur->gen)
+        cur->gen = orch_generation_load(cur, mode, errors, cls);
+    return cur->gen;
+}
+
 static void set_string(lua_State *L, const char *key, const char *value)
 {
     lua_pushstring(L, value);
@@ -98,16 +113,16 @@ static int i_load(lua_State *L)
     struct orch *o = host_of(L);
     cleanup_buf struct orch_buf errors = { 0 };
     enum orch_class cls = ORCH_CLASS_CONFIG;
-    if (!o->gen && !(o->gen = orch_generation_load(o, ORCH_TRUST_CHECK, &errors, &cls)))
+    struct orch_generation *g = loaded(o, ORCH_TRUST_CHECK, &errors, &cls);
+    if (!g)
         return push_errors(L, &errors, cls);
-    struct orch_generation *g = o->gen;
     lua_newtable(L);
     set_string(L, "generation", g->hash);
     set_string(L, "notes", g->notes.p ? g->notes.p : "");
     set_string(L, "policies", g->cfg.policies);
     set_string(L, "workspace", g->cfg.workspace);
     set_string(L, "audit_dir", g->cfg.audit_dir);
-    set_string(L, "image", orch_host_image(o));
+    set_string(L, "image", orch_bind_image(&o->current));
     set_count(L, g, "rules");
     set_count(L, g, "tests");
     lua_newtable(L);
@@ -134,9 +149,9 @@ static int i_config(lua_State *L)
 {
     struct orch *o = host_of(L);
     struct orch_err err = { 0 };
-    if (orch_host_generation(o, &err) < 0)
+    if (orch_current_need(&o->current, &err) < 0)
         return orch_push_err(L, &err);
-    return push_json_text(L, orch_slice_str(o->gen->config_show ? o->gen->config_show : "[]"));
+    return push_json_text(L, orch_slice_str(o->current.gen->config_show ? o->current.gen->config_show : "[]"));
 }
 
 static int i_explain(lua_State *L)
@@ -148,7 +163,7 @@ static int i_explain(lua_State *L)
     const char *tool = luaL_checkstring(L, 1), *args = luaL_optlstring(L, 2, "{}", &n);
     if (lua_isnoneornil(L, 2))
         n = 2;
-    if (orch_host_generation(o, &err) < 0 || orch_generation_explain(o->gen, tool, (struct orch_slice){ args, n }, &out, &err) < 0)
+    if (orch_current_need(&o->current, &err) < 0 || orch_generation_explain(o->current.gen, tool, (struct orch_slice){ args, n }, &out, &err) < 0)
         return orch_push_err(L, &err);
     return push_json_text(L, (struct orch_slice){ out.p, out.n });
 }
@@ -158,7 +173,7 @@ static int i_rules(lua_State *L)
     struct orch *o = host_of(L);
     struct orch_err err = { 0 };
     cleanup_buf struct orch_buf out = { 0 };
-    if (orch_host_generation(o, &err) < 0 || orch_generation_show(o->gen, &out, &err) < 0)
+    if (orch_current_need(&o->current, &err) < 0 || orch_generation_show(o->current.gen, &out, &err) < 0)
         return orch_push_err(L, &err);
     return push_json_text(L, (struct orch_slice){ out.p, out.n });
 }
@@ -169,7 +184,7 @@ static int i_nft(lua_State *L)
     struct orch *o = host_of(L);
     struct orch_err err = { 0 };
     cleanup_buf struct orch_buf out = { 0 };
-    if (orch_host_generation(o, &err) < 0 || orch_generation_rules_text(o->gen, luaL_checkstring(L, 1), &out, &err) < 0)
+    if (orch_current_need(&o->current, &err) < 0 || orch_generation_rules_text(o->current.gen, luaL_checkstring(L, 1), &out, &err) < 0)
         return orch_push_err(L, &err);
     lua_pushlstring(L, out.p, out.n);
     return 1;
@@ -188,8 +203,8 @@ static int i_packet(lua_State *L)
         orch_err_setc(&err, ORCH_CLASS_USAGE, EINVAL, "%s: an IPv4 address is needed", lua_tostring(L, 2));
         return orch_push_err(L, &err);
     }
-    if (orch_host_generation(o, &err) < 0 ||
-        orch_generation_explain_packet(o->gen, luaL_checkstring(L, 1), to.addr, strcmp(proto, "udp") == 0 ? IPPROTO_UDP : IPPROTO_TCP,
+    if (orch_current_need(&o->current, &err) < 0 ||
+        orch_generation_explain_packet(o->current.gen, luaL_checkstring(L, 1), to.addr, strcmp(proto, "udp") == 0 ? IPPROTO_UDP : IPPROTO_TCP,
                                        (uint16_t)luaL_checkinteger(L, 4), &allowed, rule, sizeof rule, &err) < 0)
         return orch_push_err(L, &err);
     lua_pushstring(L, allowed ? "allow" : "deny");
@@ -206,11 +221,12 @@ static int i_trust_look(lua_State *L)
     struct orch_trust known = { .edits = false };
     cleanup_buf struct orch_buf errors = { 0 };
     enum orch_class cls = ORCH_CLASS_CONFIG;
-    if (!o->gen && !(o->gen = orch_generation_load(o, ORCH_TRUST_ANY, &errors, &cls)))
+    const struct orch_generation *g = loaded(o, ORCH_TRUST_ANY, &errors, &cls);
+    if (!g)
         return push_errors(L, &errors, cls);
-    if (orch_trust_read(o, &known, &err) < 0)
+    if (orch_trust_read(&o->paths, &known, &err) < 0)
         return orch_push_err(L, &err);
-    const struct orch_trust_list *list = &o->gen->sources;
+    const struct orch_trust_list *list = &g->sources;
     lua_newtable(L);
     for (size_t i = 0; i < list->n && !err.cls; i++) {
         const struct orch_trust_file *f = &list->files[i];
@@ -248,8 +264,8 @@ static int i_trust(lua_State *L)
 {
     struct orch *o = host_of(L);
     struct orch_err err = { 0 };
-    struct orch_trust t = { .list = o->gen->sources, .edits = lua_toboolean(L, 1), .always = o->gen->cfg.trust_always };
-    if (orch_trust_record(o, &t, &err) < 0)
+    struct orch_trust t = { .list = o->current.gen->sources, .edits = lua_toboolean(L, 1), .always = o->current.gen->cfg.trust_always };
+    if (orch_trust_record(&o->paths, &t, &err) < 0)
         return orch_push_err(L, &err);
     lua_pushboolean(L, 1);
     return 1;
@@ -339,7 +355,7 @@ static int i_audit_verify(lua_State *L)
 static int i_control(lua_State *L)
 {
     cleanup_buf struct orch_buf out = { 0 };
-    orch_control_ask(host_of(L), (int)luaL_optinteger(L, 2, 0), orch_slice_str(luaL_checkstring(L, 1)), &out);
+    orch_control_ask(host_of(L)->paths.runtime, (int)luaL_optinteger(L, 2, 0), orch_slice_str(luaL_checkstring(L, 1)), &out);
     return push_json_text(L, (struct orch_slice){ out.p, out.n });
 }
 
@@ -440,10 +456,10 @@ static int i_utf8(lua_State *L)
 static int i_set_kernel(lua_State *L)
 {
     struct orch *o = host_of(L);
-    free(o->kernel);
-    free(o->modules);
-    o->kernel = orch_xstrdup(luaL_checkstring(L, 1));
-    o->modules = orch_xstrdup(luaL_optstring(L, 2, NULL));
+    free(o->paths.kernel);
+    free(o->paths.modules);
+    o->paths.kernel = orch_xstrdup(luaL_checkstring(L, 1));
+    o->paths.modules = orch_xstrdup(luaL_optstring(L, 2, NULL));
     return 0;
 }
 
@@ -516,7 +532,7 @@ static void build_progress(void *ud, const char *line)
 
 static struct orch_image_opts image_opts(struct orch *o, char *dir)
 {
-    return (struct orch_image_opts){ .cache_dir = dir, .agent_path = o->paths.agent, .kernel = o->kernel, .modules = o->modules,
+    return (struct orch_image_opts){ .cache_dir = dir, .agent_path = o->paths.agent, .kernel = o->paths.kernel, .modules = o->paths.modules,
                                      .progress = build_progress };
 }
 

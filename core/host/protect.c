@@ -8,7 +8,9 @@
  * protected any more, which every reload asks about (orch_protect_holds). */
 #include "host.h"
 
-#include "launch/launch.h"
+#include "../base/log.h"
+#include "../base/proc.h"
+#include "../launch/launch.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -27,8 +29,6 @@ enum {
     DEPTH = 1, /* folders below one that is protected in which links are looked for */
     MOUNTS_MAX_BYTES = 8 << 20,
 };
-
-const char *const orch_beside[] = { "lua/resources", "lua/prompts", NULL };
 
 struct orch_protect {
     struct orch_proc_via via; /* first */
@@ -313,7 +313,7 @@ static char *own_program(void)
 static int protect_configuration(struct plan *pl, struct orch *o)
 {
     const struct orch_paths *p = &o->paths;
-    const struct orch_config *c = &o->gen->cfg;
+    const struct orch_config *c = &o->current.gen->cfg;
     cleanup_free char *base = orch_xstrdup(p->config);
     *strrchr(base, '/') = 0;
     int r = protect(pl, p->named, -1);
@@ -340,14 +340,14 @@ static int protect_all(struct plan *pl, struct orch *o)
     const char *const own[] = { p->state, p->cache, p->runtime };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(own) && r == 0; i++)
         r = protect_made(pl, own[i], 0700);
-    r = r < 0 ? r : protect_made(pl, o->gen->cfg.audit_dir, 0700);
+    r = r < 0 ? r : protect_made(pl, o->current.gen->cfg.audit_dir, 0700);
     static const char *const shared[] = { "lua", "policies", "orchestrator.lua" };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(shared) && r == 0; i++) {
         cleanup_free char *path = orch_xasprintf("%s/%s", p->share, shared[i]);
         r = protect(pl, path, DEPTH);
     }
     const char *const files[] = { p->launcher,    p->agent,  program,
-                                  o->script_file, o->kernel, o->modules };
+                                  o->script.file, p->kernel, p->modules };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(files) && r == 0; i++)
         if (files[i])
             r = protect(pl, files[i], -1);
@@ -408,9 +408,9 @@ static char *find_launcher(const struct orch *o, struct orch_err *err)
 struct orch_proc_via *orch_protect_new(struct orch *o, struct orch_err *err)
 {
     struct plan pl = { .err = err };
-    if (orch_host_generation(o, err) < 0)
+    if (orch_current_need(&o->current, err) < 0)
         return NULL;
-    const char *linked = o->gen->linked;
+    const char *linked = o->current.gen->linked;
     if (linked) {
         orch_err_setc(
             err, ORCH_CLASS_ISOLATION, EMLINK,

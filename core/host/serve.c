@@ -1,8 +1,11 @@
 /* Serving MCP: who is connected by which transport, and what is offered to them. */
 #include "host.h"
 
-#include "mcp/headers.h"
-#include "mcp/stream.h"
+#include "../base/hash.h"
+#include "../base/log.h"
+#include "../mcp/headers.h"
+#include "../mcp/stdio.h"
+#include "../mcp/stream.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -70,7 +73,7 @@ static struct caller *caller_of(struct serving *v, const char *name)
     if (c)
         return c;
     c = orch_xmalloc(sizeof *c);
-    *c = (struct caller){ v->callers, v->o, orch_session_new(v->o, name), 0 };
+    *c = (struct caller){ v->callers, v->o, orch_session_new(&v->o->calls, name), 0 };
     v->callers = c;
     return c;
 }
@@ -80,10 +83,10 @@ static struct caller *caller_of(struct serving *v, const char *name)
 static int ops_tools_list(void *ud, struct orch_slice cursor, struct orch_buf *out, struct orch_buf *next, struct orch_err *err)
 {
     struct caller *k = ud;
-    struct orch *o = k->o;
-    const struct orch_generation *g = o->gen;
-    if (o->upstream && !orch_upstream_ready(o->upstream))
-        return orch_err_setc(err, ORCH_CLASS_UPSTREAM, EIO, "%s", orch_upstream_problem(o->upstream));
+    const struct orch_current *cur = &k->o->current;
+    const struct orch_generation *g = cur->gen;
+    if (cur->problem)
+        return orch_err_setc(err, ORCH_CLASS_UPSTREAM, EIO, "%s", cur->problem);
     if (!cursor.n && g->n_tools <= PAGE_TOOLS) {
         orch_buf_slice(out, (struct orch_slice){ g->list.p, g->list.n });
         return 0;
@@ -128,7 +131,7 @@ static void ops_request(void *ud, struct orch_mcp_request *rq, const struct orch
     else if (p->state)
         orch_call_resume(k->session, rq, method, d, p);
     else
-        orch_feature_call(k->session, rq, d, method, p);
+        orch_call_request(k->session, rq, d, method, p);
 }
 
 static void ops_cancel(void *ud, struct orch_mcp_request *rq)
@@ -145,7 +148,9 @@ static void ops_detach(void *ud, struct orch_mcp_request *rq)
 
 static unsigned features_of(const struct orch *o)
 {
-    return (o->offer.on ? o->offer.features : o->upstream ? 0u : o->gen->features) | ORCH_MCP_TASKS;
+        const struct orch_offer *offer = &o->calls.offer;
+    unsigned own = o->serving.upstream ? 0 : o->current.gen->features;
+    return (offer->state ? offer->features : own) | ORCH_MCP_TASKS;
 }
 
 static struct orch_mcp_server_ops server_ops(const struct orch *o)
@@ -155,10 +160,10 @@ static struct orch_mcp_server_ops server_ops(const struct orch *o)
                                          .request = ops_request,
                                          .cancel = ops_cancel,
                                          .detach = ops_detach,
-                                         .server_info = o->offer.server_info ? o->offer.server_info : OWN_INFO,
-                                         .instructions = o->offer.instructions,
+                                         .server_info = o->serving.server_info ? o->serving.server_info : OWN_INFO,
+                                         .instructions = o->serving.instructions,
                                          .features = features_of(o),
-                                         .max_calls = o->gen->cfg.calls };
+                                         .max_calls = o->current.gen->cfg.calls };
 }
 
 struct change {
@@ -179,7 +184,7 @@ static void tell(void *ud, struct orch_mcp_session *s)
 
 static void tell_all(struct orch *o, struct change c)
 {
-    for (struct serving *v = o->serving; v; v = v->next) {
+    for (struct serving *v = o->serving.list; v; v = v->next) {
         if (v->mcp && !v->waiting) /* which has given no list yet */
             tell(&c, v->mcp);
         if (v->endpoint)
@@ -192,13 +197,14 @@ void orch_serve_changed(void *ud, unsigned what, struct orch_slice uri)
     tell_all(ud, (struct change){ .what = what, .uri = uri });
 }
 
-void orch_serve_reloaded(struct orch *o, const struct orch_generation *before)
+void orch_serve_swapped(void *ud, const struct orch_generation *before)
 {
-    const struct orch_generation *g = o->gen;
+    struct orch *o = ud;
+    const struct orch_generation *g = o->current.gen;
     bool tools = g->list.n != before->list.n || memcmp(g->list.p, before->list.p, g->list.n) != 0;
     bool offer = memcmp(g->offer_digest, before->offer_digest, sizeof g->offer_digest) != 0;
     unsigned either = g->features | before->features;
-    for (struct serving *v = o->serving; v; v = v->next)
+    for (struct serving *v = o->serving.list; v; v = v->next)
         v->ops.features = features_of(o);
     unsigned what = (tools ? ORCH_MCP_TOOLS_CHANGED : 0u) | (offer && (either & ORCH_MCP_RESOURCES) ? ORCH_MCP_RESOURCES_CHANGED : 0u) |
                     (offer && (either & ORCH_MCP_PROMPTS) ? ORCH_MCP_PROMPTS_CHANGED : 0u);
@@ -206,16 +212,16 @@ void orch_serve_reloaded(struct orch *o, const struct orch_generation *before)
         orch_serve_changed(o, what, (struct orch_slice){ 0 });
 }
 
-void orch_serve_task_changed(struct orch *o, struct orch_slice id, struct orch_slice members)
+void orch_serve_task_changed(void *ud, struct orch_slice id, struct orch_slice members)
 {
-    tell_all(o, (struct change){ .task = id, .members = members });
+    tell_all(ud, (struct change){ .task = id, .members = members });
 }
 
 /* Calls under way are cancelled, their outcomes written. */
 static void serving_free(struct serving *v, bool hurry)
 {
     struct orch *o = v->o;
-    for (struct serving **at = &o->serving; *at; at = &(*at)->next)
+    for (struct serving **at = &o->serving.list; *at; at = &(*at)->next)
         if (*at == v) {
             *at = v->next;
             break;
@@ -223,8 +229,8 @@ static void serving_free(struct serving *v, bool hurry)
     if (v->mcp)
         orch_mcp_session_end(v->mcp);
     for (struct caller *k = v->callers; k; k = k->next)
-        orch_asking_stop(o, k->session);
-    orch_calls_run(o);
+        orch_calls_unpark(&o->calls, k->session);
+    orch_calls_run(&o->calls);
     if (v->stdio)
         orch_mcp_stdio_drain(v->stdio, DRAIN_MS);
     orch_mcp_stdio_free(v->stdio);
@@ -241,8 +247,8 @@ static void serving_free(struct serving *v, bool hurry)
     orch_timer_free(v->grace);
     orch_timer_free(v->tick);
     if (v->stdio) {
-        orch_upstream_free(o->upstream, hurry);
-        o->upstream = NULL;
+        orch_upstream_free(o->serving.upstream, hurry);
+        o->serving.upstream = NULL;
     }
     free(v->host);
     free(v);
@@ -251,8 +257,8 @@ static void serving_free(struct serving *v, bool hurry)
 void orch_serve_stop(void *ud)
 {
     struct orch *o = ud;
-    while (o->serving)
-        serving_free(o->serving, true);
+    while (o->serving.list)
+        serving_free(o->serving.list, true);
 }
 
 /* ---- stdio */
@@ -279,7 +285,7 @@ static void finish_when_idle(void *ud)
 static void serving_batch_end(void *ud)
 {
     struct serving *v = ud;
-    orch_calls_run(v->o);
+    orch_calls_run(&v->o->calls);
 }
 
 /* Input ended: what is under way gets a moment to answer, then it is cancelled, then everything ends. What is held for
@@ -305,7 +311,7 @@ static void grace_over(void *ud)
     }
     v->cancelled = true;
     for (struct caller *k = v->callers; k; k = k->next)
-        orch_calls_cancel(v->o, k->session, "the client's input ended");
+        orch_session_cancel_calls(k->session, "the client's input ended");
     orch_timer_set(v->grace, CANCEL_MS);
 }
 
@@ -318,7 +324,7 @@ static void tick(void *ud)
         serving_closed(v, "nobody reads the output");
         return;
     }
-    orch_upstream_doing(v->o->upstream, &b);
+    orch_upstream_doing(v->o->serving.upstream, &b);
     /* Progress has to grow, and the server's own, which often counts from 1, comes after it. */
     orch_mcp_session_held_progress(v->mcp, ++v->ticks * (TICK_MS / 1e6), (struct orch_slice){ b.p, b.n });
     orch_timer_set(v->tick, TICK_MS);
@@ -329,11 +335,11 @@ static void upstream_settled(void *ud)
 {
     struct serving *v = ud;
     struct orch *o = v->o;
-    if (orch_upstream_ready(o->upstream)) {
-        int r = orch_host_reload(o, "the upstream is ready");
+    if (orch_upstream_ready(o->serving.upstream)) {
+        int r = orch_current_reload(&o->current, "the upstream is ready");
         if (r < 0) {
             v->status = orch_class_exit((enum orch_class)-r);
-            snprintf(v->why, sizeof v->why, "%s", o->reload_error.p);
+            snprintf(v->why, sizeof v->why, "%s", o->current.error.p);
             orch_timer_set(v->grace, 0);
             return;
         }
@@ -341,36 +347,43 @@ static void upstream_settled(void *ud)
     v->waiting = false;
     orch_timer_cancel(v->tick);
     orch_mcp_session_hold(v->mcp, false);
-    orch_calls_run(o);
+    orch_calls_run(&o->calls);
     if (v->ending)
         serving_closed(v, NULL);
 }
 
-/* ---- what a script serves itself */
-
-static int take_offer(struct orch *o, const struct orch_serve_opts *so, struct orch_err *err)
+static void upstream_changed(void *ud)
 {
-    struct orch_offer *f = &o->offer;
-    if (so->instructions && !f->instructions)
-        f->instructions = orch_xstrdup(so->instructions);
-    if ((so->name || so->version) && !f->server_info) {
-        cleanup_buf struct orch_buf b = { 0 };
-        orch_buf_str(&b, "{\"name\":");
-        orch_json_quote(&b, orch_slice_str(so->name ? so->name : "orch"));
-        orch_buf_str(&b, ",\"version\":");
-        orch_json_quote(&b, orch_slice_str(so->version ? so->version : ORCH_VERSION));
-        orch_buf_char(&b, '}');
-        f->server_info = orch_steal_ptr(&b.p);
-    }
-    if (!so->tools)
-        return 0;
-    if (f->on)
-        return orch_err_setc(err, ORCH_CLASS_USAGE, EBUSY, "a script serves one set of tools, resources and prompts");
-    f->on = true;
-    f->features = so->features;
-    lua_pushvalue(so->L, so->handle);
-    f->handle_ref = luaL_ref(so->L, LUA_REGISTRYINDEX);
-    return orch_script_tools(o, so->L, so->tools, err);
+    struct serving *v = ud;
+    orch_current_reload(&v->o->current, "the upstream's tools changed");
+}
+
+static int start_upstream(struct serving *v, const struct orch_serve_opts *so, struct orch_err *err)
+{
+    struct orch *o = v->o;
+    struct orch_proc_via *via = so->protect ? orch_protect_new(o, err) : NULL;
+    if (so->protect && !via)
+        return orch_err_wrap(err, "%s", so->as);
+    if (!via)
+        orch_log(ORCH_WARN, "%s: nothing keeps this server from rewriting the policies that judge it", so->as);
+    v->waiting = true;
+    o->serving.upstream = orch_upstream_start(&o->calls,
+                                              &(struct orch_upstream_opts){ .name = so->as,
+                                                                            .command = so->command,
+                                                                            .start_ms = so->start_ms,
+                                                                            .timeout_ms = so->timeout_ms,
+                                                                            .via = via,
+                                                                            .settled = upstream_settled,
+                                                                            .changed = upstream_changed,
+                                                                            .ud = v },
+                                              err);
+    if (!o->serving.upstream)
+        return -EIO;
+    orch_mcp_session_hold(v->mcp, true);
+    v->ops.features = features_of(o);
+    v->tick = orch_timer_new(o->loop, tick, v);
+    orch_timer_set(v->tick, TICK_MS);
+    return 0;
 }
 
 static int serve_stdio(struct serving *v, const struct orch_serve_opts *so, const struct orch_json_limits *limits, struct orch_err *err)
@@ -392,25 +405,8 @@ static int serve_stdio(struct serving *v, const struct orch_serve_opts *so, cons
     if (!v->stdio)
         return -EIO;
     orch_mcp_session_on_idle(v->mcp, finish_when_idle, v);
-    if (so->command) {
-        v->waiting = true;
-        if (!so->protect)
-            orch_log(ORCH_WARN, "%s: nothing keeps this server from rewriting the policies that judge it", so->as);
-        o->upstream = orch_upstream_start(o, &(struct orch_upstream_opts){ .name = so->as,
-                                                                           .command = so->command,
-                                                                           .start_ms = so->start_ms,
-                                                                           .timeout_ms = so->timeout_ms,
-                                                                           .protect = so->protect,
-                                                                           .on_settled = upstream_settled,
-                                                                           .ud = v },
-                                          err);
-        if (!o->upstream)
-            return -EIO;
-        orch_mcp_session_hold(v->mcp, true);
-        v->ops.features = features_of(o);
-        v->tick = orch_timer_new(o->loop, tick, v);
-        orch_timer_set(v->tick, TICK_MS);
-    }
+    if (so->command && start_upstream(v, so, err) < 0)
+        return -EIO;
     return 0;
 }
 
@@ -433,13 +429,13 @@ static unsigned *http_in_flight(void *peer)
 static void http_handled(void *ud)
 {
     struct serving *v = ud;
-    orch_calls_want(v->o);
+    orch_calls_want(&v->o->calls);
 }
 
 static const char *http_check_params(void *ud, const struct orch_http_request *q, const struct orch_json_doc *d, struct orch_slice tool, uint32_t args)
 {
     struct serving *v = ud;
-    const struct orch_tool *t = orch_generation_tool(v->o->gen, tool);
+    const struct orch_tool *t = orch_generation_tool(v->o->current.gen, tool);
     return t ? orch_mcp_params_check(&t->headers, q, d, args) : NULL;
 }
 
@@ -478,8 +474,8 @@ static int own_token(struct orch *o, struct orch_buf *token, struct orch_err *er
 static int serve_http(struct serving *v, const struct orch_serve_opts *so, const struct orch_json_limits *limits, struct orch_err *err)
 {
     struct orch *o = v->o;
-    const char *listen = so->listen ? so->listen : o->gen->cfg.http_listen ? o->gen->cfg.http_listen : "127.0.0.1:8700";
-    const char *configured = so->token ? so->token : o->gen->cfg.http_token;
+    const char *listen = so->listen ? so->listen : o->current.gen->cfg.http_listen ? o->current.gen->cfg.http_listen : "127.0.0.1:8700";
+    const char *configured = so->token ? so->token : o->current.gen->cfg.http_token;
     bool local = strncmp(listen, "unix:", 5) == 0;
     cleanup_buf struct orch_buf token = { 0 };
     if (configured)
@@ -522,7 +518,7 @@ int orch_serve(void *ud, const struct orch_serve_opts *so, struct orch_err *err)
 {
     struct orch *o = ud;
     bool stdio = strcmp(so->transport, "stdio") == 0;
-    for (struct serving *v = o->serving; v && stdio; v = v->next)
+    for (struct serving *v = o->serving.list; v && stdio; v = v->next)
         if (v->mcp)
             return orch_err_setc(err, ORCH_CLASS_USAGE, EBUSY, "standard input and output are served already");
     if (!stdio && strcmp(so->transport, "http") != 0)
@@ -537,21 +533,21 @@ int orch_serve(void *ud, const struct orch_serve_opts *so, struct orch_err *err)
                              "  return { rules = { { tool = \"%s__*\", action = \"allow\" } } }\n"
                              "then run: orch trust",
                              o->paths.cwd, o->paths.cwd, so->as);
-    if (take_offer(o, so, err) < 0 || orch_host_generation(o, err) < 0 || orch_host_audit(o, err) < 0)
+    if (orch_script_offer(o, so, err) < 0 || orch_current_need(&o->current, err) < 0 || orch_host_audit(o, err) < 0)
         return err->code > 0 ? -err->code : -EIO;
     struct serving *v = orch_xcalloc(1, sizeof *v);
     v->o = o;
     v->ops = server_ops(o);
-    v->next = o->serving;
-    o->serving = v;
-    struct orch_json_limits limits = { .bytes = o->gen->cfg.message_bytes, .depth = o->gen->cfg.depth };
+    v->next = o->serving.list;
+    o->serving.list = v;
+    struct orch_json_limits limits = { .bytes = o->current.gen->cfg.message_bytes, .depth = o->current.gen->cfg.depth };
     if ((stdio ? serve_stdio(v, so, &limits, err) : serve_http(v, so, &limits, err)) < 0) {
         serving_free(v, true);
         return -EIO;
     }
     v->done = so->done;
     v->ud = so->ud;
-    orch_host_watch(o);
+    orch_current_watch(&o->current);
     orch_host_control(o);
     return 0;
 }
