@@ -183,6 +183,7 @@ procps               test   the host's settings before and after
 apparmor             test   the profile of package passt, in force in a microVM
 python3-pip          suite  fetches the JSON Schema test suite, and Python peers
 clang                fuzz   libFuzzer
+libclang-rt-14-dev   fuzz   its runtime, and the sanitizers'
 npm                  conformance  installs the official MCP suite
 cargo-web            peers  builds the Rust peer
 endef
