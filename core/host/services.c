@@ -123,7 +123,8 @@ static bool held(void *ud, int fd)
 
 static int open_policy(struct orch *o, const struct opening *with, struct orch_err *err)
 {
-    static const struct orch_current_ops ops = { .open = orch_bind_open,
+    static const struct orch_current_ops ops = { .lua_tools = &orch_lua_backend,
+                                                 .open = orch_bind_open,
                                                  .open_tools = orch_bind_open_tools,
                                                  .session = push_session,
                                                  .steered = steered,

@@ -13,6 +13,7 @@ struct orch_rate;
 
 /* What loading needs of those above; ud is given to each. */
 struct orch_current_ops {
+    const struct orch_tool_backend *lua_tools; /* how tools that are written in Lua run */
     void (*open)(lua_State *L);                /* opens the API in a new state */
     /* And what of it is Lua's, in the tool state: by orch_load_product_later. */
     int (*open_tools)(struct orch_loading *l, struct orch_state *s);

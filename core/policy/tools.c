@@ -168,7 +168,7 @@ static int read_tool(struct orch_loading *l, struct orch_state *s, int dispatch_
     }
     int task = (int)lua_tointeger(L, -1);
     lua_pop(L, 1);
-    *t = (struct orch_tool){ .state = s, .task = task, .timeout_ms = (int64_t)lua_tonumber(L, -2) };
+    *t = (struct orch_tool){ .state = s, .backend = l->cur->ops->lua_tools, .task = task, .timeout_ms = (int64_t)lua_tonumber(L, -2) };
     if (lua_isnil(L, -1)) {
         t->output_ref = LUA_NOREF;
         lua_pop(L, 1);
