@@ -157,8 +157,9 @@ return cli.main("policy", {
       about = "Runs the unit tests of policies/tools.lua, as each load does.", examples = { "orch policy test" },
       status = STATUS, words = { 0, 1 }, run = test } },
     { "explain", spec = { summary = "which rules decide a call, with file:line", usage = "TOOL [ARGS-JSON] [--json] | --network NAME ADDRESS PORT [tcp|udp]",
-      about = "Says how a call of TOOL with these arguments would be decided and which rules match; with --network, whether "
-        .. "a connection from a microVM with that network policy would pass. Nothing is run.",
+      about = "Says what a call of TOOL with these arguments would get: the decision, what each rule says, effects and rewritten "
+        .. "arguments; without ARGS-JSON by its name alone. With --network, whether a connection from a microVM with that network "
+        .. "policy would pass. Nothing is run, nothing is taken from a rate.",
       options = { { "--json", nil, "print JSON" }, { "--network", "NAME", "a policy of policies/network.lua" } },
       examples = { [[orch policy explain run_command '{"command":"id"}']], "orch policy explain --network packages 203.0.113.7 443" },
       status = "0 whatever the decision, 6 policy invalid, 2 usage", words = { 1, 3 }, run = explain } },

@@ -32,10 +32,12 @@ local function at(i) return FILE .. ":" .. i * 10 end
 
 local NETWORKS = { web = { allow = { { cidr = "198.51.100.0/24", ports = { 443 } } } }, mail = { allow = {} } }
 
+local policy = assert(loadfile(dir .. "/lua/policy.lua"))
+
 -- An engine with what the row says of its surroundings; what it did to them is in `log`.
 local function bare(row)
   local log = { rates = {}, sessions = {} }
-  local engine = assert(loadfile(dir .. "/lua/policy.lua")) {
+  local engine = policy {
     json = json, regex = regex, schema = schema, nearest = nearest,
     cidr = text_check("/24$", "is never allowed"), ports = text_check("^%d+$", "is no port"), bandwidth = text_check("mbit$", "is no rate"),
     rate = function(key, limit, window)
@@ -423,6 +425,13 @@ t.test("without arguments only the name is judged, and explain says what a call 
   t.eq({ x.by_name.decision, x.by_name.by }, { "allow", { at(1) } })
   local engine = engine_of(row, { { call = { tool = "echo" }, expect = "allow" }, { call = { tool = "echo", args = {} }, expect = "allow" } })
   t.eq(engine.run_tests(), { FILE .. ':502: tests[2]: echo: expected allow, got bad arguments: arguments: missing "message" (required)' })
+end)
+
+t.test("a server that changes a schema keeps no policy from being loaded: its tools' tests do not look at it", function()
+  local row = { tool = "up__read", args = { path = "a" }, rules = { { tool = "up__*", action = "allow", rewrite = set("n", "x") } } }
+  t.eq(explained(row).reason, 'bad arguments: arguments: unknown property "path" (additionalProperties)')
+  t.eq(tested(row, { expect = "allow", args = { path = "a", n = "x" } }), {})
+  t.eq(#tested(row, { expect = "deny" }), 1)
 end)
 
 t.test("more predicates than are kept apart: denied, and said", function()
