@@ -371,6 +371,12 @@ def check(env):
     expect(env.orch("check", good).status == 0, env.orch("check", good))
     r = env.orch("check", good, bad, "no-such.lua")
     expect(r.status == 6 and "bad.lua:2:" in r.err and "no-such.lua" in r.err, r)
+    env.project()
+    for text, words in ((b"\x1bLJ\x02\x02\x00", "bytecode is not accepted, only source text"), (b"--" + b"x" * (1 << 20), "1 MiB")):
+        env.write("policies/tools.lua", text)
+        for args in (["check", "policies/tools.lua"], ["policy", "check", "--config", env.config]):
+            r = env.orch(*args)
+            expect(r.status == 6 and words in r.err, "check says what loading says:", r)
 
 
 @case("test: TAP on stdout; files do not share globals, modules, or their end")
