@@ -40,12 +40,15 @@ local function test(_, words, _, name)
   return 0
 end
 
+local NONE = "none is built in: no network interface at all"
+
 -- explain --network NAME ADDRESS PORT [tcp|udp]
 local function explain_packet(opts, words, name)
   local port, proto = tonumber(words[2]), words[3] or "tcp"
   if not port or port % 1 ~= 0 or port < 1 or port > 65535 then return cli.usage(name, "ADDRESS PORT [tcp|udp] are needed") end
   if proto ~= "tcp" and proto ~= "udp" then return cli.usage(name, "the protocol is tcp or udp, not " .. proto) end
   local decision, rule, code = internal.packet(opts.network, words[1], proto, port)
+  if opts.network == "none" and code ~= "usage" then decision, rule = "deny", NONE end
   if not decision then return cli.fail(name, rule, code) end
   if opts.json then
     cli.json { decision = decision, rule = rule }
@@ -110,7 +113,10 @@ end
 local function show(opts, _, _, name)
   local g, status = load({}, name)
   if not g then return status end
-  if opts.nft then
+  if opts.nft == "none" then
+    cli.out(NONE, "\n")
+    return 0
+  elseif opts.nft then
     local text, why, code = internal.nft(opts.nft)
     if not text then return cli.fail(name, why, code) end
     cli.out(text)
