@@ -9,6 +9,7 @@
 --       cidr(text) -> true | nil, why; ports(text) -> true | nil, why
 local deps = ...
 local json, null = deps.json, deps.json.null
+local pcall, setmetatable, ipairs = pcall, setmetatable, ipairs
 
 local ALLOW, ASK, DENY = 1, 2, 3
 local verdicts = { allow = ALLOW, ask = ASK, deny = DENY }
@@ -16,9 +17,10 @@ local names = { "allow", "ask", "deny" }
 local windows = { s = 1000, sec = 1000, min = 60000, h = 3600000, hour = 3600000, day = 86400000 }
 local MAX_WHENS = 50 -- of one tool: their results are the bits of a number
 
-local engine = { rules = {}, tools = {}, redact = {}, tests = {}, file = "policies/tools.lua",
+local engine = { rules = {}, redact = {}, tests = {}, file = "policies/tools.lua",
   redact_by = {}, test_lines = {}, -- where the pattern, the test of that number is written
   networks = {} } -- network policies: name -> { allow = { { cidr =, proto =, ports = { "443" } } }, connections =, bandwidth = "10mbit" }
+local tools = {}    -- qualified name -> new_tool
 local sessions = {} -- session id -> what predicates see of it
 local clients = {}  -- session id -> what the client says of itself
 
@@ -248,7 +250,7 @@ end
 function engine.add_tool(name, server, schema, untrusted_json)
   local check, unknown = deps.schema.compile(schema, { unknown = server == "local" and "error" or "collect" })
   if not check then return nil, unknown end
-  engine.tools[name] = new_tool(name, server, check, untrusted_json and json.decode(untrusted_json) or {})
+  tools[name] = new_tool(name, server, check, untrusted_json and json.decode(untrusted_json) or {})
   return true, type(unknown) == "table" and table.concat(unknown, ", ") or nil
 end
 
@@ -451,7 +453,7 @@ end
 --   args_full without nulls that stand for absent members, where it had such,
 --   verdict (0: bad arguments), reason, rules as JSON, effects or nil, rewritten arguments or nil
 function engine.judge(name, args_full, args, session_id, caller)
-  local tool = engine.tools[name]
+  local tool = tools[name]
   engine.current = nil
   local ok, why = tool.check(args_full, args_full ~= args)
   if not ok then return nil, 0, why end
@@ -468,7 +470,7 @@ local function listed(tool)
   return shown
 end
 
-function engine.listed(name) return listed(engine.tools[name]) end
+function engine.listed(name) return listed(tools[name]) end
 
 -- ---- what a call would get: for `policy explain` and the tests of a policy
 
@@ -484,7 +486,7 @@ end
 
 -- The tool of that name; where there is none, or by_name, one that takes any arguments.
 local function tool_of(name, by_name, server)
-  local tool = engine.tools[name]
+  local tool = tools[name]
   if tool and not by_name then return tool end
   return new_tool(name, tool and tool.server or server or name:match("^(.-)__") or "local", nil, tool and tool.says or {})
 end
@@ -559,7 +561,7 @@ local function run_test(where, test)
   local so_far = #errors
   check_types(where, "call.", call, call_types)
   check_types(where, "", test, test_types)
-  local known = engine.tools[call.tool]
+  local known = tools[call.tool]
   if known and call.server and call.server ~= known.server then
     fail(where, "%s is a tool of %s, not of %s", call.tool, known.server, call.server)
   end
@@ -631,7 +633,7 @@ local function explain(name, args, session_id, caller, by_name)
   local out, rewritten, before = rehearse(tool, args, { session = session, caller = caller, client = client })
   local x = { decision = names[out.verdict], reason = or_null(out.reason), by = json.decode(out.rules),
     rules = rows_of(tool, out, before), others = #engine.rules - #tool, args = or_null(rewritten), network = null,
-    bad_arguments = or_null(out.bad_arguments), caller = caller, listed = listed(tool), known = engine.tools[name] ~= nil }
+    bad_arguments = or_null(out.bad_arguments), caller = caller, listed = listed(tool), known = tools[name] ~= nil }
   for _, key in ipairs { "rewrites", "redact", "rates", "marks" } do x[key] = json.array {} end
   for i, rule in ipairs(before and before.rewrites or {}) do x.rewrites[i] = rule.where end
   if out.network then x.network = { name = out.network, where = out.network_by } end
