@@ -296,8 +296,14 @@ static int engine_json(struct orch_generation *g, const char *method, int n_args
     lua_remove(L, -2);
     lua_insert(L, -(n_args + 1));
     int r = orch_state_pcall(g->policy, n_args, 1, err);
-    if (r < 0)
+    if (r < 0) { /* a limit: the rule that used it up is named as a call's denial names it */
+        lua_rawgeti(L, LUA_REGISTRYINDEX, g->engine_ref);
+        lua_getfield(L, -1, "current");
+        if (lua_isstring(L, -1))
+            orch_err_wrap(err, "%s", lua_tostring(L, -1));
+        lua_pop(L, 2);
         return r;
+    }
     r = orch_lua_encode_json(L, -1, out, why, sizeof why);
     lua_pop(L, 1);
     return r < 0 ? orch_err_set(err, EINVAL, "%s", why) : 0;
@@ -315,7 +321,7 @@ int orch_generation_explain(struct orch_generation *g, const char *tool, struct 
     if (d.toks[0].type != ORCH_JSON_OBJECT)
         return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL, "arguments: must be a JSON object");
     lua_pushstring(L, tool);
-    orch_lua_push_json(L, &d, 0, 0);
+    orch_lua_push_json(L, &d, 0, ORCH_LUA_JSON_KEEP_NULL);
     lua_pushliteral(L, "explain");
     lua_pushliteral(L, "explain");
     return engine_json(g, "explain", 4, out, err);
