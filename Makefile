@@ -254,8 +254,8 @@ net-mutation: deps ## each attack on the firewall against a filter without the r
 	@+$(MAKE) --no-print-directory $(JOBS) all $(B)/tests/test_net_attacks
 	@$(B)/tests/test_net_attacks --mutate
 
-check-layers: ## includes point downwards, each library has one user, feature macros are declared
-	@KNOWN_FEATURES="$(KNOWN_FEATURES)" tests/check-layers
+check-layers: all ## includes and calls point downwards, each library has one user, features are declared
+	@KNOWN_FEATURES="$(KNOWN_FEATURES)" tests/check-layers $(B)
 
 .SECONDARY: $(FUZZ_BIN)
 FUZZ_SECONDS ?= 20

@@ -13,11 +13,6 @@
 
 enum { FILE_MAX_BYTES = 16 << 20, ENTRIES_MAX = 10000 };
 
-struct orch_call *orch_ctx_call(lua_State *L)
-{
-    return orch_check_call(L, orch_env_of(L)->calls);
-}
-
 static int l_vm(lua_State *L)
 {
     struct orch_call *c = orch_ctx_call(L);

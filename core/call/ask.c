@@ -187,7 +187,7 @@ static char *digest_of(const char *method, const struct orch_json_doc *d,
 void orch_questions_begin(struct orch_call *c, const char *method, const struct orch_json_doc *d,
                           const struct orch_mcp_params *p)
 {
-    if (!c->modern)
+    if (!c->modern || !c->caps)
         return;
     struct orch_questions *q = need_questions(c);
     q->digest = digest_of(method, d, p);

@@ -145,16 +145,13 @@ struct orch_call_part *orch_call_part(const struct orch_call *c,
     return p;
 }
 
-void orch_call_of_request(struct orch_call *c, struct orch_mcp_request *rq, const char *method,
-                          const struct orch_json_doc *d, const struct orch_mcp_params *p)
+void orch_call_of_request(struct orch_call *c, struct orch_mcp_request *rq)
 {
     c->rq = rq;
     c->modern = orch_mcp_request_modern(rq);
     c->server_info = orch_mcp_request_server_info(rq);
     c->caps = orch_mcp_request_caps(rq);
     orch_mcp_request_set_host(rq, c);
-    if (c->caps)
-        orch_questions_begin(c, method, d, p);
 }
 
 /* ---- its time */
@@ -239,6 +236,14 @@ static void time_over(void *ud)
 
 /* ---- its end */
 
+void orch_calls_want(struct orch_calls *cs)
+{
+    if (cs->run_posted || cs->in_run)
+        return;
+    cs->run_posted = true;
+    orch_loop_post(cs->loop, cs->run_later, cs);
+}
+
 void orch_call_running(struct orch_call *c)
 {
     orch_call_list_push(&c->calls->running, c);
@@ -286,29 +291,11 @@ void orch_call_detach_mcp(struct orch_mcp_request *rq)
     c->rq = NULL;
 }
 
-/* ---- all calls */
-
-int orch_calls_init(struct orch_calls *cs, struct orch_err *err)
+void orch_calls_cancel(struct orch_session *s, const char *why)
 {
-    uint8_t r[4];
-    if (orch_random(r, sizeof r) < 0)
-        return orch_err_set(err, EIO, "the kernel gives no random bytes");
-    snprintf(cs->prefix, sizeof cs->prefix, "c%02x%02x%02x%02x", r[0], r[1], r[2], r[3]);
-    return 0;
-}
-
-void orch_calls_fini(struct orch_calls *cs)
-{
-    orch_turn_stop(cs);
-    for (size_t i = 0; i < cs->n_slots; i++) {
-        struct orch_call *c = cs->slots[i];
-        orch_buf_free(&c->args);
-        orch_buf_free(&c->text);
-        orch_buf_free(&c->meta);
-        orch_timer_free(c->timer);
-        free(c);
+    for (struct orch_call *c = s->calls->running, *next; c; c = next) {
+        next = c->next;
+        if (c->session == s)
+            orch_call_cancel(c, why);
     }
-    free(cs->slots);
-    cs->slots = NULL;
-    cs->n_slots = 0;
 }

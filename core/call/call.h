@@ -46,6 +46,7 @@ struct orch_calls {
     uint64_t next_call;
     unsigned next_session;
     char prefix[16];
+    orch_loop_fn *run_later; /* turn.c's */
     bool run_posted, in_run;
     struct orch_questions_list {
         struct orch_questions *first, *last; /* parked, in the order of their ends */
@@ -86,7 +87,7 @@ void orch_session_mark(struct orch_session *s, const char *mark);
 /* For orch_current_ops. */
 void orch_session_push(void *calls, lua_State *L, const char *id);
 /* Cancels every call of the session; each still writes its outcome. */
-void orch_session_cancel_calls(struct orch_session *s, const char *why);
+void orch_calls_cancel(struct orch_session *s, const char *why);
 
 /* ---- a call begins */
 

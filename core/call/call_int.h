@@ -8,8 +8,7 @@
 struct orch_call *orch_call_new(struct orch_session *s);
 void orch_call_free(struct orch_call *c);
 /* What its request says of it and of its client. */
-void orch_call_of_request(struct orch_call *c, struct orch_mcp_request *rq, const char *method,
-                          const struct orch_json_doc *d, const struct orch_mcp_params *p);
+void orch_call_of_request(struct orch_call *c, struct orch_mcp_request *rq);
 void orch_call_running(struct orch_call *c); /* joins the running ones */
 void orch_call_finish(struct orch_call *c);  /* one that is in no list: to the ended ones */
 void orch_call_list_push(struct orch_call **list, struct orch_call *c);
@@ -35,14 +34,10 @@ void orch_call_redact(struct orch_call *c); /* by the deciding rules */
 void orch_call_put_origin(const struct orch_call *c, struct orch_buf *b);
 
 /* lua_tool.c: runs the function below nargs arguments on the state's stack. */
-void orch_lua_start(struct orch_call *c, struct orch_state *s, int nargs);
-
-/* request.c: what it returned, of a request beyond tools. */
-void orch_request_take(struct orch_call *c, lua_State *L, int nres, const struct orch_err *err);
+void orch_lua_start(struct orch_call *c, struct orch_state *s, int nargs, orch_task_done_fn *take);
 
 /* turn.c */
 void orch_call_answer(struct orch_call *c);
-void orch_turn_stop(struct orch_calls *cs);
 
 /* ask.c: keeps what questions need of the request; when the call begins. */
 void orch_questions_begin(struct orch_call *c, const char *method, const struct orch_json_doc *d,

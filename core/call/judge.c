@@ -97,7 +97,8 @@ void orch_call_from_mcp(struct orch_session *s, struct orch_mcp_request *rq,
                         const struct orch_json_doc *d, const struct orch_mcp_params *p)
 {
     struct orch_call *c = orch_call_new(s);
-    orch_call_of_request(c, rq, "tools/call", d, p);
+    orch_call_of_request(c, rq);
+    orch_questions_begin(c, "tools/call", d, p);
     begin(c, p->name, d, p->args, p->meta);
 }
 

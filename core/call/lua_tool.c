@@ -2,6 +2,7 @@
  * one that was kept beyond the call finds nothing. */
 #include "call_int.h"
 
+#include <errno.h>
 #include <lauxlib.h>
 
 struct ctx {
@@ -29,33 +30,52 @@ static void done(void *ud, lua_State *L, int nres, const struct orch_err *err)
 {
     struct orch_call *c = ud;
     c->run = NULL;
-    if (c->method)
-        orch_request_take(c, L, nres, err);
-    else if (err)
+    if (err)
         orch_call_fail(c, err);
     else
         orch_call_take_lua(c, L, nres);
     orch_call_end(c);
 }
 
-void orch_lua_start(struct orch_call *c, struct orch_state *s, int nargs)
+void orch_lua_start(struct orch_call *c, struct orch_state *s, int nargs, orch_task_done_fn *take)
 {
     c->backend = &orch_lua_backend;
     /* It may end at once: then it is in the list of ended ones, which only our caller's caller empties. */
-    struct orch_task *task = orch_task_start(c->calls->loop, s, nargs, done, c);
+    struct orch_task *task = orch_task_start(c->calls->loop, s, nargs, take, c);
     if (c->finished)
         return;
     c->run = task;
     orch_call_arm(c);
 }
 
+/* The task of the tasks extension that the tool wants to be. */
+static int begin_job(struct orch_call *c, struct orch_err *err)
+{
+    const struct orch_tool *t = c->tool;
+    bool can = (c->caps & ORCH_MCP_CAP_TASKS) && c->rq;
+    if (!t->task || (!can && t->task != ORCH_TOOL_TASK_ONLY))
+        return 0;
+    if (can)
+        return orch_job_begin(c, err);
+    c->missing = ORCH_MCP_CAP_TASKS;
+    return orch_err_set(err, ENOTSUP, "this tool needs a client that offers the tasks extension");
+}
+
 static void start(struct orch_call *c)
 {
+    struct orch_err err = { 0 };
+    if (begin_job(c, &err) < 0) {
+        orch_call_fail(c, &err);
+        if (c->missing && c->modern)
+            orch_call_missing(c);
+        orch_call_end(c);
+        return;
+    }
     lua_State *L = orch_state_lua(c->tool->state);
     lua_rawgeti(L, LUA_REGISTRYINDEX, c->tool->run_ref);
     lua_rawgeti(L, LUA_REGISTRYINDEX, c->args_ref);
     orch_push_ctx(L, c->slot, c->serial);
-    orch_lua_start(c, c->tool->state, 2);
+    orch_lua_start(c, c->tool->state, 2, done);
 }
 
 /* Its end comes when its last wait has been told. */

@@ -64,12 +64,15 @@ static void take_result(struct orch_call *c, lua_State *L, int nres)
                         c->text.n ? "," : "", c->server_info);
 }
 
-void orch_request_take(struct orch_call *c, lua_State *L, int nres, const struct orch_err *err)
+static void done(void *ud, lua_State *L, int nres, const struct orch_err *err)
 {
+    struct orch_call *c = ud;
+    c->run = NULL;
     if (err)
         orch_call_rpc_error(c, ORCH_RPC_INTERNAL_ERROR, orch_slice_str(err->msg));
     else
         take_result(c, L, nres);
+    orch_call_end(c);
 }
 
 void orch_call_request(struct orch_session *s, struct orch_mcp_request *rq,
@@ -81,7 +84,8 @@ void orch_call_request(struct orch_session *s, struct orch_mcp_request *rq,
     struct orch_err err = { 0 };
     c->method = method;
     orch_call_clock(c, c->gen->cfg.vm_timeout_ms, "vm.timeout");
-    orch_call_of_request(c, rq, method, d, p);
+    orch_call_of_request(c, rq);
+    orch_questions_begin(c, method, d, p);
     orch_call_running(c);
     if (p->name.n && orch_record_request(c, p->name, &err) < 0) {
         orch_call_rpc_error(c, ORCH_RPC_INTERNAL_ERROR, orch_slice_str(err.msg));
@@ -97,5 +101,5 @@ void orch_call_request(struct orch_session *s, struct orch_mcp_request *rq,
     else
         lua_newtable(L);
     orch_push_ctx(L, c->slot, c->serial);
-    orch_lua_start(c, state, 3);
+    orch_lua_start(c, state, 3, done);
 }

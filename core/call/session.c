@@ -80,12 +80,3 @@ void orch_session_push(void *calls, lua_State *L, const char *id)
     lua_setfield(L, -2, "marks");
     push_client(L, s);
 }
-
-void orch_session_cancel_calls(struct orch_session *s, const char *why)
-{
-    for (struct orch_call *c = s->calls->running, *next; c; c = next) {
-        next = c->next;
-        if (c->session == s)
-            orch_call_cancel(c, why);
-    }
-}

@@ -5,6 +5,7 @@
 #include "../base/log.h"
 
 #include <errno.h>
+#include <stdio.h>
 
 static void run_later(void *ud)
 {
@@ -13,50 +14,16 @@ static void run_later(void *ud)
     orch_calls_run(cs);
 }
 
-void orch_calls_want(struct orch_calls *cs)
-{
-    if (cs->run_posted || cs->in_run)
-        return;
-    cs->run_posted = true;
-    orch_loop_post(cs->loop, run_later, cs);
-}
-
-void orch_turn_stop(struct orch_calls *cs)
-{
-    orch_loop_unpost(cs->loop, run_later, cs);
-}
-
-/* The task of the tasks extension that the tool wants to be. */
-static int begin_job(struct orch_call *c, struct orch_err *err)
-{
-    const struct orch_tool *t = c->tool;
-    bool can = (c->caps & ORCH_MCP_CAP_TASKS) && c->rq;
-    if (!t->task || (!can && t->task != ORCH_TOOL_TASK_ONLY))
-        return 0;
-    if (can)
-        return orch_job_begin(c, err);
-    c->missing = ORCH_MCP_CAP_TASKS;
-    return orch_err_set(err, ENOTSUP, "this tool needs a client that offers the tasks extension");
-}
-
 static void run(struct orch_call *c)
 {
     const struct orch_tool *t = c->tool;
-    struct orch_err err = { 0 };
     if (t->timeout_ms)
         orch_call_clock(c, t->timeout_ms, t->limit ? t->limit : "the tool's timeout");
     else
         orch_call_clock(c, c->gen->cfg.vm_timeout_ms, "vm.timeout");
     orch_call_running(c);
-    if (begin_job(c, &err) == 0) {
-        c->backend = t->backend;
-        c->backend->start(c);
-        return;
-    }
-    orch_call_fail(c, &err);
-    if (c->missing && c->modern)
-        orch_call_missing(c);
-    orch_call_end(c);
+    c->backend = t->backend;
+    c->backend->start(c);
 }
 
 /* What to do with the calls that were judged: run them, or end them at once. */
@@ -153,4 +120,32 @@ void orch_calls_run(struct orch_calls *cs)
     cs->in_run = false;
     if (cs->begun) /* an answer's callback made another call */
         orch_calls_want(cs);
+}
+
+/* ---- all calls */
+
+int orch_calls_init(struct orch_calls *cs, struct orch_err *err)
+{
+    uint8_t r[4];
+    if (orch_random(r, sizeof r) < 0)
+        return orch_err_set(err, EIO, "the kernel gives no random bytes");
+    cs->run_later = run_later;
+    snprintf(cs->prefix, sizeof cs->prefix, "c%02x%02x%02x%02x", r[0], r[1], r[2], r[3]);
+    return 0;
+}
+
+void orch_calls_fini(struct orch_calls *cs)
+{
+    orch_loop_unpost(cs->loop, run_later, cs);
+    for (size_t i = 0; i < cs->n_slots; i++) {
+        struct orch_call *c = cs->slots[i];
+        orch_buf_free(&c->args);
+        orch_buf_free(&c->text);
+        orch_buf_free(&c->meta);
+        orch_timer_free(c->timer);
+        free(c);
+    }
+    free(cs->slots);
+    cs->slots = NULL;
+    cs->n_slots = 0;
 }

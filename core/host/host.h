@@ -54,6 +54,9 @@ struct orch {
 
 /* What orch_open does before it loads anything. */
 struct orch *orch_host_open(const char *config, const struct orch_options *opts, struct orch_err *err);
+
+/* ---- host.c */
+
 int orch_host_audit(struct orch *o, struct orch_err *err); /* opens the audit log of the generation in force */
 void orch_host_control(struct orch *o);                    /* opens the control socket */
 /* The tool, which is taken, joins every generation from now on. */

@@ -311,7 +311,7 @@ static void grace_over(void *ud)
     }
     v->cancelled = true;
     for (struct caller *k = v->callers; k; k = k->next)
-        orch_session_cancel_calls(k->session, "the client's input ended");
+        orch_calls_cancel(k->session, "the client's input ended");
     orch_timer_set(v->grace, CANCEL_MS);
 }
 

@@ -54,20 +54,6 @@ static void close_loop(struct orch *o)
 
 /* ---- the audit log */
 
-int orch_host_audit(struct orch *o, struct orch_err *err)
-{
-    if (o->calls.audit)
-        return 0;
-    const struct orch_config *c = &o->current.gen->cfg;
-    cleanup_free char *key = orch_xasprintf("%s/audit.key", o->paths.state);
-    cleanup_close int dir = orch_own_dir(o->paths.state, err);
-    if (dir < 0)
-        return dir;
-    o->calls.audit = orch_audit_open(o->loop, c->audit_dir, key, c->audit_sync, err);
-    o->current.audit = o->calls.audit;
-    return o->calls.audit ? 0 : -EIO;
-}
-
 static void close_audit(struct orch *o)
 {
     orch_audit_close(o->calls.audit);
@@ -95,7 +81,7 @@ static void end_calls(struct orch *o)
 {
     orch_calls_unpark(&o->calls, NULL);
     for (struct orch_session *s = o->calls.sessions; s; s = s->next)
-        orch_session_cancel_calls(s, "orch is closing");
+        orch_calls_cancel(s, "orch is closing");
     int64_t deadline = orch_now_us() + CLOSE_MS * 1000;
     while (o->calls.running && orch_now_us() < deadline)
         orch_loop_step(o->loop, 20);
@@ -177,12 +163,6 @@ static void close_tools(struct orch *o)
     for (size_t i = 0; i < o->tools.n; i++)
         orch_tool_fini(&o->tools.list[i]);
     free(o->tools.list);
-}
-
-void orch_host_keep_tool(struct orch *o, const struct orch_tool *t)
-{
-    o->tools.list = orch_xrealloc(o->tools.list, (o->tools.n + 1) * sizeof *o->tools.list);
-    o->tools.list[o->tools.n++] = *t;
 }
 
 /* ---- microVMs and HTTP */
@@ -295,14 +275,6 @@ static void close_serving(struct orch *o)
     orch_upstream_free(o->serving.upstream, true);
     free(o->serving.server_info);
     free(o->serving.instructions);
-}
-
-/* Whoever serves or has microVMs can be asked by other commands of the same user. */
-void orch_host_control(struct orch *o)
-{
-    struct orch_err err = { 0 };
-    if (!o->control && !(o->control = orch_control_new(o->loop, o->paths.runtime, orch_control_verbs, o, &err)))
-        orch_log(ORCH_WARN, "%s", err.msg);
 }
 
 static void close_control(struct orch *o)

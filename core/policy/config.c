@@ -223,8 +223,10 @@ int orch_load_config(struct orch_loading *l)
     lua_pop(L, 1);
     read_config(l, L);
     memcpy(l->sha, sha, sizeof sha);
-    if (g->cfg.trust_always && orch_load_trust_config(l) < 0)
+    if (g->cfg.trust_always && orch_load_trust_config(l, &err) < 0) {
+        orch_load_fail(l, err.cls, "%s: %s", shown, err.msg);
         return -1;
+    }
     push_path(L, "notes");
     orch_load_take_lines(L, shown, add_note, l);
     lua_getfield(L, -2, "show"); /* value, module, cfg, show */

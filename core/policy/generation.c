@@ -7,8 +7,11 @@
 static int load_all(struct orch_loading *l)
 {
     struct orch_generation *g = l->g;
-    if (orch_load_find_trust(l) < 0)
+    struct orch_err err = { 0 };
+    if (orch_load_find_trust(l, &err) < 0) {
+        orch_load_fail(l, ORCH_CLASS_CONFIG, "%s", err.msg);
         return -1;
+    }
     g->policy = orch_load_state(l, ORCH_CTX_POLICY, 64 << 20);
     if (!g->policy || orch_load_config(l) < 0)
         return -1;

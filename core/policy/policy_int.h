@@ -66,12 +66,12 @@ int orch_load_dir(struct orch_loading *l, const char *dir, const char *what, boo
 
 /* ---- trust.c */
 
-int orch_load_find_trust(struct orch_loading *l);
-/* Whether the source with l->sha may be loaded; notes the failure. */
+int orch_load_find_trust(struct orch_loading *l, struct orch_err *err);
+/* Whether the source with l->sha may be loaded; err does not name it. */
 int orch_load_check_trust(struct orch_loading *l, int fd, unsigned links, const char *path,
-                          bool product);
+                          bool product, struct orch_err *err);
 /* The configuration says trust = "always": it is held against what is trusted now, unless it was. */
-int orch_load_trust_config(struct orch_loading *l);
+int orch_load_trust_config(struct orch_loading *l, struct orch_err *err);
 /* What is in force is what was seen last: from now on it is loaded only so, also by the next orch. */
 void orch_load_hold_to_trust(const struct orch_loading *l);
 /* A descriptor of a folder of the configuration, held from its first use on, so that nobody puts another

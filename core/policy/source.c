@@ -79,9 +79,12 @@ int orch_load_read(struct orch_loading *l, int dirfd, const char *name, const ch
     if (r < 0)
         return r;
     orch_sha256_hex(out->p, out->n, l->sha);
-    r = orch_load_check_trust(l, fd, (unsigned)st.st_nlink, path, product);
-    if (r < 0)
+    struct orch_err err = { 0 };
+    r = orch_load_check_trust(l, fd, (unsigned)st.st_nlink, path, product, &err);
+    if (r < 0) {
+        orch_load_fail(l, err.cls, "%s: %s", orch_load_display(l, path), err.msg);
         return r;
+    }
     if (!product)
         keep_source(&l->g->sources, path, l->sha);
     orch_sha256_update(&l->hash, path, strlen(path) + 1);

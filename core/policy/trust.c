@@ -73,16 +73,13 @@ void orch_trust_fini(struct orch_trust *t)
 
 /* ---- what may be loaded */
 
-int orch_load_find_trust(struct orch_loading *l)
+int orch_load_find_trust(struct orch_loading *l, struct orch_err *err)
 {
     const struct orch_paths *p = l->cur->paths;
-    struct orch_err err = { 0 };
     if (l->mode != ORCH_TRUST_CHECK || p->origin == ORCH_CONFIG_BUILTIN)
         return 0;
-    if (orch_trust_read(p, &l->trust, &err) < 0) {
-        orch_load_fail(l, ORCH_CLASS_CONFIG, "trust: %s", err.msg);
-        return -1;
-    }
+    if (orch_trust_read(p, &l->trust, err) < 0)
+        return orch_err_wrap(err, "trust");
     l->needs_trust = p->origin == ORCH_CONFIG_CWD || l->trust.always;
     return 0;
 }
@@ -111,7 +108,7 @@ static bool trusted_content(const struct orch_loading *l, const char *path)
     return f && strcmp(f->sha256, l->sha) == 0;
 }
 
-static int check_record(struct orch_loading *l, const char *path)
+static int check_record(const struct orch_loading *l, const char *path, struct orch_err *err)
 {
     if (!l->needs_trust || l->trust.edits || trusted_content(l, path))
         return 0;
@@ -120,27 +117,23 @@ static int check_record(struct orch_loading *l, const char *path)
         : l->cur->paths->origin == ORCH_CONFIG_CWD
             ? "not trusted; a configuration in the working directory is only loaded after"
             : "not trusted; this configuration is only loaded after";
-    orch_load_fail(l, ORCH_CLASS_CONFIG, "%s: %s: orch trust %s", orch_load_display(l, path), why,
-                   l->trust_dir);
-    return -EPERM;
+    return orch_err_setc(err, ORCH_CLASS_CONFIG, EPERM, "%s: orch trust %s", why, l->trust_dir);
 }
 
 /* What a program that an agent steers may have written is the law only when the user has seen it. */
 static int check_writers(struct orch_loading *l, int fd, unsigned links, const char *path,
-                         bool product)
+                         bool product, struct orch_err *err)
 {
     const struct orch_current *cur = l->cur;
     if (trusted_content(l, path))
         return 0;
     if (!cur->ops->held(cur->ud, fd)) {
         l->unheld = l->unheld || !product;
-        orch_load_fail(l, ORCH_CLASS_CONFIG,
-                       "%s: put there while a program runs that orch started and that may write to "
-                       "it; %s%s",
-                       orch_load_display(l, path),
-                       product ? "start orch anew" : "look at it, then run: orch trust ",
-                       product ? "" : l->trust_dir);
-        return -EPERM;
+        return orch_err_setc(err, ORCH_CLASS_CONFIG, EPERM,
+                             "put there while a program runs that orch started and that may write to "
+                             "it; %s%s",
+                             product ? "start orch anew" : "look at it, then run: orch trust ",
+                             product ? "" : l->trust_dir);
     }
     if (product || links < 2)
         return 0;
@@ -148,27 +141,24 @@ static int check_writers(struct orch_loading *l, int fd, unsigned links, const c
         l->g->linked = orch_xstrdup(path);
     if (!cur->ops->steered(cur->ud))
         return 0;
-    orch_load_fail(
-        l, ORCH_CLASS_CONFIG,
-        "%s: it has another name (a hard link), by which a program that orch started may "
-        "write to it; remove that one",
-        orch_load_display(l, path));
-    return -EPERM;
+    return orch_err_setc(err, ORCH_CLASS_CONFIG, EPERM,
+                         "it has another name (a hard link), by which a program that orch started may "
+                         "write to it; remove that one");
 }
 
 int orch_load_check_trust(struct orch_loading *l, int fd, unsigned links, const char *path,
-                          bool product)
+                          bool product, struct orch_err *err)
 {
-    int r = product ? 0 : check_record(l, path);
-    return r < 0 ? r : check_writers(l, fd, links, path, product);
+    int r = product ? 0 : check_record(l, path, err);
+    return r < 0 ? r : check_writers(l, fd, links, path, product, err);
 }
 
-int orch_load_trust_config(struct orch_loading *l)
+int orch_load_trust_config(struct orch_loading *l, struct orch_err *err)
 {
     if (l->mode != ORCH_TRUST_CHECK || l->needs_trust)
         return 0;
     l->needs_trust = true;
-    return check_record(l, l->cur->paths->config);
+    return check_record(l, l->cur->paths->config, err);
 }
 
 /* ---- folders by descriptor */
