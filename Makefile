@@ -45,7 +45,7 @@ LDFLAGS_ALL = -Wl,--as-needed -pie $(VARIANT_CFLAGS) $(LDFLAGS)
 # libcrypto is linked statically: only its SHA-256 is used, and loading the shared library doubles the start time.
 LIBS := -lluajit-5.1 -levent_core -lcjson -lpcre2-8 -l:libcrypto.a -ldl -lm
 
-ROOMS := base http mcp launch net vm store script bind
+ROOMS := base http mcp launch net image vm store script bind
 LIB_SRC := $(wildcard $(foreach r,$(ROOMS),core/$(r)/*.c)) $(filter-out core/main.c,$(wildcard core/*.c))
 LIB_OBJ := $(LIB_SRC:%.c=$(B)/%.o) $(B)/compiled.o
 LAUNCHER_SRC := $(wildcard core/launcher/*.c)

@@ -2,7 +2,7 @@
 
 #include "../base/hash.h"
 #include "../base/json.h"
-#include "image.h"
+#include "../image/image.h"
 #include "rundir.h"
 
 #include <errno.h>

@@ -1,7 +1,7 @@
-/* core/vm/image: unpacking kernels, and building the base image from made-up kernels and packages (the
+/* core/image: unpacking kernels, and building the base image from made-up kernels and packages (the
  * real one is built and booted by the end-to-end tests). Needs root, busybox-static, lz4, xz-utils, zstd, dpkg. */
 #include "base/hash.h"
-#include "vm/image.h"
+#include "image/image.h"
 
 #include <dirent.h>
 #include <elf.h>

@@ -1,8 +1,8 @@
 /* The disk of an image: a read-only erofs file, made from Debian packages by mmdebstrap. Pure but for
  * looking which programs are there: image.c runs the child. It needs no root. Everything it writes but
  * the file `disk` lies on a tmpfs of its own mount namespace, and all of it dies with the child. */
-#ifndef ORCH_VM_DISK_H
-#define ORCH_VM_DISK_H
+#ifndef ORCH_IMAGE_DISK_H
+#define ORCH_IMAGE_DISK_H
 
 #include "../base/err.h"
 #include "../base/util.h"

@@ -2,8 +2,8 @@
  * an initramfs of static busybox, the kernel modules it needs and the guest agent. Every other image
  * has the same two and a disk (disk.h), which becomes the guest's root. Built once into
  * $XDG_CACHE_HOME/orch/images/<content hash>/, never on the user's system; nothing needs root. */
-#ifndef ORCH_VM_IMAGE_H
-#define ORCH_VM_IMAGE_H
+#ifndef ORCH_IMAGE_IMAGE_H
+#define ORCH_IMAGE_IMAGE_H
 
 #include "../base/loop.h"
 #include "disk.h"
