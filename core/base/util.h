@@ -77,6 +77,11 @@ void orch_buf_add(struct orch_buf *b, const void *p, size_t n);
 void orch_buf_str(struct orch_buf *b, const char *s);
 void orch_buf_printf(struct orch_buf *b, const char *fmt, ...) ORCH_PRINTF(2, 3);
 void orch_buf_consume(struct orch_buf *b, size_t n); /* drops n bytes from the front */
+/* All of it, until the buffer changes; p is never NULL. */
+static inline struct orch_slice orch_slice_of(const struct orch_buf *b)
+{
+    return (struct orch_slice){ b->p ? b->p : "", b->n };
+}
 static inline void orch_buf_slice(struct orch_buf *b, struct orch_slice s)
 {
     orch_buf_add(b, s.p, s.n);
