@@ -272,7 +272,13 @@ static int64_t parse_with_unit(const char *s, const char *const *units, const do
     if (!whole || (s[whole] == '.' && !fraction) || whole + fraction > 20)
         return -1;
     const char *end = s + whole + (fraction ? fraction + 1 : 0);
-    double v = strtod(s, NULL);
+    double v = 0, scale = 1; /* not by strtod: its decimal point is the locale's */
+    for (const char *p = s; p < end; p++)
+        if (*p != '.')
+            v = v * 10 + (*p - '0');
+    for (; fraction; fraction--)
+        scale *= 10;
+    v /= scale;
     for (size_t i = 0; i < n_units; i++) {
         if (strcmp(end, units[i]) != 0)
             continue;

@@ -536,7 +536,7 @@ static bool set_options(struct orch_http_call *c, const struct orch_http_call_op
 #define SET(option, value) ok &= cu.easy_setopt(c->easy, CURLOPT_##option, value) == CURLE_OK
     SET(URL, o->url);
     SET(PROTOCOLS_STR, "http,https");
-    SET(REDIR_PROTOCOLS_STR, strncasecmp(o->url, "https:", 6) == 0 ? "https" : "http,https");
+    SET(REDIR_PROTOCOLS_STR, orch_http_begins(orch_slice_str(o->url), "https:") ? "https" : "http,https");
     SET(HTTP_VERSION, (long)CURL_HTTP_VERSION_1_1);
     SET(PROXY, "");
     SET(DISALLOW_USERNAME_IN_URL, 1L);

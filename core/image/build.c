@@ -561,9 +561,9 @@ static void step_uris(struct orch_image_build *b)
         return;
     }
     char file[200];
-    double size;
+    unsigned long long size;
     const char *space = strchr(b->text.p, ' ');
-    if (!space || sscanf(space, " %199[A-Za-z0-9._+~%:-] %lf", file, &size) != 2 || *file == '.') {
+    if (!space || sscanf(space, " %199[A-Za-z0-9._+~%:-] %llu", file, &size) != 2 || *file == '.') {
         orch_err_set(&err, EBADMSG, "apt-get does not say where %s is: sudo apt-get update",
                      b->package);
         failed(b, &err);
@@ -578,7 +578,7 @@ static void step_uris(struct orch_image_build *b)
         package_ready(b);
         return;
     }
-    say(b, "downloading %s (%.1f MB)", file, size / 1e6);
+    say(b, "downloading %s (%.1f MB)", file, (double)size / 1e6);
     if (!child(b, (const char *const[]){ "apt-get", "-q", "download", b->package, NULL }, false,
                step_downloaded, &err))
         failed(b, &err);

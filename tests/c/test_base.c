@@ -17,6 +17,8 @@
 
 #include <cmocka.h>
 
+#include "odd_locale.h"
+
 static char dir[64];
 
 static int make_dir(void **state)
@@ -1007,5 +1009,6 @@ int main(void)
         LOOP_TEST(test_proc_many),
         LOOP_TEST(test_proc_dies_with_parent),
     };
+    odd_locale();
     return cmocka_run_group_tests(tests, make_dir, remove_dir);
 }
