@@ -253,8 +253,8 @@ net-mutation: deps ## each attack on the firewall against a filter without the r
 	@+$(MAKE) --no-print-directory $(JOBS) all $(B)/tests/test_net_attacks
 	@$(B)/tests/test_net_attacks --mutate
 
-check-layers: ## includes point downwards, each library has one user, feature macros are declared
-	@KNOWN_FEATURES="$(KNOWN_FEATURES)" tests/check-layers
+check-layers: $(LIB_OBJ) ## includes point downwards, each library has one user, feature macros are declared, no state of the process
+	@KNOWN_FEATURES="$(KNOWN_FEATURES)" LIB_OBJ="$(LIB_OBJ)" tests/check-layers
 
 .SECONDARY: $(FUZZ_BIN)
 FUZZ_SECONDS ?= 20
