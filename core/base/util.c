@@ -198,13 +198,23 @@ int orch_write_all(int fd, const void *p, size_t n)
     return 0;
 }
 
+int orch_create_beside(int dirfd, const char *path, mode_t mode, char **name)
+{
+    uint32_t n;
+    int fd, r = orch_random(&n, sizeof n);
+    if (r < 0)
+        return r;
+    *name = orch_xasprintf("%s.%08x.tmp", path, n);
+    fd = openat(dirfd, *name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, mode);
+    return fd < 0 ? -errno : fd;
+}
+
 int orch_write_file(int dirfd, const char *path, const void *p, size_t n, mode_t mode)
 {
-    cleanup_free char *tmp = orch_xasprintf("%s.%d.tmp", path, getpid());
-    unlinkat(dirfd, tmp, 0);
-    cleanup_close int fd = openat(dirfd, tmp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, mode);
+    cleanup_free char *tmp = NULL;
+    cleanup_close int fd = orch_create_beside(dirfd, path, mode, &tmp);
     if (fd < 0)
-        return -errno;
+        return fd;
     int r = orch_write_all(fd, p, n);
     if (r == 0 && renameat(dirfd, tmp, dirfd, path) < 0)
         r = -errno;

@@ -99,6 +99,9 @@ void orch_buf_hex(struct orch_buf *b, const void *p, size_t n); /* lower-case he
 int orch_read_file(int dirfd, const char *path, size_t max_bytes, struct orch_buf *out); /* -EFBIG */
 int orch_read_fd(int fd, size_t max_bytes, struct orch_buf *out); /* from where it stands to its end */
 int orch_write_file(int dirfd, const char *path, const void *p, size_t n, mode_t mode); /* by rename */
+/* A new file "PATH.XXXXXXXX.tmp", for this caller alone, whoever else writes beside it: other
+ * threads, other pid namespaces. A descriptor or a negative errno; the caller owns *name. */
+int orch_create_beside(int dirfd, const char *path, mode_t mode, char **name);
 int orch_mkdir_p(const char *path, mode_t mode);
 int orch_write_all(int fd, const void *p, size_t n);
 /* A descriptor of one of orch's own directories (state, cache, runtime), made 0700 when it is not
