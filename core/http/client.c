@@ -66,22 +66,8 @@ static int start_curl(void)
     return cu.global_init(CURL_GLOBAL_DEFAULT) != CURLE_OK;
 }
 
-static const char *const function_names[] = {
-#define X(name) #name,
-    FUNCTIONS(X)
-#undef X
-};
-static struct orch_library library = {
-    .what = "http",
-    .file = "libcurl.so.4",
-    .package = "libcurl4",
-    .prefix = "curl_",
-    .names = function_names,
-    .functions = &cu,
-    .n_bytes = sizeof cu,
-    .cls = ORCH_CLASS_FAILED,
-    .start = start_curl,
-};
+ORCH_LIBRARY(cu, FUNCTIONS, .what = "http", .file = "libcurl.so.4", .package = "libcurl4",
+             .prefix = "curl_", .cls = ORCH_CLASS_FAILED, .start = start_curl);
 
 /* ---- the one place that calls the caller's functions */
 

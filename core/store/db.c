@@ -30,21 +30,8 @@ static struct {
 #undef X
 } sq;
 
-static const char *const function_names[] = {
-#define X(name) #name,
-    FUNCTIONS(X)
-#undef X
-};
-static struct orch_library library = {
-    .what = "state database",
-    .file = "libsqlite3.so.0",
-    .package = "libsqlite3-0",
-    .prefix = "sqlite3_",
-    .names = function_names,
-    .functions = &sq,
-    .n_bytes = sizeof sq,
-    .cls = ORCH_CLASS_FAILED,
-};
+ORCH_LIBRARY(sq, FUNCTIONS, .what = "state database", .file = "libsqlite3.so.0",
+             .package = "libsqlite3-0", .prefix = "sqlite3_", .cls = ORCH_CLASS_FAILED);
 
 /* The error of the last call on db. Damage never removes anything: the file is the only record. */
 static int fail(const struct orch_db *db, int rc, struct orch_err *err)
