@@ -244,6 +244,15 @@ int orch_mkdir_p(const char *path, mode_t mode)
     return S_ISDIR(st.st_mode) ? 0 : -ENOTDIR;
 }
 
+int orch_mkdir_of(const char *path, mode_t mode)
+{
+    const char *slash = strrchr(path, '/');
+    if (!slash || slash == path)
+        return 0;
+    cleanup_free char *folder = orch_xstrndup(path, (size_t)(slash - path));
+    return orch_mkdir_p(folder, mode);
+}
+
 int orch_own_dir(const char *path, struct orch_err *err)
 {
     struct stat st;

@@ -103,6 +103,7 @@ int orch_write_file(int dirfd, const char *path, const void *p, size_t n, mode_t
  * threads, other pid namespaces. A descriptor or a negative errno; the caller owns *name. */
 int orch_create_beside(int dirfd, const char *path, mode_t mode, char **name);
 int orch_mkdir_p(const char *path, mode_t mode);
+int orch_mkdir_of(const char *path, mode_t mode); /* the folder that path lies in */
 int orch_write_all(int fd, const void *p, size_t n);
 /* A descriptor of one of orch's own directories (state, cache, runtime), made 0700 when it is not
  * there. -EPERM when somebody else owns it or may write to it: what lies there is executed or believed. */

@@ -332,7 +332,7 @@ static const char *check_member(const struct orch_http_request *q, const char *h
     uint32_t tok = obj ? orch_json_get(d, obj, key) : 0;
     if (!tok || orch_json_string(d, tok, &text) < 0)
         return NULL; /* the session says what is wrong with it */
-    return check_header(q, header, (struct orch_slice){ text.p ? text.p : "", text.n }, what);
+    return check_header(q, header, orch_slice_of(&text), what);
 }
 
 /* The headers that an intermediary may act on must say what the body says. */
