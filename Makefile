@@ -45,7 +45,7 @@ LDFLAGS_ALL = -Wl,--as-needed -pie $(VARIANT_CFLAGS) $(LDFLAGS)
 # libcrypto is linked statically: only its SHA-256 is used, and loading the shared library doubles the start time.
 LIBS := -lluajit-5.1 -levent_core -lcjson -lpcre2-8 -l:libcrypto.a -ldl -lm
 
-ROOMS := base http mcp launch net vm store script policy call bind upstream host
+ROOMS := base http mcp launch net image vm store script policy call bind upstream host
 LIB_SRC := $(wildcard $(foreach r,$(ROOMS),core/$(r)/*.c))
 LIB_OBJ := $(LIB_SRC:%.c=$(B)/%.o) $(B)/compiled.o
 LAUNCHER_SRC := $(wildcard core/launcher/*.c)
@@ -254,7 +254,7 @@ net-mutation: deps ## each attack on the firewall against a filter without the r
 	@+$(MAKE) --no-print-directory $(JOBS) all $(B)/tests/test_net_attacks
 	@$(B)/tests/test_net_attacks --mutate
 
-check-layers: all ## includes and calls point downwards, each library has one user, features are declared
+check-layers: all ## rooms use what is below them, each library has one user, no state of the process
 	@KNOWN_FEATURES="$(KNOWN_FEATURES)" tests/check-layers $(B)
 
 .SECONDARY: $(FUZZ_BIN)

@@ -27,21 +27,8 @@ struct orch_es256 {
     EVP_PKEY *key;
 };
 
-static const char *const function_names[] = {
-#define X(name) #name,
-    FUNCTIONS(X)
-#undef X
-};
-static struct orch_library library = {
-    .what = "es256",
-    .file = "libcrypto.so.3",
-    .package = "libssl3",
-    .prefix = "",
-    .names = function_names,
-    .functions = &ossl,
-    .n_bytes = sizeof ossl,
-    .cls = ORCH_CLASS_FAILED,
-};
+ORCH_LIBRARY(ossl, FUNCTIONS, .what = "es256", .file = "libcrypto.so.3", .package = "libssl3",
+             .prefix = "", .cls = ORCH_CLASS_FAILED);
 
 /* No key of ours is encrypted: without this the library would ask at the terminal. */
 static int no_password(char *out, int n, int writing, void *ud)

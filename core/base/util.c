@@ -198,13 +198,23 @@ int orch_write_all(int fd, const void *p, size_t n)
     return 0;
 }
 
+int orch_create_beside(int dirfd, const char *path, mode_t mode, char **name)
+{
+    uint32_t n;
+    int fd, r = orch_random(&n, sizeof n);
+    if (r < 0)
+        return r;
+    *name = orch_xasprintf("%s.%08x.tmp", path, n);
+    fd = openat(dirfd, *name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, mode);
+    return fd < 0 ? -errno : fd;
+}
+
 int orch_write_file(int dirfd, const char *path, const void *p, size_t n, mode_t mode)
 {
-    cleanup_free char *tmp = orch_xasprintf("%s.%d.tmp", path, getpid());
-    unlinkat(dirfd, tmp, 0);
-    cleanup_close int fd = openat(dirfd, tmp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, mode);
+    cleanup_free char *tmp = NULL;
+    cleanup_close int fd = orch_create_beside(dirfd, path, mode, &tmp);
     if (fd < 0)
-        return -errno;
+        return fd;
     int r = orch_write_all(fd, p, n);
     if (r == 0 && renameat(dirfd, tmp, dirfd, path) < 0)
         r = -errno;
@@ -232,6 +242,15 @@ int orch_mkdir_p(const char *path, mode_t mode)
     if (stat(p, &st) < 0)
         return -errno;
     return S_ISDIR(st.st_mode) ? 0 : -ENOTDIR;
+}
+
+int orch_mkdir_of(const char *path, mode_t mode)
+{
+    const char *slash = strrchr(path, '/');
+    if (!slash || slash == path)
+        return 0;
+    cleanup_free char *folder = orch_xstrndup(path, (size_t)(slash - path));
+    return orch_mkdir_p(folder, mode);
 }
 
 int orch_own_dir(const char *path, struct orch_err *err)
@@ -272,7 +291,13 @@ static int64_t parse_with_unit(const char *s, const char *const *units, const do
     if (!whole || (s[whole] == '.' && !fraction) || whole + fraction > 20)
         return -1;
     const char *end = s + whole + (fraction ? fraction + 1 : 0);
-    double v = strtod(s, NULL);
+    double v = 0, scale = 1; /* not by strtod: its decimal point is the locale's */
+    for (const char *p = s; p < end; p++)
+        if (*p != '.')
+            v = v * 10 + (*p - '0');
+    for (; fraction; fraction--)
+        scale *= 10;
+    v /= scale;
     for (size_t i = 0; i < n_units; i++) {
         if (strcmp(end, units[i]) != 0)
             continue;

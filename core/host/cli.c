@@ -8,7 +8,7 @@
 #include "../launch/launch.h"
 #include "../script/jsonlib.h"
 #include "../vm/accel.h"
-#include "../vm/image.h"
+#include "../image/image.h"
 #include "../vm/vm.h"
 
 #include <errno.h>

@@ -66,22 +66,8 @@ static int start_curl(void)
     return cu.global_init(CURL_GLOBAL_DEFAULT) != CURLE_OK;
 }
 
-static const char *const function_names[] = {
-#define X(name) #name,
-    FUNCTIONS(X)
-#undef X
-};
-static struct orch_library library = {
-    .what = "http",
-    .file = "libcurl.so.4",
-    .package = "libcurl4",
-    .prefix = "curl_",
-    .names = function_names,
-    .functions = &cu,
-    .n_bytes = sizeof cu,
-    .cls = ORCH_CLASS_FAILED,
-    .start = start_curl,
-};
+ORCH_LIBRARY(cu, FUNCTIONS, .what = "http", .file = "libcurl.so.4", .package = "libcurl4",
+             .prefix = "curl_", .cls = ORCH_CLASS_FAILED, .start = start_curl);
 
 /* ---- the one place that calls the caller's functions */
 
@@ -536,7 +522,7 @@ static bool set_options(struct orch_http_call *c, const struct orch_http_call_op
 #define SET(option, value) ok &= cu.easy_setopt(c->easy, CURLOPT_##option, value) == CURLE_OK
     SET(URL, o->url);
     SET(PROTOCOLS_STR, "http,https");
-    SET(REDIR_PROTOCOLS_STR, strncasecmp(o->url, "https:", 6) == 0 ? "https" : "http,https");
+    SET(REDIR_PROTOCOLS_STR, orch_http_begins(orch_slice_str(o->url), "https:") ? "https" : "http,https");
     SET(HTTP_VERSION, (long)CURL_HTTP_VERSION_1_1);
     SET(PROXY, "");
     SET(DISALLOW_USERNAME_IN_URL, 1L);

@@ -319,6 +319,16 @@ static void refuse(struct conn *c, int status, const char *rule)
     c->read_by = 0;
 }
 
+/* Frees r; true while somebody is there to be answered. */
+static bool reply_end(struct orch_http_reply *r)
+{
+    struct conn *c = r->c;
+    free(r);
+    if (c && c->dead)
+        c->reply = NULL;
+    return c && !c->dead;
+}
+
 void orch_http_reply_send(struct orch_http_reply *r, int status, const struct orch_http_header *headers,
                           size_t n_headers, struct orch_slice body)
 {
@@ -327,13 +337,8 @@ void orch_http_reply_send(struct orch_http_reply *r, int status, const struct or
         orch_http_sse_end(r);
         return;
     }
-    free(r);
-    if (!c)
+    if (!reply_end(r))
         return;
-    if (c->dead) {
-        c->reply = NULL;
-        return;
-    }
     if (status < 200 || status > 599 || !headers_ok(headers, n_headers)) {
         orch_log(ORCH_ERROR, "http: an answer with status %d or a header that HTTP cannot carry became a 500", status);
         status = 500;
@@ -420,13 +425,8 @@ void orch_http_sse_end(struct orch_http_reply *r)
         orch_http_reply_send(r, 500, NULL, 0, (struct orch_slice){ "", 0 });
         return;
     }
-    free(r);
-    if (!c)
+    if (!reply_end(r))
         return;
-    if (c->dead) {
-        c->reply = NULL;
-        return;
-    }
     if (!c->http10)
         orch_buf_str(output(c), "0\r\n\r\n");
     c->beat_at = 0;

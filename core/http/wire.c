@@ -64,6 +64,12 @@ bool orch_http_name_eq(struct orch_slice a, const char *b)
     return same(a, orch_slice_str(b));
 }
 
+bool orch_http_begins(struct orch_slice s, const char *b)
+{
+    struct orch_slice want = orch_slice_str(b);
+    return s.n >= want.n && same((struct orch_slice){ s.p, want.n }, want);
+}
+
 size_t orch_http_find(const struct orch_http_header *h, size_t n, const char *name, struct orch_slice *value)
 {
     size_t count = 0;

@@ -66,6 +66,7 @@ static inline size_t orch_http_header(const struct orch_http_request *q, const c
     return orch_http_find(q->headers, q->n_headers, name, value);
 }
 bool orch_http_name_eq(struct orch_slice a, const char *b); /* ignoring ASCII case */
+bool orch_http_begins(struct orch_slice s, const char *b);  /* likewise */
 bool orch_http_token_ok(struct orch_slice s);               /* a method or header name */
 bool orch_http_value_ok(struct orch_slice s);               /* no control character but tab */
 

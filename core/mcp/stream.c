@@ -332,7 +332,7 @@ static const char *check_member(const struct orch_http_request *q, const char *h
     uint32_t tok = obj ? orch_json_get(d, obj, key) : 0;
     if (!tok || orch_json_string(d, tok, &text) < 0)
         return NULL; /* the session says what is wrong with it */
-    return check_header(q, header, (struct orch_slice){ text.p ? text.p : "", text.n }, what);
+    return check_header(q, header, orch_slice_of(&text), what);
 }
 
 /* The headers that an intermediary may act on must say what the body says. */
@@ -500,16 +500,15 @@ static bool accepts(const struct orch_http_request *q, const char *type)
     struct orch_slice value;
     if (!orch_http_header(q, "Accept", &value))
         return false;
-    size_t n = strlen(type), slash = (size_t)(strchr(type, '/') - type) + 1;
+    cleanup_free char *family = orch_xasprintf("%.*s/*", (int)strcspn(type, "/"), type);
     for (size_t i = 0; i < q->n_headers; i++) {
         struct orch_slice v = q->headers[i].value;
         if (!orch_http_name_eq(q->headers[i].name, "Accept"))
             continue;
         for (size_t k = 0; k < v.n; k++) {
-            bool begins = k == 0 || v.p[k - 1] == ',' || v.p[k - 1] == ' ';
-            size_t left = v.n - k;
-            if (begins && ((left >= n && strncasecmp(v.p + k, type, n) == 0) || (left >= 3 && memcmp(v.p + k, "*/*", 3) == 0) ||
-                           (left > slash && strncasecmp(v.p + k, type, slash) == 0 && v.p[k + slash] == '*')))
+            struct orch_slice rest = { v.p + k, v.n - k };
+            if ((k == 0 || v.p[k - 1] == ',' || v.p[k - 1] == ' ') &&
+                (orch_http_begins(rest, type) || orch_http_begins(rest, family) || orch_http_begins(rest, "*/*")))
                 return true;
         }
     }
@@ -521,8 +520,7 @@ static bool is_json(const struct orch_http_request *q)
     struct orch_slice v;
     static const char type[] = "application/json";
     size_t n = sizeof type - 1;
-    return orch_http_header(q, "Content-Type", &v) == 1 && v.n >= n && strncasecmp(v.p, type, n) == 0 &&
-           (v.n == n || v.p[n] == ';' || v.p[n] == ' ');
+    return orch_http_header(q, "Content-Type", &v) == 1 && orch_http_begins(v, type) && (v.n == n || v.p[n] == ';' || v.p[n] == ' ');
 }
 
 static bool known_legacy(struct orch_slice v)

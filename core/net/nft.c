@@ -52,21 +52,8 @@ static struct {
 #undef X
 } nl;
 
-static const char *const function_names[] = {
-#define X(name) #name,
-    FUNCTIONS(X)
-#undef X
-};
-static struct orch_library library = {
-    .what = "firewall",
-    .file = "libnftnl.so.11",
-    .package = "libnftnl11",
-    .prefix = "nftnl_",
-    .names = function_names,
-    .functions = &nl,
-    .n_bytes = sizeof nl,
-    .cls = ORCH_CLASS_ISOLATION,
-};
+ORCH_LIBRARY(nl, FUNCTIONS, .what = "firewall", .file = "libnftnl.so.11", .package = "libnftnl11",
+             .prefix = "nftnl_", .cls = ORCH_CLASS_ISOLATION);
 
 struct orch_nft {
     int fd;

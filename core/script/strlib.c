@@ -2,9 +2,9 @@
 
 #include "state.h"
 
-#include <ctype.h>
 #include <lauxlib.h>
 #include <limits.h>
+#include <locale.h>
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -124,24 +124,43 @@ static inline void step(struct match *m, size_t n)
         settle(m);
 }
 
+/* ASCII's classes, as LuaJIT has them: libc's go by the locale, which is the embedding program's. */
+static inline bool between(unsigned char c, unsigned char first, unsigned char last)
+{
+    return c >= first && c <= last;
+}
+
+static inline bool is_digit(char c)
+{
+    return between((unsigned char)c, '0', '9');
+}
+
+static inline bool is_cntrl(unsigned char c)
+{
+    return c < ' ' || c == 127;
+}
+
 static bool in_class(unsigned char c, unsigned char class)
 {
-    bool r;
+    bool upper = between(c, 'A', 'Z'), lower = between(c, 'a', 'z'), digit = is_digit((char)c);
+    bool graph = between(c, '!', '~'), r;
+    if (!between(class | 0x20, 'a', 'z'))
+        return class == c;
     switch (class | 0x20) {
-    case 'a': r = isalpha(c); break;
-    case 'c': r = iscntrl(c); break;
-    case 'd': r = isdigit(c); break;
-    case 'g': r = isgraph(c); break;
-    case 'l': r = islower(c); break;
-    case 'p': r = ispunct(c); break;
-    case 's': r = isspace(c); break;
-    case 'u': r = isupper(c); break;
-    case 'w': r = isalnum(c); break;
-    case 'x': r = isxdigit(c); break;
+    case 'a': r = upper || lower; break;
+    case 'c': r = is_cntrl(c); break;
+    case 'd': r = digit; break;
+    case 'g': r = graph; break;
+    case 'l': r = lower; break;
+    case 'p': r = graph && !upper && !lower && !digit; break;
+    case 's': r = c == ' ' || between(c, '\t', '\r'); break;
+    case 'u': r = upper; break;
+    case 'w': r = upper || lower || digit; break;
+    case 'x': r = digit || between(c | 0x20, 'a', 'f'); break;
     case 'z': r = c == 0; break;
     default: return class == c;
     }
-    return isupper(class) ? !r : isalpha(class) ? r : class == c;
+    return class & 0x20 ? r : !r; /* a capital is the opposite */
 }
 
 /* End of the item that matches one character: x, ., %x, [set]. */
@@ -334,7 +353,7 @@ static const char *match_rest(struct match *m, const char *s, const char *p)
                 p = set_end;
                 continue;
             }
-            if (isdigit((unsigned char)p[1])) {
+            if (is_digit(p[1])) {
                 s = match_again(m, s, p[1]);
                 if (!s)
                     return NULL;
@@ -535,7 +554,7 @@ static void add_replacement(struct match *m, struct sbuf *b, const char *from, c
                 break;
             if (++i == n)
                 luaL_error(L, "invalid replacement string (ends with '%%')");
-            if (!isdigit((unsigned char)r[i])) {
+            if (!is_digit(r[i])) {
                 sbuf_char(b, r[i]);
             } else if (r[i] == '0') {
                 sbuf_add(b, from, (size_t)(end - from));
@@ -763,15 +782,15 @@ static const char *read_spec(lua_State *L, const char *p, const char *end, struc
     }
     if (p - start > 5)
         luaL_error(L, "invalid format (repeated flags)");
-    for (int k = 0; k < 2 && p < end && isdigit((unsigned char)*p); k++)
+    for (int k = 0; k < 2 && p < end && is_digit(*p); k++)
         f->width = f->width * 10 + (*p++ - '0');
     if (p < end && *p == '.') {
         f->precision = 0;
         p++;
-        for (int k = 0; k < 2 && p < end && isdigit((unsigned char)*p); k++)
+        for (int k = 0; k < 2 && p < end && is_digit(*p); k++)
             f->precision = f->precision * 10 + (*p++ - '0');
     }
-    if (p < end && isdigit((unsigned char)*p))
+    if (p < end && is_digit(*p))
         luaL_error(L, "invalid format (width or precision over 99)");
     f->n = (size_t)(p - start) + 1;
     f->text[0] = '%';
@@ -802,7 +821,10 @@ static void add_number(struct sbuf *b, const struct spec *f, char conversion, lu
             v = NAN; /* "nan", never "-nan" */
         format[f->n] = conversion;
         format[f->n + 1] = 0;
+        /* The C locale is static in libc: nothing is made, and nothing to free. */
+        locale_t before = uselocale(newlocale(LC_ALL_MASK, "C", NULL));
         b->n += (size_t)snprintf(room, ITEM_MAX, format, v);
+        uselocale(before);
         return;
     }
     if (conversion != 'd' && conversion != 'i' && v >= 0x1p63)
@@ -824,8 +846,8 @@ static void add_quoted(struct sbuf *b, const char *s, size_t n)
         if (c == '"' || c == '\\' || c == '\n') {
             sbuf_char(b, '\\');
             sbuf_char(b, (char)c);
-        } else if (iscntrl(c)) {
-            bool digit_follows = i + 1 < n && isdigit((unsigned char)s[i + 1]);
+        } else if (is_cntrl(c)) {
+            bool digit_follows = i + 1 < n && is_digit(s[i + 1]);
             char *room = sbuf_room(b, 5);
             b->n += (size_t)snprintf(room, 5, digit_follows ? "\\%03d" : "\\%d", c);
         } else {

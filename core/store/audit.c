@@ -78,28 +78,23 @@ static int key_read(const char *path, struct orch_hmac_key *key, struct orch_err
     return 0;
 }
 
-/* Several processes may start at once: each makes a whole file, and the first link wins. */
+/* Several handles may start at once, also in one process: each makes a whole file, and the first link wins. */
 static int key_make(const char *path, struct orch_err *err)
 {
-    cleanup_free char *folder = orch_xstrdup(path);
-    char *slash = strrchr(folder, '/');
-    if (slash && slash != folder) {
-        *slash = 0;
-        int r = orch_mkdir_p(folder, 0700);
-        if (r < 0)
-            return orch_err_set(err, -r, "audit key: folder %s: %s", folder, strerror(-r));
-    }
+    int r = orch_mkdir_of(path, 0700);
+    if (r < 0)
+        return orch_err_set(err, -r, "audit key: folder of %s: %s", path, strerror(-r));
     uint8_t bytes[KEY_BYTES];
-    int r = orch_random(bytes, sizeof bytes);
-    cleanup_free char *tmp = orch_xasprintf("%s.%d.new", path, getpid());
+    cleanup_free char *tmp = NULL;
+    cleanup_close int fd = orch_create_beside(AT_FDCWD, path, 0600, &tmp);
+    r = fd < 0 ? fd : orch_random(bytes, sizeof bytes);
     if (r == 0)
-        r = orch_write_file(AT_FDCWD, tmp, bytes, sizeof bytes, 0600);
+        r = orch_write_all(fd, bytes, sizeof bytes);
     explicit_bzero(bytes, sizeof bytes);
-    if (r == 0) {
-        if (link(tmp, path) < 0 && errno != EEXIST)
-            r = -errno;
+    if (r == 0 && link(tmp, path) < 0 && errno != EEXIST)
+        r = -errno;
+    if (fd >= 0)
         unlink(tmp);
-    }
     return r < 0 ? orch_err_set(err, -r, "audit key %s: cannot be made: %s", path, strerror(-r)) : 0;
 }
 

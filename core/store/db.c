@@ -30,21 +30,8 @@ static struct {
 #undef X
 } sq;
 
-static const char *const function_names[] = {
-#define X(name) #name,
-    FUNCTIONS(X)
-#undef X
-};
-static struct orch_library library = {
-    .what = "state database",
-    .file = "libsqlite3.so.0",
-    .package = "libsqlite3-0",
-    .prefix = "sqlite3_",
-    .names = function_names,
-    .functions = &sq,
-    .n_bytes = sizeof sq,
-    .cls = ORCH_CLASS_FAILED,
-};
+ORCH_LIBRARY(sq, FUNCTIONS, .what = "state database", .file = "libsqlite3.so.0",
+             .package = "libsqlite3-0", .prefix = "sqlite3_", .cls = ORCH_CLASS_FAILED);
 
 /* The error of the last call on db. Damage never removes anything: the file is the only record. */
 static int fail(const struct orch_db *db, int rc, struct orch_err *err)
@@ -115,14 +102,9 @@ static int number(struct orch_db *db, const char *sql, int64_t *out, struct orch
 /* Made before SQLite sees it, which would follow a link and make it as open as the umask allows. */
 static int make_file(const char *path, struct orch_err *err)
 {
-    cleanup_free char *folder = orch_xstrdup(path);
-    char *slash = strrchr(folder, '/');
-    if (slash && slash != folder) {
-        *slash = 0;
-        int r = orch_mkdir_p(folder, 0700);
-        if (r < 0)
-            return orch_err_set(err, -r, "state database: folder %s: %s", folder, strerror(-r));
-    }
+    int r = orch_mkdir_of(path, 0700);
+    if (r < 0)
+        return orch_err_set(err, -r, "state database: folder of %s: %s", path, strerror(-r));
     cleanup_close int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0600);
     struct stat st;
     if (fd < 0 || fstat(fd, &st) < 0)

@@ -147,7 +147,7 @@ static void op_end(struct op *op, const struct orch_exec_result *r, const struct
         struct orch_fileop *f = (struct orch_fileop *)op;
         struct orch_slice got = { 0 };
         if (!err && op->kind != WRITE_FILE)
-            got = (struct orch_slice){ f->data.p ? f->data.p : "", f->data.n };
+            got = orch_slice_of(&f->data);
         f->done(f->ud, got, err);
     }
     op_free(op);

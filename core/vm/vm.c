@@ -14,6 +14,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <math.h>
 #include <net/ethernet.h>
 #include <netinet/in.h>
 #include <stdio.h>
@@ -113,6 +114,12 @@ static void emit(struct orch_vm *vm, const char *event, const struct orch_buf *f
     orch_log_fields(ORCH_INFO, orch_slice_str(event), orch_slice_str(object));
 }
 
+static void add_ms(struct orch_buf *f, double ms)
+{
+    orch_buf_str(f, ",\"ms\":");
+    orch_json_put_number(f, round(ms * 10) / 10);
+}
+
 static void emit_spawn(struct orch_vm *vm)
 {
     cleanup_buf struct orch_buf f = { 0 };
@@ -122,7 +129,7 @@ static void emit_spawn(struct orch_vm *vm)
     add_string(&f, "isolation", orch_isolation_name(vm->isolation));
     if (vm->call)
         add_string(&f, "call", vm->call);
-    orch_buf_printf(&f, ",\"ms\":%.1f", orch_vm_spawn_ms(vm));
+    add_ms(&f, orch_vm_spawn_ms(vm));
     emit(vm, "vm_spawn", &f);
 }
 
@@ -138,7 +145,7 @@ static void emit_exit(struct orch_vm *vm)
     add_string(&f, "vm", vm->id);
     add_string(&f, "reason", vm->reason);
     add_string(&f, "status", vm->status >= 0 ? how : NULL);
-    orch_buf_printf(&f, ",\"ms\":%.1f", ms_since(vm->started_us));
+    add_ms(&f, ms_since(vm->started_us));
     emit(vm, "vm_exit", &f);
     vm->started_us = 0;
 }

@@ -6,10 +6,10 @@
 #ifndef ORCH_VM_VM_H
 #define ORCH_VM_VM_H
 
+#include "../image/image.h"
 #include "../launch/launch.h"
 #include "../net/ruleset.h"
 #include "channel.h"
-#include "image.h"
 
 struct orch_vms; /* the manager */
 struct orch_vm;

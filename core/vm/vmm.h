@@ -4,8 +4,8 @@
 #ifndef ORCH_VM_VMM_H
 #define ORCH_VM_VMM_H
 
+#include "../image/image.h"
 #include "../net/netns.h"
-#include "image.h"
 
 struct orch_vmm_host; /* the backend's programs and files on this host */
 struct orch_vmm;

@@ -6,6 +6,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <poll.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -16,6 +17,8 @@
 #include <sys/wait.h>
 
 #include <cmocka.h>
+
+#include "odd_locale.h"
 
 static char dir[64];
 
@@ -67,6 +70,46 @@ static void test_buf(void **state)
     assert_true(orch_slice_eq(ORCH_SLICE("abc"), "abc"));
     assert_false(orch_slice_eq(ORCH_SLICE("abc"), "ab"));
     assert_int_equal(orch_slice_str(NULL).n, 0);
+}
+
+/* Many writers of one file, in threads: it is always one writer's, and whole. */
+
+struct writer {
+    const char *path;
+    char letter;
+    int torn, error;
+};
+
+static void *write_often(void *ud)
+{
+    struct writer *w = ud;
+    char text[8192];
+    memset(text, w->letter, sizeof text);
+    for (int i = 0; i < 300 && !w->error && !w->torn; i++) {
+        cleanup_buf struct orch_buf b = { 0 };
+        w->error = orch_write_file(AT_FDCWD, w->path, text, sizeof text, 0600);
+        if (!w->error && (w->error = orch_read_file(AT_FDCWD, w->path, sizeof text, &b)) == 0)
+            w->torn = b.n != sizeof text || memcmp(b.p, b.p + 1, b.n - 1) != 0;
+    }
+    return NULL;
+}
+
+static void test_writers(void **state)
+{
+    (void)state;
+    struct writer writers[4];
+    pthread_t threads[4];
+    cleanup_free char *path = orch_xasprintf("%s/written", dir);
+    for (int i = 0; i < 4; i++) {
+        writers[i] = (struct writer){ path, (char)('a' + i), 0, 0 };
+        assert_int_equal(pthread_create(&threads[i], NULL, write_often, &writers[i]), 0);
+    }
+    for (int i = 0; i < 4; i++)
+        assert_int_equal(pthread_join(threads[i], NULL), 0);
+    for (int i = 0; i < 4; i++) {
+        assert_int_equal(writers[i].error, 0);
+        assert_false(writers[i].torn);
+    }
 }
 
 static void test_parse(void **state)
@@ -984,6 +1027,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_buf),
         cmocka_unit_test(test_parse),
+        cmocka_unit_test(test_writers),
         cmocka_unit_test(test_files),
         cmocka_unit_test(test_small),
         cmocka_unit_test(test_err),
@@ -1007,5 +1051,6 @@ int main(void)
         LOOP_TEST(test_proc_many),
         LOOP_TEST(test_proc_dies_with_parent),
     };
+    odd_locale();
     return cmocka_run_group_tests(tests, make_dir, remove_dir);
 }

@@ -25,6 +25,8 @@
 
 #include <cmocka.h>
 
+#include "odd_locale.h"
+
 static struct orch_loop *loop;
 static struct orch_http_server *server;
 static char dir[64];
@@ -1828,5 +1830,6 @@ int main(void)
         S(test_client_hostile), S(test_client_time), S(test_client_redirects), S(test_client_redirect_loop), S(test_client_pinned), S(test_client_judged), S(test_client_location),
         S(test_client_options), S(test_client_tls),
     };
+    odd_locale();
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

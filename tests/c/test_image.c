@@ -1,7 +1,9 @@
-/* core/vm/image: unpacking kernels, and building the base image from made-up kernels and packages (the
+/* core/image: unpacking kernels, and building the base image from made-up kernels and packages (the
  * real one is built and booted by the end-to-end tests). Needs root, busybox-static, lz4, xz-utils, zstd, dpkg. */
 #include "base/hash.h"
-#include "vm/image.h"
+#include "image/image.h"
+#include "image/kernel.h"
+#include "image/tar.h"
 
 #include <dirent.h>
 #include <elf.h>
@@ -159,6 +161,103 @@ static void test_unpack_damaged(void **state)
         assert_true(orch_bzimage_unpack((struct orch_slice){ exact, bz.n }, &out, &err) < 0);
         if (!strstr(err.msg, t[i].error))
             fail_msg("case %zu: expected \"%s\", got \"%s\"", i, t[i].error, err.msg);
+    }
+}
+
+static void test_unpack_plain(void **state)
+{
+    (void)state;
+    cleanup_buf struct orch_buf out = { 0 };
+    struct orch_err err;
+    assert_int_equal(orch_unpack(ORCH_SLICE("\x7f" "ELF and nothing else"), 1 << 20, &out, &err), 0);
+    assert_int_equal(orch_unpack((struct orch_slice){ "", 0 }, 1 << 20, &out, &err), 0);
+    assert_int_equal(out.n, 0);
+    cleanup_free char *packed = in_dir("packed-plain");
+    cleanup_buf struct orch_buf in = { 0 };
+    shell("echo 0123456789 | gzip -c >%s", packed);
+    assert_int_equal(orch_read_file(AT_FDCWD, packed, 1 << 20, &in), 0);
+    assert_int_equal(orch_unpack(orch_slice_of(&in), 10, &out, &err), -EFBIG);
+    assert_int_equal(orch_unpack(orch_slice_of(&in), 11, &out, &err), 1);
+    assert_string_equal(out.p, "0123456789\n");
+}
+
+/* ---- tar */
+
+struct unpacked {
+    struct orch_buf names, bytes;
+};
+
+/* What is called "want…" is. */
+static struct orch_buf *want(void *ud, const char *path, uint64_t size)
+{
+    struct unpacked *u = ud;
+    const char *slash = strrchr(path, '/');
+    orch_buf_printf(&u->names, "%s %llu\n", path, (unsigned long long)size);
+    return slash && strncmp(slash, "/want", 5) == 0 ? &u->bytes : NULL;
+}
+
+static void feed(struct orch_tar *t, struct orch_slice s, size_t chunk)
+{
+    for (size_t at = 0; at < s.n; at += chunk) {
+        size_t n = s.n - at < chunk ? s.n - at : chunk;
+        cleanup_free char *exact = orch_xmalloc(n); /* a read beyond it is seen */
+        memcpy(exact, s.p + at, n);
+        orch_tar_feed(t, exact, n);
+    }
+}
+
+static void test_tar(void **state)
+{
+    (void)state;
+    cleanup_free char *gnu_path = in_dir("gnu.tar"), *ustar_path = in_dir("ustar.tar");
+    cleanup_buf struct orch_buf gnu = { 0 }, ustar = { 0 }, names = { 0 };
+    char deep[121], deeper[121];
+    memset(deep, 'd', 120);
+    memset(deeper, 'e', 120);
+    deep[120] = deeper[120] = 0;
+    /* One name for the header's prefix (ustar), one that GNU's tar writes before the file. */
+    shell("cd %s && mkdir -p t/%.60s/%.60s t/%s/%s && printf 512-%%0508d 1 >t/want-a && printf xyz >t/%.60s/%.60s/want-b && "
+          "printf gnu >t/%s/%s/want-c && : >t/want-d && printf no >t/other && ln t/want-a t/want-hard && ln -s want-a t/want-soft && "
+          "tar -cf gnu.tar --format=gnu --sort=name t/%s t/other t/want-a t/want-d t/want-hard t/want-soft && "
+          "tar -cf ustar.tar --format=ustar t/%.60s/%.60s/want-b && rm -r t",
+          dir, deep, deep, deep, deeper, deep, deep, deep, deeper, deep, deep, deep);
+    assert_int_equal(orch_read_file(AT_FDCWD, gnu_path, 1 << 20, &gnu), 0);
+    assert_int_equal(orch_read_file(AT_FDCWD, ustar_path, 1 << 20, &ustar), 0);
+    orch_buf_printf(&names, "t/%.60s/%.60s/want-b 3\nt/%s/%s/want-c 3\nt/other 2\nt/want-a 512\nt/want-d 0\n", deep, deep, deep, deeper);
+
+    static const size_t chunks[] = { 1, 7, 511, 512, 513, 1 << 20 };
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(chunks); i++) {
+        struct unpacked u = { 0 };
+        struct orch_tar t = { .into = want, .ud = &u };
+        feed(&t, (struct orch_slice){ gnu.p, 600 }, chunks[i]); /* cut off in a long name */
+        orch_tar_restart(&t);
+        feed(&t, (struct orch_slice){ ustar.p, ustar.n - 100 }, chunks[i]);
+        orch_tar_restart(&t);
+        feed(&t, orch_slice_of(&gnu), chunks[i]);
+        assert_false(t.failed);
+        assert_string_equal(u.names.p, names.p);
+        assert_int_equal(u.bytes.n, 3 + 512 + 3);
+        assert_memory_equal(u.bytes.p, "xyzgnu512-0000", 14);
+        orch_tar_fini(&t);
+        orch_buf_free(&u.names);
+        orch_buf_free(&u.bytes);
+    }
+
+    /* Not a tar, one with a damaged head, and sizes that are none: nothing is taken from there on. */
+    static const struct {
+        size_t at;
+        const char *bytes;
+    } damages[] = { { 0, "X" }, { 130, "9" }, { 124, "\x80" }, { 148, "0000000" } };
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(damages); i++) {
+        struct unpacked u = { 0 };
+        struct orch_tar t = { .into = want, .ud = &u };
+        cleanup_buf struct orch_buf bad = { 0 };
+        orch_buf_slice(&bad, orch_slice_of(&gnu));
+        memcpy(bad.p + damages[i].at, damages[i].bytes, strlen(damages[i].bytes));
+        feed(&t, orch_slice_of(&bad), 4096);
+        assert_true(t.failed);
+        assert_int_equal(u.names.n, 0);
+        orch_tar_fini(&t);
     }
 }
 
@@ -874,7 +973,7 @@ int main(void)
         cmocka_unit_test(test_own_kernel), cmocka_unit_test(test_refused),      cmocka_unit_test(test_two_builders),
         cmocka_unit_test(test_cancel),   cmocka_unit_test(test_kill_9),         cmocka_unit_test(test_apt),
         cmocka_unit_test(test_recipe),   cmocka_unit_test(test_disk),           cmocka_unit_test(test_modes),
-        cmocka_unit_test(test_owners),
+        cmocka_unit_test(test_owners),   cmocka_unit_test(test_unpack_plain),   cmocka_unit_test(test_tar),
     };
     return cmocka_run_group_tests(tests, make_dir, remove_dir);
 }

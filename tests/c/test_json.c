@@ -7,6 +7,8 @@
 #include <setjmp.h>
 
 #include <cmocka.h>
+
+#include "odd_locale.h"
 #include <errno.h>
 #include <lauxlib.h>
 #include <math.h>
@@ -1050,5 +1052,6 @@ int main(void)
         cmocka_unit_test(work_is_charged),
         cmocka_unit_test(one_line_for_every_reader),
     };
+    odd_locale();
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

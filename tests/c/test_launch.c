@@ -275,7 +275,7 @@ static int sealed_memfd(const char *name)
     return fd;
 }
 
-/* A file of an image, as it is when it is finished (core/vm/image.c): of the VMM's own uid, without a write bit. */
+/* A file of an image, as it is when it is finished (core/image): of the VMM's own uid, without a write bit. */
 static int image_file(void)
 {
     char path[] = "/tmp/orch-launch-file-XXXXXX";

@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <cmocka.h>
 
+#include "odd_locale.h"
+
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
@@ -577,5 +579,6 @@ int main(void)
         cmocka_unit_test(test_header_values),
         cmocka_unit_test(test_param_headers),
     };
+    odd_locale();
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

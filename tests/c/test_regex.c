@@ -4,6 +4,8 @@
 #include <stdint.h>
 #include <cmocka.h>
 
+#include "odd_locale.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <lauxlib.h>
@@ -359,5 +361,6 @@ int main(void)
         cmocka_unit_test(test_lua_collects),
         cmocka_unit_test(test_schema),
     };
+    odd_locale();
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -14,6 +14,8 @@
 
 #include <cmocka.h>
 
+#include "odd_locale.h"
+
 static struct orch_loop *loop;
 
 static int make_loop(void **state)
@@ -1360,5 +1362,6 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_task_reuse, make_loop, free_loop),
         cmocka_unit_test_setup_teardown(test_reload, make_loop, free_loop),
     };
+    odd_locale();
     return cmocka_run_group_tests(tests, make_dir, remove_dir);
 }

@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <glob.h>
 #include <poll.h>
+#include <pthread.h>
 #include <sched.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -1166,6 +1167,49 @@ static void test_db_busy(void **state)
     orch_db_close(db);
 }
 
+/* ---- Handles in threads of one program that start at once: one key, and a log each. */
+
+struct opener {
+    pthread_barrier_t *at_once;
+    char why[256];
+};
+
+static void *open_at_once(void *ud)
+{
+    struct opener *o = ud;
+    struct orch_err err;
+    struct orch_loop *own = orch_loop_new(&err);
+    pthread_barrier_wait(o->at_once);
+    struct orch_audit *a = orch_audit_open(own, logs, key_path, ORCH_AUDIT_SYNC_NONE, &err);
+    if (!a)
+        snprintf(o->why, sizeof o->why, "%.255s", err.msg);
+    orch_audit_close(a);
+    orch_loop_free(own);
+    return NULL;
+}
+
+static void test_threads(void **state)
+{
+    (void)state;
+    for (int round = 0; round < 50; round++) {
+        struct opener openers[4] = { 0 };
+        snprintf(logs, sizeof logs, "%s/%d/audit", dir, round);
+        snprintf(key_path, sizeof key_path, "%s/%d/audit.key", dir, round);
+        pthread_t threads[4];
+        pthread_barrier_t at_once;
+        pthread_barrier_init(&at_once, NULL, 4);
+        for (int i = 0; i < 4; i++) {
+            openers[i].at_once = &at_once;
+            assert_int_equal(pthread_create(&threads[i], NULL, open_at_once, &openers[i]), 0);
+        }
+        for (int i = 0; i < 4; i++)
+            assert_int_equal(pthread_join(threads[i], NULL), 0);
+        pthread_barrier_destroy(&at_once);
+        for (int i = 0; i < 4; i++)
+            assert_string_equal(openers[i].why, "");
+    }
+}
+
 int main(void)
 {
 #define TEST(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
@@ -1178,6 +1222,7 @@ int main(void)
         TEST(test_reservation),
         TEST(test_open_refused),
         TEST(test_open_at_once),
+        TEST(test_threads),
         TEST(test_tamper_bytes),
         TEST(test_tamper_lines),
         TEST(test_tamper_chain),

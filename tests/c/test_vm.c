@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <grp.h>
 #include <libgen.h>
+#include <pthread.h>
 #include <sched.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -882,6 +883,74 @@ static void test_frozen_files(void **state)
     orch_frozen_fini(&f);
 }
 
+/* Two of a program's threads load templates, each in a handle of its own. */
+
+struct loading {
+    const char *dir, *key;
+    char fill;
+    struct orch_err err;
+    const char *failed;
+};
+
+static void *load_often(void *ud)
+{
+    struct loading *own = ud;
+    cleanup_free char *page = orch_xmalloc(4096), *want = orch_xmalloc(4096);
+    for (int round = 0; round < 8 && !own->failed; round++) {
+        struct orch_frozen f;
+        struct orch_frozen_load *l = orch_frozen_open(own->dir, own->key, 64 << 20, &f, &own->err);
+        int r = l ? 1 : -1;
+        while (r > 0)
+            r = orch_frozen_step(l, &own->err);
+        if (r < 0)
+            own->failed = own->err.msg;
+        for (off_t at = 0; at < 4096 && !own->failed; at++) {
+            memset(want, own->fill + (int)at % 7, 4096);
+            if (pread(f.mem_fd, page, 4096, at * 4096) != 4096 || memcmp(page, want, 4096) != 0)
+                own->failed = "a page is another's";
+        }
+        orch_frozen_close(l);
+        if (l)
+            orch_frozen_fini(&f);
+    }
+    return NULL;
+}
+
+static void test_frozen_threads(void **state)
+{
+    (void)state;
+    struct loading of[2] = { { .key = "one", .fill = 'a' }, { .key = "two", .fill = 'n' } };
+    pthread_t threads[2];
+    char dir[128], page[4096];
+    snprintf(dir, sizeof dir, "%s", own_path("frozen-threads"));
+    assert_int_equal(mkdir(dir, 0700), 0);
+    for (int i = 0; i < 2; i++) {
+        struct orch_frozen f;
+        struct orch_err err;
+        int pidfd = -1, status;
+        of[i].dir = dir;
+        assert_int_equal(orch_frozen_new(&f, 64 << 20, &err), 0);
+        for (off_t at = 0; at < 4096; at++) {
+            memset(page, of[i].fill + (int)at % 7, sizeof page);
+            assert_int_equal(pwrite(f.mem_fd, page, sizeof page, at * 4096), sizeof page);
+        }
+        assert_int_equal(write(f.state_fd, "state", 5), 5);
+        assert_int_equal(orch_frozen_seal(&f, &err), 0);
+        pid_t pid = orch_frozen_save(dir, of[i].key, &f, ORCH_SLICE("\"image\":\"x\""), -1, &pidfd, &err);
+        assert_int_equal(waitpid(pid, &status, 0), pid);
+        assert_int_equal(status, 0);
+        close(pidfd);
+        orch_frozen_fini(&f);
+    }
+    for (int i = 0; i < 2; i++)
+        assert_int_equal(pthread_create(&threads[i], NULL, load_often, &of[i]), 0);
+    for (int i = 0; i < 2; i++)
+        assert_int_equal(pthread_join(threads[i], NULL), 0);
+    for (int i = 0; i < 2; i++)
+        if (of[i].failed)
+            fail_msg("%s: %s", of[i].key, of[i].failed);
+}
+
 /* ---- failing starts */
 
 static void expect_failure(const struct orch_vms_opts *o, struct bed *b, const char *const *parts,
@@ -1558,6 +1627,7 @@ int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_folders),         cmocka_unit_test(test_frozen_files),
+        cmocka_unit_test(test_frozen_threads),
         cmocka_unit_test(test_verdicts),        cmocka_unit_test(test_spawn_exec_free),
         cmocka_unit_test(test_clones_differ),   cmocka_unit_test(test_timer_in_guest),
         cmocka_unit_test(test_many_at_once),    cmocka_unit_test(test_nothing_is_left),
