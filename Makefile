@@ -74,7 +74,7 @@ $(B)/%.o: %.c Makefile $(B)/settings
 	$(Q)$(CC) $(ALL_CFLAGS) -MMD -MP -c -o $@ $<
 
 # orch's own Lua files that every start needs; another text of them on the disk is compiled there and then.
-COMPILED := $(wildcard lua/*.lua lua/tools/*.lua)
+COMPILED := $(wildcard lua/*.lua lua/policy/*.lua lua/tools/*.lua)
 $(B)/compiled.c: core/script/compile.lua $(COMPILED)
 	@mkdir -p $(@D)
 	$(Q)luajit $< $(COMPILED) > $@.tmp && mv $@.tmp $@

@@ -60,7 +60,7 @@ static void take_offer(lua_State *L, struct orch_opts *o, struct orch_serve_opts
     if (!any)
         return;
     lua_getglobal(L, "require");
-    lua_pushliteral(L, "serve");
+    lua_pushliteral(L, "policy.offer");
     lua_call(L, 1, 1);
     lua_pushvalue(L, 1);
     lua_call(L, 1, 5);

@@ -260,7 +260,7 @@ int orch_load_push_schema(struct orch_loading *l, struct orch_state *s)
     lua_setfield(L, -2, "regex");
     orch_load_set_function(L, "is_array", l_is_array);
     orch_load_set_function(L, "is_bigint", l_is_bigint);
-    return orch_load_run_product(l, s, "schema.lua", 1);
+    return orch_load_run_product(l, s, "policy/schema.lua", 1);
 }
 
 void orch_load_take_lines(lua_State *L, const char *where, void (*each)(void *ud, const char *line),

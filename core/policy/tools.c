@@ -228,7 +228,7 @@ static int l_schema_module(lua_State *L)
     return 1;
 }
 
-/* Loads lua/dispatch.lua into the state; its reference, or -1. */
+/* Loads lua/policy/tools.lua into the state; its reference, or -1. */
 static int load_dispatch(struct orch_loading *l, struct orch_state *s)
 {
     lua_State *L = orch_state_lua(s);
@@ -236,7 +236,7 @@ static int load_dispatch(struct orch_loading *l, struct orch_state *s)
     lua_pushlightuserdata(L, l);
     lua_pushcclosure(L, l_schema_module, 1);
     lua_setfield(L, -2, "schema"); /* called while loading only: l is gone afterwards */
-    return orch_load_run_product(l, s, "dispatch.lua", 1) < 0 ? -1 : luaL_ref(L, LUA_REGISTRYINDEX);
+    return orch_load_run_product(l, s, "policy/tools.lua", 1) < 0 ? -1 : luaL_ref(L, LUA_REGISTRYINDEX);
 }
 
 static int load_folders(struct orch_loading *l)

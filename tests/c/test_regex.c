@@ -289,12 +289,12 @@ static int is_bigint(lua_State *L)
     return 1;
 }
 
-/* lua/schema.lua with the real patterns and JSON, in a bounded state. */
+/* lua/policy/schema.lua with the real patterns and JSON, in a bounded state. */
 static void test_schema(void **state)
 {
     (void)state;
     struct orch_buf text = { 0 };
-    assert_int_equal(orch_read_file(AT_FDCWD, "lua/schema.lua", 1 << 20, &text), 0);
+    assert_int_equal(orch_read_file(AT_FDCWD, "lua/policy/schema.lua", 1 << 20, &text), 0);
     struct orch_state *s = new_state(ORCH_CTX_TOOL, 0);
     lua_State *L = orch_state_lua(s);
     lua_pushliteral(L, "is_array");
@@ -304,7 +304,7 @@ static void test_schema(void **state)
     lua_pushcfunction(L, is_bigint);
     lua_rawset(L, LUA_GLOBALSINDEX);
     must_run(s, "deps", str("return { json = json, regex = compile, is_array = is_array, is_bigint = is_bigint }"), 0, 1);
-    must_run(s, "lua/schema.lua", (struct orch_slice){ text.p, text.n }, 1, 1);
+    must_run(s, "lua/policy/schema.lua", (struct orch_slice){ text.p, text.n }, 1, 1);
     must_run(s, "test", str(
         "local schema = ...\n"
         "local function try(s, v, want)\n"
@@ -333,7 +333,7 @@ static void test_schema(void **state)
     /* A check that would take for ever ends by the budget, whatever pcall does. */
     orch_state_set_limits(s, 64 << 20, 2000000, 0);
     must_run(s, "deps", str("return { json = json, regex = compile, is_array = is_array, is_bigint = is_bigint }"), 0, 1);
-    must_run(s, "lua/schema.lua", (struct orch_slice){ text.p, text.n }, 1, 1);
+    must_run(s, "lua/policy/schema.lua", (struct orch_slice){ text.p, text.n }, 1, 1);
     struct orch_err err;
     assert_int_equal(orch_state_load(s, "test", str(
         "local schema = ...\n"
