@@ -260,6 +260,12 @@ int orch_load_push_schema(struct orch_loading *l, struct orch_state *s)
     lua_setfield(L, -2, "regex");
     orch_load_set_function(L, "is_array", l_is_array);
     orch_load_set_function(L, "is_bigint", l_is_bigint);
+    lua_pushvalue(L, -1);
+    if (orch_load_run_product(l, s, "policy/values.lua", 1) < 0) {
+        lua_pop(L, 1);
+        return -1;
+    }
+    lua_setfield(L, -2, "values");
     return orch_load_run_product(l, s, "policy/schema.lua", 1);
 }
 

@@ -289,12 +289,23 @@ static int is_bigint(lua_State *L)
     return 1;
 }
 
+/* Pushes the schema module of lua/policy. */
+static void load_schema(struct orch_state *s)
+{
+    cleanup_buf struct orch_buf values = { 0 }, schema = { 0 };
+    assert_int_equal(orch_read_file(AT_FDCWD, "lua/policy/values.lua", 1 << 20, &values), 0);
+    assert_int_equal(orch_read_file(AT_FDCWD, "lua/policy/schema.lua", 1 << 20, &schema), 0);
+    must_run(s, "deps", str("return { json = json, regex = compile, is_array = is_array, is_bigint = is_bigint }"), 0, 1);
+    lua_pushvalue(orch_state_lua(s), -1);
+    must_run(s, "lua/policy/values.lua", (struct orch_slice){ values.p, values.n }, 1, 1);
+    lua_setfield(orch_state_lua(s), -2, "values");
+    must_run(s, "lua/policy/schema.lua", (struct orch_slice){ schema.p, schema.n }, 1, 1);
+}
+
 /* lua/policy/schema.lua with the real patterns and JSON, in a bounded state. */
 static void test_schema(void **state)
 {
     (void)state;
-    struct orch_buf text = { 0 };
-    assert_int_equal(orch_read_file(AT_FDCWD, "lua/policy/schema.lua", 1 << 20, &text), 0);
     struct orch_state *s = new_state(ORCH_CTX_TOOL, 0);
     lua_State *L = orch_state_lua(s);
     lua_pushliteral(L, "is_array");
@@ -303,8 +314,7 @@ static void test_schema(void **state)
     lua_pushliteral(L, "is_bigint");
     lua_pushcfunction(L, is_bigint);
     lua_rawset(L, LUA_GLOBALSINDEX);
-    must_run(s, "deps", str("return { json = json, regex = compile, is_array = is_array, is_bigint = is_bigint }"), 0, 1);
-    must_run(s, "lua/policy/schema.lua", (struct orch_slice){ text.p, text.n }, 1, 1);
+    load_schema(s);
     must_run(s, "test", str(
         "local schema = ...\n"
         "local function try(s, v, want)\n"
@@ -332,8 +342,7 @@ static void test_schema(void **state)
 
     /* A check that would take for ever ends by the budget, whatever pcall does. */
     orch_state_set_limits(s, 64 << 20, 2000000, 0);
-    must_run(s, "deps", str("return { json = json, regex = compile, is_array = is_array, is_bigint = is_bigint }"), 0, 1);
-    must_run(s, "lua/policy/schema.lua", (struct orch_slice){ text.p, text.n }, 1, 1);
+    load_schema(s);
     struct orch_err err;
     assert_int_equal(orch_state_load(s, "test", str(
         "local schema = ...\n"
@@ -343,7 +352,6 @@ static void test_schema(void **state)
     assert_true(orch_state_pcall(s, 1, 0, &err) < 0);
     assert_int_equal(err.cls, ORCH_CLASS_LIMIT);
     orch_state_free(s);
-    orch_buf_free(&text);
 }
 
 int main(void)

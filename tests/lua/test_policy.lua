@@ -13,7 +13,9 @@ local function regex(pattern)
   if pattern:find("%($") then return nil, "missing )" end
   return function(text) return text:find(pattern) ~= nil end
 end
-local schema = assert(loadfile(dir .. "/lua/policy/schema.lua")) { json = json, regex = regex, is_array = is_array, is_bigint = function() return false end }
+local types = { json = json, regex = regex, is_array = is_array, is_bigint = function() return false end }
+types.values = assert(loadfile(dir .. "/lua/policy/values.lua"))(types)
+local schema = assert(loadfile(dir .. "/lua/policy/schema.lua"))(types)
 
 local function nearest(word, list)
   for _, known in ipairs(list) do
