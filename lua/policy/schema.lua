@@ -24,7 +24,7 @@
 local deps = ...
 local json, regex, is_array, is_bigint = deps.json, deps.regex, deps.is_array, deps.is_bigint
 local null = json.null
-local type, pairs, next, select = type, pairs, next, select
+local type, pairs, next = type, pairs, next
 local tostring, tonumber, pcall, error = tostring, tonumber, pcall, error
 local find, match, sub, gsub = string.find, string.match, string.sub, string.gsub
 local format, byte, char = string.format, string.byte, string.char
