@@ -182,6 +182,7 @@ nftables             test   reads the firewall back by another program
 procps               test   the host's settings before and after
 apparmor             test   the profile of package passt, in force in a microVM
 python3-pip          suite  fetches the JSON Schema test suite, and Python peers
+clang-format         format lays out the C files
 clang                fuzz   libFuzzer
 libclang-rt-14-dev   fuzz   its runtime, and the sanitizers'
 npm                  conformance  installs the official MCP suite
@@ -256,6 +257,17 @@ net-mutation: deps ## each attack on the firewall against a filter without the r
 
 check-layers: all ## rooms use what is below them, each library has one user, no state of the process
 	@KNOWN_FEATURES="$(KNOWN_FEATURES)" tests/check-layers $(B)
+
+# Generated code aside: all C of the tree.
+C_FILES = $(shell git ls-files '*.c' '*.h')
+.PHONY: format format-check
+format: DEPS_FOR = format
+format: deps ## lay out the C files as .clang-format says
+	@clang-format -i $(C_FILES)
+format-check: DEPS_FOR = format
+format-check: deps ## fail where a C file is laid out otherwise, or a line is over 100 columns
+	@clang-format --dry-run --Werror $(C_FILES)
+	@! LC_ALL=C.UTF-8 grep -nE '^.{101}' $(C_FILES)
 
 .SECONDARY: $(FUZZ_BIN)
 FUZZ_SECONDS ?= 20

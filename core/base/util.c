@@ -260,12 +260,15 @@ int orch_own_dir(const char *path, struct orch_err *err)
     cleanup_close int fd = r < 0 ? -1 : open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (fd < 0 || fstat(fd, &st) < 0) {
         r = r < 0 ? -r : errno;
-        return orch_err_set(err, r, "%s: this directory of orch's cannot be used: %s", path, strerror(r));
+        return orch_err_set(err, r, "%s: this directory of orch's cannot be used: %s", path,
+                            strerror(r));
     }
     if ((st.st_uid != geteuid() && st.st_uid != 0) || (st.st_mode & 022))
-        return orch_err_set(err, EPERM, "%s: others may write to this directory of orch's (mode %04o, uid %u): remove it, or chmod 700 "
-                            "and chown it when nobody else can have written to it", path, (unsigned)st.st_mode & 07777,
-                            (unsigned)st.st_uid);
+        return orch_err_set(err, EPERM,
+                            "%s: others may write to this directory of orch's (mode %04o, uid %u): "
+                            "remove it, or chmod 700 "
+                            "and chown it when nobody else can have written to it",
+                            path, (unsigned)st.st_mode & 07777, (unsigned)st.st_uid);
     return orch_steal_fd(&fd);
 }
 
@@ -285,9 +288,11 @@ int orch_random(void *p, size_t n)
 }
 
 /* "12" or "1.5" followed by a unit; the factor comes from the table. */
-static int64_t parse_with_unit(const char *s, const char *const *units, const double *factors, size_t n_units)
+static int64_t parse_with_unit(const char *s, const char *const *units, const double *factors,
+                               size_t n_units)
 {
-    size_t whole = strspn(s, "0123456789"), fraction = s[whole] == '.' ? strspn(s + whole + 1, "0123456789") : 0;
+    size_t whole = strspn(s, "0123456789"),
+           fraction = s[whole] == '.' ? strspn(s + whole + 1, "0123456789") : 0;
     if (!whole || (s[whole] == '.' && !fraction) || whole + fraction > 20)
         return -1;
     const char *end = s + whole + (fraction ? fraction + 1 : 0);

@@ -75,8 +75,9 @@ static int l_explain(lua_State *L)
         return orch_push_err(L, &err);
     if (fill(env, &b.p, &err) < 0)
         return push_bad_policy(L, &b, &err);
-    bool allowed = orch_policy_explain(&b.p, ntohl(address.s_addr), strcmp(proto, "udp") == 0 ? IPPROTO_UDP : IPPROTO_TCP, (uint16_t)port,
-                                       rule, sizeof rule);
+    bool allowed = orch_policy_explain(&b.p, ntohl(address.s_addr),
+                                       strcmp(proto, "udp") == 0 ? IPPROTO_UDP : IPPROTO_TCP,
+                                       (uint16_t)port, rule, sizeof rule);
     orch_policy_box_fini(&b);
     lua_pushstring(L, allowed ? "allow" : "deny");
     lua_pushstring(L, rule);
@@ -87,7 +88,9 @@ int orch_luaopen_firewall(lua_State *L, int t)
 {
     enum { TS = ORCH_CTX_TOOL | ORCH_CTX_SCRIPT };
     lua_newtable(L);
-    orch_api_set(L, "orch.firewall.", (struct orch_api[]){ { "check", l_check, TS }, { "explain", l_explain, TS }, { 0 } });
+    orch_api_set(L, "orch.firewall.",
+                 (struct orch_api[]){
+                     { "check", l_check, TS }, { "explain", l_explain, TS }, { 0 } });
     lua_setfield(L, t, "firewall");
     return 0;
 }

@@ -1,4 +1,5 @@
-/* Network policies: from policies/network.lua, as lua/policy/engine.lua checked it, to packet filters. */
+/* Network policies: from policies/network.lua, as lua/policy/engine.lua checked it, to packet
+ * filters. */
 #include "policy_int.h"
 
 #include "../net/hostaddr.h"

@@ -30,8 +30,8 @@ static bool install_at(struct orch_paths *p, const char *dir, bool tree)
     return true;
 }
 
-/* Relative to the program, so that a tree can be moved; for an embedder's program elsewhere the compiled-in
- * prefix, then the orch in PATH. */
+/* Relative to the program, so that a tree can be moved; for an embedder's program elsewhere the
+ * compiled-in prefix, then the orch in PATH. */
 static void find_install(struct orch_paths *p)
 {
     char exe[PATH_MAX];

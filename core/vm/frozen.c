@@ -27,8 +27,9 @@
 #define META_MAX (16 * 1024)
 #define FORMAT 1
 
-/* Position-dependent sum over the pages that are not zero, against truncation and bad disks, not against
- * people: the folder is the user's own. Four lanes, so that it runs at the speed of memory. */
+/* Position-dependent sum over the pages that are not zero, against truncation and bad disks, not
+ * against people: the folder is the user's own. Four lanes, so that it runs at the speed of
+ * memory. */
 struct sum {
     uint64_t a[4], b[4], pages;
 };
@@ -87,8 +88,8 @@ static int copy_pages(int from, int to, uint64_t *at, uint64_t end, struct sum *
             }
             size_t first = i - run;
             while (run) {
-                ssize_t w =
-                    pwrite(to, buf + first * (PAGE / 8), run * PAGE, (off_t)(start + first * PAGE));
+                ssize_t w = pwrite(to, buf + first * (PAGE / 8), run * PAGE,
+                                   (off_t)(start + first * PAGE));
                 if (w < 0 && errno == EINTR)
                     continue;
                 if (w <= 0 || w % PAGE)
@@ -393,11 +394,11 @@ pid_t orch_frozen_save(const char *dir, const char *key, const struct orch_froze
     orch_frozen_remove(dir, key);
     if (hash_state(f, hash, &state_bytes, err) < 0)
         return -1;
-    orch_buf_printf(
-        &meta,
-        "{\"format\":%d,%.*s,\"memory_bytes\":%llu,\"tsc_khz\":%u,\"state_bytes\":%lld,\"state_sha256\":\"%s\",",
-        FORMAT, (int)about.n, about.p, (unsigned long long)f->memory_bytes, f->tsc_khz, state_bytes,
-        hash);
+    orch_buf_printf(&meta,
+                    "{\"format\":%d,%.*s,\"memory_bytes\":%llu,\"tsc_khz\":%u,\"state_bytes\":%lld,"
+                    "\"state_sha256\":\"%s\",",
+                    FORMAT, (int)about.n, about.p, (unsigned long long)f->memory_bytes, f->tsc_khz,
+                    state_bytes, hash);
     cleanup_close int dir_fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (dir_fd < 0) {
         orch_err_set(err, errno, "%s: %s", dir, strerror(errno));
