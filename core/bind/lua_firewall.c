@@ -69,6 +69,8 @@ static int l_explain(lua_State *L)
     orch_opts_done(&o);
     if (!ip || inet_pton(AF_INET, ip, &address) != 1)
         return luaL_error(L, "orch.firewall.explain: ip must be an IPv4 address");
+    if (strcmp(proto, "tcp") != 0 && strcmp(proto, "udp") != 0)
+        return luaL_error(L, "orch.firewall.explain: proto must be \"tcp\" or \"udp\"");
     if (!port)
         return luaL_error(L, "orch.firewall.explain: port is missing");
     if (orch_policy_box_read(L, 1, &b, &err) < 0)

@@ -382,7 +382,7 @@ bool orch_policy_explain(const struct orch_policy *p, uint32_t addr, uint8_t pro
     struct orch_cidr to = { addr, 32 };
     const char *what = orch_policy_never(p, to);
     for (size_t i = 0; i < p->n_host && !what; i++)
-        if (orch_cidr_contains(p->host[i], to) && !named(p, to))
+        if (orch_cidr_contains(p->host[i], to) && !named(p, p->host[i]))
             what = "an address of the host";
     if (what) {
         snprintf(rule, n, "never allowed: %s", what);

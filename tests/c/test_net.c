@@ -342,8 +342,11 @@ static void test_explain(void **state)
         p.n_host = pick(&seed, 4);
         for (size_t i = 0; i < p.n_permit; i++)
             permit[i] = cidr(near[pick(&seed, ORCH_ARRAY_LEN(near))]);
-        for (size_t i = 0; i < p.n_host; i++)
-            host[i] = (struct orch_cidr){ cidr(near[pick(&seed, ORCH_ARRAY_LEN(near))]).addr, 32 };
+        for (size_t i = 0; i < p.n_host; i++) { /* an address, or a network that is its link's */
+            host[i] = cidr(near[pick(&seed, ORCH_ARRAY_LEN(near))]);
+            if (pick(&seed, 2))
+                host[i].bits = 32;
+        }
         struct orch_rules *r = rules_of(&p);
         for (size_t i = 0; i < ORCH_ARRAY_LEN(near); i++) {
             char text[ORCH_CIDR_TEXT], why[128];
