@@ -1,7 +1,7 @@
 /* Tasks: one coroutine per call, the only user of lua_resume. A function that waits ends in `return
  * orch_task_wait(L, …)`; when its event comes, orch_task_ready posts the task; only the loop's run
  * queue resumes, never a callback. Time inside Lua counts against the state's budget, waiting does
- * not; deadlines are their owners' matter, who end the task (core/call.c).
+ * not; deadlines are their owners' matter, who end the task (core/call/call.c).
  *
  * User coroutines: boot.lua's coroutine.resume/wrap pass the wait marker up, so a wait inside a
  * user's coroutine suspends the whole task. A plain coroutine.yield outside a coroutine ends the
