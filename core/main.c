@@ -21,6 +21,7 @@ struct options {
 struct running {
     struct orch *o;
     int signo;
+    bool nohup; /* SIGHUP was ignored when this started */
 };
 
 static struct running running;
@@ -136,7 +137,9 @@ static void on_signal(int signo)
         _exit(128 + signo); /* asked twice */
     running.signo = signo;
     if (running.o && running.o->script.task)
-        orch_task_cancel(running.o->script.task, signo == SIGINT ? "interrupted" : "terminated");
+        orch_task_cancel(running.o->script.task, signo == SIGINT   ? "interrupted"
+                                                 : signo == SIGHUP ? "hung up"
+                                                                   : "terminated");
 }
 
 static void on_sigint(void *ud)
@@ -151,11 +154,15 @@ static void on_sigterm(void *ud)
     on_signal(SIGTERM);
 }
 
+/* A server reloads. What runs in front of a terminal ends with it, unless nohup says otherwise;
+ * kernel and shell may both tell it. */
 static void on_sighup(void *ud)
 {
     struct orch *o = ud;
-    if (o->current.gen)
+    if (o->serving.list)
         orch_current_reload(&o->current, "SIGHUP");
+    else if (!running.nohup && !running.signo)
+        on_signal(SIGHUP);
 }
 
 /* An orch started by an orch, started by an orch: a loop of configuration, not a wish. */
@@ -271,6 +278,8 @@ int main(int argc, char **argv)
                                      : ORCH_WARN);
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN); /* a file that may not grow is an error like any other */
+    struct sigaction hup;
+    running.nohup = sigaction(SIGHUP, NULL, &hup) == 0 && hup.sa_handler == SIG_IGN;
     if (too_deep()) {
         fprintf(stderr, "orch: started by an orch that was started by an orch (ORCH_DEPTH); this "
                         "looks like a loop, refused\n");

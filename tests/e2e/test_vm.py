@@ -89,12 +89,15 @@ def sizes(env):
     expect(n == "2" and 300 << 10 < int(kib) < 384 << 10, r)
 
 
-@case("vm run: SIGINT and SIGTERM end it, nothing is left")
+@case("vm run: SIGINT, SIGTERM and SIGHUP end it, nothing is left; nohup keeps it")
 def interrupted(env):
     vm(env, "true")
-    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        s = env.session(argv=env.argv("vm", "run", "--", "sh", "-c", "echo up; sleep 1000"))
+    nohup = ["sh", "-c", "trap '' HUP; exec \"$@\"", "sh"]
+    for number, status, before in ((signal.SIGINT, 130, []), (signal.SIGTERM, 143, []), (signal.SIGHUP, 129, []), (signal.SIGTERM, 143, nohup)):
+        s = env.session(argv=before + env.argv("vm", "run", "--", "sh", "-c", "echo up; sleep 1000"))
         expect(s.recv_raw(START_S) == b"up")
+        if before:
+            os.kill(s.pid, signal.SIGHUP)
         os.kill(s.pid, number)
         expect(s.wait() == status, s.child.returncode, s.stderr())
         left = leftovers()
