@@ -382,7 +382,7 @@ bool orch_policy_explain(const struct orch_policy *p, uint32_t addr, uint8_t pro
     struct orch_cidr to = { addr, 32 };
     const char *what = orch_policy_never(p, to);
     for (size_t i = 0; i < p->n_host && !what; i++)
-        if (orch_cidr_contains(p->host[i], to) && !named(p, p->host[i]))
+        if (orch_cidr_contains(p->host[i], to) && !named(p, to) && !named(p, p->host[i]))
             what = "an address of the host";
     if (what) {
         snprintf(rule, n, "never allowed: %s", what);
@@ -409,6 +409,17 @@ static void host_rules(struct orch_rules *r, const struct orch_policy *p)
             seen = orch_cidr_contains(p->host[k], c) && !named(p, p->host[k]);
         if (seen)
             continue;
+        /* Of a network that is the host's whole, the addresses that are named alone. */
+        for (size_t k = 0; k < p->n_permit; k++) {
+            if (p->permit[k].bits != 32 || !orch_cidr_contains(c, p->permit[k]) ||
+                orch_cidr_contains(internal, p->permit[k]))
+                continue;
+            orch_cidr_text(p->permit[k], text);
+            struct orch_rule *rule = add_rule(r, ORCH_CHAIN_HOST, ORCH_VERDICT_GOTO,
+                                              "permitted: %s", text);
+            match_to(rule, p->permit[k]);
+            rule->target = ORCH_CHAIN_ALLOW;
+        }
         orch_cidr_text(c, text);
         match_to(add_rule(r, ORCH_CHAIN_HOST, ORCH_VERDICT_DENY, "never: %s (host)", text), c);
     }
