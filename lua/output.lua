@@ -33,14 +33,16 @@ function output.result(_, r, err, code, so_far)
   end
   local text = streams(r)
   if r.truncated then text = add(text, cut(r)) end
-  if r.timed_out then
+  if r.out_of_memory then
+    text = add(text, ("[killed: no memory left of %s]"):format(r.limit))
+  elseif r.timed_out then
     text = add(text, ("[ended after %s]"):format(r.limit))
   elseif r.signal then
     text = add(text, ("[killed by signal %d (%s)]"):format(r.signal, SIGNALS[r.signal] or "?"))
   elseif r.status ~= 0 then
     text = add(text, ("[exit status %d]"):format(r.status))
   end
-  if r.capped and not r.timed_out then text = add(text, ("[timeout capped at %s]"):format(r.limit)) end
+  if r.capped and not r.timed_out and not r.out_of_memory then text = add(text, ("[timeout capped at %s]"):format(r.limit)) end
   return { text = text == "" and "[no output]" or text, is_error = r.failed ~= nil }
 end
 

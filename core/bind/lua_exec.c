@@ -70,7 +70,12 @@ static int exec_push(lua_State *L, struct orch_vm_operation *op)
     push_streams(L, op, r->cut_stdout || r->cut_stderr, r->ms);
     lua_pushboolean(L, r->timed_out);
     lua_setfield(L, -2, "timed_out");
-    if (r->timed_out || op->capped) {
+    if (r->out_of_memory) {
+        lua_pushboolean(L, 1);
+        lua_setfield(L, -2, "out_of_memory");
+        lua_pushfstring(L, "%d MiB: vm.memory", (int)(op->h->memory_bytes >> 20));
+        lua_setfield(L, -2, "limit");
+    } else if (r->timed_out || op->capped) {
         lua_pushstring(L, op->limit);
         lua_setfield(L, -2, "limit");
     }

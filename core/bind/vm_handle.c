@@ -340,6 +340,7 @@ int orch_vm_spawn_wait(lua_State *L, int idx, struct orch_call *call)
     h->main = orch_state_lua(orch_state_of(L));
     h->env = env;
     h->call = call;
+    h->memory_bytes = vo.memory_bytes;
     vo.ready = vm_ready;
     vo.lost = vm_lost;
     vo.waits = vm_waits;

@@ -29,6 +29,7 @@ struct orch_vm_handle {
     /* What it was stays known. */
     char id[16];
     char *image;
+    uint64_t memory_bytes;
     const char *backend, *isolation;
     double spawn_ms;
 };

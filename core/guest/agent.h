@@ -33,6 +33,7 @@ struct stream {
 struct cgroup {
     int dir, events;
     bool busy, killed;
+    unsigned oom_kills; /* when it was taken */
     char name[16];
 };
 
@@ -107,6 +108,7 @@ bool has_cgroups(void);
 struct cgroup *group_take(void); /* a free one, or NULL with errno */
 void group_give(struct cgroup *g);
 bool group_empty(const struct cgroup *g);
+bool group_starved(const struct cgroup *g);    /* since it was taken, ended for want of memory */
 void descendants_signal(pid_t top, int signo); /* every one of top, not itself */
 void tree_signal(const struct op *op, int signo);
 void tree_kill(struct op *op);

@@ -66,6 +66,41 @@ static void load_modules(void)
         fclose(f);
 }
 
+/* All that can be written to is one file system in memory, so that its bound is one: what is full
+ * is full (ENOSPC) long before the guest has no memory left to run anything. */
+static void mount_writable(const char *root, bool disk)
+{
+    enum { BARE = 1 }; /* where there is no disk, whose writable layer has the rest */
+    static const struct {
+        const char *name, *at;
+        mode_t mode;
+        uid_t uid;
+        unsigned when;
+        unsigned long flags;
+    } places[] = {
+        { "tmp", "tmp", 01777, 0, 0, MS_NOSUID | MS_NODEV },
+        { "shm", "dev/shm", 01777, 0, 0, MS_NOSUID | MS_NODEV },
+        { "run", "run", 0755, 0, 0, MS_NOSUID | MS_NODEV },
+        { "var-tmp", "var/tmp", 01777, 0, BARE, MS_NOSUID | MS_NODEV },
+        { "root", "root", 0700, 0, BARE, 0 },
+        { "user", "home/user", 0755, 1000, BARE, 0 },
+    };
+    for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
+        char from[64], to[64];
+        if (disk && places[i].when == BARE)
+            continue;
+        snprintf(from, sizeof from, "/mnt/rw/%s", places[i].name);
+        snprintf(to, sizeof to, "%s/%s", root, places[i].at);
+        mkdir(to, 0755);
+        if (mkdir(from, 0755) < 0 || chmod(from, places[i].mode) < 0 ||
+            chown(from, places[i].uid, places[i].uid) < 0 ||
+            mount(from, to, NULL, MS_BIND, NULL) < 0 ||
+            (places[i].flags &&
+             mount(NULL, to, NULL, MS_BIND | MS_REMOUNT | places[i].flags, NULL) < 0))
+            die(to);
+    }
+}
+
 /* Where the image has a disk, its file system with a writable layer in memory over it becomes the
  * root, the agent's too; what is mounted already goes along. Without its driver this is not the
  * guest that was asked for. */
@@ -74,10 +109,14 @@ static void enter_disk(void)
     static const char *const moved[][2] = { { "/proc", "/mnt/new/proc" },
                                             { "/sys", "/mnt/new/sys" },
                                             { "/dev", "/mnt/new/dev" } };
-    if (!(virtio_devices() & 1ULL << 2))
+    must_mount("tmpfs", "/mnt/rw", "tmpfs", 0, "mode=0755,size=50%");
+    if (!(virtio_devices() & 1ULL << 2)) {
+        mount_writable("", false);
+        umount2("/mnt/rw", MNT_DETACH);
+        rmdir("/mnt/rw");
         return;
+    }
     must_mount("/dev/vda", "/mnt/disk", "erofs", MS_RDONLY, NULL);
-    must_mount("tmpfs", "/mnt/rw", "tmpfs", 0, "mode=0755");
     mkdir("/mnt/rw/upper", 0755);
     mkdir("/mnt/rw/work", 0755);
     must_mount("overlay", "/mnt/new", "overlay", 0,
@@ -85,6 +124,7 @@ static void enter_disk(void)
     for (size_t i = 0; i < sizeof moved / sizeof *moved; i++)
         if (mount(moved[i][0], moved[i][1], NULL, MS_MOVE, NULL) < 0)
             die(moved[i][1]);
+    mount_writable("/mnt/new", true);
     if (chdir("/mnt/new") < 0 || mount(".", "/", NULL, MS_MOVE, NULL) < 0 || chroot(".") < 0 ||
         chdir("/") < 0)
         die("the disk as root");
@@ -168,9 +208,6 @@ void boot(void)
     enter_disk();
     must_mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC,
                "mode=0620,gid=5,ptmxmode=0666");
-    must_mount("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777");
-    must_mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777");
-    must_mount("tmpfs", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755");
     mount("cgroup2", "/sys/fs/cgroup", "cgroup2", strict, NULL); /* optional */
 
     char name[64] = "";

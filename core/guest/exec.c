@@ -461,7 +461,8 @@ static void exec_report(struct op *op)
         .signal = WIFSIGNALED(op->status) ? WTERMSIG(op->status) : 0,
         .flags = (op->timed_out ? ORCH_WIRE_EXIT_TIMED_OUT : 0) |
                  (op->out[0].dropped ? ORCH_WIRE_EXIT_CUT_STDOUT : 0) |
-                 (op->out[1].dropped ? ORCH_WIRE_EXIT_CUT_STDERR : 0),
+                 (op->out[1].dropped ? ORCH_WIRE_EXIT_CUT_STDERR : 0) |
+                 (op->group && group_starved(op->group) ? ORCH_WIRE_EXIT_MEMORY : 0),
         .dropped_stdout = op->out[0].dropped,
         .dropped_stderr = op->out[1].dropped,
     };

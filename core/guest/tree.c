@@ -13,9 +13,33 @@
 
 #define KILL_RETRY_MS 20
 
+/* Of all commands together, so that the agent and the kernel have room whatever they do. */
+#define RESERVE_KB (12 * 1024)
+#define PIDS_MAX "4096" /* of one command */
+
 static int cgroup_fd = -1;
 static struct cgroup groups[MAX_EXECS];
 static unsigned n_groups; /* ever made, for their names */
+
+static bool put(int dir, const char *file, const char *text)
+{
+    int fd = openat(dir, file, O_WRONLY | O_CLOEXEC);
+    bool ok = fd >= 0 && write(fd, text, strlen(text)) == (ssize_t)strlen(text);
+    close_fd(&fd);
+    return ok;
+}
+
+/* The number behind `key` in a file of lines "KEY NUMBER"; "": the file is the number. */
+static unsigned long number(int dir, const char *file, const char *key)
+{
+    char b[4096];
+    int fd = openat(dir, file, O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd < 0 ? -1 : read(fd, b, sizeof b - 1);
+    close_fd(&fd);
+    b[n > 0 ? n : 0] = 0;
+    const char *at = strstr(b, key);
+    return at ? strtoul(at + strlen(key), NULL, 10) : 0;
+}
 
 struct cgroup *group_take(void)
 {
@@ -35,8 +59,11 @@ struct cgroup *group_take(void)
             }
             g->dir = dir;
             g->events = events;
+            put(dir, "memory.oom.group", "1"); /* a command without half of it is none */
+            put(dir, "pids.max", PIDS_MAX);
         }
         g->busy = true;
+        g->oom_kills = (unsigned)number(g->dir, "memory.events", "oom_kill ");
         return g;
     }
     errno = EAGAIN;
@@ -60,6 +87,11 @@ bool group_empty(const struct cgroup *g)
     ssize_t n = pread(g->events, b, sizeof b - 1, 0);
     b[n > 0 ? n : 0] = 0;
     return strstr(b, "populated 0") != NULL;
+}
+
+bool group_starved(const struct cgroup *g)
+{
+    return number(g->dir, "memory.events", "oom_kill ") > g->oom_kills;
 }
 
 struct proc {
@@ -146,9 +178,30 @@ void tree_kill(struct op *op)
     tree_signal(op, SIGKILL);
 }
 
+/* All commands in one group, whose memory is bounded. Without these controllers the kernel's own
+ * last resort stands in, which takes a process and not a command. */
+static void bound_commands(void)
+{
+    int root = cgroup_fd;
+    put(root, "cgroup.subtree_control", "+memory");
+    put(root, "cgroup.subtree_control", "+pids");
+    if (mkdirat(root, "commands", 0755) < 0)
+        return;
+    cgroup_fd = openat(root, "commands", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    close(root);
+    put(cgroup_fd, "cgroup.subtree_control", "+memory");
+    put(cgroup_fd, "cgroup.subtree_control", "+pids");
+    unsigned long kb = number(AT_FDCWD, "/proc/meminfo", "MemAvailable:");
+    char text[32];
+    snprintf(text, sizeof text, "%luK", kb > 2 * RESERVE_KB ? kb - RESERVE_KB : kb / 2);
+    put(cgroup_fd, "memory.max", text);
+}
+
 void find_cgroups(void)
 {
     cgroup_fd = open("/sys/fs/cgroup", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (cgroup_fd >= 0 && !hosted)
+        bound_commands();
     struct cgroup *g = cgroup_fd < 0 ? NULL : group_take();
     if (g)
         g->busy = false;

@@ -95,6 +95,7 @@ enum orch_wire_fail {
 #define ORCH_WIRE_EXIT_TIMED_OUT 1
 #define ORCH_WIRE_EXIT_CUT_STDOUT 2
 #define ORCH_WIRE_EXIT_CUT_STDERR 4
+#define ORCH_WIRE_EXIT_MEMORY 8 /* ended, with its tree, for want of memory */
 
 struct orch_wire_exit {
     uint32_t fail;  /* enum orch_wire_fail; then sys_errno says why and nothing ran */

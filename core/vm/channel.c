@@ -407,7 +407,7 @@ static void got_exit(struct orch_exec *x, const struct orch_wire_head *h, const 
     }
     memcpy(&e, b, sizeof e);
     bool ok = e.fail <= ORCH_WIRE_FAIL_RESOURCES && e.sys_errno < 4096 && !e.zero &&
-              !(e.flags & ~7U) &&
+              !(e.flags & ~15U) &&
               (e.fail ? !x->started && e.sys_errno : x->started && !e.sys_errno) &&
               (e.signal ? e.signal > 0 && e.signal <= 64 && e.status == -1
                         : e.status >= 0 && e.status <= 255) &&
@@ -425,6 +425,7 @@ static void got_exit(struct orch_exec *x, const struct orch_wire_head *h, const 
         .timed_out = e.flags & ORCH_WIRE_EXIT_TIMED_OUT,
         .cut_stdout = e.flags & ORCH_WIRE_EXIT_CUT_STDOUT,
         .cut_stderr = e.flags & ORCH_WIRE_EXIT_CUT_STDERR,
+        .out_of_memory = e.flags & ORCH_WIRE_EXIT_MEMORY,
         .dropped_stdout = e.dropped_stdout,
         .dropped_stderr = e.dropped_stderr,
         .ms = (orch_now_us() - x->sent_us) / 1000,

@@ -45,6 +45,7 @@ struct orch_exec_result {
     int status;    /* -1 when signalled */
     int signal;
     bool timed_out, cut_stdout, cut_stderr;
+    bool out_of_memory; /* its tree, or a part of it, was ended for want of memory */
     uint64_t dropped_stdout, dropped_stderr;
     int64_t ms; /* from EXEC sent to EXIT received */
 };

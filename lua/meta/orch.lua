@@ -178,7 +178,8 @@ function orch.vm.pool(options) end
 ---@field stderr string bytes
 ---@field truncated boolean output was dropped
 ---@field timed_out boolean
----@field limit string? when timed_out or capped: how long it could take and what to raise for more, "60 s: vm.timeout", "30 s: timeout of lua/tools/build.lua", "5 s: the argument timeout"
+---@field out_of_memory true? it, or a part of it, was ended since the microVM's memory was used up
+---@field limit string? when out_of_memory, timed_out or capped: what it had, and what to raise for more: "256 MiB: vm.memory"; how long it could take and what to raise for more, "60 s: vm.timeout", "30 s: timeout of lua/tools/build.lua", "5 s: the argument timeout"
 ---@field capped true? a timeout was asked for that is more than the whole time of the call
 ---@field ms number
 

@@ -191,6 +191,19 @@ def python(env):
     expect(text.startswith("[stderr]\nTraceback") and text.endswith("ZeroDivisionError: division by zero\n[exit status 1]"), text)
 
 
+@case("run_python: more memory than there is ends it at once")
+def memory(env):
+    debian(env, more="")
+    s = env.session()
+    s.initialize()
+    for code, said in (("x = bytearray(1 << 33)", "MemoryError"), ("x = [0]\nwhile True: x += x", ""), ("import os\nwhile os.fork() >= 0: pass", "BlockingIOError"),
+                       ("import mmap\nfor m in [mmap.mmap(-1, 1 << 26) for _ in range(8)]:\n  for at in range(0, 1 << 26, 4096): m[at] = 1", ""),
+                       ("import os\nos.memfd_create('x')\nos.write(3, b'x' * (1 << 20)) and [os.write(3, b'x' * (1 << 20)) for _ in range(1000)]", "")):
+        text = text_of(s.call("run_python", {"code": code}, deadline_s=START_S))
+        expect(text == "[killed: no memory left of 256 MiB: vm.memory]" or said and said in text, code, text)
+        expect(text_of(s.call("run_python", {"code": "print('alive')"}, deadline_s=START_S)) == "alive\n")
+
+
 @case("read_file and list_dir of the workspace")
 def workspace(env):
     env.project()

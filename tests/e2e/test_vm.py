@@ -133,6 +133,7 @@ def boot_ids(env):
 TEXTS = [("echo out; echo err >&2; exit 3", r"out\n\[stderr\]\nerr\n\[exit status 3\]"), ("printf out; printf err >&2", r"out\n\[stderr\]\nerr"),
          ("echo out", r"out\n"), ("true", r"\[no output\]"), ("exit 3", r"\[exit status 3\]"), ("echo err >&2", r"\[stderr\]\nerr\n"),
          ("printf out; kill -9 $$", r"out\n\[killed by signal 9 \(SIGKILL\)\]"), ("kill -11 $$", r"\[killed by signal 11 \(SIGSEGV\)\]"),
+         ("echo a; tail /dev/zero", r"a\n\[killed: no memory left of 256 MiB: vm\.memory\]"),
          ("no-such-command", r"\[stderr\]\n.*not found\n\[exit status 127\]"),
          ("yes | head -c 2000000", r"y\n[y\n]*\[cut: stdout after 1048576 bytes, the rest was dropped\]"),
          ("yes | head -c 2000000; yes | head -c 2000000 >&2; exit 1",
@@ -148,6 +149,35 @@ def texts(env):
         expect("structuredContent" not in r and not r.get("isError"), line, r.keys())
     r = s.call("run_command", {"command": "echo begun; sleep 100", "timeout": 0.5}, deadline_s=START_S)
     expect(re.fullmatch(r"begun\n\[ended after [\d.]+ s: .+\]", text_of(r)) and not r.get("isError"), r)
+
+
+# What a guest does with more memory than there is: (command, what comes of it). One microVM for all of them.
+FULL = [("tail /dev/zero", "signal=9 oom=true"), ("x=a; while :; do x=$x$x; done", "signal=9 oom=true"),
+        ("tail /dev/zero & wait; echo on", "signal=9 oom=true"), # the command whole, not a part of it
+        ("f() { tail /dev/zero & }; f; f; f; wait", "signal=9 oom=true"),
+        ("yes > /tmp/full; echo a $?", "status=0 oom=nil a 1"), ("echo more > /dev/shm/b || echo full", "status=0 oom=nil full"),
+        ("yes > /var/tmp/c; echo d > $HOME/d || echo full", "status=0 oom=nil full"), ("rm /tmp/full; echo e > $HOME/e && echo room", "status=0 oom=nil room"),
+        ("f() { while :; do sleep 100 & done; }; f", "oom="), ("dd if=/dev/zero of=/dev/null bs=1G count=1", "oom=nil")]
+FULL_SCRIPT = """local vm = assert(orch.vm.spawn { timeout = "10m" })
+for _, command in ipairs(arg) do
+  for _, line in ipairs { command, "echo alive" } do
+    local r = assert(vm:exec({ "sh", "-c", line }, { timeout = "10m" }))
+    print(("status=%s signal=%s oom=%s %s"):format(r.status, r.signal, r.out_of_memory, r.stdout:gsub("%s", " ")))
+  end
+end"""
+
+
+@case("memory and room used up: the command is ended or told at once, the microVM goes on")
+def full(env):
+    script = env.shared_cache().project().write("full.lua", FULL_SCRIPT)
+    r = env.orch(script, *(command for command, _ in FULL), config=True, deadline_s=START_S)
+    lines = r.err.splitlines()
+    expect(r.status == 0, r)
+    said = [l for l in lines if "oom=" in l]
+    expect(len(said) == 2 * len(FULL), r)
+    for (command, wanted), got, after in zip(FULL, said[::2], said[1::2]):
+        expect(all(word in got.split("orch: ")[-1].split() for word in wanted.split() if word != "oom="), command, wanted, got)
+        expect("status=0 signal=nil oom=nil alive" in after, command, after)
 
 
 START = """return {

@@ -15,6 +15,8 @@ local CASES = {
     "begun\n[ended after 0.5 s: the argument timeout]" },
   { { timed_out = true, capped = true, limit = "60 s: vm.timeout" }, "[ended after 60 s: vm.timeout]" },
   { { capped = true, limit = "60 s: vm.timeout", status = 3 }, "[exit status 3]\n[timeout capped at 60 s: vm.timeout]" },
+  { { out_of_memory = true, signal = 9, limit = "256 MiB: vm.memory", stdout = "begun\n" },
+    "begun\n[killed: no memory left of 256 MiB: vm.memory]" },
   { { signal = 64 }, "[killed by signal 64 (?)]" },
   { { signal = 31 }, "[killed by signal 31 (SIGSYS)]" },
   { { stdout = "a", stderr = "bcd", truncated = true }, "a\n[stderr]\nbcd\n[cut: stderr after 3 bytes, the rest was dropped]" },
