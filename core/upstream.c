@@ -124,7 +124,7 @@ static void too_late(void *ud)
 {
     struct orch_upstream *u = ud;
     char why[128];
-    snprintf(why, sizeof why, "no %s answer within %g s (--start-timeout)", orch_mcp_client_ready(u->client) ? "tools/list" : "initialize",
+    snprintf(why, sizeof why, "no %s answer within %g s (--start-timeout)", orch_mcp_client_ready(u->client) ? "tools/list" : orch_mcp_client_opening(u->client),
              (double)u->start_ms / 1000);
     if (!u->settled) {
         orch_mcp_client_give_up(u->client, why); /* which settles it */
@@ -210,14 +210,15 @@ static void answered(void *ud) /* in the midst of the call's own affairs */
     orch_loop_post(q->u->o->loop, forward_answer, q);
 }
 
-/* The call that the server asks for. It does not say, and the call's rules say what is redacted: so it must be the only
- * one. */
+/* The call that the server asks for. In the legacy era over stdio it does not say, and the call's rules say what is
+ * redacted: so it must be the only one. */
 static struct orch_toolcall *asking_call(struct orch_upstream *u, const char **why)
 {
+    const struct orch_mcp_client_call *asking = orch_mcp_client_asking(u->client);
     struct orch_toolcall *found = NULL;
     unsigned n = 0;
     for (struct orch_toolcall *c = u->o->running; c; c = c->next)
-        if (c->upstream && !c->cancelled) {
+        if (c->upstream && !c->cancelled && (!asking || c->upstream == asking)) {
             found = c;
             n++;
         }
@@ -271,6 +272,11 @@ static void withdrawn(void *ud, struct orch_slice id)
         }
 }
 
+static struct orch_proc_via *protect(void *ud, struct orch_err *err)
+{
+    return orch_protect_new(ud, err);
+}
+
 static void settled_at_start(void *ud)
 {
     struct orch_upstream *u = ud;
@@ -279,11 +285,6 @@ static void settled_at_start(void *ud)
 
 struct orch_upstream *orch_upstream_start(struct orch *o, const struct orch_upstream_opts *uo, struct orch_err *err)
 {
-    struct orch_proc_via *via = uo->protect ? orch_protect_new(o, err) : NULL;
-    if (uo->protect && !via) {
-        orch_err_wrap(err, "%s", uo->name);
-        return NULL;
-    }
     /* Children on the host get PATH, HOME and LANG, nothing else (ORCH_DEPTH: see main.c). */
     static const char *const passed[] = { "PATH", "HOME", "LANG", "ORCH_DEPTH" };
     char *env[ORCH_ARRAY_LEN(passed) + 1];
@@ -306,7 +307,9 @@ struct orch_upstream *orch_upstream_start(struct orch *o, const struct orch_upst
                                     &(struct orch_mcp_client_opts){ .name = u->name,
                                                                     .argv = uo->command,
                                                                     .env = (const char *const *)env,
-                                                                    .via = via,
+                                                                    .via = uo->protect ? protect : NULL,
+                                                                    .via_ud = o,
+                                                                    .start_ms = uo->start_ms,
                                                                     .limits = { .bytes = o->gen->cfg.message_bytes },
                                                                     .ready = ready,
                                                                     .lost = lost,
@@ -317,7 +320,7 @@ struct orch_upstream *orch_upstream_start(struct orch *o, const struct orch_upst
                                     &u->start_error);
     while (n)
         free(env[--n]);
-    if (!u->client && u->start_error.cls == ORCH_CLASS_ISOLATION) {
+    if (!u->client && u->start_error.cls != ORCH_CLASS_UPSTREAM) { /* it is not to be had protected */
         *err = u->start_error;
         orch_upstream_free(u, true);
         return NULL;

@@ -421,23 +421,9 @@ static int t_sha256(lua_State *L)
 static int t_base64(lua_State *L)
 {
     size_t n;
-    const uint8_t *s = (const uint8_t *)luaL_checklstring(L, 1, &n);
-    bool url = lua_toboolean(L, 2);
-    static const char plain[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    static const char safe[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
-    const char *digits = url ? safe : plain;
+    const char *s = luaL_checklstring(L, 1, &n);
     cleanup_buf struct orch_buf out = { 0 };
-    for (size_t i = 0; i < n; i += 3) {
-        size_t left = n - i;
-        uint32_t v = (uint32_t)s[i] << 16 | (left > 1 ? (uint32_t)s[i + 1] << 8 : 0) | (left > 2 ? s[i + 2] : 0u);
-        size_t put = left > 2 ? 4 : left + 1;
-        for (size_t k = 0; k < 4; k++) {
-            if (k < put)
-                orch_buf_char(&out, digits[v >> (18 - 6 * k) & 63]);
-            else if (!url)
-                orch_buf_char(&out, '=');
-        }
-    }
+    orch_base64(&out, s, n, lua_toboolean(L, 2));
     lua_pushlstring(L, out.n ? out.p : "", out.n);
     return 1;
 }

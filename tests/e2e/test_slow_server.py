@@ -305,6 +305,22 @@ def test_limit(env):
     expect(r.status == 7 and "no tools/call answer within 2 s (timeout)" in r.err and "--timeout TIME" in r.err, r)
 
 
+@case("a server that ends at the probe of its era is started again; what is held meanwhile waits for that one")
+def strict(env):
+    fifo = Fifo(env)
+    s = proxy(env, "strict", fifo.path)
+    s.initialize()
+    ids = [s.start("tools/list"), say(s, "x")]
+    fifo.open()
+    first = descendants(s.pid)
+    fifo.close()
+    expect(first and all(wait_exit(pid, WAIT_S) for pid in first), "the first one is still there")
+    fifo.open().close()
+    answers = [s.recv(), s.recv()]
+    expect([a["id"] for a in answers] == ids and text_of(answers[1]["result"]) == "x", answers)
+    expect(s.end() == 0)
+
+
 @case("orch.mcp.connect: a server that starts late, reads the probe only then and ends of it, is started again")
 def late_and_strict(env):
     fifo = Fifo(env)
