@@ -716,6 +716,8 @@ static struct orch_state *script_state(struct orch *o, const char *script_dir, s
     lua_setfield(L, -2, "orch.internal");
     lua_pushcfunction(L, orch_luaopen_transport);
     lua_setfield(L, -2, "orch.transport");
+    lua_pushcfunction(L, orch_luaopen_client);
+    lua_setfield(L, -2, "orch.client");
     lua_settop(L, 0);
     return o->script;
 }

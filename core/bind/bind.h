@@ -23,6 +23,7 @@ struct orch_toolcall;
 struct orch_task;
 struct orch_ask;
 struct orch_http_client;
+struct orch_http_header;
 struct orch_http_stream;
 
 /* One question to a call's client, and its answer. */
@@ -136,6 +137,9 @@ void orch_api_set(lua_State *L, const char *prefix, const struct orch_api *api);
 /* The same for one function of scripts that a module in lua/ has. */
 void orch_api_lua(lua_State *L, const char *prefix, const char *name, const char *module, const char *function);
 
+/* A metatable with methods, that scripts do not see. */
+void orch_class_new(lua_State *L, const char *name, const luaL_Reg *methods, lua_CFunction gc);
+
 /* Opens the global `orch` (and package.loaded.orch in scripts) for the state's context; freezes it in
  * bounded states. */
 int orch_luaopen_orch(lua_State *L);
@@ -148,11 +152,14 @@ int orch_luaopen_vm(lua_State *L, int orch_table);  /* vm, image */
 int orch_luaopen_mcp(lua_State *L, int orch_table); /* mcp */
 int orch_luaopen_transport(lua_State *L);           /* the module "orch.transport" of scripts */
 int orch_luaopen_call_transport(lua_State *L);      /* what lua/http.lua needs of it in tool states */
-void orch_luaopen_pipe(lua_State *L);               /* its process_open, into the table at the top */
+int orch_luaopen_client(lua_State *L);              /* the module "orch.client" of scripts */
 int orch_luaopen_ctx(lua_State *L);                 /* the metatable of ctx, in tool states and scripts */
 void orch_ctx_set(lua_State *L, const char *name);  /* a method that is Lua's, from the top of the stack (popped) */
 struct orch_toolcall *orch_check_call(lua_State *L); /* of the ctx at 1; raises */
 int orch_ctx_elicit(lua_State *L), orch_ctx_sample(lua_State *L), orch_ctx_roots(lua_State *L), orch_ctx_ask(lua_State *L);
+
+/* The option `headers`, as userdata left on the stack with the table; NULL: there is none. Raises. */
+struct orch_http_header *orch_take_headers(lua_State *L, struct orch_opts *o, size_t *n);
 
 /* The HTTP requests of a tool's call end with it. */
 void orch_http_streams_close(struct orch_http_stream **list);

@@ -14,8 +14,7 @@
 enum {
     VERDICTS_MAX = 256,
     URL_VERDICT_MS = 300 * 1000, /* the server behind it may be another one later */
-    HANG =
-        4, /* probe times that a server which has read everything may be silent after the probe's */
+    HANG = 20, /* probe times that one may be silent after initialize was sent behind the probe */
 };
 
 /* ---- servers known to be of the legacy era: of all clients of this process */
@@ -285,14 +284,12 @@ static void discovered(struct orch_mcp_client *c, struct orch_slice result)
     uint32_t versions = 0;
     if (orch_json_scan(&d, result, &c->o.limits, &fault) == 0)
         versions = orch_json_get(&d, 0, "supportedVersions");
-    if (!versions || d.toks[versions].type != ORCH_JSON_ARRAY) {
-        fail_with(c, "its answer to server/discover has no supportedVersions", "");
-        return;
-    }
     if (!names_modern(&d, versions)) {
         struct orch_err err = { 0 };
         orch_err_setc(&err, ORCH_CLASS_UPSTREAM, EPROTONOSUPPORT,
-                      "%s: the server does not speak " ORCH_MCP_MODERN, c->name);
+                      "%s: its answer to server/discover does not name " ORCH_MCP_MODERN
+                      " in supportedVersions",
+                      c->name);
         fall_back(c, &err);
         return;
     }

@@ -9,8 +9,8 @@
 
 enum {
     ORCH_MCP_OUT_MAX_BYTES = 64 << 20,
-    ORCH_MCP_PROBE_MS = 5000,
-    ORCH_MCP_RETRIES = 5, /* of a stream, in a row without success */
+    ORCH_MCP_PROBE_MS = 1000, /* a server that has read it answers at once, or not at all */
+    ORCH_MCP_RETRIES = 5,     /* of a stream, in a row without success */
 };
 
 /* What the message is to its sender: a request, or one whose sending is awaited, or neither. */

@@ -355,7 +355,7 @@ static void test_exits_at_probe(void **state)
 static void test_hangs_at_probe(void **state)
 {
     (void)state;
-    started_again("hangs", 200);
+    started_again("hangs", 20);
 }
 
 static void test_late_is_not_silent(void **state)

@@ -321,6 +321,25 @@ def strict(env):
     expect(s.end() == 0)
 
 
+@case("a server that says nothing to a first request that it does not know is asked by initialize, in the same process")
+def dumb(env):
+    server = env.write("dumb.py", """import json, os, sys
+answers = {"initialize": {"protocolVersion": "2025-11-25", "capabilities": {}, "serverInfo": {"name": "dumb", "version": "1"}},
+           "tools/list": {"tools": [{"name": "pid", "inputSchema": {"type": "object"}}]}, "tools/call": {"content": [{"type": "text", "text": ""}]}}
+methods = []
+for line in sys.stdin:
+    m = json.loads(line)
+    methods.append(m["method"])
+    if m["method"] in answers:
+        answers["tools/call"]["content"][0]["text"] = json.dumps(methods)
+        print(json.dumps({"jsonrpc": "2.0", "id": m["id"], "result": answers[m["method"]]}), flush=True)
+""")
+    s = env.project(RULES).session("--", PY, server)
+    s.initialize()
+    expect(json.loads(text_of(s.call("pid"))) == ["server/discover", "initialize", "notifications/initialized", "tools/list", "tools/call"])
+    expect(s.end() == 0)
+
+
 @case("orch.mcp.connect: a server that starts late, reads the probe only then and ends of it, is started again")
 def late_and_strict(env):
     fifo = Fifo(env)

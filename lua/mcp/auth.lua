@@ -143,14 +143,14 @@ local function proof(self, method, url, nonce, access_token)
     ath = access_token and b64(verbs.sha256(access_token)) or nil })
 end
 
+-- Adds what authorizes a request. Must not wait.
 function Auth:sign(headers, method, url)
   local t = self.tokens
-  if not t then return end
+  if not t then return headers end
   headers.Authorization = (t.dpop and "DPoP " or "Bearer ") .. t.access_token
   if t.dpop then headers.DPoP = proof(self, method, url, self.nonce, t.access_token) end
+  return headers
 end
-
-function Auth:budget() return { left = ATTEMPTS } end
 
 -- ---- discovery
 
@@ -435,15 +435,14 @@ local function scope_of(self, challenge, resource, server)
   return scope
 end
 
--- A request was answered 401 or 403. true: try again, with the token that is there now; false: not a
--- matter of tokens; nil, message, code: nothing more can be done.
-function Auth:challenged(status, headers, budget)
+-- A request was answered 401 or 403, for the times-th time. true: try again, with the token that is there now; false:
+-- not a matter of tokens; nil, message, code: nothing more can be done.
+function Auth:challenged(status, headers, times)
   local challenge = M.challenge(headers["www-authenticate"])
   if status == 403 and challenge.error ~= "insufficient_scope" then return false end
-  if budget.left == 0 then
+  if times > ATTEMPTS then
     return nil, ("still refused (HTTP %d) after %d authorizations"):format(status, ATTEMPTS), "denied"
   end
-  budget.left = budget.left - 1
   if challenge.error == "use_dpop_nonce" and headers["dpop-nonce"] and self.nonce ~= headers["dpop-nonce"] then
     self.nonce = headers["dpop-nonce"]
     return true
@@ -456,15 +455,16 @@ function Auth:challenged(status, headers, budget)
     old, self.tokens = nil, nil
   end
   local scope = scope_of(self, challenge, resource, server)
-  if status == 403 and old and budget.asked == scope then
+  if status == 403 and times > 1 and old and old.asked == scope then
     return nil, "its scope was granted and is still not enough: " .. scope, "denied"
   end
-  budget.asked = scope
   local client, why2, code2 = client_of(self, server, scope)
   if not client then return nil, why2, code2 or "denied" end
-  if status == 401 and old and old.refresh_token and old.client_id == client.client_id and not budget.refreshed then
-    budget.refreshed = true
-    if token(self, server, client, { grant_type = "refresh_token", refresh_token = old.refresh_token }, old.asked or scope) then return true end
+  if status == 401 and old and old.refresh_token and old.client_id == client.client_id and (times == 1 or not old.refreshed) then
+    if token(self, server, client, { grant_type = "refresh_token", refresh_token = old.refresh_token }, old.asked or scope) then
+      self.tokens.refreshed = true
+      return true
+    end
     old.refresh_token = nil
   end
   local ok, why3, code3 = (GRANTS[self.o.grant] or authorize)(self, server, client, scope)
