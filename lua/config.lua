@@ -358,6 +358,9 @@ local function text(v)
 end
 
 -- Sizes and durations as they were written, paths as they are taken.
+-- What is used where nothing is written and the host decides.
+local OTHERWISE = { ["vm.image"] = "debian when built, else base", ["http.token"] = "made when first needed" }
+
 local function show_config(config)
   local out = {}
   for i = 1, #SPEC do
@@ -368,7 +371,7 @@ local function show_config(config)
       value = written
       if value == nil then value = defaults[path] end
     end
-    if path == "vm.image" and value == nil then value = "debian when built, else base" end
+    if value == nil then value = OTHERWISE[path] end
     out[i] = { path = path, value = text(value), origin = written ~= nil and config.file or "default" }
   end
   return out

@@ -1,13 +1,15 @@
 -- The policy engine, in the policy state: compiles policies/tools.lua and policies/network.lua and
--- judges tool calls in the order CONTRACT section 4 gives. Every rule that matches counts; deny beats
--- ask beats allow; no match, an error or a time-out is a deny. Outcomes are cached per tool and set of
--- `when` results, so that a call costs its predicates and two table look-ups.
+-- judges tool calls. Every rule that matches counts; deny beats ask beats allow; no match, an error or a
+-- time-out is a deny. Outcomes are kept per tool and set of `when` results, so that a call costs its
+-- predicates and two table look-ups. consider() is the only walk over the rules: a call, the tests of a
+-- policy and `policy explain` use what it says.
 --
 -- deps: json, regex(pattern) -> matcher | nil, err; schema.compile; nearest(word, list);
 --       session(id) -> { id =, marks = {} }, client info; rate(key, limit, window_ms) -> boolean;
 --       cidr(text) -> true | nil, why; ports(text) -> true | nil, why
 local deps = ...
 local json, null = deps.json, deps.json.null
+local pcall, setmetatable, ipairs = pcall, setmetatable, ipairs
 
 local ALLOW, ASK, DENY = 1, 2, 3
 local verdicts = { allow = ALLOW, ask = ASK, deny = DENY }
@@ -15,9 +17,10 @@ local names = { "allow", "ask", "deny" }
 local windows = { s = 1000, sec = 1000, min = 60000, h = 3600000, hour = 3600000, day = 86400000 }
 local MAX_WHENS = 50 -- of one tool: their results are the bits of a number
 
-local engine = { rules = {}, tools = {}, redact = {}, tests = {}, file = "policies/tools.lua",
+local engine = { rules = {}, redact = {}, tests = {}, file = "policies/tools.lua",
+  redact_by = {}, test_lines = {}, -- where the pattern, the test of that number is written
   networks = {} } -- network policies: name -> { allow = { { cidr =, proto =, ports = { "443" } } }, connections =, bandwidth = "10mbit" }
-local cache = {}    -- tool name -> its candidates
+local tools = {}    -- qualified name -> new_tool
 local sessions = {} -- session id -> what predicates see of it
 local clients = {}  -- session id -> what the client says of itself
 
@@ -38,6 +41,20 @@ local function check_keys(where, t, known)
       fail(where, "unknown key %s%s", tostring(k), near and (" (did you mean " .. near .. "?)") or "")
     end
   end
+end
+
+-- The list; an empty one where it is none.
+local function check_list(where, name, list)
+  if type(list) ~= "table" then
+    fail(where, "%s must be a list, got %s", name, type(list))
+    return {}
+  end
+  for k in pairs(list) do
+    if type(k) ~= "number" or k < 1 or k > #list or k % 1 ~= 0 then
+      fail(where, "%s must be a plain list; it has the key %s", name, tostring(k))
+    end
+  end
+  return list
 end
 
 -- "*" is any run, all else literal. A pattern without "__" is for local tools only, "*" alone for all.
@@ -82,14 +99,16 @@ local function compile_rate(where, rule, r)
 end
 
 local function compile_redact(where, rule, r)
-  if type(r.redact) ~= "table" then return fail(where, "redact must be a list of PCRE2 patterns") end
+  local patterns = check_list(where, "redact", r.redact)
   rule.redact = {}
-  for i, pattern in ipairs(r.redact) do
-    local ok, err = deps.regex(pattern)
+  for i = 1, #patterns do
+    local pattern, ok, err = patterns[i], nil, "must be a PCRE2 pattern (a string)"
+    if type(pattern) == "string" then ok, err = deps.regex(pattern) end
     if not ok then
       fail(where, "redact[%d]: %s", i, err)
     else
       engine.redact[#engine.redact + 1] = pattern
+      engine.redact_by[#engine.redact] = where
       rule.redact[i] = #engine.redact
     end
   end
@@ -134,23 +153,12 @@ function engine.load_tools(file, value, lines)
   errors, engine.file = {}, file
   if type(value) ~= "table" then return { file .. ": must return a table, got " .. type(value) } end
   check_keys(file, value, { rules = true, tests = true })
-  if type(value.rules) ~= "table" then
-    fail(file, "rules must be a list, got %s", type(value.rules))
-    return errors
+  local rules = check_list(file, "rules", value.rules)
+  for i = 1, #rules do
+    engine.rules[#engine.rules + 1] = compile_rule(rules[i], i, lines["rules[" .. i .. "]"])
   end
-  for k in pairs(value.rules) do
-    if type(k) ~= "number" or k < 1 or k > #value.rules or k % 1 ~= 0 then
-      fail(file, "rules must be a plain list; it has the key %s", tostring(k))
-    end
-  end
-  for i = 1, #value.rules do
-    local rule = compile_rule(value.rules[i], i, lines["rules[" .. i .. "]"])
-    engine.rules[#engine.rules + 1] = rule
-  end
-  if value.tests ~= nil and type(value.tests) ~= "table" then
-    fail(file, "tests must be a list, got %s", type(value.tests))
-  end
-  engine.tests = value.tests or {}
+  engine.tests = value.tests and check_list(file, "tests", value.tests) or {}
+  for i = 1, #engine.tests do engine.test_lines[i] = lines["tests[" .. i .. "]"] end
   return errors
 end
 
@@ -221,103 +229,165 @@ function engine.load_network(file, value, lines)
   return errors
 end
 
+-- What the rules can say of a tool: those whose pattern matches it (the list), and the outcomes they came to so far.
+-- check(args, lenient): its schema, nil where it is not looked at.
+local function new_tool(name, server, check, says)
+  local tool = { name = name, server = server, check = check, says = says, whens = {}, outcomes = {}, n_outcomes = 0 }
+  for _, rule in ipairs(engine.rules) do
+    if rule.matches(name) then
+      tool[#tool + 1] = rule
+      if rule.when then tool.whens[#tool.whens + 1] = rule end
+    end
+  end
+  if #tool.whens > MAX_WHENS then
+    tool.broken = ("more than %d rules with `when` match it (%s)"):format(MAX_WHENS, engine.file)
+  end
+  return tool
+end
+
 -- A tool: its qualified name, "local" or the upstream's, and its input schema.
 -- What it says of itself (description, annotations) is only ever shown to predicates as untrusted.
 function engine.add_tool(name, server, schema, untrusted_json)
   local check, unknown = deps.schema.compile(schema, { unknown = server == "local" and "error" or "collect" })
   if not check then return nil, unknown end
-  engine.tools[name] = { server = server, check = check, says = untrusted_json and json.decode(untrusted_json) or {} }
+  tools[name] = new_tool(name, server, check, untrusted_json and json.decode(untrusted_json) or {})
   return true, type(unknown) == "table" and table.concat(unknown, ", ") or nil
 end
 
 -- ---- judging
 
-local function combine(candidates, mask)
-  local verdict, by, matched, where = 0, nil, {}, {}
-  local bit = 1
-  for i = 1, #candidates do
-    local rule, hit = candidates[i], true
-    if rule.when then
-      hit = mask % (bit + bit) >= bit
+-- For each candidate whether it counts. mask: what those with `when` said, the first of them its lowest bit.
+local function hits_of(tool, mask)
+  local hits, bit = {}, 1
+  for i = 1, #tool do
+    hits[i] = true
+    if tool[i].when then
+      hits[i] = mask % (bit + bit) >= bit
       bit = bit + bit
     end
-    if hit then
-      matched[#matched + 1] = rule
-      where[#where + 1] = rule.where
-      if rule.verdict > verdict then verdict, by = rule.verdict, rule end
-    end
   end
-  local out = { verdict = verdict, rules = json.encode(json.array(where)), matched = matched }
-  if verdict == 0 then
-    out.verdict = DENY
-    out.reason = "no rule allows it (" .. engine.file .. ")"
-  elseif verdict == DENY then
-    out.reason = ("%s (%s)"):format(by.reason or "a rule denies it", by.where)
-  elseif verdict == ASK then
-    out.reason = ("nobody to ask%s (%s)"):format(by.reason and (": " .. by.reason) or "", by.where)
+  return hits
+end
+
+-- What was raised, as a text that is the same each time.
+local function text_of(raised) return type(raised) == "string" and raised or "a " .. type(raised) end
+
+local function denied(out, reason)
+  return { verdict = DENY, reason = reason, rules = out.rules, hits = out.hits }
+end
+
+-- The union of what the matching rules do beside deciding; a denied outcome where two of them do not agree.
+local function add_effects(out, matched, server)
+  local function add(key, value)
+    out[key] = out[key] or {}
+    table.insert(out[key], value)
   end
+  local counted = {}
   for _, rule in ipairs(matched) do
-    if rule.verdict ~= DENY then
-      if rule.redact then
-        out.redact = out.redact or {}
-        for _, index in ipairs(rule.redact) do out.redact[#out.redact + 1] = index end
-      end
-      if rule.network then
-        if out.network and out.network ~= rule.network then
-          return { verdict = DENY, rules = out.rules, matched = matched,
-            reason = ("ambiguous network: %s (%s) and %s (%s)"):format(out.network, out.network_by, rule.network, rule.where) }
-        end
-        out.network, out.network_by = rule.network, rule.where
-      end
-      if rule.mark then out.marks = out.marks or {}; out.marks[#out.marks + 1] = rule.mark end
-      if rule.rate then out.rates = out.rates or {}; out.rates[#out.rates + 1] = rule end
-      if rule.rewrite then out.rewrites = out.rewrites or {}; out.rewrites[#out.rewrites + 1] = rule end
+    for _, index in ipairs(rule.redact or {}) do add("redact", index) end
+    if rule.network and out.network and out.network ~= rule.network then
+      return denied(out, ("ambiguous network: %s (%s) and %s (%s)"):format(out.network, out.network_by, rule.network, rule.where))
+    elseif rule.network and not out.network then
+      out.network, out.network_by = rule.network, rule.where
     end
+    if rule.mark then
+      add("marks", rule.mark)
+      add("marks_by", rule.where)
+    end
+    if rule.rate and not counted[rule.rate.key] then
+      counted[rule.rate.key] = true
+      add("rates", rule)
+    end
+    if rule.rewrite then add("rewrites", rule) end
+  end
+  if out.network and server ~= "local" then
+    out.unenforceable = denied(out,
+      ("network %s cannot be enforced here: the server runs on the host (%s)"):format(out.network, out.network_by))
   end
   out.effects = out.redact or out.marks or (out.network and out.network ~= "none")
   return out
 end
 
-local function candidates_of(tool)
-  local list = cache[tool]
-  if list then return list end
-  list = { whens = {}, outcomes = {}, n_outcomes = 0 }
-  for _, rule in ipairs(engine.rules) do
-    if rule.matches(tool) then
-      list[#list + 1] = rule
-      if rule.when then list.whens[#list.whens + 1] = rule end
+-- What the candidates come to. An outcome is shared by all calls that come to it and never changed:
+--   verdict, reason, rules: file:line of those that matched, as JSON, hits: as hits_of;
+--   effects: whether it has redact (indices into engine.redact), marks or a network to tell the call's side;
+--   rates, rewrites: the rules that have one; unenforceable: the outcome instead where this is the last word.
+local function combine(tool, mask)
+  local verdict, by, matched, where = 0, nil, {}, {}
+  local hits = hits_of(tool, mask)
+  for i, rule in ipairs(tool) do
+    if hits[i] then
+      matched[#matched + 1], where[#where + 1] = rule, rule.where
+      if rule.verdict > verdict then verdict, by = rule.verdict, rule end
     end
   end
-  if #list.whens > MAX_WHENS then
-    list.broken = ("more than %d rules with `when` match it (%s)"):format(MAX_WHENS, engine.file)
+  local out = { verdict = verdict, rules = json.encode(json.array(where)), hits = hits }
+  if verdict == 0 then return denied(out, "no rule allows it (" .. engine.file .. ")") end
+  if verdict == DENY then return denied(out, ("%s (%s)"):format(by.reason or "a rule denies it", by.where)) end
+  if verdict == ASK then
+    out.reason = ("nobody to ask%s (%s)"):format(by.reason and (": " .. by.reason) or "", by.where)
   end
-  cache[tool] = list
-  return list
+  return add_effects(out, matched, tool.server)
 end
 
-local function decide(list, call)
-  if list.broken then return { verdict = DENY, reason = list.broken, rules = "[]", matched = {} } end
+local function decide(tool, call)
+  if tool.broken then return { verdict = DENY, reason = tool.broken, rules = "[]", hits = {} } end
   local mask, bit = 0, 1
-  local whens = list.whens
+  local whens = tool.whens
   for i = 1, #whens do
     local rule = whens[i]
     engine.current = rule.where -- named when a budget ends it, which no pcall here sees
     local ok, hit = pcall(rule.when, call)
     if not ok then
-      return { verdict = DENY, rules = json.encode(json.array { rule.where }), matched = { rule },
-        reason = ("`when` failed: %s (%s)"):format(tostring(hit), rule.where) }
+      return { verdict = DENY, rules = json.encode(json.array { rule.where }), hits = hits_of(tool, mask), failed = rule,
+        failure = text_of(hit), reason = ("`when` failed: %s (%s)"):format(text_of(hit), rule.where) }
     end
     if hit then mask = mask + bit end
     bit = bit + bit
   end
-  local out = list.outcomes[mask]
+  local out = tool.outcomes[mask]
   if not out then
-    out = combine(list, mask)
-    if list.n_outcomes < 256 then
-      list.outcomes[mask], list.n_outcomes = out, list.n_outcomes + 1
+    out = combine(tool, mask)
+    if tool.n_outcomes < 256 then
+      tool.outcomes[mask], tool.n_outcomes = out, tool.n_outcomes + 1
     end
   end
   return out
+end
+
+local function run_rewrites(rules, args)
+  for _, rule in ipairs(rules) do
+    engine.current = rule.where
+    local ok, new = pcall(rule.rewrite, args)
+    if not ok then return nil, ("rewrite failed: %s (%s)"):format(text_of(new), rule.where) end
+    if type(new) ~= "table" then
+      return nil, ("rewrite must return the arguments, got %s (%s)"):format(type(new), rule.where)
+    end
+    args = new
+  end
+  return args
+end
+
+-- One call before all rules: judged, rewritten, checked by the schema, judged again. call: what predicates see, nil where
+-- none asks. Takes nothing from a rate and sets no mark: that is for who lets the call run.
+-- Returns the outcome; the rewritten arguments, if they were; the outcome before, when rewrites were to run.
+local function consider(tool, args, call)
+  local out = decide(tool, call)
+  local before = out.rewrites and out
+  if not before then return out.unenforceable or out end
+  local rewritten, why = run_rewrites(before.rewrites, args)
+  if not rewritten then return denied(before, why), nil, before end
+  if tool.check then
+    local ok
+    ok, why = tool.check(rewritten)
+    if not ok then
+      why = ("the rewritten arguments are wrong: %s (%s)"):format(why, before.rewrites[1].where)
+      return denied(before, why), nil, before
+    end
+  end
+  if call then call.args = rewritten end
+  out = decide(tool, call)
+  return out.unenforceable or out, rewritten, before
 end
 
 local call_methods = {}
@@ -355,51 +425,25 @@ function engine.forget_session(id)
   sessions[id], clients[id] = nil, nil
 end
 
-local function run_rewrites(list, out, args)
-  for _, rule in ipairs(out.rewrites) do
-    engine.current = rule.where
-    local ok, new = pcall(rule.rewrite, args)
-    if not ok then return nil, ("rewrite failed: %s (%s)"):format(tostring(new), rule.where) end
-    if type(new) ~= "table" then
-      return nil, ("rewrite must return the arguments, got %s (%s)"):format(type(new), rule.where)
-    end
-    args = new
-  end
-  return args
-end
-
-local function judge(entry, tool, args, session_id, caller)
-  local ok, why
-  local list = cache[tool] or candidates_of(tool)
+local function judge(tool, args, session_id, caller)
   local call
-  if list.whens[1] then
-    local session = session_of(session_id)
-    call = setmetatable({ tool = tool, server = entry.server, args = args, session = session, caller = caller,
-      untrusted = { client = clients[session_id], tool = entry.says } }, call_meta)
+  if tool.whens[1] then
+    call = setmetatable({ tool = tool.name, server = tool.server, args = args, session = session_of(session_id), caller = caller,
+      untrusted = { client = clients[session_id], tool = tool.says } }, call_meta)
   end
-  local out = decide(list, call)
-  local rewritten
-  if out.verdict ~= DENY and out.rewrites then
-    rewritten, why = run_rewrites(list, out, args)
-    if not rewritten then return DENY, why, out.rules end
-    ok, why = entry.check(rewritten)
-    if not ok then return DENY, ("the rewritten arguments are wrong: %s (%s)"):format(why, out.rewrites[1].where), out.rules end
-    if call then call.args = rewritten end
-    out = decide(list, call)
-  end
-  if out.network and out.verdict ~= DENY and entry.server ~= "local" then
-    return DENY, ("network %s cannot be enforced here: the server runs on the host (%s)"):format(out.network, out.network_by), out.rules
-  end
-  if out.verdict == ALLOW and out.rates then
-    for _, rule in ipairs(out.rates) do
-      if not deps.rate(rule.rate.key .. "|" .. caller, rule.rate.limit, rule.rate.window) then
-        return DENY, ("rate limit %s is used up (%s)"):format(rule.rate.text, rule.where), out.rules
+  local out, rewritten = consider(tool, args, call)
+  if out.verdict == ALLOW then
+    if out.rates then
+      for _, rule in ipairs(out.rates) do
+        if not deps.rate(rule.rate.key .. "|" .. caller, rule.rate.limit, rule.rate.window) then
+          return DENY, ("rate limit %s is used up (%s)"):format(rule.rate.text, rule.where), out.rules
+        end
       end
     end
-  end
-  if out.verdict == ALLOW and out.marks then
-    local marks = session_of(session_id).marks
-    for _, mark in ipairs(out.marks) do marks[mark] = true end
+    if out.marks then
+      local marks = session_of(session_id).marks
+      for _, mark in ipairs(out.marks) do marks[mark] = true end
+    end
   end
   return out.verdict, out.reason, out.rules, out.effects and out, rewritten
 end
@@ -408,73 +452,201 @@ end
 -- sees (the same table when there are none). Returns:
 --   args_full without nulls that stand for absent members, where it had such,
 --   verdict (0: bad arguments), reason, rules as JSON, effects or nil, rewritten arguments or nil
-function engine.judge(tool, args_full, args, session_id, caller)
-  local entry = engine.tools[tool]
-  local ok, why = entry.check(args_full, args_full ~= args)
+function engine.judge(name, args_full, args, session_id, caller)
+  local tool = tools[name]
+  engine.current = nil
+  local ok, why = tool.check(args_full, args_full ~= args)
   if not ok then return nil, 0, why end
-  return why and args_full, judge(entry, tool, args, session_id, caller)
+  return why and args_full, judge(tool, args, session_id, caller)
 end
 
 -- Whether tools/list shows it: some allow or ask pattern matches, and no deny without `when` does.
-function engine.listed(tool)
+local function listed(tool)
   local shown = false
-  for _, rule in ipairs(candidates_of(tool)) do
+  for _, rule in ipairs(tool) do
     if rule.verdict == DENY and not rule.when then return false end
     if rule.verdict ~= DENY then shown = true end
   end
   return shown
 end
 
+function engine.listed(name) return listed(tools[name]) end
+
+-- ---- what a call would get: for `policy explain` and the tests of a policy
+
+-- A copy. Policy sees it without the members of objects that are null.
+local function copy(v, without_null)
+  if type(v) ~= "table" then return v end
+  local out = {}
+  for k, x in pairs(v) do
+    if not (without_null and x == null and type(k) == "string") then out[k] = copy(x, without_null) end
+  end
+  return getmetatable(v) == getmetatable(json.array {}) and json.array(out) or out
+end
+
+-- The tool of that name; where there is none, or by_name, one that takes any arguments.
+local function tool_of(name, by_name, server)
+  local tool = tools[name]
+  if tool and not by_name then return tool end
+  return new_tool(name, tool and tool.server or server or name:match("^(.-)__") or "local", nil, tool and tool.says or {})
+end
+
+-- Judges a call as judge does, and leaves nothing behind. as: { session =, caller =, client =, says = }. Returns what
+-- consider does, and the arguments that policy saw; where the schema refuses them, a denied outcome with bad_arguments,
+-- for which no rule was asked.
+local function rehearse(tool, args, as)
+  engine.current = nil
+  local full, ok, why = copy(args), true, nil
+  if tool.check then ok, why = tool.check(full, true) end
+  if not ok then
+    return { verdict = DENY, reason = "bad arguments: " .. why, bad_arguments = why, rules = "[]", hits = {} }
+  end
+  local seen = copy(full, true)
+  local out, rewritten, before = consider(tool, seen, setmetatable({ tool = tool.name, server = tool.server, args = seen,
+    session = as.session, caller = as.caller, untrusted = { client = as.client or {}, tool = as.says or tool.says } },
+    call_meta))
+  if rewritten then -- where the call's side makes JSON of them
+    ok, why = pcall(json.encode, rewritten)
+    if not ok then
+      why = "the rewritten arguments cannot be JSON: " .. why
+      return out.verdict == DENY and out or denied(out, why), nil, before, seen
+    end
+  end
+  return out, rewritten, before, seen
+end
+
+local test_types = { name = "string", call = "table", expect = "string", network = "string", reason = "string", args = "table",
+  rule = "string" }
+local call_types = { tool = "string", args = "table", marks = "table", session = "table", caller = "string", server = "string",
+  untrusted = "table" }
+
+local function check_types(where, prefix, t, types)
+  check_keys(where, t, types)
+  for key, kind in pairs(types) do
+    if t[key] ~= nil and type(t[key]) ~= kind then fail(where, "%s%s must be a %s, got %s", prefix, key, kind, type(t[key])) end
+  end
+end
+
+local function same(a, b)
+  if type(a) ~= "table" or type(b) ~= "table" then return a == b end
+  for k, v in pairs(a) do if not same(v, b[k]) then return false end end
+  for k in pairs(b) do if a[k] == nil then return false end end
+  return true
+end
+
+-- rule: its id, or where it is: tools.lua:12, with as much of the path as is wanted.
+local function names_rule(tool, out, wanted)
+  for _, where in ipairs(json.decode(out.rules)) do
+    if where == wanted or where:sub(-#wanted - 1) == "/" .. wanted then return true end
+    for _, rule in ipairs(tool) do
+      if rule.where == where and rule.id == wanted then return true end
+    end
+  end
+  return false
+end
+
+-- Both ways to write marks: { "untrusted" } and { untrusted = true }.
+local function add_marks(marks, list)
+  for k, v in pairs(type(list) == "table" and list or {}) do
+    if type(k) == "number" then marks[v] = true elseif v == true then marks[k] = true end
+  end
+end
+
+-- What is wrong with it as a test, or what it does not get that it expects; nil when it passes.
+local function run_test(where, test)
+  local call = type(test) == "table" and test.call
+  if type(call) ~= "table" or type(call.tool) ~= "string" or not verdicts[test.expect] then
+    return fail(where, "a test is { call = { tool =, args = }, expect = \"allow\" | \"ask\" | \"deny\" }")
+  end
+  local so_far = #errors
+  check_types(where, "call.", call, call_types)
+  check_types(where, "", test, test_types)
+  local known = tools[call.tool]
+  if known and call.server and call.server ~= known.server then
+    fail(where, "%s is a tool of %s, not of %s", call.tool, known.server, call.server)
+  end
+  if #errors > so_far then return end
+
+  local session, untrusted = { id = "test", marks = {} }, call.untrusted or {}
+  add_marks(session.marks, call.marks)
+  add_marks(session.marks, call.session and call.session.marks)
+  -- What a server makes of its schemas must not keep a policy from being loaded.
+  local by_name = not call.args or known and known.server ~= "local"
+  local tool = tool_of(call.tool, by_name, call.server)
+  local out, rewritten, _, seen = rehearse(tool, call.args or {}, { session = session, caller = call.caller or "test",
+    client = untrusted.client, says = untrusted.tool })
+  local function got(what, wanted, is)
+    fail(where, "%s: expected %s%s, got %s%s; rules %s", call.tool, what, wanted, is,
+      out.reason and is ~= out.reason and (": " .. out.reason) or "", out.rules)
+  end
+  if out.bad_arguments then -- whatever it expects: no rule was asked
+    return fail(where, "%s: expected %s, got %s", call.tool, test.expect, out.reason)
+  end
+  if names[out.verdict] ~= test.expect then return got("", test.expect, names[out.verdict]) end
+  local network = out.network or "none"
+  if test.network and test.network ~= network then got("network ", test.network, network) end
+  local reason = out.reason or "none"
+  if test.reason and not reason:find(test.reason, 1, true) then got("the reason ", test.reason, reason) end
+  if test.rule and not names_rule(tool, out, test.rule) then got("rule ", test.rule, "others") end
+  local args, wanted = copy(rewritten or seen, true), copy(test.args, true)
+  if wanted and not same(wanted, args) then got("arguments ", json.encode(wanted), json.encode(args)) end
+end
+
 -- The unit tests of tools.lua; returns a list of failures.
 function engine.run_tests()
   errors = {}
-  for i, test in ipairs(engine.tests) do
-    local where = ("%s: tests[%d]"):format(engine.file, i)
-    local call = type(test) == "table" and test.call
-    if type(call) ~= "table" or type(call.tool) ~= "string" or not verdicts[test.expect] then
-      fail(where, "a test is { call = { tool =, args = }, expect = \"allow\" | \"ask\" | \"deny\" }")
-    else
-      local session = { id = "test", marks = {} }
-      for _, mark in ipairs(call.session and call.session.marks or {}) do session.marks[mark] = true end
-      for mark, on in pairs(call.session and call.session.marks or {}) do
-        if on == true then session.marks[mark] = true end
-      end
-      local args = call.args or {}
-      local list = candidates_of(call.tool)
-      local subject = setmetatable({ tool = call.tool, args = args, session = session, caller = call.caller or "test",
-        server = call.server or call.tool:match("^(.-)__") or "local", untrusted = call.untrusted or {} }, call_meta)
-      local out, why = decide(list, subject), nil
-      if out.verdict ~= DENY and out.rewrites then
-        subject.args, why = run_rewrites(list, out, args)
-        out = subject.args and decide(list, subject) or { verdict = DENY, reason = why, rules = "[]" }
-      end
-      if names[out.verdict] ~= test.expect then
-        fail(where, "%s: expected %s, got %s%s; rules %s", call.tool, test.expect, names[out.verdict],
-          out.reason and (": " .. out.reason) or "", out.rules)
-      end
-    end
+  for i = 1, #engine.tests do
+    local test = engine.tests[i]
+    local name = type(test) == "table" and type(test.name) == "string" and (" (" .. test.name .. ")") or ""
+    local line = engine.test_lines[i]
+    run_test(("%s%s: tests[%d]%s"):format(engine.file, line and (":" .. line) or "", i, name), test)
   end
   return errors
 end
 
--- For `policy explain`: every rule whose pattern matches, and what each said. args as in judge.
-function engine.explain(tool, args, session_id, caller)
-  local rows = {}
-  local call = setmetatable({ tool = tool, args = args, session = session_of(session_id), caller = caller, untrusted = {},
-    server = engine.tools[tool] and engine.tools[tool].server or tool:match("^(.-)__") or "local" }, call_meta)
-  local list = candidates_of(tool)
-  for _, rule in ipairs(list) do
-    local row = { where = rule.where, action = names[rule.verdict], reason = rule.reason or null, matched = true, has_when = rule.when ~= nil }
-    if rule.when then
-      local ok, hit = pcall(rule.when, call)
-      row.matched = ok and not not hit
-      if not ok then row.error = tostring(hit) end
-    end
-    rows[#rows + 1] = row
+local function or_null(v) if v == nil then return null end return v end
+
+-- What each rule whose pattern matches said.
+local function rows_of(tool, out, before)
+  local rows, unseen = {}, false
+  for i, rule in ipairs(tool) do
+    local row = { where = rule.where, action = names[rule.verdict], reason = or_null(rule.reason),
+      has_when = rule.when ~= nil, matched = out.hits[i] == true, seen = not (rule.when and unseen) and out.hits[i] ~= nil }
+    if out.failed == rule then row.error, unseen = out.failure, true end
+    if before and before.hits[i] ~= out.hits[i] then row.before = before.hits[i] end
+    rows[i] = row
   end
-  local out = decide(list, call)
-  return { decision = names[out.verdict], reason = out.reason or null, rules = json.array(rows), listed = engine.listed(tool),
-    known = engine.tools[tool] ~= nil }
+  return json.array(rows)
+end
+
+-- For `policy explain`: how a call with these arguments would be decided, by which rules, and with what effects. The
+-- parameters are judge's, but for args without nulls.
+--   { decision, reason, by = { file:line… } as in the audit log, rules = { { where, action, reason, has_when, matched,
+--     seen (its `when` was called, if it has one), before (whether it matched before a rewrite, where that differs),
+--     error }… }, others (how many rules are for other tools), rewrites = { file:line… }, args (rewritten),
+--     network = { name, where }, redact = { { pattern, where }… }, rates = { { rate, where }… },
+--     marks = { { mark, where }… }, caller, listed, known, bad_arguments,
+--     by_name (the same where no schema is looked at, when the arguments are bad) }
+local function explain(name, args, session_id, caller, by_name)
+  local session, client = deps.session(session_id)
+  local tool = tool_of(name, by_name)
+  local out, rewritten, before = rehearse(tool, args, { session = session, caller = caller, client = client })
+  local x = { decision = names[out.verdict], reason = or_null(out.reason), by = json.decode(out.rules),
+    rules = rows_of(tool, out, before), others = #engine.rules - #tool, args = or_null(rewritten), network = null,
+    bad_arguments = or_null(out.bad_arguments), caller = caller, listed = listed(tool), known = tools[name] ~= nil }
+  for _, key in ipairs { "rewrites", "redact", "rates", "marks" } do x[key] = json.array {} end
+  for i, rule in ipairs(before and before.rewrites or {}) do x.rewrites[i] = rule.where end
+  if out.network then x.network = { name = out.network, where = out.network_by } end
+  for i, n in ipairs(out.redact or {}) do x.redact[i] = { pattern = engine.redact[n], where = engine.redact_by[n] } end
+  for i, rule in ipairs(out.rates or {}) do x.rates[i] = { rate = rule.rate.text, where = rule.where } end
+  for i, mark in ipairs(out.marks or {}) do x.marks[i] = { mark = mark, where = out.marks_by[i] } end
+  return x
+end
+
+function engine.explain(name, args, session_id, caller)
+  local x = explain(name, args, session_id, caller)
+  if x.bad_arguments ~= null then x.by_name = explain(name, args, session_id, caller, true) end
+  return x
 end
 
 -- For `policy show`.

@@ -13,7 +13,12 @@ return cli.main("check", {
       local f, why = io.open(file, "rb")
       local text = f and f:read("*a")
       if f then f:close() end
-      if text then
+      -- What loading refuses, in its words.
+      if text and text:sub(1, 1) == "\27" then
+        f, why = nil, file .. ": bytecode is not accepted, only source text"
+      elseif text and #text > 2 ^ 20 then
+        f, why = nil, ("%s: %d bytes; a Lua file may have 1 MiB"):format(file, #text)
+      elseif text then
         text = text:gsub("^#[^\n]*", "")
         f, why = loadstring(text, "@" .. file)
       end

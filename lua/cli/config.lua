@@ -5,7 +5,10 @@ local cli = require "cli"
 local function show(opts, _, _, name)
   local list, why, code = internal.config()
   if not list then return cli.fail(name, why, code) end
-  local paths = internal.paths()
+  local paths, g = internal.paths(), internal.load()
+  for _, v in ipairs(list) do
+    if v.path == "audit.dir" then v.value = g.audit_dir end -- written or not
+  end
   if opts.json then
     cli.json { file = paths.config, found = paths.origin, values = list }
     return 0

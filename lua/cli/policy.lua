@@ -40,12 +40,15 @@ local function test(_, words, _, name)
   return 0
 end
 
+local NONE = "none is built in: no network interface at all"
+
 -- explain --network NAME ADDRESS PORT [tcp|udp]
 local function explain_packet(opts, words, name)
   local port, proto = tonumber(words[2]), words[3] or "tcp"
   if not port or port % 1 ~= 0 or port < 1 or port > 65535 then return cli.usage(name, "ADDRESS PORT [tcp|udp] are needed") end
   if proto ~= "tcp" and proto ~= "udp" then return cli.usage(name, "the protocol is tcp or udp, not " .. proto) end
   local decision, rule, code = internal.packet(opts.network, words[1], proto, port)
+  if opts.network == "none" and code ~= "usage" then decision, rule = "deny", NONE end
   if not decision then return cli.fail(name, rule, code) end
   if opts.json then
     cli.json { decision = decision, rule = rule }
@@ -55,25 +58,50 @@ local function explain_packet(opts, words, name)
   return 0
 end
 
+local function said(r)
+  if given(r.error) then return "when failed: " .. r.error end
+  if not r.seen then return "not asked" end
+  local text = (r.matched and "applies" or "does not apply") .. (r.has_when and " (when)" or "")
+  return r.before == nil and text or text .. " to what was rewritten, " .. (r.before and "applied" or "did not") .. " before"
+end
+
+-- What the rules that apply do beside deciding, a line each.
+local function effects(x)
+  local function line(...) cli.out("  ", cli.line(table.concat { ... }), "\n") end
+  if given(x.args) then line("rewritten (", table.concat(x.rewrites, ", "), "): ", orch.json.encode(x.args)) end
+  if given(x.network) then line("network ", x.network.name, " (", x.network.where, ")") end
+  for _, r in ipairs(x.redact) do line("redacted in the result: ", r.pattern, " (", r.where, ")") end
+  for _, r in ipairs(x.rates) do line("rate ", r.rate, " for each caller, of which this took none (", r.where, ")") end
+  for _, m in ipairs(x.marks) do line("marks the session ", m.mark, " (", m.where, ")") end
+end
+
 local function explain(opts, words, _, name)
   local g, status = load({}, name)
   if not g then return status end
   if opts.network then return explain_packet(opts, words, name) end
   if words[3] then return cli.usage(name, "unexpected argument " .. words[3]) end
   local x, why, code = internal.explain(words[1], words[2])
-  if not x then return cli.fail(name, why, code) end
+  if not x and code ~= "limit" then return cli.fail(name, why, code) end
+  -- A rule that uses up a limit denies the call, and ends this as it ends that.
+  x = x or { decision = "deny", reason = why, by = orch.json.array {}, rules = orch.json.array {}, limit = true }
+  local without = not words[2] and given(x.by_name)
+  if without then without.bad_arguments, x = x.bad_arguments, without end
   if opts.json then
     cli.json(x)
     return 0
   end
   cli.out(x.decision, given(x.reason) and ": " .. cli.line(x.reason) or "", "\n")
-  local rows = {}
-  for _, r in ipairs(x.rules) do
-    local what = given(r.error) and "when failed: " .. r.error
-      or not r.matched and "does not apply (when)" or r.has_when and "applies (when)" or "applies"
-    rows[#rows + 1] = { r.where, r.action, what, given(r.reason) or "" }
+  if x.limit then return 0 end
+  local rows, asked = {}, false
+  for i, r in ipairs(x.rules) do
+    rows[i] = { r.where, r.action, said(r), given(r.reason) or "" }
+    asked = asked or r.has_when and r.seen
   end
   cli.columns(rows, "  ")
+  effects(x)
+  if asked then cli.out("  (when saw the caller ", x.caller, " and a session without marks)\n") end
+  if x.others > 0 then cli.out("  (", plural(x.others, "other rule"), x.others == 1 and " is" or " are", " for other tools)\n") end
+  if without then cli.out("  (no arguments given: only the name was judged; a call needs some: ", cli.line(x.bad_arguments), ")\n") end
   if not x.known then
     cli.out("  (no tool ", cli.line(words[1]), " is configured; only its name was judged)\n")
   elseif not x.listed then
@@ -85,7 +113,10 @@ end
 local function show(opts, _, _, name)
   local g, status = load({}, name)
   if not g then return status end
-  if opts.nft then
+  if opts.nft == "none" then
+    cli.out(NONE, "\n")
+    return 0
+  elseif opts.nft then
     local text, why, code = internal.nft(opts.nft)
     if not text then return cli.fail(name, why, code) end
     cli.out(text)
@@ -132,8 +163,9 @@ return cli.main("policy", {
       about = "Runs the unit tests of policies/tools.lua, as each load does.", examples = { "orch policy test" },
       status = STATUS, words = { 0, 1 }, run = test } },
     { "explain", spec = { summary = "which rules decide a call, with file:line", usage = "TOOL [ARGS-JSON] [--json] | --network NAME ADDRESS PORT [tcp|udp]",
-      about = "Says how a call of TOOL with these arguments would be decided and which rules match; with --network, whether "
-        .. "a connection from a microVM with that network policy would pass. Nothing is run.",
+      about = "Says what a call of TOOL with these arguments would get: the decision, what each rule says, effects and rewritten "
+        .. "arguments; without ARGS-JSON by its name alone. With --network, whether a connection from a microVM with that network "
+        .. "policy would pass. Nothing is run, nothing is taken from a rate.",
       options = { { "--json", nil, "print JSON" }, { "--network", "NAME", "a policy of policies/network.lua" } },
       examples = { [[orch policy explain run_command '{"command":"id"}']], "orch policy explain --network packages 203.0.113.7 443" },
       status = "0 whatever the decision, 6 policy invalid, 2 usage", words = { 1, 3 }, run = explain } },

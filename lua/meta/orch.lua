@@ -682,9 +682,24 @@ function Ctx:output(result, message, code, so_far) end
 ---@field mark? string set on the session when the call is allowed
 ---@field id? string what the rate is counted by across reloads
 
+---A call is judged as it would be, rewrites and schema included; nothing is taken from a rate, no mark is set.
 ---@class orch.PolicyTest
----@field call { tool: string, args?: table, session?: { marks?: table }, caller?: string, server?: string, untrusted?: table }
+---@field name? string told when it fails
+---@field call orch.PolicyTestCall
 ---@field expect "allow"|"ask"|"deny"
+---@field network? string the network the call's rules give it, "none" where they name none
+---@field reason? string the reason has this text in it
+---@field args? table what the tool gets, rewritten
+---@field rule? string a rule that matched: its id, or "tools.lua:12"
+
+---@class orch.PolicyTestCall
+---@field tool string
+---@field args? table what a local tool's schema refuses fails the test; without any only the name is judged
+---@field marks? table of the session: { "untrusted" } or { untrusted = true }; `session = { marks = … }` says the same
+---@field session? { marks?: table }
+---@field caller? string
+---@field server? string of a tool that is not configured; else what is before its "__", or "local"
+---@field untrusted? { client?: table, tool?: table }
 
 ---@class orch.Call
 ---@field tool string the qualified name: NAME, or UPSTREAM__NAME

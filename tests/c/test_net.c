@@ -316,6 +316,47 @@ static void test_never(void **state)
     orch_rules_free(s);
 }
 
+static size_t pick(uint32_t *seed, size_t n)
+{
+    return ((*seed = *seed * 1664525 + 1013904223) >> 16) % n;
+}
+
+/* What explain says of an address is what the filter does, whatever is permitted and the host's. */
+static void test_explain(void **state)
+{
+    (void)state;
+    static const char *const near[] = { "10.0.0.0/8",      "10.1.0.0/16",   "10.1.2.3",
+                                        "10.255.0.0/23",   "10.255.1.1",    "127.0.0.0/8",
+                                        "127.0.0.1",       "192.168.1.5",   "192.168.0.0/16",
+                                        "198.51.100.0/24", "198.51.100.1",  "203.0.113.9",
+                                        "169.254.169.254", "172.16.0.0/12", "8.8.8.8" };
+    static const struct orch_ports all[] = { { 1, 65535 } };
+    static const struct orch_allow allow[] = { { { 0, 1 }, IPPROTO_TCP, all, 1 },
+                                               { { 0x80000000, 1 }, IPPROTO_TCP, all, 1 } };
+    uint32_t seed = 1;
+    for (unsigned round = 0; round < 1000; round++) {
+        struct orch_cidr permit[3], host[3];
+        struct orch_policy p = { .allow = allow, .n_allow = 2, .permit = permit, .host = host };
+        p.n_permit = pick(&seed, 4);
+        p.n_host = pick(&seed, 4);
+        for (size_t i = 0; i < p.n_permit; i++)
+            permit[i] = cidr(near[pick(&seed, ORCH_ARRAY_LEN(near))]);
+        for (size_t i = 0; i < p.n_host; i++)
+            host[i] = (struct orch_cidr){ cidr(near[pick(&seed, ORCH_ARRAY_LEN(near))]).addr, 32 };
+        struct orch_rules *r = rules_of(&p);
+        for (size_t i = 0; i < ORCH_ARRAY_LEN(near); i++) {
+            char text[ORCH_CIDR_TEXT], why[128];
+            uint32_t to = cidr(near[i]).addr + (uint32_t)pick(&seed, 2);
+            orch_cidr_text((struct orch_cidr){ to, 32 }, text);
+            bool allowed = orch_policy_explain(&p, to, IPPROTO_TCP, 80, why, sizeof why);
+            const char *label = judge(r, text);
+            if (allowed == (strncmp(label, "never: ", 7) == 0))
+                fail_msg("round %u, %s: explain says %s, the filter %s", round, text, why, label);
+        }
+        orch_rules_free(r);
+    }
+}
+
 static bool is_denied_chain(enum orch_chain_id c)
 {
     return c == ORCH_CHAIN_TAP_DENIED || c == ORCH_CHAIN_DENIED;
@@ -728,7 +769,7 @@ int main(int argc, char **argv)
              dirname(argv[0]));
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_cidr),      cmocka_unit_test(test_ports),      cmocka_unit_test(test_bandwidth),
-        cmocka_unit_test(test_sets),      cmocka_unit_test(test_never),
+        cmocka_unit_test(test_sets),      cmocka_unit_test(test_never),      cmocka_unit_test(test_explain),
         cmocka_unit_test(test_structure), cmocka_unit_test(test_rehost),
         cmocka_unit_test(test_bad),
         cmocka_unit_test(test_golden),    cmocka_unit_test(test_batch),

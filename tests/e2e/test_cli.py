@@ -245,6 +245,9 @@ def config(env):
     for args in (["config", "show"], ["config", "show", "--origin"]):
         r = env.orch(*args, config=True, environ=environ)
         expect(r.status == 0 and "s3cret-value" not in r.out + r.err and "policies" in r.out, r)
+    env.write("orchestrator.lua", "return {}")
+    r = env.orch("config", "show", config=True)
+    expect(re.search("^audit.dir +%s/orch/audit$" % env.environ["XDG_STATE_HOME"], r.out, re.M), "the one that is used:", r)
     env.write("orchestrator.lua", "return { polices = 'x' }")
     r = env.orch("config", "check", config=True)
     expect(r.status == 6 and "policies" in r.err, r)

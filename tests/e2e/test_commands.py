@@ -270,6 +270,69 @@ def explain(env):
     expect(parsed["rules"][0]["tool"] == "*" and {t["name"] for t in parsed["tools"]} == {"echo", "run_command", "run_python", "read_file", "list_dir", "fetch_url"}, parsed)
 
 
+SAME = """return { rules = {
+  { tool = "*", action = "allow" },
+  { tool = "echo", action = "deny", reason = "quiet", when = function(c) return c.args.message == "hush" end },
+  { tool = "echo", action = "ask", when = function(c) return c.args.message == "ask" end },
+  { tool = "echo", action = "deny", when = function(c) return c.args.message == "wrong" and c.none.such end },
+  { tool = "echo", action = "deny", when = function(c) while c.args.message == "loop" do end end },
+  { tool = "echo", action = "allow", when = function(c) return c.args.message == "go" end,
+    rewrite = function(a) a.message = "hush" return a end },
+  { tool = "echo", action = "allow", when = function(c) return c.args.message == "number" end,
+    rewrite = function(a) a.message = 1 return a end },
+  { tool = "echo", action = "allow", when = function(c) return c.args.message == "code" end,
+    rewrite = function(a) a.more = print return a end },
+  { tool = "echo", action = "allow", when = function(c) return c.args.message == "louder" or c.args.message == "LOUD" end,
+    rewrite = function(a) a.message = "LOUD" return a end, rate = "1/day", redact = { "U" }, mark = "heard" },
+  { tool = "echo", action = "allow", network = "one", when = function(c) return c.args.message == "net" end },
+  { tool = "echo", action = "allow", network = "two", when = function(c) return c.args.message == "net" end },
+  { tool = "echo", action = "deny", when = function(c) return c.args.more ~= nil end },
+} }
+"""
+
+
+@case("policy explain says what the call then gets: decision, reason and rules; it takes nothing")
+def explain_is_the_call(env):
+    env.write("policies/network.lua", "return { one = { allow = {} }, two = { allow = {} } }")
+    s = env.project(SAME).session()
+    s.initialize()
+    for n, args in enumerate([{"message": m} for m in ("x", "hush", "ask", "wrong", "loop", "go", "number", "code", "louder", "net")] +
+                             [{"message": "x", "more": None}, {"message": "x", "more": 1}, {"message": None}, {"mesage": "x"}, {}]):
+        x = json.loads(env.orch("policy", "explain", "echo", json.dumps(args), "--json", config=True).out)
+        answer = s.request("tools/call", {"name": "echo", "arguments": args})
+        line = [l for l in env.audit() if l["event"] == "decision"][n]
+        expect(x["decision"] == line["decision"], args, x, line)
+        told = answer["error"]["message"] if "error" in answer else text_of(answer["result"])
+        for prefix in ("denied: ", "bad arguments: "):
+            told, x["reason"] = told.removeprefix(prefix), x.get("reason", "").removeprefix(prefix)
+        expect(x["decision"] == "allow" or told == x["reason"], args, x, answer)
+        if args.get("message") not in ("loop", "code"):  # cut short on the way: named in the reason alone
+            expect(x["by"] == line["rules"], args, x, line)
+        if args.get("message") == "louder":
+            expect(x["args"] == {"message": "LOUD"} and line["args"] == {"message": "LO[redacted]D"}, x, line)
+            expect(x["rates"][0]["rate"] == "1/day" and x["redact"][0]["pattern"] == "U" and x["marks"][0]["mark"] == "heard", x)
+    expect(text_of(s.call("echo", {"message": "louder"})).startswith("denied: rate limit 1/day is used up"))
+
+
+@case("policy explain, for people: effects, what a rewrite made, what cannot be enforced, what a call would need")
+def explain_lines(env):
+    env.write("policies/network.lua", "return { one = { allow = {} }, two = { allow = {} } }")
+    env.project(SAME.replace("} }\n", '{ tool = "up__*", action = "allow", network = "one" },\n} }\n'))
+    for words, lines in (
+            (("echo", '{"message":"louder"}'), ("allow\n", 'rewritten (policies/tools.lua:13): {"message":"LOUD"}', "redacted in the result: U (policies/tools.lua:13)",
+                                                 "rate 1/day for each caller, of which this took none (policies/tools.lua:13)", "marks the session heard (policies/tools.lua:13)")),
+            (("echo", '{"message":"go"}'), ("deny: quiet (policies/tools.lua:3)", "policies/tools.lua:7   allow  does not apply (when) to what was rewritten, applied before", 'rewritten (policies/tools.lua:7): {"message":"hush"}')),
+            (("echo", '{"message":"wrong"}'), ("when failed: ", "not asked")),
+            (("echo", '{"message":"loop"}'), ("deny: policies/tools.lua:6: ",)),
+            (("echo", '{"message":5}'), ("deny: bad arguments: arguments.message: ", "not asked")),
+            (("echo",), ("allow\n", "no arguments given")),
+            (("up__x",), ("deny: network one cannot be enforced here", "no tool up__x"))):
+        r = env.orch("policy", "explain", *words, config=True)
+        expect(r.status == 0, words, r)
+        for line in lines:
+            expect(line in r.out, words, line, r)
+
+
 # ---- audit
 
 @case("audit: tail -n, --json, -f; show; beside an untrusted configuration; what was logged is escaped")
@@ -308,6 +371,12 @@ def check(env):
     expect(env.orch("check", good).status == 0, env.orch("check", good))
     r = env.orch("check", good, bad, "no-such.lua")
     expect(r.status == 6 and "bad.lua:2:" in r.err and "no-such.lua" in r.err, r)
+    env.project()
+    for text, words in ((b"\x1bLJ\x02\x02\x00", "bytecode is not accepted, only source text"), (b"--" + b"x" * (1 << 20), "1 MiB")):
+        env.write("policies/tools.lua", text)
+        for args in (["check", "policies/tools.lua"], ["policy", "check", "--config", env.config]):
+            r = env.orch(*args)
+            expect(r.status == 6 and words in r.err, "check says what loading says:", r)
 
 
 @case("test: TAP on stdout; files do not share globals, modules, or their end")

@@ -518,7 +518,7 @@ def doctor(env):
     found = checks(config=True, cwd=env.path("home"))
     expect(found["protection"]["state"] == "ok", found["protection"])
     expect(found["place"]["state"] == "warn" and "workspace" in found["place"]["why"] and env.path("config/orch") in found["place"]["fix"], found["place"])
-    expect("Write" in found["your agent"]["why"], found["your agent"])
+    expect("unjudged" in found["your agent"]["why"] and "--tools" in found["your agent"]["fix"], found["your agent"])
     env.write("work/x", "")
     env.project(more='workspace = "work"')
     found = checks(config=True, cwd=env.path("home"))

@@ -179,9 +179,7 @@ def dies(env):
     s, fifo = slow(env)
     s.initialize()
     ids = [s.start("tools/list"), say(s, "x")]
-    fifo.write(b"registry unreachable\n")
-    for pid in descendants(s.pid):
-        os.kill(pid, signal.SIGTERM)
+    fifo.write(b"registry unreachable\ndie\n")
     for id in ids:
         error = s.answer(id)["error"]
         expect("signal 15" in error["message"] and "its stderr ends: registry unreachable" in error["message"], error)

@@ -259,6 +259,7 @@ do
     shows("workspace", "/home/u/project (default)")
     shows("llm.api_key", "[secret] (/etc/orch/orchestrator.lua)")
     shows("audit.dir", " (default)")
+    shows("http.token", "made when first needed (default)")
     shows("upstreams", " (default)")
     report(config.show(c)[1].path == "policies" and #config.show(c) == 31, "show has every key, in order")
     report(config.defaults["vm.memory"] == "256M" and config.defaults["limits.policy.time"] == "100ms", "defaults as one would write them")

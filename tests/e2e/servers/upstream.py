@@ -6,7 +6,8 @@ crash-start  the same before it reads anything (9)
 hang      never answers a call; what is cancelled goes to FILE
 silent    never answers anything
 listless  never answers tools/list
-slow      starts when FILE, a fifo, ends; what is written into it goes to stderr meanwhile. The tool grow adds one
+slow      starts when FILE, a fifo, ends; what is written into it goes to stderr meanwhile, and "die" is its end by
+          SIGTERM. The tool grow adds one
 strict    the same, and ends at a request that comes before initialize
 steps     each line that is written into FILE, a fifo, is progress of the call; it is answered when FILE ends
 saver     at the end of its input it needs a second to save what it has; FILE says how far it came
@@ -110,6 +111,8 @@ if mode in ("slow", "strict"):
     TOOLS.append({"name": "grow", "inputSchema": {"type": "object"}})
     with open(file, "rb") as fifo:
         for line in fifo:
+            if line == b"die\n":
+                os.kill(os.getpid(), signal.SIGTERM)
             sys.stderr.buffer.write(line)
             sys.stderr.flush()
 if mode == "deaf":
