@@ -92,6 +92,7 @@ int orch_luaopen_mcp(lua_State *L, int orch_table); /* mcp */
 int orch_luaopen_firewall(lua_State *L, int orch_table); /* firewall */
 int orch_luaopen_transport(lua_State *L);           /* the module "orch.transport" of scripts */
 int orch_luaopen_call_transport(lua_State *L);      /* what lua/http.lua needs of it in tool states */
+int orch_luaopen_crypto(lua_State *L);              /* the module "orch.crypto" of scripts */
 int orch_luaopen_client(lua_State *L);              /* the module "orch.client" of scripts */
 int orch_luaopen_ctx(lua_State *L);                 /* the metatable of ctx, in tool states and scripts */
 /* A method of ctx that is Lua's: what `load` (a C function without arguments, at the top of the stack, popped)

@@ -1,25 +1,21 @@
-/* HTTP for scripts: the verbs behind orch.http.request (lua/http.lua) and OAuth (lua/mcp/auth.lua), which are written
- * in Lua over them. The private module "orch.transport":
+/* HTTP for scripts: the verbs behind orch.http.request and ctx:http, which are written in Lua over them
+ * (lua/http.lua). The private module "orch.transport":
  *   http_open{ url, method, headers, body, timeout }  waits for the head: stream, status, headers, where it redirects
  *   call_open(ctx, …)     the same for a tool's call: each connection is judged by its network policy
  *   call_time(ctx)        what is left of the call's time, all of it, in seconds, and what sets that
  *   stream:read(timeout)  waits for the next bytes; nil at the end; nil, message, code when it failed
  *   stream:close()
- *   sha256(s) base64(s, url_safe) random(n)
- *   es256(pem)            a key of P-256, a new one without pem: key:sign(text) and key:public(), 64 bytes each
  * A stream is bounded by the reader alone: while 1 MiB waits unread nothing more is taken from the peer. Those of
  * a tool's call also by the call: so many at once, less unread, and they end with it. */
 #include "bind.h"
 
-#include "../base/es256.h"
-#include "../base/hash.h"
 #include "../call/call.h"
 #include "../http/client.h"
 
 #include <errno.h>
 #include <string.h>
 
-enum { UNREAD_BYTES = 1 << 20, CALL_UNREAD_BYTES = 256 << 10, CALL_STREAMS_MAX = 16, RANDOM_MAX = 1024 };
+enum { UNREAD_BYTES = 1 << 20, CALL_UNREAD_BYTES = 256 << 10, CALL_STREAMS_MAX = 16 };
 
 #define STREAM_META "orch.http.stream"
 
@@ -376,89 +372,6 @@ static int l_stream_close(lua_State *L)
     return 0;
 }
 
-/* ---- small functions */
-
-static int t_sha256(lua_State *L)
-{
-    size_t n;
-    const char *s = luaL_checklstring(L, 1, &n);
-    uint8_t out[ORCH_SHA256_BYTES];
-    orch_sha256(s, n, out);
-    lua_pushlstring(L, (const char *)out, sizeof out);
-    return 1;
-}
-
-static int t_base64(lua_State *L)
-{
-    size_t n;
-    const char *s = luaL_checklstring(L, 1, &n);
-    cleanup_buf struct orch_buf out = { 0 };
-    orch_base64(&out, s, n, lua_toboolean(L, 2));
-    lua_pushlstring(L, out.n ? out.p : "", out.n);
-    return 1;
-}
-
-static int t_random(lua_State *L)
-{
-    char bytes[RANDOM_MAX];
-    lua_Integer n = luaL_checkinteger(L, 1);
-    luaL_argcheck(L, n > 0 && n <= RANDOM_MAX, 1, "1 to 1024");
-    if (orch_random(bytes, (size_t)n) < 0)
-        return luaL_error(L, "the kernel gives no random bytes");
-    lua_pushlstring(L, bytes, (size_t)n);
-    return 1;
-}
-
-/* ---- keys */
-
-#define KEY_META "orch.es256"
-
-static int key_gc(lua_State *L)
-{
-    struct orch_es256 **k = lua_touserdata(L, 1);
-    orch_es256_free(*k);
-    *k = NULL;
-    return 0;
-}
-
-static int t_es256(lua_State *L)
-{
-    struct orch_slice pem = { "", 0 };
-    struct orch_err err = { 0 };
-    if (!lua_isnoneornil(L, 1))
-        pem.p = luaL_checklstring(L, 1, &pem.n);
-    struct orch_es256 **k = lua_newuserdata(L, sizeof *k);
-    *k = NULL;
-    luaL_getmetatable(L, KEY_META);
-    lua_setmetatable(L, -2);
-    *k = orch_es256_new(pem, &err);
-    return *k ? 1 : orch_push_err(L, &err);
-}
-
-static int l_key_sign(lua_State *L)
-{
-    struct orch_es256 **k = luaL_checkudata(L, 1, KEY_META);
-    struct orch_slice text;
-    uint8_t out[ORCH_ES256_BYTES];
-    struct orch_err err = { 0 };
-    text.p = luaL_checklstring(L, 2, &text.n);
-    if (orch_es256_sign(*k, text, out, &err) < 0)
-        return orch_push_err(L, &err);
-    lua_pushlstring(L, (const char *)out, sizeof out);
-    return 1;
-}
-
-static int l_key_public(lua_State *L)
-{
-    struct orch_es256 **k = luaL_checkudata(L, 1, KEY_META);
-    uint8_t out[ORCH_ES256_BYTES];
-    struct orch_err err = { 0 };
-    if (orch_es256_public(*k, out, &err) < 0)
-        return orch_push_err(L, &err);
-    lua_pushlstring(L, (const char *)out, sizeof out);
-    return 1;
-}
-
 static void open_streams(lua_State *L)
 {
     static const luaL_Reg stream[] = { { "read", l_stream_read }, { "close", l_stream_close }, { NULL, NULL } };
@@ -478,13 +391,8 @@ int orch_luaopen_call_transport(lua_State *L)
 
 int orch_luaopen_transport(lua_State *L)
 {
-    static const luaL_Reg key[] = { { "sign", l_key_sign }, { "public", l_key_public }, { NULL, NULL } };
-    static const luaL_Reg functions[] = { { "http_open", t_http_open }, { "call_open", t_call_open },
-                                          { "call_time", t_call_time }, { "sha256", t_sha256 }, { "base64", t_base64 }, { "random", t_random }, { "es256", t_es256 },
-                                          { NULL, NULL } };
-    open_streams(L);
-    orch_class_new(L, KEY_META, key, key_gc);
-    lua_newtable(L);
-    luaL_setfuncs(L, functions, 0);
+    orch_luaopen_call_transport(L);
+    lua_pushcfunction(L, t_http_open);
+    lua_setfield(L, -2, "http_open");
     return 1;
 }

@@ -16,7 +16,7 @@
 -- Tokens are written to the state directory (0600), never to a log nor into a message.
 local orch = require "orch"
 local http = require "http"
-local verbs = require "orch.transport"
+local crypto = require "orch.crypto"
 local M = {}
 
 local Auth = {}
@@ -25,7 +25,7 @@ Auth.__index = Auth
 -- How often one request may lead to a new authorization, and how long a step may take.
 local ATTEMPTS, STEP_S, ASSERTION_S = 3, 20, 300
 
-local function b64(s) return verbs.base64(s, true) end
+local function b64(s) return crypto.base64(s, true) end
 
 local function escape(s)
   return (tostring(s):gsub("[^%w._~-]", function(c) return ("%%%02X"):format(c:byte()) end))
@@ -96,7 +96,7 @@ end
 
 local function store_path(self)
   local paths = require("orch.internal").paths()
-  return paths.state .. "/oauth", b64(verbs.sha256(self.url)) .. ".json"
+  return paths.state .. "/oauth", b64(crypto.sha256(self.url)) .. ".json"
 end
 
 local function load(self)
@@ -130,7 +130,7 @@ function Auth:token() return self.tokens and self.tokens.access_token end
 
 local function jwt(key, header, claims)
   header.alg = "ES256"
-  claims.iat, claims.jti = os.time(), b64(verbs.random(16))
+  claims.iat, claims.jti = os.time(), b64(crypto.random(16))
   local text = b64(orch.json.encode(header)) .. "." .. b64(orch.json.encode(claims))
   return text .. "." .. b64(assert(key:sign(text)))
 end
@@ -140,7 +140,7 @@ local function proof(self, method, url, nonce, access_token)
   local point = assert(self.key:public())
   local jwk = { kty = "EC", crv = "P-256", x = b64(point:sub(1, 32)), y = b64(point:sub(33)) }
   return jwt(self.key, { typ = "dpop+jwt", jwk = jwk }, { htm = method, htu = url:match("^[^?#]*"), nonce = nonce,
-    ath = access_token and b64(verbs.sha256(access_token)) or nil })
+    ath = access_token and b64(crypto.sha256(access_token)) or nil })
 end
 
 -- Adds what authorizes a request. Must not wait.
@@ -289,7 +289,7 @@ end
 local function authenticate(self, server, client, fields, headers)
   local supported, method = server.token_endpoint_auth_methods_supported, client.method
   if self.o.private_key then
-    local key, why = verbs.es256(self.o.private_key)
+    local key, why = crypto.es256(self.o.private_key)
     if not key then return nil, why end
     fields.client_assertion_type = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
     fields.client_assertion = jwt(key, {}, { iss = client.client_id, sub = client.client_id, aud = server.issuer, exp = os.time() + ASSERTION_S })
@@ -302,7 +302,7 @@ local function authenticate(self, server, client, fields, headers)
       or has(supported, "client_secret_post") and "client_secret_post" or "none"
   end
   if method == "client_secret_basic" then
-    headers.Authorization = "Basic " .. verbs.base64(escape(client.client_id) .. ":" .. escape(client.client_secret))
+    headers.Authorization = "Basic " .. crypto.base64(escape(client.client_id) .. ":" .. escape(client.client_secret))
     return true
   end
   fields.client_id = client.client_id
@@ -316,7 +316,7 @@ local function token(self, server, client, fields, scope)
   local ok, wrong = authenticate(self, server, client, fields, headers)
   if not ok then return nil, wrong end
   if self.o.dpop and type(server.dpop_signing_alg_values_supported) == "table" and has(server.dpop_signing_alg_values_supported, "ES256") then
-    self.key = self.key or assert(verbs.es256())
+    self.key = self.key or assert(crypto.es256())
     headers.DPoP = proof(self, "POST", server.token_endpoint)
   end
   local doc, why, code = post(self, server.token_endpoint, form(fields), headers)
@@ -358,9 +358,9 @@ local function authorize(self, server, client, scope)
   elseif not secure(self, server.authorization_endpoint) then
     return nil, "the authorization server has no authorization endpoint"
   end
-  local verifier, state = b64(verbs.random(48)), b64(verbs.random(16))
+  local verifier, state = b64(crypto.random(48)), b64(crypto.random(16))
   local fields = { response_type = "code", client_id = client.client_id, redirect_uri = redirect_uri(self), state = state,
-    code_challenge = b64(verbs.sha256(verifier)), code_challenge_method = "S256", resource = self.resource,
+    code_challenge = b64(crypto.sha256(verifier)), code_challenge_method = "S256", resource = self.resource,
     scope = scope ~= "" and scope or nil, prompt = has(words(scope), "offline_access") and "consent" or nil }
   local endpoint = server.authorization_endpoint
   local url = endpoint .. (endpoint:find("?", 1, true) and "&" or "?") .. form(fields)

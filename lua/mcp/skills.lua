@@ -1,6 +1,6 @@
 -- The skills extension, client side: a skill's files are read when asked for, never ahead, and are
 -- used only when they are what the skill's entry says: size, digest, and SKILL.md's front matter.
-local transport = require "orch.transport"
+local crypto = require "orch.crypto"
 local M = {}
 
 local function hex(s)
@@ -72,7 +72,7 @@ function M.read(client, entry, uri, opts)
   if type(text) ~= "string" then return nil, uri .. " has no text", "upstream" end
   if type(said.size) ~= "number" or #text ~= said.size then
     return nil, ("%s has %d bytes, not %s as its entry says"):format(uri, #text, tostring(said.size)), "denied"
-  elseif said.digest ~= "sha256:" .. hex(transport.sha256(text)) then
+  elseif said.digest ~= "sha256:" .. hex(crypto.sha256(text)) then
     return nil, uri .. " is not what its entry's digest says", "denied"
   elseif uri == entry.uri and not same(entry.frontmatter, front_matter(text)) then
     return nil, uri .. " describes itself otherwise than its entry does", "denied"
