@@ -110,7 +110,9 @@ function HANDLERS.note(_, method, params)
   end
 end
 
-function HANDLERS.progress(_, fn, ...) guarded("progress", fn, ...) end
+function HANDLERS.progress(_, fn, ...)
+  if fn then guarded("progress", fn, ...) end
+end
 
 function HANDLERS.question(_, id, method, params)
   local task = _.n_asked < QUESTIONS and orch.task.spawn(function()
