@@ -11,6 +11,7 @@
 #include <string.h>
 
 enum {
+    HEADERS_MAX = 2 * ORCH_HTTP_HEADERS_MAX, /* the owner's, and the client's own */
     TOOLS_MAX = 4096, /* whose arguments are repeated in headers */
     SESSION_ID_MAX = 1024,
     EVENT_ID_MAX = 1024, /* of one that can be gone back to */
@@ -224,14 +225,21 @@ static void add_if(struct orch_mcp_headers *h, const char *name, const char *val
         orch_mcp_header_add(h, name, orch_slice_str(value));
 }
 
-static size_t list_headers(const struct orch_mcp_headers *h, struct orch_http_header *out, size_t n,
-                           size_t max)
+/* Each name once: the client's own go before its owner's. */
+static size_t list_headers(const struct orch_mcp_client *c, const struct orch_mcp_headers *own,
+                           struct orch_http_header out[HEADERS_MAX])
 {
-    for (const char *p = h->text.p, *end = p + h->text.n; p && p < end && n < max; n++) {
+    size_t n = 0;
+    struct orch_slice other;
+    for (const char *p = own->text.p, *end = p + own->text.n; p && p < end && n < HEADERS_MAX;
+         n++) {
         const char *value = p + strlen(p) + 1;
         out[n] = (struct orch_http_header){ orch_slice_str(p), orch_slice_str(value) };
         p = value + strlen(value) + 1;
     }
+    for (size_t i = 0, n_own = n; i < c->o.n_headers && n < HEADERS_MAX; i++)
+        if (!orch_http_find(out, n_own, c->headers[i].name.p, &other))
+            out[n++] = c->headers[i];
     return n;
 }
 
@@ -245,11 +253,8 @@ static void open_exchange(struct exchange *x)
     struct orch_mcp_client *c = h->t.client;
     const char *method = x->what == GOODBYE ? "DELETE" : x->get ? "GET" : "POST";
     struct orch_mcp_headers own = { 0 };
-    struct orch_http_header list[ORCH_HTTP_HEADERS_MAX];
-    size_t n = 0;
+    struct orch_http_header list[HEADERS_MAX];
     struct orch_err err = { 0 };
-    for (; n < c->o.n_headers && n < ORCH_ARRAY_LEN(list); n++)
-        list[n] = c->headers[n];
     if (!x->get && x->what != GOODBYE)
         add_if(&own, "Content-Type", "application/json");
     add_if(&own, "Accept", x->get ? "text/event-stream" : "application/json, text/event-stream");
@@ -260,8 +265,8 @@ static void open_exchange(struct exchange *x)
     add_if(&own, "Last-Event-ID", x->get ? x->last_id : NULL);
     if (c->o.auth)
         c->auth.sign(c->auth.ud, &own, method, c->o.url);
-    n = list_headers(&own, list, n, ORCH_ARRAY_LEN(list));
-    n = list_headers(&x->extra, list, n, ORCH_ARRAY_LEN(list));
+    orch_buf_slice(&own.text, (struct orch_slice){ x->extra.text.p, x->extra.text.n });
+    size_t n = list_headers(c, &own, list);
     x->session = x->initialize || c->modern || !h->session ? 0 : h->serial;
     x->stream = x->json = false;
     x->answer.n = 0;
@@ -655,16 +660,12 @@ static void http_key(struct orch_mcp_transport *t, struct orch_sha256_ctx *s)
 {
     struct orch_mcp_client *c = t->client;
     struct orch_mcp_headers own = { 0 };
-    struct orch_http_header list[ORCH_HTTP_HEADERS_MAX];
-    size_t n = 0;
+    struct orch_http_header list[HEADERS_MAX];
     struct orch_slice as = { "", 0 };
     orch_sha256_update(s, c->o.url, strlen(c->o.url) + 1);
-    for (; n < c->o.n_headers && n < ORCH_ARRAY_LEN(list); n++)
-        list[n] = c->headers[n];
     if (c->o.auth)
         c->auth.sign(c->auth.ud, &own, "POST", c->o.url);
-    n = list_headers(&own, list, n, ORCH_ARRAY_LEN(list));
-    if (orch_http_find(list, n, "Authorization", &as))
+    if (orch_http_find(list, list_headers(c, &own, list), "Authorization", &as))
         orch_sha256_update(s, as.p, as.n);
     orch_buf_free(&own.text);
 }
