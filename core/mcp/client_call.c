@@ -7,8 +7,9 @@
 #include <string.h>
 
 enum {
-    ROUNDS_MAX = 16, /* of questions, for one call */
-    INPUTS_MAX = 32, /* of a round */
+    ROUNDS_MAX = 16,   /* of questions, for one call */
+    INPUTS_MAX = 32,   /* of a round */
+    ANSWERS_MAX = 256, /* on their way over HTTP */
 };
 
 static const struct orch_slice NOTHING = { "", 0 };
@@ -322,13 +323,17 @@ void orch_mcp_client_cancel(struct orch_mcp_client_call *k, const char *why)
 static void reply_end(struct orch_mcp_client *c, size_t from)
 {
     message_end(c, from, ORCH_MCP_OTHER, 0);
-    if (c->out.n > ORCH_MCP_OUT_MAX_BYTES) {
-        struct orch_err err = { 0 };
+    struct orch_err err = { 0 };
+    if (c->out.n > ORCH_MCP_OUT_MAX_BYTES)
         orch_err_setc(&err, ORCH_CLASS_UPSTREAM, ENOBUFS,
                       "%s: the server asks but does not read its input (%zu bytes wait)", c->name,
                       c->out.n);
+    else if (c->answers > ANSWERS_MAX)
+        orch_err_setc(&err, ORCH_CLASS_UPSTREAM, ENOBUFS,
+                      "%s: the server asks faster than it takes answers (%zu wait)", c->name,
+                      c->answers);
+    if (err.cls)
         orch_mcp_client_fail(c, &err);
-    }
 }
 
 /* ---- what is wanted to go on with a call */

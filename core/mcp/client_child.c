@@ -112,8 +112,8 @@ static void on_readable(void *ud, int events)
     if (r < 0 && errno == EAGAIN)
         return;
     if (r <= 0) {
-        orch_watch_set(
-            h->in, 0); /* the exit status follows; a server that only closed its stdout is ended */
+        /* The exit status follows; a server that only closed its stdout is ended. */
+        orch_watch_set(h->in, 0);
         orch_proc_kill(h->proc, SIGTERM);
         return;
     }
@@ -164,8 +164,8 @@ static int child_start(struct orch_mcp_transport *t, struct orch_err *err)
 {
     struct child *h = (struct child *)t;
     struct orch_mcp_client *c = t->client;
-    child_end(t, ORCH_PROC_HURRY_EOF_MS,
-              ORCH_PROC_HURRY_TERM_MS); /* it has nothing yet that it could lose */
+    /* The one before has nothing yet that it could lose. */
+    child_end(t, ORCH_PROC_HURRY_EOF_MS, ORCH_PROC_HURRY_TERM_MS);
     orch_proc_free(h->proc);
     h->proc = c->proc = NULL;
     h->inbuf.n = h->scanned = c->out.n = 0;

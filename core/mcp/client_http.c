@@ -12,7 +12,7 @@
 
 enum {
     HEADERS_MAX = 2 * ORCH_HTTP_HEADERS_MAX, /* the owner's, and the client's own */
-    TOOLS_MAX = 4096, /* whose arguments are repeated in headers */
+    TOOLS_MAX = 4096,                        /* whose arguments are repeated in headers */
     SESSION_ID_MAX = 1024,
     EVENT_ID_MAX = 1024, /* of one that can be gone back to */
     CONNECT_MS = 30 * 1000,
@@ -107,6 +107,7 @@ static void drop(struct exchange *x)
     if (x->dropped)
         return;
     x->dropped = true;
+    c->answers -= x->what == OTHER;
     orch_http_call_cancel(x->call);
     x->call = NULL;
     orch_timer_cancel(x->timer);
@@ -293,8 +294,8 @@ static void open_exchange(struct exchange *x)
     orch_buf_free(&own.text);
     if (x->call)
         return;
-    x->err = orch_xmalloc(
-        sizeof *x->err); /* told later: whoever sends is in the midst of something */
+    /* Told later: whoever sends is in the midst of something. */
+    x->err = orch_xmalloc(sizeof *x->err);
     *x->err = err;
     orch_timer_set(x->timer, 0);
 }
@@ -620,6 +621,7 @@ static void http_send(struct orch_mcp_transport *t, size_t from, enum orch_mcp_k
                                          : kind == ORCH_MCP_NOTE  ? NOTE
                                                                   : OTHER);
     x->id = id;
+    c->answers += x->what == OTHER;
     orch_buf_add(&x->body, c->out.p + from, c->out.n - from);
     c->out.n = from;
     if (c->modern)

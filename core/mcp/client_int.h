@@ -34,12 +34,12 @@ struct orch_mcp_transport_ops {
     /* The legacy handshake is done: whatever else makes the server's messages arrive; then
      * orch_mcp_client_opened. */
     void (*listen)(struct orch_mcp_transport *t);
-    void (*key)(struct orch_mcp_transport *t,
-                struct orch_sha256_ctx *h);        /* who is asked, and as whom */
+    /* Who is asked, and as whom. */
+    void (*key)(struct orch_mcp_transport *t, struct orch_sha256_ctx *h);
     void (*goodbye)(struct orch_mcp_transport *t); /* then orch_mcp_client_said */
     void (*stop)(struct orch_mcp_transport *t);    /* at once: it has failed */
-    void (*end)(struct orch_mcp_transport *t, int64_t eof_ms,
-                int64_t term_ms); /* not after stop; frees nothing */
+    /* Not after stop; frees nothing. */
+    void (*end)(struct orch_mcp_transport *t, int64_t eof_ms, int64_t term_ms);
     void (*free)(struct orch_mcp_transport *t);
 };
 
@@ -70,8 +70,8 @@ struct orch_mcp_client_call {
     uint64_t round; /* of these inputs, of all calls */
     char *refused;  /* why an input will not come */
     unsigned rounds;
-    bool note, own, waits,
-        again; /* own: the client's; waits: for the handshake; again: its session was lost once */
+    /* own: the client's; waits: for the handshake; again: its session was lost once */
+    bool note, own, waits, again;
 };
 
 enum orch_mcp_state { ORCH_MCP_PROBING, ORCH_MCP_OPENING, ORCH_MCP_READY };
@@ -84,8 +84,9 @@ struct orch_mcp_client {
     struct orch_mcp_auth auth;
     struct orch_mcp_transport *t;
     struct orch_proc *proc; /* the child transport's; NULL over HTTP */
-    struct orch_buf
-        out; /* what is to be written; over HTTP a message only while it is handed over */
+    /* What is to be written; over HTTP a message only while it is handed over. */
+    struct orch_buf out;
+    size_t answers; /* over HTTP on their way, awaited by nobody */
     struct orch_json_doc doc;
     TAILQ_HEAD(, orch_mcp_client_call) calls;
     int64_t next_id;
@@ -138,14 +139,15 @@ void orch_mcp_client_said(void *client);
 struct orch_mcp_client_call *orch_mcp_client_own(struct orch_mcp_client *c,
                                                  const struct orch_mcp_client_request *r);
 void orch_mcp_client_drop(struct orch_mcp_client_call *k); /* without a word to anybody */
-void orch_mcp_client_send_waiting(struct orch_mcp_client *c,
-                                  const struct orch_err *err); /* err: they fail of it */
+/* err: they fail of it. */
+void orch_mcp_client_send_waiting(struct orch_mcp_client *c, const struct orch_err *err);
 
 /* client_call.c */
 const char *orch_mcp_call_method(const struct orch_mcp_client_call *k);
 struct orch_mcp_client_call *orch_mcp_call_by_id(struct orch_mcp_client *c, int64_t id);
+/* r: what it says, where it was not kept. */
 int orch_mcp_call_send(struct orch_mcp_client_call *k, const struct orch_mcp_client_request *r,
-                       struct orch_err *err); /* r: what it says, where it was not kept */
+                       struct orch_err *err);
 void orch_mcp_call_finish(struct orch_mcp_client_call *k, struct orch_slice result,
                           const struct orch_err *err);
 void orch_mcp_call_fail(struct orch_mcp_client_call *k, enum orch_class cls, int code,
@@ -156,16 +158,16 @@ void orch_mcp_call_round(struct orch_mcp_client_call *k, uint32_t result);
 void orch_mcp_rounds_go(void *client);
 bool orch_mcp_is_question(const struct orch_mcp_client *c, const struct orch_json_doc *d,
                           uint32_t method, const char **name);
-uint32_t orch_mcp_object_at(const struct orch_json_doc *d, uint32_t object,
-                            const char *key); /* 0: it is none */
+/* 0: it is none. */
+uint32_t orch_mcp_object_at(const struct orch_json_doc *d, uint32_t object, const char *key);
 void orch_mcp_copy_members(const struct orch_json_doc *d, uint32_t object,
                            bool (*skip)(const struct orch_json_doc *d, uint32_t key),
                            struct orch_buf *out);
 
 /* client_era.c */
 void orch_mcp_era_begin(struct orch_mcp_client *c);
-bool orch_mcp_era_gone(
-    struct orch_mcp_client *c); /* the child ended; true: what follows is taken care of */
+/* The child ended; true: what follows is taken care of. */
+bool orch_mcp_era_gone(struct orch_mcp_client *c);
 void orch_mcp_era_reopen(struct orch_mcp_client *c); /* its session is lost */
 void orch_mcp_era_timer(void *client);
 

@@ -24,7 +24,7 @@
 #include "http/server.h"
 #include "mcp/client.h"
 
-enum { LIMIT_BYTES = 64 * 1024, MANY = 3000 };
+enum { LIMIT_BYTES = 64 * 1024, MANY = 3000, MANY_PINGS = 1000 };
 
 #define UNTIL(condition) \
     do { \
@@ -174,6 +174,14 @@ static void call(struct peer *p, const char *id, const char *name, const struct 
                  "{\"jsonrpc\":\"2.0\",\"method\":\"notifications/"
                  "message\",\"params\":{\"level\":\"info\",\"data\":%d}}",
                  i);
+        got(p, id, raw, "");
+    } else if (strcmp(name, "pings") == 0) {
+        cleanup_buf struct orch_buf all = { 0 };
+        for (int i = 0; i < MANY_PINGS; i++)
+            orch_buf_printf(&all, "%c{\"jsonrpc\":\"2.0\",\"id\":\"p%d\",\"method\":\"ping\"}",
+                            i ? ',' : '[', i);
+        orch_buf_char(&all, ']');
+        p->emit(p, all.p);
         got(p, id, raw, "");
     } else if (strcmp(name, "changes") == 0) {
         emit(p, "{\"jsonrpc\":\"2.0\",\"method\":\"notifications/tools/list_changed\"}");

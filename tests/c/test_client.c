@@ -223,6 +223,22 @@ static void test_refused(void **state)
     }
 }
 
+/* Each answer over HTTP is an exchange of its own. */
+static void test_asks_too_much(void **state)
+{
+    (void)state;
+    for (int over_http = 0; over_http < 2; over_http++) {
+        struct owner w = { 0 };
+        open_any(&w, "legacy", over_http);
+        const char *r = say(&w, "pings", "{}");
+        assert_true(holds(r, over_http ? "the server asks faster than it takes answers (257 wait)"
+                                       : "got"));
+        assert_int_equal(w.lost, over_http);
+        fini(&w);
+        end_streams();
+    }
+}
+
 /* What the client is asked ends with the call. */
 static void test_question_withdrawn(void **state)
 {
@@ -487,6 +503,7 @@ int main(int argc, char **argv)
                                         T(test_too_long),
                                         T(test_asked),
                                         T(test_refused),
+                                        T(test_asks_too_much),
                                         T(test_question_withdrawn),
                                         T(test_cancel),
                                         T(test_list_changed),
