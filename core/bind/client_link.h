@@ -1,6 +1,7 @@
-/* Inside core/bind: the module "orch.client", the MCP client as scripts have it. lua_client.c is a link's
- * life, client_request.c what is asked of its server, client_event.c what comes unasked: no Lua runs inside
- * the client's callbacks but sign, so that what they bring waits for next, and is bounded. */
+/* Inside core/bind: the module "orch.client", the MCP client as scripts have it. lua_client.c is a
+ * link's life, client_request.c what is asked of its server, client_event.c what comes unasked: no
+ * Lua runs inside the client's callbacks but sign, so that what they bring waits for next, and is
+ * bounded. */
 #ifndef ORCH_BIND_CLIENT_LINK_H
 #define ORCH_BIND_CLIENT_LINK_H
 

@@ -1,15 +1,15 @@
-/* The MCP client for scripts: the verbs behind orch.mcp.connect, whose manners are lua/mcp/client.lua. The
- * private module "orch.client":
+/* The MCP client for scripts: the verbs behind orch.mcp.connect, whose manners are
+ * lua/mcp/client.lua. The private module "orch.client":
  *   new{ name, command | url, env, cwd, protect, headers, sign, protocol, info_name, capabilities,
  *        questions, roots, timeout }
  *                         a link, which begins at once; sign(method, url) gives the headers that
  *                         authorize a request, and must not wait
  *   link:ready()          waits for the handshake: { modern, version, server_info, capabilities,
  *                         instructions }
- *   link:next()           waits for what comes unasked: "note", method, params · "progress", fn, done,
- *                         total, message (fn nil: nobody waits any more) · "question", id, method,
- *                         params · "withdrawn", id · "challenge", id, status, headers, times ·
- *                         "unchallenged", id; nil once it is closed
+ *   link:next()           waits for what comes unasked: "note", method, params · "progress", fn,
+ *                         done, total, message (fn nil: nobody waits any more) · "question", id,
+ *                         method, params · "withdrawn", id · "challenge", id, status, headers,
+ *                         times · "unchallenged", id; nil once it is closed
  *   link:reply(id, result) link:refuse(id, code, message)
  *                         answer a question
  *   link:decide(id, again, message, code)

@@ -13,12 +13,18 @@ enum { DEPTH_MAX = 32, PARAMS_MAX = 64, PATH_MAX_BYTES = 4096 };
 static bool is_coded(struct orch_slice s)
 {
     size_t n = sizeof PREFIX - 1, end = sizeof SUFFIX - 1;
-    return s.n >= n + end && memcmp(s.p, PREFIX, n) == 0 && memcmp(s.p + s.n - end, SUFFIX, end) == 0;
+    return s.n >= n + end && memcmp(s.p, PREFIX, n) == 0 &&
+           memcmp(s.p + s.n - end, SUFFIX, end) == 0;
 }
 
 static int digit(char c)
 {
-    return c >= 'A' && c <= 'Z' ? c - 'A' : c >= 'a' && c <= 'z' ? c - 'a' + 26 : c >= '0' && c <= '9' ? c - '0' + 52 : c == '+' ? 62 : c == '/' ? 63 : -1;
+    return c >= 'A' && c <= 'Z'   ? c - 'A'
+           : c >= 'a' && c <= 'z' ? c - 'a' + 26
+           : c >= '0' && c <= '9' ? c - '0' + 52
+           : c == '+'             ? 62
+           : c == '/'             ? 63
+                                  : -1;
 }
 
 static int decode_base64(struct orch_slice s, struct orch_buf *out)
@@ -46,7 +52,8 @@ int orch_mcp_header_decode(struct orch_slice value, struct orch_buf *out)
     size_t n = sizeof PREFIX - 1;
     orch_buf_reserve(out, value.n);
     if (is_coded(value))
-        return decode_base64((struct orch_slice){ value.p + n, value.n - n - (sizeof SUFFIX - 1) }, out);
+        return decode_base64((struct orch_slice){ value.p + n, value.n - n - (sizeof SUFFIX - 1) },
+                             out);
     for (size_t i = 0; i < value.n; i++)
         if ((unsigned char)value.p[i] < 0x20 || (unsigned char)value.p[i] > 0x7e)
             return -EINVAL;
@@ -82,9 +89,11 @@ static const char *add_param(struct reading *r, uint32_t property, uint32_t anno
     const struct orch_json_doc *d = r->d;
     cleanup_buf struct orch_buf name = { 0 };
     uint32_t type = orch_json_get(d, property, "type");
-    if (orch_json_string(d, annotation, &name) < 0 || !name.n || !orch_http_token_ok((struct orch_slice){ name.p, name.n }))
+    if (orch_json_string(d, annotation, &name) < 0 || !name.n ||
+        !orch_http_token_ok((struct orch_slice){ name.p, name.n }))
         return "x-mcp-header must be a header token";
-    bool string = type && orch_json_string_eq(d, type, "string"), integer = type && orch_json_string_eq(d, type, "integer"),
+    bool string = type && orch_json_string_eq(d, type, "string"),
+         integer = type && orch_json_string_eq(d, type, "integer"),
          boolean = type && orch_json_string_eq(d, type, "boolean");
     if (!string && !integer && !boolean)
         return "x-mcp-header belongs to properties of type string, integer or boolean";
@@ -99,7 +108,10 @@ static const char *add_param(struct reading *r, uint32_t property, uint32_t anno
             return "two properties have the same x-mcp-header";
     r->out->params = orch_xrealloc(r->out->params, (r->out->n + 1) * sizeof *r->out->params);
     struct orch_mcp_param *p = &r->out->params[r->out->n++];
-    *p = (struct orch_mcp_param){ .header = orch_steal_ptr(&header), .path = orch_xcalloc(r->depth + 1, sizeof *p->path), .integer = integer, .boolean = boolean };
+    *p = (struct orch_mcp_param){ .header = orch_steal_ptr(&header),
+                                  .path = orch_xcalloc(r->depth + 1, sizeof *p->path),
+                                  .integer = integer,
+                                  .boolean = boolean };
     for (size_t i = 0; i < r->depth; i++)
         p->path[i] = orch_xstrdup(r->path[i]);
     return NULL;
@@ -110,22 +122,26 @@ static const char *read_schema(struct reading *r, uint32_t schema)
     const struct orch_json_doc *d = r->d;
     if (d->toks[schema].type != ORCH_JSON_OBJECT)
         return NULL;
-    uint32_t annotation = orch_json_get(d, schema, "x-mcp-header"), properties = orch_json_get(d, schema, "properties");
-    const char *why = annotation ? (r->depth ? add_param(r, schema, annotation) : "x-mcp-header belongs to a property") : NULL;
+    uint32_t annotation = orch_json_get(d, schema, "x-mcp-header"),
+             properties = orch_json_get(d, schema, "properties");
+    const char *why = annotation ? (r->depth ? add_param(r, schema, annotation)
+                                             : "x-mcp-header belongs to a property")
+                                 : NULL;
     if (why || !properties || d->toks[properties].type != ORCH_JSON_OBJECT || r->depth == DEPTH_MAX)
         return why;
     uint32_t key = properties + 1;
     for (uint32_t i = 0; !why && i < d->toks[properties].count; i++, key = d->toks[key + 1].next) {
         cleanup_buf struct orch_buf name = { 0 };
         orch_json_string(d, key, &name);
-        r->path[r->depth++] = name.p ? name.p : (char *)(uintptr_t)"";
+        r->path[r->depth++] = name.p ? name.p : (char *)(uintptr_t) "";
         why = read_schema(r, key + 1);
         r->depth--;
     }
     return why;
 }
 
-int orch_mcp_params_read(const struct orch_json_doc *d, uint32_t schema, struct orch_mcp_param_list *out, const char **why)
+int orch_mcp_params_read(const struct orch_json_doc *d, uint32_t schema,
+                         struct orch_mcp_param_list *out, const char **why)
 {
     struct reading r = { .d = d, .out = out };
     *why = read_schema(&r, schema);
@@ -157,13 +173,16 @@ const char *orch_mcp_params_astray(const struct orch_json_doc *d, uint32_t schem
     if (d->toks[schema].type != ORCH_JSON_OBJECT)
         return NULL;
     for (uint32_t i = 0; i < d->toks[schema].count; i++, key = d->toks[key + 1].next) {
-        bool properties = orch_json_string_eq(d, key, "properties") && d->toks[key + 1].type == ORCH_JSON_OBJECT, skip = false;
+        bool properties = orch_json_string_eq(d, key, "properties") &&
+                          d->toks[key + 1].type == ORCH_JSON_OBJECT,
+             skip = false;
         for (size_t n = 0; n < ORCH_ARRAY_LEN(data); n++)
             skip |= orch_json_string_eq(d, key, data[n]);
         if (!skip && !properties && annotated_below(d, key + 1))
             return "x-mcp-header stands where it cannot be reached by properties alone";
         uint32_t name = key + 2;
-        for (uint32_t n = 0; properties && n < d->toks[key + 1].count; n++, name = d->toks[name + 1].next) {
+        for (uint32_t n = 0; properties && n < d->toks[key + 1].count;
+             n++, name = d->toks[name + 1].next) {
             const char *why = orch_mcp_params_astray(d, name + 1);
             if (why)
                 return why;
@@ -172,7 +191,8 @@ const char *orch_mcp_params_astray(const struct orch_json_doc *d, uint32_t schem
     return NULL;
 }
 
-static uint32_t argument(const struct orch_mcp_param *p, const struct orch_json_doc *d, uint32_t args)
+static uint32_t argument(const struct orch_mcp_param *p, const struct orch_json_doc *d,
+                         uint32_t args)
 {
     uint32_t tok = args;
     for (char **name = p->path; tok && *name; name++)
@@ -180,7 +200,8 @@ static uint32_t argument(const struct orch_mcp_param *p, const struct orch_json_
     return tok;
 }
 
-bool orch_mcp_param_value(const struct orch_mcp_param *p, const struct orch_json_doc *d, uint32_t args, struct orch_buf *out)
+bool orch_mcp_param_value(const struct orch_mcp_param *p, const struct orch_json_doc *d,
+                          uint32_t args, struct orch_buf *out)
 {
     cleanup_buf struct orch_buf text = { 0 };
     uint32_t tok = argument(p, d, args);
@@ -218,21 +239,26 @@ void orch_mcp_params_free(struct orch_mcp_param_list *p)
     *p = (struct orch_mcp_param_list){ 0 };
 }
 
-static bool same(const struct orch_mcp_param *p, struct orch_slice given, const struct orch_json_doc *d, uint32_t tok)
+static bool same(const struct orch_mcp_param *p, struct orch_slice given,
+                 const struct orch_json_doc *d, uint32_t tok)
 {
     cleanup_buf struct orch_buf text = { 0 };
     if (p->integer && d->toks[tok].type == ORCH_JSON_NUMBER) {
         cleanup_free char *copy = orch_xstrndup(given.p, given.n);
         char *end;
         double v = strtod(copy, &end);
-        return end != copy && !*end && strspn(copy, "0123456789+-.eE") == given.n && v == orch_json_number(d, tok);
+        return end != copy && !*end && strspn(copy, "0123456789+-.eE") == given.n &&
+               v == orch_json_number(d, tok);
     }
     if (p->boolean)
         return orch_slice_eq(given, d->toks[tok].type == ORCH_JSON_TRUE ? "true" : "false");
-    return orch_json_string(d, tok, &text) == 0 && text.n == given.n && memcmp(text.p ? text.p : "", given.p ? given.p : "", given.n) == 0;
+    return orch_json_string(d, tok, &text) == 0 && text.n == given.n &&
+           memcmp(text.p ? text.p : "", given.p ? given.p : "", given.n) == 0;
 }
 
-const char *orch_mcp_params_check(const struct orch_mcp_param_list *p, const struct orch_http_request *q, const struct orch_json_doc *d, uint32_t args)
+const char *orch_mcp_params_check(const struct orch_mcp_param_list *p,
+                                  const struct orch_http_request *q, const struct orch_json_doc *d,
+                                  uint32_t args)
 {
     static _Thread_local char why[256];
     for (size_t i = 0; i < p->n; i++) {
@@ -242,13 +268,15 @@ const char *orch_mcp_params_check(const struct orch_mcp_param_list *p, const str
         uint32_t tok = argument(param, d, args);
         bool present = tok && d->toks[tok].type != ORCH_JSON_NULL;
         size_t n = orch_http_header(q, param->header, &value);
-        const char *problem = n > 1                                      ? "is there more than once"
-                              : present && !n                            ? "is missing"
-                              : !present && n                            ? "is there, but its argument is not"
-                              : !n                                       ? NULL
-                              : orch_mcp_header_decode(value, &decoded) < 0 ? "has bad characters or bad base64"
-                              : !same(param, (struct orch_slice){ decoded.p, decoded.n }, d, tok) ? "is not the same as its argument"
-                                                                         : NULL;
+        const char *problem = n > 1           ? "is there more than once"
+                              : present && !n ? "is missing"
+                              : !present && n ? "is there, but its argument is not"
+                              : !n            ? NULL
+                              : orch_mcp_header_decode(value, &decoded) < 0
+                                  ? "has bad characters or bad base64"
+                              : !same(param, (struct orch_slice){ decoded.p, decoded.n }, d, tok)
+                                  ? "is not the same as its argument"
+                                  : NULL;
         if (problem) {
             snprintf(why, sizeof why, "the header %.150s %s", param->header, problem);
             return why;

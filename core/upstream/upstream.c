@@ -56,7 +56,8 @@ static void settle(struct orch_upstream *u, const struct orch_err *err)
     u->relisting = false;
     orch_timer_cancel(u->late);
     if (err) {
-        /* A list that cannot be had again leaves the one before in force, unless the server is gone. */
+        /* A list that cannot be had again leaves the one before in force, unless the server is
+         * gone. */
         if (!relisting || !orch_mcp_client_alive(u->client))
             u->problem = *err;
         orch_log(ORCH_ERROR, "%s", err->msg);
@@ -131,8 +132,7 @@ static void too_late(void *ud)
     struct orch_upstream *u = ud;
     char why[128];
     snprintf(why, sizeof why, "no %s answer within %g s (--start-timeout)",
-             orch_mcp_client_ready(u->client) ? "tools/list"
-                                              : orch_mcp_client_opening(u->client),
+             orch_mcp_client_ready(u->client) ? "tools/list" : orch_mcp_client_opening(u->client),
              (double)u->start_ms / 1000);
     if (!u->settled) {
         orch_mcp_client_give_up(u->client, why); /* which settles it */
@@ -369,8 +369,8 @@ static void answered(void *ud) /* in the midst of the call's own affairs */
     orch_loop_post(q->u->calls->loop, forward_answer, q);
 }
 
-/* The call that the server asks for. In the legacy era over stdio it does not say, and the call's rules
- * say what is redacted: so it must be the only one. */
+/* The call that the server asks for. In the legacy era over stdio it does not say, and the call's
+ * rules say what is redacted: so it must be the only one. */
 static struct orch_call *asking_call(const struct orch_upstream *u, const char **why)
 {
     const struct orch_mcp_client_call *asking = orch_mcp_client_asking(u->client);
@@ -499,7 +499,7 @@ struct orch_upstream *orch_upstream_start(struct orch_calls *cs,
     orch_current_add_source(cs->current, &u->source);
     cs->current->problem = "starting";
     u->client = start_client(u, uo, &u->start_error);
-    if (!u->client && u->start_error.cls != ORCH_CLASS_UPSTREAM) { /* it is not to be had protected */
+    if (!u->client && u->start_error.cls != ORCH_CLASS_UPSTREAM) { /* not to be had protected */
         *err = u->start_error;
         orch_upstream_free(u, true);
         return NULL;

@@ -1,6 +1,6 @@
--- orch.mcp.connect: manners above the C client (orch.client: core/bind/lua_client.c, core/mcp/client.h),
--- which speaks both eras over both transports. Here are names, lists and their pages, the answers to
--- what servers ask, and who gives tokens.
+-- orch.mcp.connect: manners above the C client (orch.client: core/bind/lua_client.c), which speaks
+-- both eras over both transports. Here are names, lists and their pages, the answers to what servers
+-- ask, and who gives tokens.
 local orch = require "orch"
 local http = require "http"
 local link = require "orch.client"
@@ -8,9 +8,11 @@ local M = {}
 
 local MODERN = "2026-07-28"
 local KNOWN = {}
-for _, v in ipairs { MODERN, "2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05" } do KNOWN[v] = true end
+for _, v in ipairs { MODERN, "2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05" } do
+  KNOWN[v] = true
+end
 local PAGES, QUESTIONS = 1000, 64
--- Until the handshake is done, where connect's timeout does not say: what is started here may have to
+-- Until the handshake is done, where connect's timeout does not say: what is started may have to
 -- be fetched first.
 local START_S, CONNECT_S, CALL_S = 300, 60, 300
 local null = orch.json.null
@@ -186,12 +188,15 @@ local function list(self, method, member, opts)
     local result, why, code = self:request(method, { cursor = cursor }, opts)
     if not result then return nil, why, code end
     if not is_object(result[member]) then
-      return nil, ("%s: its answer to %s has no list of %s"):format(self._.name, method, member), "upstream"
+      return nil, ("%s: its answer to %s has no list of %s"):format(self._.name, method, member),
+        "upstream"
     end
     for _, item in ipairs(result[member]) do all[#all + 1] = item end
     cursor = result.nextCursor
     if cursor == nil or cursor == null then return orch.json.array(all) end
-    if type(cursor) ~= "string" or seen[cursor] then return nil, self._.name .. ": the pages of " .. method .. " do not end", "upstream" end
+    if type(cursor) ~= "string" or seen[cursor] then
+      return nil, self._.name .. ": the pages of " .. method .. " do not end", "upstream"
+    end
     seen[cursor] = true
   end
   return nil, ("%s: %s has over %d pages"):format(self._.name, method, PAGES), "limit"
@@ -208,7 +213,8 @@ function Client:list_tools(opts)
     local name = is_object(tool) and type(tool.name) == "string" and tool.name
     local wrong = not name and "it has no name" or self._.link:tool_problem(name)
     if wrong then
-      orch.log.warn(("%s: a tool is left out: %s"):format(self._.name, wrong), { tool = name or nil })
+      orch.log.warn(("%s: a tool is left out: %s"):format(self._.name, wrong),
+        { tool = name or nil })
     else
       kept[#kept + 1] = tool
     end
@@ -224,20 +230,30 @@ function Client:call_tool(name, arguments, opts)
 end
 
 function Client:list_resources(opts) return list(self, "resources/list", "resources", opts) end
-function Client:list_resource_templates(opts) return list(self, "resources/templates/list", "resourceTemplates", opts) end
-function Client:read_resource(uri, opts) return self:request("resources/read", { uri = uri }, opts) end
+function Client:list_resource_templates(opts)
+  return list(self, "resources/templates/list", "resourceTemplates", opts)
+end
+
+function Client:read_resource(uri, opts)
+  return self:request("resources/read", { uri = uri }, opts)
+end
+
 function Client:list_prompts(opts) return list(self, "prompts/list", "prompts", opts) end
 function Client:get_prompt(name, arguments, opts)
-  return self:request("prompts/get", { name = name, arguments = arguments and next(arguments) and arguments or nil }, opts)
+  arguments = arguments and next(arguments) and arguments or nil
+  return self:request("prompts/get", { name = name, arguments = arguments }, opts)
 end
 function Client:complete(ref, argument, context, opts)
-  local result, why, code = self:request("completion/complete", { ref = ref, argument = argument, context = context }, opts)
+  local result, why, code = self:request("completion/complete",
+    { ref = ref, argument = argument, context = context }, opts)
   if not result then return nil, why, code end
   return result.completion
 end
 
 function Client:list_skills(opts) return list(self, "skills/list", "skills", opts) end
-function Client:read_skill(entry, uri, opts) return require("mcp.skills").read(self, entry, uri, opts) end
+function Client:read_skill(entry, uri, opts)
+  return require("mcp.skills").read(self, entry, uri, opts)
+end
 
 function Client:ping(opts)
   if self.era == "modern" then return self:request("server/discover", nil, opts) end
@@ -253,16 +269,21 @@ function Client:set_log_level(level, opts)
 end
 
 function Client:subscribe(uri, opts)
-  if self.era == "modern" then return self:listen { resourceSubscriptions = orch.json.array { uri } } end
+  if self.era == "modern" then
+    return self:listen { resourceSubscriptions = orch.json.array { uri } }
+  end
   return self:request("resources/subscribe", { uri = uri }, opts)
 end
 
 function Client:unsubscribe(uri, opts)
-  if self.era == "modern" then return nil, "in this era a subscription ends by cancelling its task", "failed" end
+  if self.era == "modern" then
+    return nil, "in this era a subscription ends by cancelling its task", "failed"
+  end
   return self:request("resources/unsubscribe", { uri = uri }, opts)
 end
 
--- Modern: notifications of these kinds come to on_notification until the task returned is cancelled.
+-- Modern: notifications of these kinds come to on_notification until the task returned is
+-- cancelled.
 function Client:listen(kinds)
   return orch.task.spawn(function()
     return self:request("subscriptions/listen", { notifications = kinds }, { timeout = 1e8 })
@@ -276,7 +297,8 @@ function Client:close() self._.link:close() end
 -- ---- connecting
 
 local TYPES = { command = "table", url = "string", headers = "table", env = "table", cwd = "string",
-  timeout = true, sandbox = "string", protocol = "string", elicit = "function", elicit_url = "function",
+  timeout = true, sandbox = "string", protocol = "string", elicit = "function",
+  elicit_url = "function",
   sample = "function", roots = true, auth = "table", protect = "boolean", capabilities = "table",
   on_notification = "function", on_log = "function", name = "string" }
 
@@ -289,7 +311,9 @@ local function check(o)
       bad(("%s must be a %s, got %s"):format(key, TYPES[key], type(v)))
     end
   end
-  if o.sandbox and o.sandbox ~= "host" then bad('sandbox "' .. o.sandbox .. '" is not available yet') end
+  if o.sandbox and o.sandbox ~= "host" then
+    bad('sandbox "' .. o.sandbox .. '" is not available yet')
+  end
   if o.protocol and not KNOWN[o.protocol] then bad("protocol " .. o.protocol .. " is unknown") end
   if o.url and o.command then bad("url and command exclude each other") end
 end
@@ -301,8 +325,10 @@ function M.connect(o)
   _.name = o.url and (o.url:match("^%a+://[^/?#]+") or o.url) or o.command and o.command[1]
   if o.url and o.auth then _.auth = require("mcp.auth").new(o.url, o.auth, o.timeout) end
   local client, why, code = link.new { name = _.name, url = o.url, command = o.command, env = o.env,
-    cwd = o.cwd, protect = o.protect, headers = o.headers, protocol = o.protocol, info_name = o.name,
-    capabilities = capabilities(o), questions = true, roots = o.roots ~= nil, timeout = _.connect_timeout,
+    cwd = o.cwd, protect = o.protect, headers = o.headers, protocol = o.protocol,
+    info_name = o.name,
+    capabilities = capabilities(o), questions = true, roots = o.roots ~= nil,
+    timeout = _.connect_timeout,
     sign = _.auth and function(method, url) return _.auth:sign({}, method, url) end }
   if not client then return nil, why, code end
   _.link = client
@@ -314,7 +340,8 @@ function M.connect(o)
     return nil, why, code
   end
   return setmetatable({ _ = _, era = about.modern and "modern" or "legacy",
-    protocol_version = about.version, server_info = about.server_info, capabilities = about.capabilities,
+    protocol_version = about.version, server_info = about.server_info,
+    capabilities = about.capabilities,
     instructions = about.instructions }, Client)
 end
 
