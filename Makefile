@@ -45,8 +45,8 @@ LDFLAGS_ALL = -Wl,--as-needed -pie $(VARIANT_CFLAGS) $(LDFLAGS)
 # libcrypto is linked statically: only its SHA-256 is used, and loading the shared library doubles the start time.
 LIBS := -lluajit-5.1 -levent_core -lcjson -lpcre2-8 -l:libcrypto.a -ldl -lm
 
-ROOMS := base http mcp launch net vm store script bind
-LIB_SRC := $(wildcard $(foreach r,$(ROOMS),core/$(r)/*.c)) $(filter-out core/main.c,$(wildcard core/*.c))
+ROOMS := base http mcp launch net vm store script policy call bind upstream host
+LIB_SRC := $(wildcard $(foreach r,$(ROOMS),core/$(r)/*.c))
 LIB_OBJ := $(LIB_SRC:%.c=$(B)/%.o) $(B)/compiled.o
 LAUNCHER_SRC := $(wildcard core/launcher/*.c)
 LAUNCHER_OBJ := $(LAUNCHER_SRC:%.c=$(B)/%.o)
@@ -254,8 +254,8 @@ net-mutation: deps ## each attack on the firewall against a filter without the r
 	@+$(MAKE) --no-print-directory $(JOBS) all $(B)/tests/test_net_attacks
 	@$(B)/tests/test_net_attacks --mutate
 
-check-layers: ## includes point downwards, each library has one user, feature macros are declared
-	@KNOWN_FEATURES="$(KNOWN_FEATURES)" tests/check-layers
+check-layers: all ## includes and calls point downwards, each library has one user, features are declared
+	@KNOWN_FEATURES="$(KNOWN_FEATURES)" tests/check-layers $(B)
 
 .SECONDARY: $(FUZZ_BIN)
 FUZZ_SECONDS ?= 20

@@ -1,5 +1,6 @@
 /* The program: global options, then a script, or a command (lua/cli/COMMAND.lua). */
-#include "host.h"
+#include "base/log.h"
+#include "host/host.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -131,8 +132,8 @@ static void on_signal(int signo)
     if (running.signo)
         _exit(128 + signo); /* asked twice */
     running.signo = signo;
-    if (running.o && running.o->main)
-        orch_task_cancel(running.o->main, signo == SIGINT ? "interrupted" : "terminated");
+    if (running.o && running.o->script.task)
+        orch_task_cancel(running.o->script.task, signo == SIGINT ? "interrupted" : "terminated");
 }
 
 static void on_sigint(void *ud)
@@ -150,8 +151,8 @@ static void on_sigterm(void *ud)
 static void on_sighup(void *ud)
 {
     struct orch *o = ud;
-    if (o->gen)
-        orch_host_reload(o, "SIGHUP");
+    if (o->current.gen)
+        orch_current_reload(&o->current, "SIGHUP");
 }
 
 /* An orch started by an orch, started by an orch: a loop of configuration, not a wish. */

@@ -1,9 +1,15 @@
 #include "bind.h"
 
+#include "../call/call.h"
 
 struct orch_env *orch_env_of(lua_State *L)
 {
     return orch_state_host(L);
+}
+
+struct orch_call *orch_ctx_call(lua_State *L)
+{
+    return orch_check_call(L, orch_env_of(L)->calls);
 }
 
 static int wrong_context(lua_State *L)

@@ -1,9 +1,9 @@
 /* ctx:elicit, ctx:sample, ctx:roots, ctx:ask: a call's questions to its client, in whichever way the
  * client's era wants them. Each waits for the answers. */
 #include "bind.h"
-#include "../script/jsonlib.h"
 
-#include "../mcp/session.h"
+#include "../call/call.h"
+#include "../script/jsonlib.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -12,7 +12,6 @@
 enum { ITEMS_MAX = 32, KEY_MAX_BYTES = 128 };
 
 struct asking {
-    struct orch_env *env;
     struct orch_ask *ask;
     struct orch_wait wait;
     bool single;
@@ -31,7 +30,7 @@ static int push_answer(lua_State *L, const struct orch_ask_item *it)
 static int push_answers(lua_State *L, struct asking *k)
 {
     size_t n;
-    const struct orch_ask_item *items = orch_asking_items(k->ask, &n);
+    const struct orch_ask_item *items = orch_ask_items(k->ask, &n);
     lua_createtable(L, 0, (int)n);
     for (size_t i = 0; i < n; i++) {
         if (items[i].failed) {
@@ -51,7 +50,7 @@ static int push_answers(lua_State *L, struct asking *k)
 
 static void asking_free(struct asking *k)
 {
-    k->env->call->ask_free(k->ask);
+    orch_ask_free(k->ask);
     free(k);
 }
 
@@ -75,14 +74,12 @@ static void asking_cancel(void *ud)
 }
 
 /* Takes items. */
-static int start(lua_State *L, struct orch_toolcall *c, struct orch_ask_item *items, size_t n, bool single)
+static int start(lua_State *L, struct orch_call *c, struct orch_ask_item *items, size_t n, bool single)
 {
-    struct orch_env *env = orch_env_of(L);
     struct asking *k = orch_xcalloc(1, sizeof *k);
     struct orch_err err = { 0 };
-    k->env = env;
     k->single = single;
-    k->ask = env->call->ask(c, items, n, asking_done, k, &err);
+    k->ask = orch_ask_start(c, items, n, asking_done, k, &err);
     if (!k->ask) {
         free(k);
         orch_push_err(L, &err);
@@ -92,7 +89,7 @@ static int start(lua_State *L, struct orch_toolcall *c, struct orch_ask_item *it
         }
         return 3;
     }
-    if (orch_asking_done(k->ask))
+    if (orch_ask_done(k->ask))
         return asking_push(L, k);
     return orch_task_wait(L, asking_cancel, k, &k->wait);
 }
@@ -151,7 +148,7 @@ static void build_elicit(lua_State *L, int idx, struct orch_ask_item *it)
         lua_pushliteral(L, "url");
         lua_setfield(L, -2, "mode");
         copy(L, idx, "url", "url");
-        if (!orch_env_of(L)->call->modern(orch_check_call(L))) { /* 2025-11-25 wants a name for it */
+        if (!orch_ctx_call(L)->modern) { /* 2025-11-25 wants a name for it */
             cleanup_buf struct orch_buf id = { 0 };
             uint8_t random[16];
             if (orch_random(random, sizeof random) < 0)
@@ -265,13 +262,13 @@ static struct orch_ask_item *items_add(struct items *s, const char *key)
 
 static int ask_one(lua_State *L, build_fn *build, const char *what)
 {
-    struct orch_toolcall *c = orch_check_call(L);
+    struct orch_call *c = orch_ctx_call(L);
     ORCH_CLEANUP(items_free) struct items items = { 0 };
     const char *key = lua_isnoneornil(L, 2) ? NULL : (luaL_checktype(L, 2, LUA_TTABLE), string_of(L, 2, "key"));
     if (key && (!*key || strlen(key) > KEY_MAX_BYTES))
         return luaL_error(L, "%s: key must be 1 to %d bytes", what, KEY_MAX_BYTES);
     char made[32];
-    snprintf(made, sizeof made, "%s_%u", what, orch_env_of(L)->call->next_key(c));
+    snprintf(made, sizeof made, "%s_%u", what, ++c->questions);
     struct orch_ask_item *it = items_add(&items, key ? key : made);
     build(L, lua_isnoneornil(L, 2) ? 0 : 2, it);
     finish_item(L, it, what);
@@ -304,7 +301,7 @@ int orch_ctx_ask(lua_State *L)
         const char *name;
         build_fn *build;
     } kinds[] = { { "elicit", build_elicit }, { "sample", build_sample }, { "roots", build_roots } };
-    struct orch_toolcall *c = orch_check_call(L);
+    struct orch_call *c = orch_ctx_call(L);
     luaL_checktype(L, 2, LUA_TTABLE);
     ORCH_CLEANUP(items_free) struct items items = { 0 };
     lua_pushnil(L);

@@ -1,9 +1,7 @@
-/* ctx: what a tool's run gets beside its arguments. It names its call by slot and serial, so that one
- * that was kept beyond the call finds nothing. */
+/* The methods of ctx, which a tool's run gets beside its arguments. */
 #include "bind.h"
 
-#include "../base/json.h"
-#include "../mcp/session.h"
+#include "../call/call.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -13,62 +11,38 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 
-#define CTX_META "orch.ctx"
-
 enum { FILE_MAX_BYTES = 16 << 20, ENTRIES_MAX = 10000 };
-
-struct ctx {
-    uint32_t slot, serial;
-};
-
-void orch_push_ctx(lua_State *L, uint32_t slot, uint32_t serial)
-{
-    struct ctx *x = lua_newuserdata(L, sizeof *x);
-    *x = (struct ctx){ slot, serial };
-    luaL_getmetatable(L, CTX_META);
-    lua_setmetatable(L, -2);
-}
-
-struct orch_toolcall *orch_check_call(lua_State *L)
-{
-    struct ctx *x = luaL_checkudata(L, 1, CTX_META);
-    struct orch_env *env = orch_env_of(L);
-    struct orch_toolcall *c = env->call->get(env->ud, x->slot, x->serial);
-    if (!c)
-        luaL_error(L, "ctx: the call is over");
-    return c;
-}
 
 static int l_vm(lua_State *L)
 {
-    struct orch_toolcall *c = orch_check_call(L);
+    struct orch_call *c = orch_ctx_call(L);
     return orch_vm_spawn_wait(L, 2, c);
 }
 
 static int l_progress(lua_State *L)
 {
-    struct orch_toolcall *c = orch_check_call(L);
+    struct orch_call *c = orch_ctx_call(L);
     size_t n = 0;
     double done = luaL_checknumber(L, 2), total = luaL_optnumber(L, 3, -1);
     const char *message = luaL_optlstring(L, 4, "", &n);
-    orch_env_of(L)->call->progress(c, done, total, (struct orch_slice){ message, n });
+    orch_call_progress(c, done, total, (struct orch_slice){ message, n });
     return 0;
 }
 
 static int l_log(lua_State *L)
 {
     static const char *const levels[] = { "debug", "info", "notice", "warning", "error", "critical", "alert", "emergency", NULL };
-    struct orch_toolcall *c = orch_check_call(L);
+    struct orch_call *c = orch_ctx_call(L);
     size_t n;
     const char *level = levels[luaL_checkoption(L, 2, NULL, levels)];
     const char *message = luaL_checklstring(L, 3, &n);
-    orch_env_of(L)->call->log(c, level, (struct orch_slice){ message, n });
+    orch_call_log(c, level, (struct orch_slice){ message, n });
     return 0;
 }
 
 static int l_cancelled(lua_State *L)
 {
-    lua_pushboolean(L, orch_env_of(L)->call->cancelled(orch_check_call(L)));
+    lua_pushboolean(L, orch_ctx_call(L)->cancelled);
     return 1;
 }
 
@@ -76,8 +50,8 @@ static int l_cancelled(lua_State *L)
  * back for it after retry. For long calls; elsewhere without effect. */
 static int l_release(lua_State *L)
 {
-    struct orch_toolcall *c = orch_check_call(L);
-    orch_env_of(L)->call->release(c, lua_isnoneornil(L, 2) ? 0 : orch_check_duration_ms(L, 2, "release: retry"));
+    struct orch_call *c = orch_ctx_call(L);
+    orch_call_let_go(c, lua_isnoneornil(L, 2) ? 0 : orch_check_duration_ms(L, 2, "release: retry"));
     return 0;
 }
 
@@ -85,7 +59,7 @@ static int l_release(lua_State *L)
 static int l_task(lua_State *L)
 {
     struct orch_err err = { 0 };
-    if (orch_env_of(L)->call->task(orch_check_call(L), &err) < 0) {
+    if (orch_job_begin(orch_ctx_call(L), &err) < 0) {
         orch_push_err(L, &err);
         if (err.code == ENOTSUP) {
             lua_pop(L, 1);
@@ -101,7 +75,7 @@ static int l_task(lua_State *L)
 
 static int open_beneath(lua_State *L, const char *path, int flags)
 {
-    const char *root = orch_env_of(L)->call->workspace(orch_check_call(L));
+    const char *root = orch_ctx_call(L)->gen->cfg.workspace;
     if (!root)
         return -ENOTDIR; /* no workspace: started where none is by accident, see config show */
     cleanup_close int rootfd = open(root, O_PATH | O_DIRECTORY | O_CLOEXEC);
@@ -187,41 +161,56 @@ static void push_client(lua_State *L, unsigned caps)
     }
 }
 
-static int ctx_index(lua_State *L)
-{
-    struct orch_toolcall *c = orch_check_call(L);
-    const char *key = luaL_checkstring(L, 2);
-    lua_pushvalue(L, 2);
-    lua_rawget(L, lua_upvalueindex(1));
-    if (!lua_isnil(L, -1))
-        return 1;
-    if (strcmp(key, "client") == 0) {
-        push_client(L, orch_env_of(L)->call->caps(c));
-    } else if (strcmp(key, "session") == 0) {
-        lua_newtable(L);
-        lua_pushstring(L, orch_env_of(L)->call->session(c));
-        lua_setfield(L, -2, "id");
-    } else if (strcmp(key, "workspace") == 0) {
-        lua_pushstring(L, orch_env_of(L)->call->workspace(c));
-    }
-    return 1;
-}
-
 /* The table of ctx's methods lies in the registry under this name. */
 #define METHODS "orch.ctx.methods"
 
-void orch_ctx_set(lua_State *L, const char *name)
+/* Stands for a method until it is used; upvalue 1 loads it. */
+static int lazy_method(lua_State *L)
 {
+    lua_pushvalue(L, lua_upvalueindex(1));
+    lua_call(L, 0, 1);
+    return 1;
+}
+
+void orch_ctx_set_lazy(lua_State *L, const char *name)
+{
+    lua_pushcclosure(L, lazy_method, 1);
     lua_getfield(L, LUA_REGISTRYINDEX, METHODS);
     lua_insert(L, -2);
     lua_setfield(L, -2, name);
     lua_pop(L, 1);
 }
 
+static int ctx_index(lua_State *L)
+{
+    struct orch_call *c = orch_ctx_call(L);
+    const char *key = luaL_checkstring(L, 2);
+    lua_pushvalue(L, 2);
+    lua_rawget(L, lua_upvalueindex(1));
+    if (lua_tocfunction(L, -1) == lazy_method) {
+        lua_call(L, 0, 1);
+        lua_pushvalue(L, 2);
+        lua_pushvalue(L, -2);
+        lua_rawset(L, lua_upvalueindex(1));
+    }
+    if (!lua_isnil(L, -1))
+        return 1;
+    if (strcmp(key, "client") == 0) {
+        push_client(L, c->caps);
+    } else if (strcmp(key, "session") == 0) {
+        lua_newtable(L);
+        lua_pushstring(L, c->session->id);
+        lua_setfield(L, -2, "id");
+    } else if (strcmp(key, "workspace") == 0) {
+        lua_pushstring(L, c->gen->cfg.workspace);
+    }
+    return 1;
+}
+
 int orch_luaopen_ctx(lua_State *L)
 {
     enum { T = ORCH_CTX_TOOL | ORCH_CTX_SCRIPT };
-    if (!luaL_newmetatable(L, CTX_META))
+    if (!luaL_newmetatable(L, ORCH_CTX_META))
         return 0;
     lua_newtable(L);
     orch_api_set(L, "ctx:",

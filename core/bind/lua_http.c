@@ -15,6 +15,7 @@
 
 #include "../base/es256.h"
 #include "../base/hash.h"
+#include "../call/call.h"
 #include "../http/client.h"
 
 #include <errno.h>
@@ -29,7 +30,7 @@ enum { UNREAD_BYTES = 1 << 20, CALL_UNREAD_BYTES = 256 << 10, CALL_STREAMS_MAX =
 
 struct orch_http_stream {
     struct orch_http_stream *next, **link; /* in its tool call's list, as long as judge */
-    struct orch_toolcall *judge;           /* decides on connections; NULL: a script's, or the call has ended */
+    struct orch_call *judge;     /* decides on connections; NULL: a script's, or the call has ended */
     struct orch_http_call *call; /* NULL once it is over */
     struct orch_timer *timer;
     struct orch_wait wait;
@@ -193,7 +194,7 @@ static void on_done(void *ud, const struct orch_http_response *r, const struct o
 static bool may_connect(void *ud, const struct sockaddr *to, struct orch_err *err)
 {
     struct orch_http_stream *s = ud;
-    return orch_env_of(s->main)->call->may_connect(s->judge, to, err); /* a call that ends stops its streams */
+    return orch_call_may_connect(s->judge, to, err); /* a call that ends stops its streams */
 }
 
 static void stream_late(void *ud)
@@ -222,28 +223,55 @@ static void stream_close(struct orch_http_stream *s, const char *why)
     wake(s);
 }
 
-void orch_http_streams_close(struct orch_http_stream **list)
+/* The requests of a tool's call end with it. */
+struct streams {
+    struct orch_call_part part;
+    struct orch_http_stream *list;
+};
+
+static void streams_end(struct orch_call_part *p, struct orch_call *c)
 {
-    while (*list)
-        stream_close(*list, "the call is over");
+    struct streams *all = (struct streams *)p;
+    (void)c;
+    while (all->list)
+        stream_close(all->list, "the call is over");
+}
+
+static void streams_free(struct orch_call_part *p)
+{
+    free(p);
+}
+
+static const struct orch_call_part_ops streams_ops = { .end = streams_end, .free = streams_free };
+
+static struct streams *streams_of(struct orch_call *c)
+{
+    struct streams *all = (struct streams *)orch_call_part(c, &streams_ops);
+    if (all)
+        return all;
+    all = orch_xcalloc(1, sizeof *all);
+    all->part.ops = &streams_ops;
+    orch_call_add_part(c, &all->part);
+    return all;
 }
 
 /* false: the call has too many. */
-static bool stream_adopt(struct orch_http_stream *s, struct orch_toolcall *call, struct orch_http_stream **list, struct orch_err *err)
+static bool stream_adopt(struct orch_http_stream *s, struct orch_call *call, struct orch_err *err)
 {
+    struct streams *all = streams_of(call);
     unsigned n = 0;
-    for (struct orch_http_stream *other = *list; other; other = other->next)
+    for (struct orch_http_stream *other = all->list; other; other = other->next)
         n++;
     if (n >= CALL_STREAMS_MAX) {
         orch_err_setc(err, ORCH_CLASS_LIMIT, EMFILE, "the call has %d requests under way", CALL_STREAMS_MAX);
         return false;
     }
     s->judge = call;
-    s->next = *list;
-    s->link = list;
+    s->next = all->list;
+    s->link = &all->list;
     if (s->next)
         s->next->link = &s->next;
-    *list = s;
+    all->list = s;
     return true;
 }
 
@@ -281,7 +309,7 @@ static struct orch_http_header *take_headers(lua_State *L, struct orch_opts *o, 
 }
 
 /* The option table is at idx. call: NULL in scripts. */
-static int http_open(lua_State *L, int idx, const char *what, struct orch_toolcall *call)
+static int http_open(lua_State *L, int idx, const char *what, struct orch_call *call)
 {
     struct orch_env *env = orch_env_of(L);
     struct orch_opts o = orch_opts_begin(L, idx, what);
@@ -307,7 +335,7 @@ static int http_open(lua_State *L, int idx, const char *what, struct orch_toolca
     struct orch_err err = { 0 };
     struct orch_http_client *h = env->http(env->ud, &err);
     c.ud = s;
-    if (!h || (call && !stream_adopt(s, call, env->call->streams(call), &err)) || !(s->call = orch_http_call_start(h, &c, &err))) {
+    if (!h || (call && !stream_adopt(s, call, &err)) || !(s->call = orch_http_call_start(h, &c, &err))) {
         stream_unlink(s);
         return orch_push_err(L, &err);
     }
@@ -322,12 +350,12 @@ static int t_http_open(lua_State *L)
 
 static int t_call_open(lua_State *L)
 {
-    return http_open(L, 2, "ctx:http", orch_check_call(L));
+    return http_open(L, 2, "ctx:http", orch_ctx_call(L));
 }
 
 static int t_call_time(lua_State *L)
 {
-    struct orch_call_time t = orch_env_of(L)->call->time(orch_check_call(L));
+    struct orch_call_time t = orch_call_time(orch_ctx_call(L));
     lua_pushnumber(L, (double)(t.left_ms > 0 ? t.left_ms : 0) / 1000);
     lua_pushnumber(L, (double)t.whole_ms / 1000);
     lua_pushstring(L, t.limit);

@@ -1,8 +1,8 @@
 /* Opens the whole API for a state: the one file that knows every module. */
 #include "bind.h"
 
+#include "../call/call.h"
 #include "../script/jsonlib.h"
-#include "lua_firewall.h"
 
 int orch_luaopen_orch(lua_State *L)
 {
@@ -40,4 +40,36 @@ int orch_luaopen_orch(lua_State *L)
     lua_pushvalue(L, t);
     lua_rawset(L, LUA_GLOBALSINDEX);
     return 1;
+}
+
+void orch_bind_open(lua_State *L)
+{
+    orch_luaopen_orch(L);
+    lua_pop(L, 1);
+}
+
+/* module[function], of a module that is loaded now: upvalues are what runs it, and the function's name. */
+static int load_method(lua_State *L)
+{
+    lua_pushvalue(L, lua_upvalueindex(1));
+    orch_luaopen_call_transport(L);
+    lua_call(L, 1, 1);
+    lua_pushvalue(L, lua_upvalueindex(2));
+    lua_rawget(L, -2);
+    return 1;
+}
+
+int orch_bind_open_tools(struct orch_loading *l, struct orch_state *s)
+{
+    static const char *const methods[][3] = { { "http", "http.lua", "fetch" },
+                                              { "output", "output.lua", "result" } };
+    lua_State *L = orch_state_lua(s);
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(methods); i++) {
+        if (orch_load_product_later(l, s, methods[i][1]) < 0)
+            return -1;
+        lua_pushstring(L, methods[i][2]);
+        lua_pushcclosure(L, load_method, 2);
+        orch_ctx_set_lazy(L, methods[i][0]);
+    }
+    return 0;
 }

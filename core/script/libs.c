@@ -206,7 +206,7 @@ static void seed_random(lua_State *L)
     lua_pop(L, 1);
 }
 
-void orch_libs_open(lua_State *L, const struct orch_state_opts *o, struct orch_slice boot)
+static void open_libraries(lua_State *L, const struct orch_state_opts *o, struct orch_slice boot)
 {
     bool bounded = orch_state_of(L)->bounded;
     if (bounded)
@@ -239,4 +239,9 @@ void orch_libs_open(lua_State *L, const struct orch_state_opts *o, struct orch_s
     lua_pushcfunction(L, undefined_global);
     lua_setfield(L, -2, "__index");
     lua_setmetatable(L, -2);
+}
+
+struct orch_state *orch_state_new(const struct orch_state_opts *o, struct orch_err *err)
+{
+    return orch_state_make(o, open_libraries, err);
 }

@@ -670,6 +670,7 @@ const char *orch_state_text(lua_State *L, int idx, size_t *n)
 struct open {
     struct orch_state *s;
     const struct orch_state_opts *o;
+    orch_state_open_fn *open;
     struct orch_slice boot;
 };
 
@@ -690,7 +691,7 @@ static int open_state(lua_State *L)
     lua_pushlightuserdata(L, marker(&limit_marker));
     lua_pop(L, 1);
 
-    orch_libs_open(L, a->o, a->boot);
+    a->open(L, a->o, a->boot);
     return 0;
 }
 
@@ -701,7 +702,7 @@ static int die(lua_State *L)
     abort();
 }
 
-struct orch_state *orch_state_new(const struct orch_state_opts *o, struct orch_err *err)
+struct orch_state *orch_state_make(const struct orch_state_opts *o, orch_state_open_fn *open, struct orch_err *err)
 {
     char path[4096];
     snprintf(path, sizeof path, "%s/boot.lua", o->lua_dir);
@@ -728,7 +729,7 @@ struct orch_state *orch_state_new(const struct orch_state_opts *o, struct orch_e
     orch_state_set_limits(s, o->memory_bytes, o->steps, o->cpu_ms);
     lua_atpanic(s->L, die);
     lua_gc(s->L, LUA_GCSTOP, 0); /* nothing to collect while opening */
-    struct open a = { s, o, { boot.p, boot.n } };
+    struct open a = { s, o, open, { boot.p, boot.n } };
     s->guarded++; /* the cap counts */
     int status = lua_cpcall(s->L, open_state, &a);
     s->guarded--;

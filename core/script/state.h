@@ -145,8 +145,9 @@ int orch_state_describe(struct orch_state *s, int status, lua_State *T, struct o
 bool orch_state_frozen(lua_State *L, int idx);
 #define ORCH_BOOT_NAME "@boot.lua"
 const char *orch_state_name(const struct orch_state *s); /* of its context, for messages */
-/* libs.c: opens the libraries of the state's context and runs boot.lua. Raises. */
-void orch_libs_open(lua_State *L, const struct orch_state_opts *o, struct orch_slice boot);
+/* A new state. open: opens the libraries of its context and runs boot.lua; raises. */
+typedef void orch_state_open_fn(lua_State *L, const struct orch_state_opts *o, struct orch_slice boot);
+struct orch_state *orch_state_make(const struct orch_state_opts *o, orch_state_open_fn *open, struct orch_err *err);
 /* Pushes the text tostring would give (calls __tostring); raises. */
 const char *orch_state_text(lua_State *L, int idx, size_t *n);
 /* A C function that may call back into Lua counts itself, since every level costs C stack:

@@ -432,6 +432,13 @@ void orch_audit_close(struct orch_audit *a)
     free(a);
 }
 
+void orch_audit_note(struct orch_audit *a, const char *event, struct orch_slice fields)
+{
+    struct orch_err err = { 0 };
+    if (a && (orch_audit_add(a, event, fields, false, &err) < 0 || orch_audit_flush(a, &err) < 0))
+        orch_log(ORCH_ERROR, "%s", err.msg);
+}
+
 bool orch_audit_broken(const struct orch_audit *a)
 {
     return a->broken;

@@ -35,6 +35,8 @@ int orch_audit_add_outcome(struct orch_audit *a, struct orch_slice fields, struc
  * lines are dropped from the chain, the file is cut back to where it ended before, err says why, and
  * orch_audit_broken is true from then on: every later add and flush fails with the same error. */
 int orch_audit_flush(struct orch_audit *a, struct orch_err *err);
+/* Adds and writes what is no call's; what fails is logged. a may be NULL: then there is no log yet. */
+void orch_audit_note(struct orch_audit *a, const char *event, struct orch_slice fields);
 bool orch_audit_broken(const struct orch_audit *a);
 const char *orch_audit_path(const struct orch_audit *a);
 /* HMAC with the key over bytes (RFC 8785 JSON), as hex. */

@@ -7,7 +7,7 @@
 #include "../base/log.h"
 #include "../base/proc.h"
 #include "../guest/wire.h"
-#include "../net/link.h"
+#include "../net/hostaddr.h"
 #include "../net/netns.h"
 #include "rundir.h"
 #include "template.h"
@@ -46,9 +46,7 @@ struct orch_vms {
     struct orch_launcher *launcher; /* from the first start on */
     struct orch_vm *vms;
     int n;
-    struct orch_link_watch *host_watch; /* from the first microVM with a network on */
-    struct orch_cidr *host_addresses;   /* as they were read last */
-    size_t n_host;
+    struct orch_hostaddr *hostaddr; /* o's, or its own */
 };
 
 struct orch_vm {
@@ -513,27 +511,18 @@ static void net_failed(void *ud, const struct orch_err *err)
     fail_or_end(ud, "network", &why);
 }
 
-static int read_host(struct orch_vms *m, struct orch_err *err)
-{
-    struct orch_cidr *v;
-    size_t n;
-    int r = orch_link_host(&v, &n, err);
-    if (r < 0)
-        return r;
-    free(m->host_addresses);
-    m->host_addresses = v;
-    m->n_host = n;
-    return 0;
-}
-
 /* 1: its filter, made or yet to be, was another one before. On failure it must end. */
 static int follow_host(struct orch_vm *vm, struct orch_err *err)
 {
-    const struct orch_vms *m = vm->m;
     struct orch_rules *before = vm->o.rules;
-    if (orch_rules_has_host(before, m->host_addresses, m->n_host))
+    const struct orch_cidr *host;
+    size_t n;
+    int known = orch_hostaddr_get(vm->m->hostaddr, &host, &n, err);
+    if (known < 0)
+        return known;
+    if (orch_rules_has_host(before, host, n))
         return 0;
-    struct orch_rules *now = orch_rules_rehost(before, m->host_addresses, m->n_host, err);
+    struct orch_rules *now = orch_rules_rehost(before, host, n, err);
     if (!now)
         return -E2BIG;
     vm->o.rules = now;
@@ -549,52 +538,25 @@ static void cannot_follow(struct orch_vm *vm, struct orch_err *err)
     fail_or_end(vm, "network", err);
 }
 
-/* What is not known to be all of the host's addresses serves no filter. */
-static void stop_following(struct orch_vms *m)
-{
-    orch_link_watch_free(m->host_watch);
-    m->host_watch = NULL;
-    free(m->host_addresses);
-    m->host_addresses = NULL;
-    m->n_host = 0;
-}
-
 /* An address may have become the host's that a guest may reach: none may from now on. */
-static void host_changed(void *ud)
+static void host_changed(void *ud, const struct orch_err *unread)
 {
     struct orch_vms *m = ud;
-    struct orch_err err = { 0 }, why;
-    int unread = read_host(m, &err), n = 0;
-    if (unread)
-        stop_following(m);
+    int n = 0;
     for (struct orch_vm *vm = m->vms; vm; vm = vm->next) {
         if (!vm->o.rules || vm->state == ENDED)
             continue;
-        why = err;
-        int r = unread ? unread : follow_host(vm, &why);
+        struct orch_err why = { 0 };
+        if (unread)
+            why = *unread;
+        int r = unread ? -EIO : follow_host(vm, &why);
         n += r > 0;
         if (r < 0)
             cannot_follow(vm, &why);
     }
     if (n)
-        orch_log(ORCH_INFO, "network: the host has %zu addresses now; the filters of %d microVMs follow",
-                 m->n_host, n);
-}
-
-/* The filter was compiled for the addresses that the host had then. */
-static int begin_to_follow(struct orch_vm *vm, struct orch_err *err)
-{
-    struct orch_vms *m = vm->m;
-    if (!m->host_watch) {
-        m->host_watch = orch_link_watch_new(m->loop, host_changed, m, err);
-        if (!m->host_watch)
-            return -1;
-        if (read_host(m, err) < 0) {
-            stop_following(m);
-            return -1;
-        }
-    }
-    return follow_host(vm, err) < 0 ? -1 : 0;
+        orch_log(ORCH_INFO, "network: the host's addresses changed; the filters of %d microVMs follow",
+                 n);
 }
 
 static int start_net(struct orch_vm *vm, bool kvm, struct orch_err *err)
@@ -744,7 +706,7 @@ struct orch_vm *orch_vm_spawn(struct orch_vms *m, const struct orch_vm_opts *o,
         return vm;
     }
     snprintf(vm->id, sizeof vm->id, "%s", orch_rundir_id(vm->rundir));
-    if (o->rules && begin_to_follow(vm, &why) < 0)
+    if (o->rules && follow_host(vm, &why) < 0)
         cannot_follow(vm, &why);
     else
         vm->wait = orch_template_want(m->templates, &vm->want, template_there, vm);
@@ -894,6 +856,8 @@ struct orch_vms *orch_vms_new(struct orch_loop *l, const struct orch_vms_opts *o
     m->o = *o;
     m->launcher_path = orch_xstrdup(o->launcher_path);
     m->runtime_dir = orch_xstrdup(o->runtime_dir);
+    m->hostaddr = o->hostaddr ? o->hostaddr : orch_hostaddr_new(l);
+    orch_hostaddr_follow(m->hostaddr, host_changed, m);
     m->backend = &orch_vmm_qemu;
     m->host = m->backend->host_new(l, o->cache_dir, o->qemu);
     struct orch_templates_opts t = {
@@ -924,7 +888,9 @@ void orch_vms_free(struct orch_vms *m)
     orch_templates_free(m->templates);
     m->backend->host_free(m->host);
     orch_launcher_free(m->launcher);
-    stop_following(m);
+    orch_hostaddr_follow(m->hostaddr, NULL, NULL);
+    if (!m->o.hostaddr)
+        orch_hostaddr_free(m->hostaddr);
     free(m->launcher_path);
     free(m->runtime_dir);
     free(m);

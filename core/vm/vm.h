@@ -25,6 +25,7 @@ struct orch_vms_opts {
     const char *qemu;        /* NULL: the known places */
     int64_t boot_ms, clone_ms; /* deadlines of a template's boot and of a clone's start; 0: 180 s (30 s while
                                 * KVM is tried) and 60 s */
+    struct orch_hostaddr *hostaddr; /* whose changes the filters follow; NULL: one of its own */
     int max;                 /* microVMs at once; more is refused with class LIMIT */
     void (*progress)(void *ud, const char *line); /* long work: image build, template boot */
     /* events for the audit log: "vm_spawn", "vm_exit", and "net_deny" for packets that a network's

@@ -1,0 +1,34 @@
+/* What several of the room need of a handle. */
+#include "host.h"
+
+#include "../base/log.h"
+
+#include <errno.h>
+
+int orch_host_audit(struct orch *o, struct orch_err *err)
+{
+    if (o->calls.audit)
+        return 0;
+    const struct orch_config *c = &o->current.gen->cfg;
+    cleanup_free char *key = orch_xasprintf("%s/audit.key", o->paths.state);
+    cleanup_close int dir = orch_own_dir(o->paths.state, err);
+    if (dir < 0)
+        return dir;
+    o->calls.audit = orch_audit_open(o->loop, c->audit_dir, key, c->audit_sync, err);
+    o->current.audit = o->calls.audit;
+    return o->calls.audit ? 0 : -EIO;
+}
+
+void orch_host_keep_tool(struct orch *o, const struct orch_tool *t)
+{
+    o->tools.list = orch_xrealloc(o->tools.list, (o->tools.n + 1) * sizeof *o->tools.list);
+    o->tools.list[o->tools.n++] = *t;
+}
+
+/* Whoever serves or has microVMs can be asked by other commands of the same user. */
+void orch_host_control(struct orch *o)
+{
+    struct orch_err err = { 0 };
+    if (!o->control && !(o->control = orch_control_new(o->loop, o->paths.runtime, orch_control_verbs, o, &err)))
+        orch_log(ORCH_WARN, "%s", err.msg);
+}
