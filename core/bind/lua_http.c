@@ -1,16 +1,22 @@
-/* HTTP for scripts: the verbs behind orch.http.request and the MCP client (lua/http.lua, lua/mcp_client.lua),
- * which are written in Lua over them. The private module "orch.transport":
- *   http_open{ url, method, headers, body, timeout }  waits for the head: stream, status, headers, where it redirects
- *   call_open(ctx, …)     the same for a tool's call: each connection is judged by its network policy
- *   call_time(ctx)        what is left of the call's time, all of it, in seconds, and what sets that
- *   stream:read(timeout)  waits for the next bytes; nil at the end; nil, message, code when it failed
+/* HTTP for scripts: the verbs behind orch.http.request and the MCP client (lua/http.lua,
+ * lua/mcp_client.lua), which are written in Lua over them. The private module "orch.transport":
+ *   http_open{ url, method, headers, body, timeout }  waits for the head: stream, status, headers,
+ *   where it redirects
+ *   call_open(ctx, …)     the same for a tool's call: each connection is judged by its network
+ *   policy
+ *   call_time(ctx)        what is left of the call's time, all of it, in seconds, and what sets
+ *   that
+ *   stream:read(timeout)  waits for the next bytes; nil at the end; nil, message, code when it
+ *   failed
  *   stream:close()
  *   sse()                 a reader of server-sent events: reader:feed(bytes) gives a list of events
  *   process_open          lua_pipe.c
  *   sha256(s) base64(s, url_safe) random(n)
- *   es256(pem)            a key of P-256, a new one without pem: key:sign(text) and key:public(), 64 bytes each
- * A stream is bounded by the reader alone: while 1 MiB waits unread nothing more is taken from the peer. Those of
- * a tool's call also by the call: so many at once, less unread, and they end with it. */
+ *   es256(pem)            a key of P-256, a new one without pem: key:sign(text) and key:public(),
+ *   64 bytes each
+ * A stream is bounded by the reader alone: while 1 MiB waits unread nothing more is taken from the
+ * peer. Those of a tool's call also by the call: so many at once, less unread, and they end with
+ * it. */
 #include "bind.h"
 
 #include "../base/es256.h"
@@ -21,7 +27,12 @@
 #include <errno.h>
 #include <string.h>
 
-enum { UNREAD_BYTES = 1 << 20, CALL_UNREAD_BYTES = 256 << 10, CALL_STREAMS_MAX = 16, RANDOM_MAX = 1024 };
+enum {
+    UNREAD_BYTES = 1 << 20,
+    CALL_UNREAD_BYTES = 256 << 10,
+    CALL_STREAMS_MAX = 16,
+    RANDOM_MAX = 1024
+};
 
 #define STREAM_META "orch.http.stream"
 #define SSE_META "orch.http.sse"
@@ -30,7 +41,8 @@ enum { UNREAD_BYTES = 1 << 20, CALL_UNREAD_BYTES = 256 << 10, CALL_STREAMS_MAX =
 
 struct orch_http_stream {
     struct orch_http_stream *next, **link; /* in its tool call's list, as long as judge */
-    struct orch_call *judge;     /* decides on connections; NULL: a script's, or the call has ended */
+    /* decides on connections; NULL: a script's, or the call has ended */
+    struct orch_call *judge;
     struct orch_http_call *call; /* NULL once it is over */
     struct orch_timer *timer;
     struct orch_wait wait;
@@ -116,7 +128,8 @@ static int push_bytes(lua_State *L, struct orch_http_stream *s)
     if (s->timed_out) {
         s->timed_out = false;
         struct orch_err err = { 0 };
-        orch_err_setc(&err, ORCH_CLASS_TIMEOUT, ETIMEDOUT, "nothing came within %lld ms", (long long)s->timeout_ms);
+        orch_err_setc(&err, ORCH_CLASS_TIMEOUT, ETIMEDOUT, "nothing came within %lld ms",
+                      (long long)s->timeout_ms);
         return orch_push_err(L, &err);
     }
     if (s->err.cls)
@@ -263,7 +276,8 @@ static bool stream_adopt(struct orch_http_stream *s, struct orch_call *call, str
     for (struct orch_http_stream *other = all->list; other; other = other->next)
         n++;
     if (n >= CALL_STREAMS_MAX) {
-        orch_err_setc(err, ORCH_CLASS_LIMIT, EMFILE, "the call has %d requests under way", CALL_STREAMS_MAX);
+        orch_err_setc(err, ORCH_CLASS_LIMIT, EMFILE, "the call has %d requests under way",
+                      CALL_STREAMS_MAX);
         return false;
     }
     s->judge = call;
@@ -313,9 +327,14 @@ static int http_open(lua_State *L, int idx, const char *what, struct orch_call *
 {
     struct orch_env *env = orch_env_of(L);
     struct orch_opts o = orch_opts_begin(L, idx, what);
-    struct orch_http_call_opts c = { .url = orch_opt_string(&o, "url", NULL), .method = orch_opt_string(&o, "method", NULL),
-                                     .total_ms = -1, .idle_ms = -1, .max_body_bytes = SIZE_MAX / 2,
-                                     .on_head = on_head, .on_data = on_data, .on_done = on_done };
+    struct orch_http_call_opts c = { .url = orch_opt_string(&o, "url", NULL),
+                                     .method = orch_opt_string(&o, "method", NULL),
+                                     .total_ms = -1,
+                                     .idle_ms = -1,
+                                     .max_body_bytes = SIZE_MAX / 2,
+                                     .on_head = on_head,
+                                     .on_data = on_data,
+                                     .on_done = on_done };
     int64_t timeout = orch_opt_duration_ms(&o, "timeout", 60000);
     if (!c.url)
         return luaL_error(L, "%s: url is missing", what);
@@ -328,14 +347,17 @@ static int http_open(lua_State *L, int idx, const char *what, struct orch_call *
         c.may_connect = may_connect;
 
     struct orch_http_stream *s = lua_newuserdata(L, sizeof *s);
-    *s = (struct orch_http_stream){ .opening = true, .main = orch_state_lua(orch_state_of(L)), .self_ref = LUA_NOREF,
+    *s = (struct orch_http_stream){ .opening = true,
+                                    .main = orch_state_lua(orch_state_of(L)),
+                                    .self_ref = LUA_NOREF,
                                     .unread_max = call ? CALL_UNREAD_BYTES : UNREAD_BYTES };
     luaL_getmetatable(L, STREAM_META);
     lua_setmetatable(L, -2);
     struct orch_err err = { 0 };
     struct orch_http_client *h = env->http(env->ud, &err);
     c.ud = s;
-    if (!h || (call && !stream_adopt(s, call, &err)) || !(s->call = orch_http_call_start(h, &c, &err))) {
+    if (!h || (call && !stream_adopt(s, call, &err)) ||
+        !(s->call = orch_http_call_start(h, &c, &err))) {
         stream_unlink(s);
         return orch_push_err(L, &err);
     }
@@ -457,7 +479,8 @@ static int t_base64(lua_State *L)
     cleanup_buf struct orch_buf out = { 0 };
     for (size_t i = 0; i < n; i += 3) {
         size_t left = n - i;
-        uint32_t v = (uint32_t)s[i] << 16 | (left > 1 ? (uint32_t)s[i + 1] << 8 : 0) | (left > 2 ? s[i + 2] : 0u);
+        uint32_t v = (uint32_t)s[i] << 16 | (left > 1 ? (uint32_t)s[i + 1] << 8 : 0) |
+                     (left > 2 ? s[i + 2] : 0u);
         size_t put = left > 2 ? 4 : left + 1;
         for (size_t k = 0; k < 4; k++) {
             if (k < put)
@@ -546,7 +569,9 @@ static void class_new(lua_State *L, const char *name, const luaL_Reg *methods, l
 
 static void open_streams(lua_State *L)
 {
-    static const luaL_Reg stream[] = { { "read", l_stream_read }, { "close", l_stream_close }, { NULL, NULL } };
+    static const luaL_Reg stream[] = { { "read", l_stream_read },
+                                       { "close", l_stream_close },
+                                       { NULL, NULL } };
     class_new(L, STREAM_META, stream, stream_gc);
 }
 
@@ -564,10 +589,17 @@ int orch_luaopen_call_transport(lua_State *L)
 int orch_luaopen_transport(lua_State *L)
 {
     static const luaL_Reg sse[] = { { "feed", l_sse_feed }, { NULL, NULL } };
-    static const luaL_Reg key[] = { { "sign", l_key_sign }, { "public", l_key_public }, { NULL, NULL } };
-    static const luaL_Reg functions[] = { { "http_open", t_http_open }, { "call_open", t_call_open },
-                                          { "call_time", t_call_time }, { "sse", t_sse },
-                                          { "sha256", t_sha256 }, { "base64", t_base64 }, { "random", t_random }, { "es256", t_es256 },
+    static const luaL_Reg key[] = { { "sign", l_key_sign },
+                                    { "public", l_key_public },
+                                    { NULL, NULL } };
+    static const luaL_Reg functions[] = { { "http_open", t_http_open },
+                                          { "call_open", t_call_open },
+                                          { "call_time", t_call_time },
+                                          { "sse", t_sse },
+                                          { "sha256", t_sha256 },
+                                          { "base64", t_base64 },
+                                          { "random", t_random },
+                                          { "es256", t_es256 },
                                           { NULL, NULL } };
     open_streams(L);
     class_new(L, SSE_META, sse, sse_gc);

@@ -1,6 +1,7 @@
 /* Of the private module "orch.transport": a child process spoken to by lines.
  *   process_open{ command, env, cwd, protect }  pipe; protect: it cannot change orch's own files
- *   pipe:read()      waits for the next line, without its end; nil, message, code once the child is gone
+ *   pipe:read()      waits for the next line, without its end; nil, message, code once the child is
+ *   gone
  *   pipe:send(text)  text and a line's end; does not wait
  *   pipe:stderr()    the end of what it wrote to stderr
  *   pipe:close()     ends it, waiting as orch_proc_end does
@@ -51,7 +52,9 @@ static void release(struct pipe *p)
 
 static bool has_line(struct pipe *p)
 {
-    const char *nl = p->inbuf.n > p->scanned ? memchr(p->inbuf.p + p->scanned, '\n', p->inbuf.n - p->scanned) : NULL;
+    const char *nl = p->inbuf.n > p->scanned
+                         ? memchr(p->inbuf.p + p->scanned, '\n', p->inbuf.n - p->scanned)
+                         : NULL;
     p->scanned = nl ? (size_t)(nl - p->inbuf.p) : p->inbuf.n;
     return nl != NULL;
 }
@@ -96,7 +99,8 @@ static void pipe_cancel(void *ud)
 static int take(struct pipe *p)
 {
     orch_buf_reserve(&p->inbuf, READ_BYTES);
-    ssize_t r = read(orch_proc_stdout(p->proc), p->inbuf.p + p->inbuf.n, p->inbuf.cap - p->inbuf.n - 1);
+    ssize_t r = read(orch_proc_stdout(p->proc), p->inbuf.p + p->inbuf.n,
+                     p->inbuf.cap - p->inbuf.n - 1);
     if (r < 0 && (errno == EAGAIN || errno == EINTR))
         return 0;
     if (r <= 0)
@@ -104,7 +108,8 @@ static int take(struct pipe *p)
     p->inbuf.n += (size_t)r;
     if (has_line(p) || p->inbuf.n <= LINE_MAX_BYTES)
         return 1;
-    orch_err_setc(&p->why, ORCH_CLASS_UPSTREAM, EMSGSIZE, "%s: a line of its stdout is over 16 MiB", p->name);
+    orch_err_setc(&p->why, ORCH_CLASS_UPSTREAM, EMSGSIZE, "%s: a line of its stdout is over 16 MiB",
+                  p->name);
     return -1;
 }
 
@@ -114,7 +119,8 @@ static void on_readable(void *ud, int events)
     struct pipe *p = ud;
     int r = take(p);
     if (r < 0) {
-        orch_watch_set(p->in, 0); /* the exit status follows; one that only closed its stdout is ended */
+        /* the exit status follows; one that only closed its stdout is ended */
+        orch_watch_set(p->in, 0);
         orch_proc_kill(p->proc, p->why.cls ? SIGKILL : SIGTERM);
     }
     if (p->why.cls || has_line(p))
@@ -153,7 +159,8 @@ static void on_exit_status(void *ud, int status)
         p->why = (struct orch_err){ 0 };
         orch_proc_describe(status, how, sizeof how);
         orch_proc_stderr_describe(p->proc, &tail);
-        orch_err_setc(&p->why, ORCH_CLASS_UPSTREAM, ECHILD, "%s: the server ended (%s); %s", p->name, how, tail.p);
+        orch_err_setc(&p->why, ORCH_CLASS_UPSTREAM, ECHILD, "%s: the server ended (%s); %s",
+                      p->name, how, tail.p);
     }
     wake(p);
 }
@@ -214,7 +221,9 @@ static int l_pipe_send(lua_State *L)
         return orch_push_err(L, &p->why);
     if (n > OUT_MAX_BYTES - p->outbuf.n) {
         struct orch_err err = { 0 };
-        orch_err_setc(&err, ORCH_CLASS_UPSTREAM, ENOBUFS, "%s: the server does not read its input (%zu bytes wait)", p->name, p->outbuf.n);
+        orch_err_setc(&err, ORCH_CLASS_UPSTREAM, ENOBUFS,
+                      "%s: the server does not read its input (%zu bytes wait)", p->name,
+                      p->outbuf.n);
         return orch_push_err(L, &err);
     }
     size_t from = p->outbuf.n;
@@ -242,15 +251,20 @@ static int t_process_open(lua_State *L)
     struct orch_opts o = orch_opts_begin(L, 1, "orch.mcp.connect");
     const char *cwd = orch_opt_string(&o, "cwd", NULL);
     bool protect = orch_opt_bool(&o, "protect", false);
-    const char **envp = orch_opt_push(&o, "env", LUA_TTABLE) ? orch_check_strings(L, -1, "env", ARGV_MAX) : NULL;
+    const char **envp = orch_opt_push(&o, "env", LUA_TTABLE)
+                            ? orch_check_strings(L, -1, "env", ARGV_MAX)
+                            : NULL;
     if (!orch_opt_push(&o, "command", LUA_TTABLE))
-        return luaL_error(L, "orch.mcp.connect: command is missing (a list: program and arguments)");
+        return luaL_error(L,
+                          "orch.mcp.connect: command is missing (a list: program and arguments)");
     const char **argv = orch_check_strings(L, -1, "command", ARGV_MAX);
     orch_opts_done(&o);
     if (!argv[0])
         return luaL_error(L, "orch.mcp.connect: command is empty");
     struct pipe *p = lua_newuserdata(L, sizeof *p);
-    *p = (struct pipe){ .name = orch_xstrdup(argv[0]), .self_ref = LUA_NOREF, .main = orch_state_lua(orch_state_of(L)) };
+    *p = (struct pipe){ .name = orch_xstrdup(argv[0]),
+                        .self_ref = LUA_NOREF,
+                        .main = orch_state_lua(orch_state_of(L)) };
     luaL_getmetatable(L, PIPE_META);
     lua_setmetatable(L, -2);
     struct orch_err err = { 0 };
@@ -259,7 +273,8 @@ static int t_process_open(lua_State *L)
         return orch_push_err(L, &err);
     p->proc = orch_proc_start(env->loop,
                               &(struct orch_proc_opts){ .argv = argv,
-                                                        .env = envp ? envp : (const char *const *)environ,
+                                                        .env = envp ? envp
+                                                                    : (const char *const *)environ,
                                                         .cwd = cwd,
                                                         .via = via,
                                                         .on_exit = on_exit_status,
@@ -279,8 +294,11 @@ static int t_process_open(lua_State *L)
 
 void orch_luaopen_pipe(lua_State *L)
 {
-    static const luaL_Reg methods[] = { { "read", l_pipe_read }, { "send", l_pipe_send }, { "stderr", l_pipe_stderr },
-                                        { "close", l_pipe_close }, { NULL, NULL } };
+    static const luaL_Reg methods[] = { { "read", l_pipe_read },
+                                        { "send", l_pipe_send },
+                                        { "stderr", l_pipe_stderr },
+                                        { "close", l_pipe_close },
+                                        { NULL, NULL } };
     luaL_newmetatable(L, PIPE_META);
     lua_newtable(L);
     luaL_setfuncs(L, methods, 0);

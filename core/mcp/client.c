@@ -88,7 +88,8 @@ static void call_unlink(struct orch_mcp_client_call *k)
         k->next->at = k->at;
 }
 
-static void call_finish(struct orch_mcp_client_call *k, struct orch_slice result, const struct orch_err *err)
+static void call_finish(struct orch_mcp_client_call *k, struct orch_slice result,
+                        const struct orch_err *err)
 {
     orch_mcp_client_done_fn *done = k->done;
     void *ud = k->ud;
@@ -131,7 +132,8 @@ static void on_exit_status(void *ud, int status)
     cleanup_buf struct orch_buf tail = { 0 };
     orch_proc_describe(status, how, sizeof how);
     orch_proc_stderr_describe(c->proc, &tail);
-    orch_err_setc(&err, ORCH_CLASS_UPSTREAM, ECHILD, "%s: the server ended (%s); %s", c->name, how, tail.p);
+    orch_err_setc(&err, ORCH_CLASS_UPSTREAM, ECHILD, "%s: the server ended (%s); %s", c->name, how,
+                  tail.p);
     client_fail(c, &err);
 }
 
@@ -167,10 +169,12 @@ static void take_response(struct orch_mcp_client *c, const struct orch_rpc_msg *
     }
     struct orch_err err = { 0 };
     cleanup_buf struct orch_buf text = { 0 };
-    uint32_t message = orch_json_get(&c->doc, m->error, "message"), code = orch_json_get(&c->doc, m->error, "code");
+    uint32_t message = orch_json_get(&c->doc, m->error, "message"),
+             code = orch_json_get(&c->doc, m->error, "code");
     if (message)
         orch_json_string(&c->doc, message, &text);
-    orch_err_setc(&err, ORCH_CLASS_UPSTREAM, EREMOTEIO, "%s: %s (code %.0f)", c->name, text.n ? text.p : "error without a message",
+    orch_err_setc(&err, ORCH_CLASS_UPSTREAM, EREMOTEIO, "%s: %s (code %.0f)", c->name,
+                  text.n ? text.p : "error without a message",
                   code ? orch_json_number(&c->doc, code) : 0);
     call_finish(k, (struct orch_slice){ 0 }, &err);
 }
@@ -181,19 +185,23 @@ static void take_notification(struct orch_mcp_client *c, const struct orch_rpc_m
     if (orch_json_string_eq(d, m->method, "notifications/progress") && m->params) {
         int64_t token;
         uint32_t t = orch_json_get(d, m->params, "progressToken");
-        struct orch_mcp_client_call *k = t && orch_json_int(d, t, &token) ? call_by_id(c, token) : NULL;
+        struct orch_mcp_client_call *k = t && orch_json_int(d, t, &token) ? call_by_id(c, token)
+                                                                          : NULL;
         if (!k || !k->progress)
             return;
-        uint32_t done = orch_json_get(d, m->params, "progress"), total = orch_json_get(d, m->params, "total");
+        uint32_t done = orch_json_get(d, m->params, "progress"),
+                 total = orch_json_get(d, m->params, "total");
         uint32_t message = orch_json_get(d, m->params, "message");
         cleanup_buf struct orch_buf text = { 0 };
         if (message)
             orch_json_string(d, message, &text);
-        k->progress(k->ud, done ? orch_json_number(d, done) : 0, total ? orch_json_number(d, total) : -1,
-                    (struct orch_slice){ text.p, text.n });
-    } else if (orch_json_string_eq(d, m->method, "notifications/tools/list_changed") && c->o.tools_changed) {
+        k->progress(k->ud, done ? orch_json_number(d, done) : 0,
+                    total ? orch_json_number(d, total) : -1, (struct orch_slice){ text.p, text.n });
+    } else if (orch_json_string_eq(d, m->method, "notifications/tools/list_changed") &&
+               c->o.tools_changed) {
         c->o.tools_changed(c->o.ud);
-    } else if (orch_json_string_eq(d, m->method, "notifications/cancelled") && c->o.withdrawn && m->params) {
+    } else if (orch_json_string_eq(d, m->method, "notifications/cancelled") && c->o.withdrawn &&
+               m->params) {
         uint32_t id = orch_json_get(d, m->params, "requestId");
         if (id)
             c->o.withdrawn(c->o.ud, orch_json_raw(d, id));
@@ -239,7 +247,8 @@ static void take_line(struct orch_mcp_client *c, struct orch_slice line)
     else
         take_notification(c, &m);
     if (why && c->stray++ < STRAY_SHOWN)
-        orch_log(ORCH_WARN, "%s: a line on its stdout is no JSON-RPC (%s): %.*s", c->name, why, line.n > 200 ? 200 : (int)line.n, line.p);
+        orch_log(ORCH_WARN, "%s: a line on its stdout is no JSON-RPC (%s): %.*s", c->name, why,
+                 line.n > 200 ? 200 : (int)line.n, line.p);
 }
 
 static void on_readable(void *ud, int events)
@@ -247,11 +256,13 @@ static void on_readable(void *ud, int events)
     (void)events;
     struct orch_mcp_client *c = ud;
     orch_buf_reserve(&c->inbuf, READ_BYTES);
-    ssize_t r = read(orch_proc_stdout(c->proc), c->inbuf.p + c->inbuf.n, c->inbuf.cap - c->inbuf.n - 1);
+    ssize_t r = read(orch_proc_stdout(c->proc), c->inbuf.p + c->inbuf.n,
+                     c->inbuf.cap - c->inbuf.n - 1);
     if (r < 0 && (errno == EAGAIN || errno == EINTR))
         return;
     if (r <= 0) {
-        orch_watch_set(c->in, 0); /* the exit status follows; a server that only closed its stdout is ended */
+        /* the exit status follows; a server that only closed its stdout is ended */
+        orch_watch_set(c->in, 0);
         orch_proc_kill(c->proc, SIGTERM);
         return;
     }
@@ -265,7 +276,8 @@ static void on_readable(void *ud, int events)
     c->scanned = c->inbuf.n;
     if (c->inbuf.n > c->o.limits.bytes) {
         struct orch_err err = { 0 };
-        orch_err_setc(&err, ORCH_CLASS_UPSTREAM, EMSGSIZE, "%s: a line of its stdout is over %zu bytes (limits.message)", c->name,
+        orch_err_setc(&err, ORCH_CLASS_UPSTREAM, EMSGSIZE,
+                      "%s: a line of its stdout is over %zu bytes (limits.message)", c->name,
                       c->o.limits.bytes);
         client_fail(c, &err);
     }
@@ -287,7 +299,9 @@ static void initialized(void *ud, struct orch_slice result, const struct orch_er
     c->o.ready(c->o.ud, NULL);
 }
 
-struct orch_mcp_client *orch_mcp_client_new(struct orch_loop *l, const struct orch_mcp_client_opts *o, struct orch_err *err)
+struct orch_mcp_client *orch_mcp_client_new(struct orch_loop *l,
+                                            const struct orch_mcp_client_opts *o,
+                                            struct orch_err *err)
 {
     struct orch_mcp_client *c = orch_xcalloc(1, sizeof *c);
     c->loop = l;
@@ -295,8 +309,15 @@ struct orch_mcp_client *orch_mcp_client_new(struct orch_loop *l, const struct or
     c->name = orch_xstrdup(o->name);
     if (!c->o.limits.bytes)
         c->o.limits.bytes = 16 << 20;
-    c->proc = orch_proc_start(
-        l, &(struct orch_proc_opts){ .argv = o->argv, .env = o->env, .cwd = o->cwd, .via = o->via, .on_exit = on_exit_status, .log_as = c->name, .ud = c }, err);
+    c->proc = orch_proc_start(l,
+                              &(struct orch_proc_opts){ .argv = o->argv,
+                                                        .env = o->env,
+                                                        .cwd = o->cwd,
+                                                        .via = o->via,
+                                                        .on_exit = on_exit_status,
+                                                        .log_as = c->name,
+                                                        .ud = c },
+                              err);
     if (!c->proc) {
         orch_err_wrap(err, "%s", c->name);
         if (err && err->cls != ORCH_CLASS_ISOLATION)
@@ -308,15 +329,18 @@ struct orch_mcp_client *orch_mcp_client_new(struct orch_loop *l, const struct or
     c->in = orch_watch_new(l, orch_proc_stdout(c->proc), ORCH_READ, on_readable, c);
     c->out = orch_watch_new(l, orch_proc_stdin(c->proc), 0, on_writable, c);
     /* No roots: a server that takes its folders from them would leave those of its command line. */
-    const char *capabilities = o->asked ? "{\"elicitation\":{\"form\":{},\"url\":{}},\"sampling\":{}}" : "{}";
-    cleanup_free char *params = orch_xasprintf("{\"protocolVersion\":\"2025-11-25\",\"capabilities\":%s,\"clientInfo\":{\"name\":\"orch\","
-                                               "\"version\":\"" ORCH_VERSION "\"}}", capabilities);
+    const char *capabilities = o->asked
+                                   ? "{\"elicitation\":{\"form\":{},\"url\":{}},\"sampling\":{}}"
+                                   : "{}";
+    cleanup_free char *params = orch_xasprintf(
+        "{\"protocolVersion\":\"2025-11-25\",\"capabilities\":%s,\"clientInfo\":{\"name\":\"orch\","
+        "\"version\":\"" ORCH_VERSION "\"}}",
+        capabilities);
     orch_mcp_client_call(c,
-                         &(struct orch_mcp_client_request){
-                             .method = "initialize",
-                             .params = orch_slice_str(params),
-                             .done = initialized,
-                             .ud = c },
+                         &(struct orch_mcp_client_request){ .method = "initialize",
+                                                            .params = orch_slice_str(params),
+                                                            .done = initialized,
+                                                            .ud = c },
                          NULL);
     return c;
 }
@@ -370,7 +394,8 @@ static void put_meta(struct orch_buf *out, struct orch_slice meta, int64_t token
         for (uint32_t i = 0; i < d.toks[0].count; i++) {
             struct orch_slice key = orch_json_raw(&d, k);
             bool skip = orch_json_string_eq(&d, k, "progressToken") ||
-                        (key.n > sizeof reserved && memcmp(key.p + 1, reserved, sizeof reserved - 1) == 0);
+                        (key.n > sizeof reserved &&
+                         memcmp(key.p + 1, reserved, sizeof reserved - 1) == 0);
             if (!skip) {
                 orch_buf_char(out, ',');
                 orch_buf_slice(out, key);
@@ -383,7 +408,9 @@ static void put_meta(struct orch_buf *out, struct orch_slice meta, int64_t token
     orch_buf_char(out, '}');
 }
 
-struct orch_mcp_client_call *orch_mcp_client_call(struct orch_mcp_client *c, const struct orch_mcp_client_request *r, struct orch_err *err)
+struct orch_mcp_client_call *orch_mcp_client_call(struct orch_mcp_client *c,
+                                                  const struct orch_mcp_client_request *r,
+                                                  struct orch_err *err)
 {
     if (c->dead) {
         if (err)
@@ -391,18 +418,26 @@ struct orch_mcp_client_call *orch_mcp_client_call(struct orch_mcp_client *c, con
         return NULL;
     }
     if (c->outbuf.n + r->args.n + r->params.n > OUT_MAX_BYTES) {
-        orch_err_setc(err, ORCH_CLASS_UPSTREAM, ENOBUFS, "%s: the server does not read its input (%zu bytes wait)", c->name, c->outbuf.n);
+        orch_err_setc(err, ORCH_CLASS_UPSTREAM, ENOBUFS,
+                      "%s: the server does not read its input (%zu bytes wait)", c->name,
+                      c->outbuf.n);
         return NULL;
     }
     struct orch_mcp_client_call *k = orch_xcalloc(1, sizeof *k);
-    *k = (struct orch_mcp_client_call){ .next = c->calls, .at = &c->calls, .client = c, .id = ++c->next_id, .done = r->done,
-                                        .progress = r->progress, .ud = r->ud };
+    *k = (struct orch_mcp_client_call){ .next = c->calls,
+                                        .at = &c->calls,
+                                        .client = c,
+                                        .id = ++c->next_id,
+                                        .done = r->done,
+                                        .progress = r->progress,
+                                        .ud = r->ud };
     if (k->next)
         k->next->at = &k->next;
     c->calls = k;
     struct orch_buf *b = &c->outbuf;
     size_t from = b->n;
-    orch_buf_printf(b, "{\"jsonrpc\":\"2.0\",\"id\":%lld,\"method\":\"%s\"", (long long)k->id, r->method ? r->method : "tools/call");
+    orch_buf_printf(b, "{\"jsonrpc\":\"2.0\",\"id\":%lld,\"method\":\"%s\"", (long long)k->id,
+                    r->method ? r->method : "tools/call");
     if (!r->method) {
         orch_buf_str(b, ",\"params\":{\"name\":");
         orch_json_quote(b, orch_slice_str(r->tool));
@@ -425,13 +460,15 @@ static void reply_end(struct orch_mcp_client *c, size_t from)
     message_end(c, from);
     if (c->outbuf.n > OUT_MAX_BYTES) {
         struct orch_err err = { 0 };
-        orch_err_setc(&err, ORCH_CLASS_UPSTREAM, ENOBUFS, "%s: the server asks but does not read its input (%zu bytes wait)", c->name,
+        orch_err_setc(&err, ORCH_CLASS_UPSTREAM, ENOBUFS,
+                      "%s: the server asks but does not read its input (%zu bytes wait)", c->name,
                       c->outbuf.n);
         client_fail(c, &err);
     }
 }
 
-void orch_mcp_client_reply(struct orch_mcp_client *c, struct orch_slice id, struct orch_slice result)
+void orch_mcp_client_reply(struct orch_mcp_client *c, struct orch_slice id,
+                           struct orch_slice result)
 {
     size_t from = c->outbuf.n;
     if (c->dead)
@@ -442,7 +479,8 @@ void orch_mcp_client_reply(struct orch_mcp_client *c, struct orch_slice id, stru
     reply_end(c, from);
 }
 
-void orch_mcp_client_refuse(struct orch_mcp_client *c, struct orch_slice id, int code, const char *why)
+void orch_mcp_client_refuse(struct orch_mcp_client *c, struct orch_slice id, int code,
+                            const char *why)
 {
     size_t from = c->outbuf.n;
     if (c->dead)
@@ -456,7 +494,9 @@ void orch_mcp_client_cancel(struct orch_mcp_client_call *k, const char *why)
     struct orch_mcp_client *c = k->client;
     if (!c->dead) {
         size_t from = c->outbuf.n;
-        orch_buf_printf(&c->outbuf, "{\"jsonrpc\":\"2.0\",\"method\":\"notifications/cancelled\",\"params\":{\"requestId\":%lld,\"reason\":",
+        orch_buf_printf(&c->outbuf,
+                        "{\"jsonrpc\":\"2.0\",\"method\":\"notifications/"
+                        "cancelled\",\"params\":{\"requestId\":%lld,\"reason\":",
                         (long long)k->id);
         orch_json_quote(&c->outbuf, orch_slice_str(why));
         orch_buf_str(&c->outbuf, "}}");

@@ -11,7 +11,12 @@ enum { DEPTH_MAX = 32, PARAMS_MAX = 64 };
 
 static int digit(char c)
 {
-    return c >= 'A' && c <= 'Z' ? c - 'A' : c >= 'a' && c <= 'z' ? c - 'a' + 26 : c >= '0' && c <= '9' ? c - '0' + 52 : c == '+' ? 62 : c == '/' ? 63 : -1;
+    return c >= 'A' && c <= 'Z'   ? c - 'A'
+           : c >= 'a' && c <= 'z' ? c - 'a' + 26
+           : c >= '0' && c <= '9' ? c - '0' + 52
+           : c == '+'             ? 62
+           : c == '/'             ? 63
+                                  : -1;
 }
 
 static int decode_base64(struct orch_slice s, struct orch_buf *out)
@@ -38,7 +43,8 @@ int orch_mcp_header_decode(struct orch_slice value, struct orch_buf *out)
 {
     size_t n = sizeof PREFIX - 1;
     orch_buf_reserve(out, value.n);
-    if (value.n >= n + 2 && memcmp(value.p, PREFIX, n) == 0 && memcmp(value.p + value.n - 2, "?=", 2) == 0)
+    if (value.n >= n + 2 && memcmp(value.p, PREFIX, n) == 0 &&
+        memcmp(value.p + value.n - 2, "?=", 2) == 0)
         return decode_base64((struct orch_slice){ value.p + n, value.n - n - 2 }, out);
     for (size_t i = 0; i < value.n; i++)
         if ((unsigned char)value.p[i] < 0x20 || (unsigned char)value.p[i] > 0x7e)
@@ -61,9 +67,11 @@ static const char *add_param(struct reading *r, uint32_t property, uint32_t anno
     const struct orch_json_doc *d = r->d;
     cleanup_buf struct orch_buf name = { 0 };
     uint32_t type = orch_json_get(d, property, "type");
-    if (orch_json_string(d, annotation, &name) < 0 || !name.n || !orch_http_token_ok((struct orch_slice){ name.p, name.n }))
+    if (orch_json_string(d, annotation, &name) < 0 || !name.n ||
+        !orch_http_token_ok((struct orch_slice){ name.p, name.n }))
         return "x-mcp-header must be a header token";
-    bool string = type && orch_json_string_eq(d, type, "string"), integer = type && orch_json_string_eq(d, type, "integer"),
+    bool string = type && orch_json_string_eq(d, type, "string"),
+         integer = type && orch_json_string_eq(d, type, "integer"),
          boolean = type && orch_json_string_eq(d, type, "boolean");
     if (!string && !integer && !boolean)
         return "x-mcp-header belongs to properties of type string, integer or boolean";
@@ -71,11 +79,14 @@ static const char *add_param(struct reading *r, uint32_t property, uint32_t anno
         return "too many x-mcp-header";
     cleanup_free char *header = orch_xasprintf("Mcp-Param-%s", name.p);
     for (size_t i = 0; i < r->out->n; i++)
-        if (strcasecmp(r->out->params[i].header, header) == 0)
+        if (orch_http_name_eq(orch_slice_str(header), r->out->params[i].header))
             return "two properties have the same x-mcp-header";
     r->out->params = orch_xrealloc(r->out->params, (r->out->n + 1) * sizeof *r->out->params);
     struct orch_mcp_param *p = &r->out->params[r->out->n++];
-    *p = (struct orch_mcp_param){ .header = orch_steal_ptr(&header), .path = orch_xcalloc(r->depth + 1, sizeof *p->path), .integer = integer, .boolean = boolean };
+    *p = (struct orch_mcp_param){ .header = orch_steal_ptr(&header),
+                                  .path = orch_xcalloc(r->depth + 1, sizeof *p->path),
+                                  .integer = integer,
+                                  .boolean = boolean };
     for (size_t i = 0; i < r->depth; i++)
         p->path[i] = orch_xstrdup(r->path[i]);
     return NULL;
@@ -86,22 +97,26 @@ static const char *read_schema(struct reading *r, uint32_t schema)
     const struct orch_json_doc *d = r->d;
     if (d->toks[schema].type != ORCH_JSON_OBJECT)
         return NULL;
-    uint32_t annotation = orch_json_get(d, schema, "x-mcp-header"), properties = orch_json_get(d, schema, "properties");
-    const char *why = annotation ? (r->depth ? add_param(r, schema, annotation) : "x-mcp-header belongs to a property") : NULL;
+    uint32_t annotation = orch_json_get(d, schema, "x-mcp-header"),
+             properties = orch_json_get(d, schema, "properties");
+    const char *why = annotation ? (r->depth ? add_param(r, schema, annotation)
+                                             : "x-mcp-header belongs to a property")
+                                 : NULL;
     if (why || !properties || d->toks[properties].type != ORCH_JSON_OBJECT || r->depth == DEPTH_MAX)
         return why;
     uint32_t key = properties + 1;
     for (uint32_t i = 0; !why && i < d->toks[properties].count; i++, key = d->toks[key + 1].next) {
         cleanup_buf struct orch_buf name = { 0 };
         orch_json_string(d, key, &name);
-        r->path[r->depth++] = name.p ? name.p : (char *)(uintptr_t)"";
+        r->path[r->depth++] = name.p ? name.p : (char *)(uintptr_t) "";
         why = read_schema(r, key + 1);
         r->depth--;
     }
     return why;
 }
 
-int orch_mcp_params_read(const struct orch_json_doc *d, uint32_t schema, struct orch_mcp_param_list *out, const char **why)
+int orch_mcp_params_read(const struct orch_json_doc *d, uint32_t schema,
+                         struct orch_mcp_param_list *out, const char **why)
 {
     struct reading r = { .d = d, .out = out };
     *why = read_schema(&r, schema);
@@ -123,21 +138,26 @@ void orch_mcp_params_free(struct orch_mcp_param_list *p)
     *p = (struct orch_mcp_param_list){ 0 };
 }
 
-static bool same(const struct orch_mcp_param *p, struct orch_slice given, const struct orch_json_doc *d, uint32_t tok)
+static bool same(const struct orch_mcp_param *p, struct orch_slice given,
+                 const struct orch_json_doc *d, uint32_t tok)
 {
     cleanup_buf struct orch_buf text = { 0 };
     if (p->integer && d->toks[tok].type == ORCH_JSON_NUMBER) {
-        cleanup_free char *copy = orch_xstrndup(given.p, given.n);
-        char *end;
-        double v = strtod(copy, &end);
-        return end != copy && !*end && strspn(copy, "0123456789+-.eE") == given.n && v == orch_json_number(d, tok);
+        cleanup_json struct orch_json_doc number = { 0 };
+        struct orch_json_fault fault;
+        return orch_json_scan(&number, given, &(struct orch_json_limits){ .depth = 1 }, &fault) ==
+                   0 &&
+               orch_json_number(&number, 0) == orch_json_number(d, tok);
     }
     if (p->boolean)
         return orch_slice_eq(given, d->toks[tok].type == ORCH_JSON_TRUE ? "true" : "false");
-    return orch_json_string(d, tok, &text) == 0 && text.n == given.n && memcmp(text.p ? text.p : "", given.p ? given.p : "", given.n) == 0;
+    return orch_json_string(d, tok, &text) == 0 && text.n == given.n &&
+           memcmp(text.p ? text.p : "", given.p ? given.p : "", given.n) == 0;
 }
 
-const char *orch_mcp_params_check(const struct orch_mcp_param_list *p, const struct orch_http_request *q, const struct orch_json_doc *d, uint32_t args)
+const char *orch_mcp_params_check(const struct orch_mcp_param_list *p,
+                                  const struct orch_http_request *q, const struct orch_json_doc *d,
+                                  uint32_t args)
 {
     static _Thread_local char why[256];
     for (size_t i = 0; i < p->n; i++) {
@@ -149,13 +169,15 @@ const char *orch_mcp_params_check(const struct orch_mcp_param_list *p, const str
             tok = d->toks[tok].type == ORCH_JSON_OBJECT ? orch_json_get(d, tok, *name) : 0;
         bool present = tok && d->toks[tok].type != ORCH_JSON_NULL;
         size_t n = orch_http_header(q, param->header, &value);
-        const char *problem = n > 1                                      ? "is there more than once"
-                              : present && !n                            ? "is missing"
-                              : !present && n                            ? "is there, but its argument is not"
-                              : !n                                       ? NULL
-                              : orch_mcp_header_decode(value, &decoded) < 0 ? "has bad characters or bad base64"
-                              : !same(param, (struct orch_slice){ decoded.p, decoded.n }, d, tok) ? "is not the same as its argument"
-                                                                         : NULL;
+        const char *problem = n > 1           ? "is there more than once"
+                              : present && !n ? "is missing"
+                              : !present && n ? "is there, but its argument is not"
+                              : !n            ? NULL
+                              : orch_mcp_header_decode(value, &decoded) < 0
+                                  ? "has bad characters or bad base64"
+                              : !same(param, (struct orch_slice){ decoded.p, decoded.n }, d, tok)
+                                  ? "is not the same as its argument"
+                                  : NULL;
         if (problem) {
             snprintf(why, sizeof why, "the header %.150s %s", param->header, problem);
             return why;

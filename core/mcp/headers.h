@@ -11,8 +11,8 @@ int orch_mcp_header_decode(struct orch_slice value, struct orch_buf *out);
 
 /* The annotated properties of a schema. */
 struct orch_mcp_param {
-    char *header;   /* "Mcp-Param-Region" */
-    char **path;    /* names of properties, NULL-terminated */
+    char *header; /* "Mcp-Param-Region" */
+    char **path;  /* names of properties, NULL-terminated */
     bool integer, boolean;
 };
 struct orch_mcp_param_list {
@@ -21,10 +21,13 @@ struct orch_mcp_param_list {
 };
 
 /* Reads a schema (token). 0, or -EINVAL with a static reason when an annotation is not allowed. */
-int orch_mcp_params_read(const struct orch_json_doc *d, uint32_t schema, struct orch_mcp_param_list *out, const char **why);
+int orch_mcp_params_read(const struct orch_json_doc *d, uint32_t schema,
+                         struct orch_mcp_param_list *out, const char **why);
 void orch_mcp_params_free(struct orch_mcp_param_list *p);
-/* Whether the headers say what the arguments (0: none) say; NULL, or what is wrong (valid until the next call). */
-const char *orch_mcp_params_check(const struct orch_mcp_param_list *p, const struct orch_http_request *q, const struct orch_json_doc *d,
+/* Whether the headers say what the arguments (0: none) say; NULL, or what is wrong (valid until the
+ * next call). */
+const char *orch_mcp_params_check(const struct orch_mcp_param_list *p,
+                                  const struct orch_http_request *q, const struct orch_json_doc *d,
                                   uint32_t args);
 
 #endif

@@ -5,13 +5,15 @@
 static bool read_id(const struct orch_json_doc *d, uint32_t tok, struct orch_slice *id)
 {
     const struct orch_json_tok *t = &d->toks[tok];
-    if (t->type != ORCH_JSON_STRING && !(t->type == ORCH_JSON_NUMBER && (t->flags & ORCH_JSON_INTEGER)))
+    if (t->type != ORCH_JSON_STRING &&
+        !(t->type == ORCH_JSON_NUMBER && (t->flags & ORCH_JSON_INTEGER)))
         return false;
     *id = orch_json_raw(d, tok);
     return true;
 }
 
-int orch_rpc_read(const struct orch_json_doc *d, uint32_t tok, struct orch_rpc_msg *m, const char **why)
+int orch_rpc_read(const struct orch_json_doc *d, uint32_t tok, struct orch_rpc_msg *m,
+                  const char **why)
 {
     *m = (struct orch_rpc_msg){ 0 };
     if (d->toks[tok].type != ORCH_JSON_OBJECT) {
@@ -66,7 +68,8 @@ void orch_rpc_result_head(struct orch_buf *out, struct orch_slice id)
     orch_buf_slice(out, ORCH_SLICE(",\"result\":"));
 }
 
-void orch_rpc_error(struct orch_buf *out, struct orch_slice id, int code, struct orch_slice text, struct orch_slice data)
+void orch_rpc_error(struct orch_buf *out, struct orch_slice id, int code, struct orch_slice text,
+                    struct orch_slice data)
 {
     orch_buf_slice(out, ORCH_SLICE("{\"jsonrpc\":\"2.0\",\"id\":"));
     orch_buf_slice(out, id.n ? id : ORCH_SLICE("null"));

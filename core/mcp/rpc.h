@@ -22,18 +22,20 @@ enum orch_rpc_kind { ORCH_RPC_REQUEST = 1, ORCH_RPC_NOTIFICATION, ORCH_RPC_RESPO
 
 struct orch_rpc_msg {
     enum orch_rpc_kind kind;
-    struct orch_slice id;     /* as it came, with quotes; empty for notifications */
-    uint32_t method, params;  /* tokens; params 0 when absent */
-    uint32_t result, error;   /* RESPONSE: one of them */
+    struct orch_slice id;    /* as it came, with quotes; empty for notifications */
+    uint32_t method, params; /* tokens; params 0 when absent */
+    uint32_t result, error;  /* RESPONSE: one of them */
 };
 
-/* Reads the object at tok. On failure -EINVAL with a static reason for -32600; id is set when it could
- * be read, so that the refusal can name it. */
-int orch_rpc_read(const struct orch_json_doc *d, uint32_t tok, struct orch_rpc_msg *m, const char **why);
+/* Reads the object at tok. On failure -EINVAL with a static reason for -32600; id is set when it
+ * could be read, so that the refusal can name it. */
+int orch_rpc_read(const struct orch_json_doc *d, uint32_t tok, struct orch_rpc_msg *m,
+                  const char **why);
 
 /* Appends {"jsonrpc":"2.0","id":ID,"result": — the caller appends the result and "}". */
 void orch_rpc_result_head(struct orch_buf *out, struct orch_slice id);
 /* Appends a whole error answer without newline; an empty id becomes null; data is JSON or empty. */
-void orch_rpc_error(struct orch_buf *out, struct orch_slice id, int code, struct orch_slice text, struct orch_slice data);
+void orch_rpc_error(struct orch_buf *out, struct orch_slice id, int code, struct orch_slice text,
+                    struct orch_slice data);
 
 #endif

@@ -1,6 +1,6 @@
-/* A server behind the policy (the thin proxy `mcp stdio -- CMD`): from its start on there are no tools but
- * its own, which join every generation; their calls go to it, and what it asks during a call goes to that
- * call's client. */
+/* A server behind the policy (the thin proxy `mcp stdio -- CMD`): from its start on there are no
+ * tools but its own, which join every generation; their calls go to it, and what it asks during a
+ * call goes to that call's client. */
 #ifndef ORCH_UPSTREAM_UPSTREAM_H
 #define ORCH_UPSTREAM_UPSTREAM_H
 
@@ -21,8 +21,8 @@ struct orch_upstream_opts {
     void *ud;
 };
 
-/* NULL with err: it cannot be started as asked (class ISOLATION). Any other failure is a problem of the
- * generation (orch_current), told by settled. */
+/* NULL with err: it cannot be started as asked (class ISOLATION). Any other failure is a problem of
+ * the generation (orch_current), told by settled. */
 struct orch_upstream *orch_upstream_start(struct orch_calls *cs,
                                           const struct orch_upstream_opts *uo,
                                           struct orch_err *err);
