@@ -45,7 +45,7 @@ LDFLAGS_ALL = -Wl,--as-needed -pie $(VARIANT_CFLAGS) $(LDFLAGS)
 # libcrypto is linked statically: only its SHA-256 is used, and loading the shared library doubles the start time.
 LIBS := -lluajit-5.1 -levent_core -lcjson -lpcre2-8 -l:libcrypto.a -ldl -lm
 
-ROOMS := base http mcp launch net vm store script policy call bind upstream host
+ROOMS := base http mcp launch net image vm store script policy call bind upstream host
 LIB_SRC := $(wildcard $(foreach r,$(ROOMS),core/$(r)/*.c))
 LIB_OBJ := $(LIB_SRC:%.c=$(B)/%.o) $(B)/compiled.o
 LAUNCHER_SRC := $(wildcard core/launcher/*.c)
@@ -74,7 +74,7 @@ $(B)/%.o: %.c Makefile $(B)/settings
 	$(Q)$(CC) $(ALL_CFLAGS) -MMD -MP -c -o $@ $<
 
 # orch's own Lua files that every start needs; another text of them on the disk is compiled there and then.
-COMPILED := $(wildcard lua/*.lua lua/tools/*.lua)
+COMPILED := $(wildcard lua/*.lua lua/policy/*.lua lua/tools/*.lua)
 $(B)/compiled.c: core/script/compile.lua $(COMPILED)
 	@mkdir -p $(@D)
 	$(Q)luajit $< $(COMPILED) > $@.tmp && mv $@.tmp $@
@@ -182,6 +182,7 @@ nftables             test   reads the firewall back by another program
 procps               test   the host's settings before and after
 apparmor             test   the profile of package passt, in force in a microVM
 python3-pip          suite  fetches the JSON Schema test suite, and Python peers
+clang-format         format lays out the C files
 clang                fuzz   libFuzzer
 libclang-rt-14-dev   fuzz   its runtime, and the sanitizers'
 npm                  conformance  installs the official MCP suite
@@ -254,8 +255,19 @@ net-mutation: deps ## each attack on the firewall against a filter without the r
 	@+$(MAKE) --no-print-directory $(JOBS) all $(B)/tests/test_net_attacks
 	@$(B)/tests/test_net_attacks --mutate
 
-check-layers: all ## includes and calls point downwards, each library has one user, features are declared
+check-layers: all ## rooms use what is below them, each library has one user, no state of the process
 	@KNOWN_FEATURES="$(KNOWN_FEATURES)" tests/check-layers $(B)
+
+# Generated code aside: all C of the tree.
+C_FILES = $(shell git ls-files '*.c' '*.h')
+.PHONY: format format-check
+format: DEPS_FOR = format
+format: deps ## lay out the C files as .clang-format says
+	@clang-format -i $(C_FILES)
+format-check: DEPS_FOR = format
+format-check: deps ## fail where a C file is laid out otherwise, or a line is over 100 columns
+	@clang-format --dry-run --Werror $(C_FILES)
+	@! LC_ALL=C.UTF-8 grep -nE '^.{101}' $(C_FILES)
 
 .SECONDARY: $(FUZZ_BIN)
 FUZZ_SECONDS ?= 20

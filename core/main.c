@@ -37,8 +37,8 @@ static int usage(const char *fmt, ...)
     return ORCH_CLASS_USAGE;
 }
 
-/* The global option at argv[*i], which is moved to its last word. 1: taken, 0: it is none, or a negative
- * exit status. */
+/* The global option at argv[*i], which is moved to its last word. 1: taken, 0: it is none, or a
+ * negative exit status. */
 static int take_global(char **argv, int *i, struct options *opt)
 {
     static const char *const valued[] = { "-c", "--config", "--log-format", "--log-level", NULL };
@@ -74,11 +74,12 @@ static int take_global(char **argv, int *i, struct options *opt)
     return 1;
 }
 
-/* Global options before the command. Returns the index of the first other argument, or a negative exit
- * status. */
+/* Global options before the command. Returns the index of the first other argument, or a negative
+ * exit status. */
 static int parse(char **argv, struct options *opt)
 {
-    static const char *const known[] = { "--config", "--log-format", "--log-level", "--help", "--version", NULL };
+    static const char *const known[] = { "--config", "--log-format", "--log-level",
+                                         "--help",   "--version",    NULL };
     int i = 1;
     for (; argv[i] && argv[i][0] == '-' && argv[i][1]; i++) {
         const char *a = argv[i];
@@ -94,7 +95,8 @@ static int parse(char **argv, struct options *opt)
             opt->help = true;
         } else {
             const char *near = orch_nearest(a, known);
-            return -usage("unknown option %s%s%s%s", a, near ? "; did you mean " : "", near ? near : "", near ? "?" : "");
+            return -usage("unknown option %s%s%s%s", a, near ? "; did you mean " : "",
+                          near ? near : "", near ? "?" : "");
         }
     }
     if (argv[i] && strcmp(argv[i], "-") == 0) {
@@ -104,8 +106,9 @@ static int parse(char **argv, struct options *opt)
     return i;
 }
 
-/* Takes the global options out of a command's words, up to CMD: what follows "--" or, with mcp, the word
- * after its subcommand. A word behind an option of the command's own is left alone: it may be its value. */
+/* Takes the global options out of a command's words, up to CMD: what follows "--" or, with mcp, the
+ * word after its subcommand. A word behind an option of the command's own is left alone: it may be
+ * its value. */
 static int parse_rest(char **argv, struct options *opt)
 {
     int kept = 0, words = 0, limit = argv[0] && strcmp(argv[0], "mcp") == 0 ? 2 : INT_MAX, i = 0;
@@ -172,7 +175,8 @@ static bool is_script(const char *arg)
 {
     struct stat st;
     size_t n = strlen(arg);
-    return (n > 4 && strcmp(arg + n - 4, ".lua") == 0) || (strchr(arg, '/') && stat(arg, &st) == 0 && S_ISREG(st.st_mode));
+    return (n > 4 && strcmp(arg + n - 4, ".lua") == 0) ||
+           (strchr(arg, '/') && stat(arg, &st) == 0 && S_ISREG(st.st_mode));
 }
 
 static int read_input(struct orch_buf *text)
@@ -194,15 +198,17 @@ static char *command_file(struct orch *o, const char *name)
 {
     if (strspn(name, "abcdefghijklmnopqrstuvwxyz-") != strlen(name))
         return NULL;
-    char *path = strcmp(name, "mcp") == 0 ? orch_xasprintf("%s/lua/mcp.lua", o->paths.share)
-                                          : orch_xasprintf("%s/lua/cli/%s.lua", o->paths.share, name);
+    char *path = strcmp(name, "mcp") == 0
+                     ? orch_xasprintf("%s/lua/mcp.lua", o->paths.share)
+                     : orch_xasprintf("%s/lua/cli/%s.lua", o->paths.share, name);
     if (access(path, R_OK) == 0)
         return path;
     free(path);
     return NULL;
 }
 
-static int run(struct orch *o, const struct options *opt, int argc, char **argv, struct orch_err *err)
+static int run(struct orch *o, const struct options *opt, int argc, char **argv,
+               struct orch_err *err)
 {
     cleanup_buf struct orch_buf text = { 0 };
     cleanup_free char *file = NULL;
@@ -221,7 +227,8 @@ static int run(struct orch *o, const struct options *opt, int argc, char **argv,
         argc = 0;
     } else if (opt->help) {
         file = command_file(o, "help"); /* the words after -h are the command to explain */
-    } else if (argc && (file = is_script(argv[0]) ? orch_xstrdup(argv[0]) : command_file(o, argv[0]))) {
+    } else if (argc &&
+               (file = is_script(argv[0]) ? orch_xstrdup(argv[0]) : command_file(o, argv[0]))) {
         args++;
         argc--;
     } else {
@@ -230,7 +237,8 @@ static int run(struct orch *o, const struct options *opt, int argc, char **argv,
         argc = argc ? 2 : 1;
     }
     if (!file) {
-        orch_err_setc(err, ORCH_CLASS_CONFIG, ENOENT, "%s/lua/cli: missing; is orch installed whole?", o->paths.share);
+        orch_err_setc(err, ORCH_CLASS_CONFIG, ENOENT,
+                      "%s/lua/cli: missing; is orch installed whole?", o->paths.share);
         return -1;
     }
     int r = orch_read_file(AT_FDCWD, file, SCRIPT_MAX_BYTES, &text);
@@ -254,13 +262,18 @@ int main(int argc, char **argv)
         return -first;
     argv += first;
     argc -= first;
-    if (!opt.code && !opt.from_stdin && argc && !is_script(argv[0]) && (argc = parse_rest(argv, &opt)) < 0)
+    if (!opt.code && !opt.from_stdin && argc && !is_script(argv[0]) &&
+        (argc = parse_rest(argv, &opt)) < 0)
         return -argc;
-    orch_log_level(opt.level >= 0 ? (enum orch_level)opt.level : opt.verbose > 1 ? ORCH_DEBUG : opt.verbose ? ORCH_INFO : ORCH_WARN);
+    orch_log_level(opt.level >= 0    ? (enum orch_level)opt.level
+                   : opt.verbose > 1 ? ORCH_DEBUG
+                   : opt.verbose     ? ORCH_INFO
+                                     : ORCH_WARN);
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN); /* a file that may not grow is an error like any other */
     if (too_deep()) {
-        fprintf(stderr, "orch: started by an orch that was started by an orch (ORCH_DEPTH); this looks like a loop, refused\n");
+        fprintf(stderr, "orch: started by an orch that was started by an orch (ORCH_DEPTH); this "
+                        "looks like a loop, refused\n");
         return ORCH_CLASS_CONFIG;
     }
     struct orch *o = orch_host_open(opt.config, NULL, &err);

@@ -1,11 +1,11 @@
-/* A C program that hosts tool calls: it registers a tool written in C, has the policy judge a call of it,
- * and prints the answer.
+/* A C program that hosts tool calls: it registers a tool written in C, has the policy judge a call
+ * of it, and prints the answer.
  *
  *   cc -o embed embed.c $(pkg-config --cflags --libs --static orch)
  *   ./embed [orchestrator.lua]
  *
- * Without a configuration of yours it writes a small one into a temporary folder: one rule allows the
- * tool `add`, and a second one denies large numbers. */
+ * Without a configuration of yours it writes a small one into a temporary folder: one rule allows
+ * the tool `add`, and a second one denies large numbers. */
 #include <orch.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -13,11 +13,11 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-static const char policy[] =
-    "return { rules = {\n"
-    "  { tool = 'add', action = 'allow' },\n"
-    "  { tool = 'add', action = 'deny', when = function(call) return call.args.a > 1000 end, reason = 'too large' },\n"
-    "} }\n";
+static const char policy[] = "return { rules = {\n"
+                             "  { tool = 'add', action = 'allow' },\n"
+                             "  { tool = 'add', action = 'deny', when = function(call) return "
+                             "call.args.a > 1000 end, reason = 'too large' },\n"
+                             "} }\n";
 
 static void write_file(const char *dir, const char *name, const char *text)
 {
@@ -66,11 +66,13 @@ int main(int argc, char **argv)
     struct orch_tool_def def = {
         .name = "add",
         .description = "Add two integers",
-        .input = "{\"type\":\"object\",\"properties\":{\"a\":{\"type\":\"integer\"},\"b\":{\"type\":\"integer\"}},\"required\":[\"a\",\"b\"]}",
+        .input = "{\"type\":\"object\",\"properties\":{\"a\":{\"type\":\"integer\"},\"b\":{"
+                 "\"type\":\"integer\"}},\"required\":[\"a\",\"b\"]}",
         .fn = add,
     };
     int pending = 2;
-    if (orch_add_tool(o, &def, &err) < 0 || orch_call(o, "add", "{\"a\":2,\"b\":40}", "embed", print_result, &pending, &err) < 0 ||
+    if (orch_add_tool(o, &def, &err) < 0 ||
+        orch_call(o, "add", "{\"a\":2,\"b\":40}", "embed", print_result, &pending, &err) < 0 ||
         orch_call(o, "add", "{\"a\":2000,\"b\":1}", "embed", print_result, &pending, &err) < 0)
         return fprintf(stderr, "embed: %s\n", err.message), err.status;
     while (pending)

@@ -7,9 +7,10 @@
 
 enum {
     SELF_GONE = IN_DELETE_SELF | IN_MOVE_SELF | IN_IGNORED | IN_UNMOUNT,
-    DIR_MASK = IN_CLOSE_WRITE | IN_MOVED_TO | IN_MOVED_FROM | IN_CREATE | IN_DELETE | IN_ATTRIB | IN_DELETE_SELF |
-               IN_MOVE_SELF,
-    PARENT_MASK = IN_MOVED_TO | IN_MOVED_FROM | IN_CREATE | IN_DELETE | IN_DELETE_SELF | IN_MOVE_SELF,
+    DIR_MASK = IN_CLOSE_WRITE | IN_MOVED_TO | IN_MOVED_FROM | IN_CREATE | IN_DELETE | IN_ATTRIB |
+               IN_DELETE_SELF | IN_MOVE_SELF,
+    PARENT_MASK = IN_MOVED_TO | IN_MOVED_FROM | IN_CREATE | IN_DELETE | IN_DELETE_SELF |
+                  IN_MOVE_SELF,
 };
 
 struct dir {
@@ -69,8 +70,9 @@ static int watch_parent(struct orch_dirwatch *r, struct dir *d, bool *direct)
     }
 }
 
-/* Watches path and parent as they are now. Directories may appear meanwhile: it is done again until a
- * parent was watched already when the rest of the path was looked up; what comes later is an event. */
+/* Watches path and parent as they are now. Directories may appear meanwhile: it is done again until
+ * a parent was watched already when the rest of the path was looked up; what comes later is an
+ * event. */
 static int watch_dir(struct orch_dirwatch *r, struct dir *d)
 {
     int old_wd = d->wd, old_parent = d->parent_wd, last = -1, status;
@@ -142,13 +144,14 @@ static void readable(void *ud, int events)
     }
 }
 
-struct orch_dirwatch *orch_dirwatch_new(struct orch_loop *l, int64_t quiet_ms, orch_loop_fn *fn, void *ud,
-                                    struct orch_err *err)
+struct orch_dirwatch *orch_dirwatch_new(struct orch_loop *l, int64_t quiet_ms, orch_loop_fn *fn,
+                                        void *ud, struct orch_err *err)
 {
     int fd = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
     if (fd < 0) {
         int e = errno;
-        orch_err_set(err, e, "watching files: inotify: %s; raise fs.inotify.max_user_instances", strerror(e));
+        orch_err_set(err, e, "watching files: inotify: %s; raise fs.inotify.max_user_instances",
+                     strerror(e));
         return NULL;
     }
     struct orch_dirwatch *r = orch_xcalloc(1, sizeof *r);

@@ -54,17 +54,28 @@ int orch_err_wrap(struct orch_err *err, const char *fmt, ...)
 const char *orch_class_name(enum orch_class cls)
 {
     switch (cls) {
-    case ORCH_CLASS_USAGE: return "usage";
-    case ORCH_CLASS_DENIED: return "denied";
-    case ORCH_CLASS_APPROVAL: return "approval";
-    case ORCH_CLASS_ISOLATION: return "isolation";
-    case ORCH_CLASS_CONFIG: return "config";
-    case ORCH_CLASS_UPSTREAM: return "upstream";
-    case ORCH_CLASS_LIMIT: return "limit";
-    case ORCH_CLASS_TIMEOUT: return "timeout";
-    case ORCH_CLASS_CANCELLED: return "cancelled";
-    case ORCH_CLASS_CLOSED: return "closed";
-    case ORCH_CLASS_FAILED: break;
+    case ORCH_CLASS_USAGE:
+        return "usage";
+    case ORCH_CLASS_DENIED:
+        return "denied";
+    case ORCH_CLASS_APPROVAL:
+        return "approval";
+    case ORCH_CLASS_ISOLATION:
+        return "isolation";
+    case ORCH_CLASS_CONFIG:
+        return "config";
+    case ORCH_CLASS_UPSTREAM:
+        return "upstream";
+    case ORCH_CLASS_LIMIT:
+        return "limit";
+    case ORCH_CLASS_TIMEOUT:
+        return "timeout";
+    case ORCH_CLASS_CANCELLED:
+        return "cancelled";
+    case ORCH_CLASS_CLOSED:
+        return "closed";
+    case ORCH_CLASS_FAILED:
+        break;
     }
     return "failed";
 }

@@ -7,7 +7,8 @@
 
 #include "util.h"
 
-/* What kind of failure it is for the user. The first nine are exit statuses (help: orch help exit). */
+/* What kind of failure it is for the user. The first nine are exit statuses (help: orch help
+ * exit). */
 enum orch_class {
     ORCH_CLASS_FAILED = 1,    /* "failed": a Lua error, a test, the world */
     ORCH_CLASS_USAGE = 2,     /* "usage" */

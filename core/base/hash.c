@@ -10,8 +10,10 @@
 
 enum { BLOCK = 64 };
 
-_Static_assert(sizeof(SHA256_CTX) <= sizeof(struct orch_sha256_ctx), "orch_sha256_ctx is too small");
-_Static_assert(_Alignof(SHA256_CTX) <= _Alignof(struct orch_sha256_ctx), "orch_sha256_ctx is aligned too weakly");
+_Static_assert(sizeof(SHA256_CTX) <= sizeof(struct orch_sha256_ctx),
+               "orch_sha256_ctx is too small");
+_Static_assert(_Alignof(SHA256_CTX) <= _Alignof(struct orch_sha256_ctx),
+               "orch_sha256_ctx is aligned too weakly");
 
 void orch_sha256_init(struct orch_sha256_ctx *c)
 {
@@ -72,7 +74,8 @@ void orch_hmac_key_init(struct orch_hmac_key *k, const void *key, size_t n)
     OPENSSL_cleanse(block, sizeof block);
 }
 
-void orch_hmac(const struct orch_hmac_key *k, const void *p, size_t n, uint8_t out[ORCH_SHA256_BYTES])
+void orch_hmac(const struct orch_hmac_key *k, const void *p, size_t n,
+               uint8_t out[ORCH_SHA256_BYTES])
 {
     struct orch_sha256_ctx c = k->inner;
     orch_sha256_update(&c, p, n);

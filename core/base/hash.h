@@ -25,7 +25,8 @@ struct orch_hmac_key {
     struct orch_sha256_ctx inner, outer;
 };
 void orch_hmac_key_init(struct orch_hmac_key *k, const void *key, size_t n);
-void orch_hmac(const struct orch_hmac_key *k, const void *p, size_t n, uint8_t out[ORCH_SHA256_BYTES]);
+void orch_hmac(const struct orch_hmac_key *k, const void *p, size_t n,
+               uint8_t out[ORCH_SHA256_BYTES]);
 bool orch_equal_ct(const void *a, const void *b, size_t n); /* constant time */
 
 #endif

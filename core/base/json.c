@@ -13,12 +13,12 @@ enum {
     DEFAULT_DEPTH = 64,
     MAX_DEPTH = 1024, /* the canonical form and the Lua conversion recurse as deep */
     DEFAULT_TOKENS = 1000000,
-    KEEP_TOKENS = 64 * 1024,  /* a token array above this is given back when the texts get small */
-    NUMBER_BYTES = 64,        /* longest number text */
-    FEW_KEYS = 16,            /* objects up to this size are handled pair by pair */
-    MAX_SAFE_DIGITS = 19,     /* digits that always fit a uint64_t */
-    EXACT_POWER = 22,         /* 10^22 is the last power of ten that a double holds exactly */
-    SHORTEST_MAX = 17,        /* digits that identify any double */
+    KEEP_TOKENS = 64 * 1024, /* a token array above this is given back when the texts get small */
+    NUMBER_BYTES = 64,       /* longest number text */
+    FEW_KEYS = 16,           /* objects up to this size are handled pair by pair */
+    MAX_SAFE_DIGITS = 19,    /* digits that always fit a uint64_t */
+    EXACT_POWER = 22,        /* 10^22 is the last power of ten that a double holds exactly */
+    SHORTEST_MAX = 17,       /* digits that identify any double */
 };
 #define MAX_SAFE_INTEGER (UINT64_C(1) << 53)
 #define NO_TOKEN UINT32_MAX
@@ -459,7 +459,14 @@ static const char *scan_escape(struct scan *s, const char *p, uint8_t *flags)
     if (p == s->end)
         return refuse(s, p, RULE_ESCAPE);
     switch (*p) {
-    case '"': case '\\': case '/': case 'b': case 'f': case 'n': case 'r': case 't':
+    case '"':
+    case '\\':
+    case '/':
+    case 'b':
+    case 'f':
+    case 'n':
+    case 'r':
+    case 't':
         return p + 1;
     case 'u':
         break;
@@ -663,8 +670,17 @@ value:
         if (t->type == ORCH_JSON_OBJECT)
             goto key;
         goto value;
-    case '-': case '0': case '1': case '2': case '3': case '4':
-    case '5': case '6': case '7': case '8': case '9':
+    case '-':
+    case '0':
+    case '1':
+    case '2':
+    case '3':
+    case '4':
+    case '5':
+    case '6':
+    case '7':
+    case '8':
+    case '9':
         t->type = ORCH_JSON_NUMBER;
         p = scan_number(&s, p, &flags);
         goto ended;
@@ -813,7 +829,8 @@ static size_t line_end(const char *p, size_t n)
 {
     if (n >= 2 && memcmp(p, "\xc2\x85", 2) == 0)
         return 2;
-    return n >= 3 && (memcmp(p, "\xe2\x80\xa8", 3) == 0 || memcmp(p, "\xe2\x80\xa9", 3) == 0) ? 3 : 0;
+    return n >= 3 && (memcmp(p, "\xe2\x80\xa8", 3) == 0 || memcmp(p, "\xe2\x80\xa9", 3) == 0) ? 3
+                                                                                              : 0;
 }
 
 static void escape_line_ends(struct orch_buf *b, size_t from)

@@ -1,14 +1,15 @@
-/* JSON. Two halves:
- *  - the strict scanner: RFC 8259 with nothing let through. It yields a flat array of tokens that
+/* JSON. Two halves: - the strict scanner: RFC 8259 with nothing let through. It yields a flat array
+ * of tokens that
  *    point into the original bytes, so that what is forwarded is forwarded as it came. Everything a
  *    peer sends is read with it.
  *  - the builder: cJSON behind a few functions, for cold paths that compose documents (doctor,
  *    status, QMP commands). json.c is cJSON's only user.
  *
- * Refused by the scanner, each with rule and byte offset: syntax errors, trailing text, a byte-order
- * mark, invalid UTF-8 (overlong, surrogates, > U+10FFFF), raw control characters in strings, lone
- * surrogate escapes, duplicate keys (compared after unescaping), nesting beyond the limit, numbers
- * whose text is over 64 bytes or whose value overflows a double to infinity, more tokens than the limit. */
+ * Refused by the scanner, each with rule and byte offset: syntax errors, trailing text, a
+ * byte-order mark, invalid UTF-8 (overlong, surrogates, > U+10FFFF), raw control characters in
+ * strings, lone surrogate escapes, duplicate keys (compared after unescaping), nesting beyond the
+ * limit, numbers whose text is over 64 bytes or whose value overflows a double to infinity, more
+ * tokens than the limit. */
 #ifndef ORCH_BASE_JSON_H
 #define ORCH_BASE_JSON_H
 
@@ -24,10 +25,10 @@ enum orch_json_type {
     ORCH_JSON_OBJECT,
 };
 
-#define ORCH_JSON_ESCAPED 1   /* string: has at least one backslash */
-#define ORCH_JSON_HAS_NUL 2   /* string: contains U+0000 (as \u0000) */
-#define ORCH_JSON_INTEGER 4   /* number: no fraction, no exponent */
-#define ORCH_JSON_BIG 8       /* integer beyond ±2^53: not exact as a double */
+#define ORCH_JSON_ESCAPED 1 /* string: has at least one backslash */
+#define ORCH_JSON_HAS_NUL 2 /* string: contains U+0000 (as \u0000) */
+#define ORCH_JSON_INTEGER 4 /* number: no fraction, no exponent */
+#define ORCH_JSON_BIG 8     /* integer beyond ±2^53: not exact as a double */
 
 /* One value. Strings: start/end are the bytes between the quotes. Containers: from bracket to one
  * past bracket; `count` is the number of elements or members; their tokens follow (an object's as
@@ -60,8 +61,8 @@ struct orch_json_fault {
  * and d->n 0. The doc is zero-initialised by the caller before first use and freed with
  * orch_json_doc_free. A text over 4 GiB is refused whatever the limit. Linear in the text, also for
  * keys chosen to collide. */
-int orch_json_scan(struct orch_json_doc *d, struct orch_slice text, const struct orch_json_limits *lim,
-                   struct orch_json_fault *fault);
+int orch_json_scan(struct orch_json_doc *d, struct orch_slice text,
+                   const struct orch_json_limits *lim, struct orch_json_fault *fault);
 void orch_json_doc_free(struct orch_json_doc *d);
 #define cleanup_json ORCH_CLEANUP(orch_json_doc_free)
 
@@ -69,10 +70,10 @@ void orch_json_doc_free(struct orch_json_doc *d);
 uint32_t orch_json_get(const struct orch_json_doc *d, uint32_t obj, const char *key);
 /* The value's bytes as they came (a string with its quotes). */
 struct orch_slice orch_json_raw(const struct orch_json_doc *d, uint32_t tok);
-/* What was written to b from byte `from` on, JSON whose parts are as they came, becomes one line for every
- * reader: line ends between tokens become spaces; U+0085, U+2028 and U+2029 in strings, which some readers
- * take for line ends, are escaped. The values stay the same. Else who reads otherwise than we do would be
- * told messages that nobody judged. */
+/* What was written to b from byte `from` on, JSON whose parts are as they came, becomes one line
+ * for every reader: line ends between tokens become spaces; U+0085, U+2028 and U+2029 in strings,
+ * which some readers take for line ends, are escaped. The values stay the same. Else who reads
+ * otherwise than we do would be told messages that nobody judged. */
 void orch_json_one_line(struct orch_buf *b, size_t from);
 /* Unescaped text of a string token appended to out; 0, or -EINVAL when it is not a string. */
 int orch_json_string(const struct orch_json_doc *d, uint32_t tok, struct orch_buf *out);

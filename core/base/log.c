@@ -43,8 +43,8 @@ int orch_log_parse_level(const char *name)
     return -1;
 }
 
-/* Length of a UTF-8 sequence that must not reach a terminal: C1 controls, zero-width, bidi and other format
- * characters (Unicode's Cf). */
+/* Length of a UTF-8 sequence that must not reach a terminal: C1 controls, zero-width, bidi and
+ * other format characters (Unicode's Cf). */
 static size_t unsafe_sequence(const unsigned char *s, size_t n)
 {
     if (n >= 2 && s[0] == 0xc2 && s[1] >= 0x80 && s[1] < 0xa0)
@@ -55,11 +55,13 @@ static size_t unsafe_sequence(const unsigned char *s, size_t n)
         return 2; /* soft hyphen */
     if (n < 3)
         return 0;
-    if (s[0] == 0xe2 && s[1] == 0x80 && ((s[2] >= 0x8b && s[2] <= 0x8f) || (s[2] >= 0xa8 && s[2] <= 0xae)))
+    if (s[0] == 0xe2 && s[1] == 0x80 &&
+        ((s[2] >= 0x8b && s[2] <= 0x8f) || (s[2] >= 0xa8 && s[2] <= 0xae)))
         return 3; /* U+200B–200F, U+2028–202E */
     if (s[0] == 0xe2 && s[1] == 0x81 && s[2] >= 0xa0 && s[2] <= 0xaf)
         return 3; /* U+2060–206F */
-    if ((s[0] == 0xef && s[1] == 0xbb && s[2] == 0xbf) || (s[0] == 0xe1 && s[1] == 0xa0 && s[2] == 0x8e))
+    if ((s[0] == 0xef && s[1] == 0xbb && s[2] == 0xbf) ||
+        (s[0] == 0xe1 && s[1] == 0xa0 && s[2] == 0x8e))
         return 3; /* U+FEFF, U+180E */
     if (s[0] == 0xef && s[1] == 0xbf && s[2] >= 0xb9 && s[2] <= 0xbb)
         return 3; /* U+FFF9–FFFB */
@@ -99,7 +101,8 @@ void orch_escape_terminal(struct orch_buf *out, struct orch_slice s, bool keep_n
         }
         size_t n = unsafe_sequence(p + i, s.n - i);
         size_t length = n ? n : utf8_length(c);
-        bool valid = length && i + length <= s.n && orch_utf8_valid((struct orch_slice){ s.p + i, length });
+        bool valid = length && i + length <= s.n &&
+                     orch_utf8_valid((struct orch_slice){ s.p + i, length });
         if (valid && !n) {
             orch_buf_add(out, p + i, length);
             i += length;
@@ -122,8 +125,8 @@ static void emit(enum orch_level level, struct orch_slice msg, struct orch_slice
         gmtime_r(&ts.tv_sec, &tm);
         char when[32];
         strftime(when, sizeof when, "%Y-%m-%dT%H:%M:%S", &tm);
-        orch_buf_printf(&line, "{\"ts\":\"%s.%03ldZ\",\"level\":\"%s\",\"msg\":", when, ts.tv_nsec / 1000000,
-                        level_names[level]);
+        orch_buf_printf(&line, "{\"ts\":\"%s.%03ldZ\",\"level\":\"%s\",\"msg\":", when,
+                        ts.tv_nsec / 1000000, level_names[level]);
         orch_json_quote(&line, msg);
         if (fields.n) {
             orch_buf_str(&line, ",\"fields\":");
@@ -131,7 +134,8 @@ static void emit(enum orch_level level, struct orch_slice msg, struct orch_slice
         }
         orch_buf_str(&line, "}\n");
     } else {
-        orch_buf_printf(&line, "orch: %s%s", level == ORCH_INFO ? "" : level_names[level], level == ORCH_INFO ? "" : ": ");
+        orch_buf_printf(&line, "orch: %s%s", level == ORCH_INFO ? "" : level_names[level],
+                        level == ORCH_INFO ? "" : ": ");
         orch_escape_terminal(&line, msg, false);
         if (fields.n) {
             orch_buf_char(&line, ' ');

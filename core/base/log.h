@@ -1,5 +1,6 @@
 /* The log: one line an event on stderr, never stdout. Text or JSON. Control, bidi and zero-width
- * characters are escaped, so that what a peer wrote cannot drive a terminal. One log per process. */
+ * characters are escaped, so that what a peer wrote cannot drive a terminal. One log per
+ * process. */
 #ifndef ORCH_BASE_LOG_H
 #define ORCH_BASE_LOG_H
 
@@ -19,12 +20,14 @@ bool orch_log_on(enum orch_level level);
 int orch_log_parse_level(const char *name); /* -1 unknown */
 
 void orch_log(enum orch_level level, const char *fmt, ...) ORCH_PRINTF(2, 3);
-/* `fields`: a JSON object's bytes or empty; written as they are in JSON mode, after the text else. */
+/* `fields`: a JSON object's bytes or empty; written as they are in JSON mode, after the text
+ * else. */
 void orch_log_fields(enum orch_level level, struct orch_slice msg, struct orch_slice fields);
 /* Info that is shown whatever the level: what a trusted script prints, progress of long work. */
 void orch_log_print(struct orch_slice msg);
 
-/* Appends s so that a terminal shows it and obeys nothing in it. Newline becomes \n unless keep_nl. */
+/* Appends s so that a terminal shows it and obeys nothing in it. Newline becomes \n unless
+ * keep_nl. */
 void orch_escape_terminal(struct orch_buf *out, struct orch_slice s, bool keep_nl);
 
 #endif

@@ -209,7 +209,8 @@ void orch_loop_unpost(struct orch_loop *l, orch_loop_fn *fn, void *ud)
             pp = &p->next;
             continue;
         }
-        /* Left in the list as a no-op (free(NULL)): run_posted may hold its address as this turn's end. */
+        /* Left in the list as a no-op (free(NULL)): run_posted may hold its address as this turn's
+         * end. */
         p->fn = free;
         p->ud = NULL;
         pp = &p->next;
@@ -229,7 +230,8 @@ static void watch_fired(evutil_socket_t fd, short what, void *ud)
     w->fn(w->ud, (what & EV_READ ? ORCH_READ : 0) | (what & EV_WRITE ? ORCH_WRITE : 0));
 }
 
-struct orch_watch *orch_watch_new(struct orch_loop *l, int fd, int events, orch_watch_fn *fn, void *ud)
+struct orch_watch *orch_watch_new(struct orch_loop *l, int fd, int events, orch_watch_fn *fn,
+                                  void *ud)
 {
     struct orch_watch *w = orch_xcalloc(1, sizeof *w);
     *w = (struct orch_watch){ .loop = l, .fd = fd, .fn = fn, .ud = ud };
@@ -249,7 +251,8 @@ void orch_watch_set(struct orch_watch *w, int events)
     w->events = events;
     if (!events)
         return;
-    event_assign(w->ev, w->loop->base, w->fd, (short)(to_libevent(events) | EV_PERSIST), watch_fired, w);
+    event_assign(w->ev, w->loop->base, w->fd, (short)(to_libevent(events) | EV_PERSIST),
+                 watch_fired, w);
     event_add(w->ev, NULL);
 }
 

@@ -33,7 +33,8 @@ void orch_loop_post(struct orch_loop *l, orch_loop_fn *fn, void *ud);
 void orch_loop_unpost(struct orch_loop *l, orch_loop_fn *fn, void *ud);
 
 /* Watches fd (which stays the caller's; free the watch before closing it). Persistent. */
-struct orch_watch *orch_watch_new(struct orch_loop *l, int fd, int events, orch_watch_fn *fn, void *ud);
+struct orch_watch *orch_watch_new(struct orch_loop *l, int fd, int events, orch_watch_fn *fn,
+                                  void *ud);
 void orch_watch_set(struct orch_watch *w, int events); /* 0 pauses */
 void orch_watch_free(struct orch_watch *w);
 

@@ -22,7 +22,7 @@ enum {
     STDERR_GRACE_MS = 200,
     REAP_WAIT_MS = 2000,
     VIA_WAIT_MS = 5000,
-    LAST_MS = 1000,              /* for those that outlive the child and hold its stdout */
+    LAST_MS = 1000, /* for those that outlive the child and hold its stdout */
     LOG_LINE_BYTES = 1000,
     LOG_SECOND_BYTES = 64 * 1024, /* of one child's stderr in one second */
     STDERR_SHOWN = 1000,
@@ -32,7 +32,8 @@ enum {
 
 struct orch_proc {
     struct orch_loop *loop;
-    pid_t pid; /* stays a zombie until orch_proc_free, so that pid and process group stay the child's */
+    /* stays a zombie until orch_proc_free, so that pid and process group stay the child's */
+    pid_t pid;
     int pidfd, in, out, err;
     struct orch_watch *exit_watch, *err_watch;
     struct orch_timer *grace;
@@ -46,8 +47,8 @@ struct orch_proc {
     const char *log_as;
     struct orch_buf line; /* begun, not ended: for the log */
     int64_t log_second;
-    size_t logged;        /* bytes in that second */
-    unsigned unlogged;    /* lines */
+    size_t logged;     /* bytes in that second */
+    unsigned unlogged; /* lines */
     void *ud;
 };
 
@@ -100,7 +101,8 @@ IN_CHILD static int child_main(void *arg)
     if (syscall(SYS_close_range, (unsigned)c->n_fds, ~0U, 0) < 0)
         return child_fail(c, "close_range (Linux 5.9 or later is needed)");
 
-    /* By the system call: libc's sigaction refuses its own two signals, which make(1) leaves ignored. */
+    /* By the system call: libc's sigaction refuses its own two signals, which make(1) leaves
+     * ignored. */
     static const struct {
         unsigned long handler, flags, restorer, mask;
     } dfl;
@@ -122,7 +124,8 @@ static const char *env_get(const char *const *env, const char *name)
     return NULL;
 }
 
-/* 0, -EPERM when it is there but no program one may execute, another error when it cannot be reached. */
+/* 0, -EPERM when it is there but no program one may execute, another error when it cannot be
+ * reached. */
 static int executable(int dirfd, const char *path)
 {
     struct stat st;
@@ -147,8 +150,9 @@ static char *find_program(const struct orch_proc_opts *o, int cwd, struct orch_e
         if (r == -EPERM)
             orch_err_set(err, EACCES, "%s: not executable", name);
         else
-            orch_err_set(err, -r, "%s: %s%s%s%s", name, strerror(-r), o->cwd ? " (working directory " : "",
-                         o->cwd ? o->cwd : "", o->cwd ? ")" : "");
+            orch_err_set(err, -r, "%s: %s%s%s%s", name, strerror(-r),
+                         o->cwd ? " (working directory " : "", o->cwd ? o->cwd : "",
+                         o->cwd ? ")" : "");
         return NULL;
     }
     const char *path = env_get(o->env, "PATH");
@@ -174,15 +178,19 @@ static char *find_program(const struct orch_proc_opts *o, int cwd, struct orch_e
     return NULL;
 }
 
-static int start_error(const char *path, const char *step, int code, const struct orch_proc_opts *o, struct orch_err *err)
+static int start_error(const char *path, const char *step, int code, const struct orch_proc_opts *o,
+                       struct orch_err *err)
 {
     if (strcmp(step, "execve") != 0)
         return orch_err_set(err, code, "%s: cannot start: %s: %s", path, step, strerror(code));
     switch (code) {
     case ENOENT: /* the file was there a moment ago */
-        return orch_err_set(err, ENOENT, "%s: the interpreter its first line or header names does not exist", path);
+        return orch_err_set(err, ENOENT,
+                            "%s: the interpreter its first line or header names does not exist",
+                            path);
     case ENOEXEC:
-        return orch_err_set(err, ENOEXEC, "%s: not a program of this machine (a script needs a #! line)", path);
+        return orch_err_set(err, ENOEXEC,
+                            "%s: not a program of this machine (a script needs a #! line)", path);
     case E2BIG:
         return orch_err_set(err, E2BIG, "%s: arguments and environment are too long", path);
     default:
@@ -207,7 +215,8 @@ static char **via_argv(const struct orch_proc_opts *o, char *path)
 }
 
 /* Waits until the program was executed, and takes the root it has; or why it was not. */
-static int via_wait(const struct orch_proc_opts *o, const char *path, int sock, struct orch_err *err)
+static int via_wait(const struct orch_proc_opts *o, const char *path, int sock,
+                    struct orch_err *err)
 {
     struct orch_proc_via *v = o->via;
     int64_t until = orch_now_us() / 1000 + VIA_WAIT_MS;
@@ -218,7 +227,10 @@ static int via_wait(const struct orch_proc_opts *o, const char *path, int sock, 
         } control;
         struct orch_proc_report report = { 0 };
         struct iovec iov = { &report, sizeof report };
-        struct msghdr h = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = sizeof control.bytes };
+        struct msghdr h = { .msg_iov = &iov,
+                            .msg_iovlen = 1,
+                            .msg_control = control.bytes,
+                            .msg_controllen = sizeof control.bytes };
         struct pollfd pfd = { .fd = sock, .events = POLLIN };
         int64_t left = until - orch_now_us() / 1000;
         int ready = left > 0 ? poll(&pfd, 1, (int)left) : 0;
@@ -232,11 +244,15 @@ static int via_wait(const struct orch_proc_opts *o, const char *path, int sock, 
             memcpy(&v->root, CMSG_DATA(k), sizeof v->root);
         } else if (n == 0 && v->root >= 0) {
             return 0;
-        } else if (n == sizeof report && !report.step[sizeof report.step - 1] && !report.file[sizeof report.file - 1]) {
-            return strcmp(report.step, "execve") == 0 ? start_error(path, report.step, report.code, o, err) : v->refused(v, &report, err);
+        } else if (n == sizeof report && !report.step[sizeof report.step - 1] &&
+                   !report.file[sizeof report.file - 1]) {
+            return strcmp(report.step, "execve") == 0
+                       ? start_error(path, report.step, report.code, o, err)
+                       : v->refused(v, &report, err);
         } else {
             const char *why = ready > 0 ? "it ended" : "it did not answer within 5 s";
-            return orch_err_setc(err, ORCH_CLASS_ISOLATION, EPIPE, "%s: cannot start: %s: %s", path, v->words[0], why);
+            return orch_err_setc(err, ORCH_CLASS_ISOLATION, EPIPE, "%s: cannot start: %s: %s", path,
+                                 v->words[0], why);
         }
     }
 }
@@ -339,7 +355,7 @@ static void stderr_ready(void *ud, int events)
 
 static int wait_status(const siginfo_t *si)
 {
-    return si->si_code == CLD_EXITED ? W_EXITCODE(si->si_status & 0xff, 0)
+    return si->si_code == CLD_EXITED   ? W_EXITCODE(si->si_status & 0xff, 0)
            : si->si_code == CLD_DUMPED ? si->si_status | WCOREFLAG
                                        : si->si_status;
 }
@@ -375,23 +391,28 @@ static int set_nonblock(int fd)
     return fcntl(fd, F_SETFL, O_NONBLOCK) < 0 ? -errno : 0;
 }
 
-struct orch_proc *orch_proc_start(struct orch_loop *l, const struct orch_proc_opts *o, struct orch_err *err)
+struct orch_proc *orch_proc_start(struct orch_loop *l, const struct orch_proc_opts *o,
+                                  struct orch_err *err)
 {
     ORCH_CLEANUP(via_release) struct orch_proc_via *via = o->via;
     if (!o->argv || !o->argv[0] || o->n_fds > MAX_FDS || (via && o->n_fds)) {
-        orch_err_set(err, EINVAL, "process: no program is named, or more than %d descriptors are passed", (int)MAX_FDS);
+        orch_err_set(err, EINVAL,
+                     "process: no program is named, or more than %d descriptors are passed",
+                     (int)MAX_FDS);
         return NULL;
     }
     cleanup_close int cwd = -1;
     if (o->cwd && (cwd = open(o->cwd, O_PATH | O_DIRECTORY | O_CLOEXEC)) < 0) {
-        orch_err_set(err, errno, "%s: working directory %s: %s", o->argv[0], o->cwd, strerror(errno));
+        orch_err_set(err, errno, "%s: working directory %s: %s", o->argv[0], o->cwd,
+                     strerror(errno));
         return NULL;
     }
     cleanup_free char *path = find_program(o, cwd, err);
     if (!path)
         return NULL;
 
-    cleanup_close int in_r = -1, in_w = -1, out_r = -1, out_w = -1, err_r = -1, err_w = -1, null = -1, told = -1, tell = -1;
+    cleanup_close int in_r = -1, in_w = -1, out_r = -1, out_w = -1, err_r = -1, err_w = -1,
+                      null = -1, told = -1, tell = -1;
     int p[2], failed = 0;
     if (o->null_stdio) {
         null = open("/dev/null", O_RDWR | O_CLOEXEC);
@@ -414,7 +435,8 @@ struct orch_proc *orch_proc_start(struct orch_loop *l, const struct orch_proc_op
         err_w = p[1];
         failed = set_nonblock(err_r) < 0;
     }
-    if (!failed && via && !(failed = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, p) < 0)) {
+    if (!failed && via &&
+        !(failed = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, p) < 0)) {
         told = p[0];
         tell = p[1];
     }
@@ -567,7 +589,8 @@ static bool discard_stdout(struct orch_proc *p)
 void orch_proc_end(struct orch_proc *p, int64_t eof_ms, int64_t term_ms)
 {
     bool told = false, exited = p->exited, closed = p->out < 0;
-    int64_t now = orch_now_us() / 1000, until = now + (exited && eof_ms > LAST_MS ? LAST_MS : eof_ms);
+    int64_t now = orch_now_us() / 1000,
+            until = now + (exited && eof_ms > LAST_MS ? LAST_MS : eof_ms);
     p->on_exit = NULL;
     orch_proc_close_stdin(p);
     while (!exited || !closed) {
@@ -614,7 +637,8 @@ void orch_proc_free(struct orch_proc *p)
             left = until - orch_now_us() / 1000;
         siginfo_t si = { 0 };
         if (waitid(P_PIDFD, (id_t)p->pidfd, &si, WEXITED | WNOHANG) == 0 && si.si_pid == 0)
-            orch_log(ORCH_WARN, "process %d: still there %d ms after SIGKILL (waiting in the kernel)", p->pid,
+            orch_log(ORCH_WARN,
+                     "process %d: still there %d ms after SIGKILL (waiting in the kernel)", p->pid,
                      (int)REAP_WAIT_MS);
     }
     orch_watch_free(p->exit_watch);

@@ -20,8 +20,8 @@ int orch_unix_connect(int dirfd, const char *name, int timeout_s)
 {
     struct sockaddr_un a = address(dirfd, name);
     struct timeval tv = { .tv_sec = timeout_s };
-    cleanup_close int fd =
-        socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | (timeout_s ? 0 : SOCK_NONBLOCK), 0);
+    cleanup_close int fd = socket(AF_UNIX,
+                                  SOCK_STREAM | SOCK_CLOEXEC | (timeout_s ? 0 : SOCK_NONBLOCK), 0);
     if (fd < 0)
         return -errno;
     setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &tv, sizeof tv);
@@ -82,8 +82,7 @@ int orch_unix_listen(struct orch_unix_listener *u, int dirfd, const char *name, 
 void orch_unix_close(struct orch_unix_listener *u)
 {
     struct stat st;
-    if (u->fd >= 0 && u->file.st_ino &&
-        fstatat(u->dirfd, u->name, &st, AT_SYMLINK_NOFOLLOW) == 0 &&
+    if (u->fd >= 0 && u->file.st_ino && fstatat(u->dirfd, u->name, &st, AT_SYMLINK_NOFOLLOW) == 0 &&
         st.st_ino == u->file.st_ino && st.st_dev == u->file.st_dev)
         unlinkat(u->dirfd, u->name, 0);
     if (u->fd >= 0)

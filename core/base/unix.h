@@ -15,14 +15,14 @@ struct orch_unix_listener {
     char name[ORCH_UNIX_NAME_MAX + 1];
 };
 
-/* Takes dirfd, also on failure. What is left of a listener that is dead is replaced; -EADDRINUSE for
- * anything else of that name. fd does not block. */
+/* Takes dirfd, also on failure. What is left of a listener that is dead is replaced; -EADDRINUSE
+ * for anything else of that name. fd does not block. */
 int orch_unix_listen(struct orch_unix_listener *u, int dirfd, const char *name, int backlog,
                      struct orch_err *err);
 void orch_unix_close(struct orch_unix_listener *u);
-/* A connected descriptor or a negative errno; -ECONNREFUSED: nobody listens there any more. timeout_s
- * bounds the connection, and each send and receive; 0: nothing is waited for, the descriptor does not
- * block. */
+/* A connected descriptor or a negative errno; -ECONNREFUSED: nobody listens there any more.
+ * timeout_s bounds the connection, and each send and receive; 0: nothing is waited for, the
+ * descriptor does not block. */
 int orch_unix_connect(int dirfd, const char *name, int timeout_s);
 /* Whether the file is a socket that nobody listens on. */
 bool orch_unix_dead(int dirfd, const char *name);

@@ -156,7 +156,8 @@ void orch_base64(struct orch_buf *b, const void *p, size_t n, bool url)
     const uint8_t *s = p;
     for (size_t i = 0; i < n; i += 3) {
         size_t left = n - i, put = left > 2 ? 4 : left + 1;
-        uint32_t v = (uint32_t)s[i] << 16 | (left > 1 ? (uint32_t)s[i + 1] << 8 : 0) | (left > 2 ? s[i + 2] : 0u);
+        uint32_t v = (uint32_t)s[i] << 16 | (left > 1 ? (uint32_t)s[i + 1] << 8 : 0) |
+                     (left > 2 ? s[i + 2] : 0u);
         for (size_t k = 0; k < 4; k++) {
             if (k < put)
                 orch_buf_char(b, digits[v >> (18 - 6 * k) & 63]);
@@ -216,13 +217,23 @@ int orch_write_all(int fd, const void *p, size_t n)
     return 0;
 }
 
+int orch_create_beside(int dirfd, const char *path, mode_t mode, char **name)
+{
+    uint32_t n;
+    int fd, r = orch_random(&n, sizeof n);
+    if (r < 0)
+        return r;
+    *name = orch_xasprintf("%s.%08x.tmp", path, n);
+    fd = openat(dirfd, *name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, mode);
+    return fd < 0 ? -errno : fd;
+}
+
 int orch_write_file(int dirfd, const char *path, const void *p, size_t n, mode_t mode)
 {
-    cleanup_free char *tmp = orch_xasprintf("%s.%d.tmp", path, getpid());
-    unlinkat(dirfd, tmp, 0);
-    cleanup_close int fd = openat(dirfd, tmp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, mode);
+    cleanup_free char *tmp = NULL;
+    cleanup_close int fd = orch_create_beside(dirfd, path, mode, &tmp);
     if (fd < 0)
-        return -errno;
+        return fd;
     int r = orch_write_all(fd, p, n);
     if (r == 0 && renameat(dirfd, tmp, dirfd, path) < 0)
         r = -errno;
@@ -252,6 +263,15 @@ int orch_mkdir_p(const char *path, mode_t mode)
     return S_ISDIR(st.st_mode) ? 0 : -ENOTDIR;
 }
 
+int orch_mkdir_of(const char *path, mode_t mode)
+{
+    const char *slash = strrchr(path, '/');
+    if (!slash || slash == path)
+        return 0;
+    cleanup_free char *folder = orch_xstrndup(path, (size_t)(slash - path));
+    return orch_mkdir_p(folder, mode);
+}
+
 int orch_own_dir(const char *path, struct orch_err *err)
 {
     struct stat st;
@@ -259,12 +279,15 @@ int orch_own_dir(const char *path, struct orch_err *err)
     cleanup_close int fd = r < 0 ? -1 : open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (fd < 0 || fstat(fd, &st) < 0) {
         r = r < 0 ? -r : errno;
-        return orch_err_set(err, r, "%s: this directory of orch's cannot be used: %s", path, strerror(r));
+        return orch_err_set(err, r, "%s: this directory of orch's cannot be used: %s", path,
+                            strerror(r));
     }
     if ((st.st_uid != geteuid() && st.st_uid != 0) || (st.st_mode & 022))
-        return orch_err_set(err, EPERM, "%s: others may write to this directory of orch's (mode %04o, uid %u): remove it, or chmod 700 "
-                            "and chown it when nobody else can have written to it", path, (unsigned)st.st_mode & 07777,
-                            (unsigned)st.st_uid);
+        return orch_err_set(err, EPERM,
+                            "%s: others may write to this directory of orch's (mode %04o, uid %u): "
+                            "remove it, or chmod 700 "
+                            "and chown it when nobody else can have written to it",
+                            path, (unsigned)st.st_mode & 07777, (unsigned)st.st_uid);
     return orch_steal_fd(&fd);
 }
 
@@ -284,13 +307,21 @@ int orch_random(void *p, size_t n)
 }
 
 /* "12" or "1.5" followed by a unit; the factor comes from the table. */
-static int64_t parse_with_unit(const char *s, const char *const *units, const double *factors, size_t n_units)
+static int64_t parse_with_unit(const char *s, const char *const *units, const double *factors,
+                               size_t n_units)
 {
-    size_t whole = strspn(s, "0123456789"), fraction = s[whole] == '.' ? strspn(s + whole + 1, "0123456789") : 0;
+    size_t whole = strspn(s, "0123456789"),
+           fraction = s[whole] == '.' ? strspn(s + whole + 1, "0123456789") : 0;
     if (!whole || (s[whole] == '.' && !fraction) || whole + fraction > 20)
         return -1;
     const char *end = s + whole + (fraction ? fraction + 1 : 0);
-    double v = strtod(s, NULL);
+    double v = 0, scale = 1; /* not by strtod: its decimal point is the locale's */
+    for (const char *p = s; p < end; p++)
+        if (*p != '.')
+            v = v * 10 + (*p - '0');
+    for (; fraction; fraction--)
+        scale *= 10;
+    v /= scale;
     for (size_t i = 0; i < n_units; i++) {
         if (strcmp(end, units[i]) != 0)
             continue;

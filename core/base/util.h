@@ -77,6 +77,11 @@ void orch_buf_add(struct orch_buf *b, const void *p, size_t n);
 void orch_buf_str(struct orch_buf *b, const char *s);
 void orch_buf_printf(struct orch_buf *b, const char *fmt, ...) ORCH_PRINTF(2, 3);
 void orch_buf_consume(struct orch_buf *b, size_t n); /* drops n bytes from the front */
+/* All of it, until the buffer changes; p is never NULL. */
+static inline struct orch_slice orch_slice_of(const struct orch_buf *b)
+{
+    return (struct orch_slice){ b->p ? b->p : "", b->n };
+}
 static inline void orch_buf_slice(struct orch_buf *b, struct orch_slice s)
 {
     orch_buf_add(b, s.p, s.n);
@@ -93,18 +98,27 @@ void orch_buf_hex(struct orch_buf *b, const void *p, size_t n); /* lower-case he
 void orch_base64(struct orch_buf *b, const void *p, size_t n, bool url);
 
 /* Whole files and paths. Each returns 0 or a negative errno. */
-int orch_read_file(int dirfd, const char *path, size_t max_bytes, struct orch_buf *out); /* -EFBIG */
-int orch_read_fd(int fd, size_t max_bytes, struct orch_buf *out); /* from where it stands to its end */
-int orch_write_file(int dirfd, const char *path, const void *p, size_t n, mode_t mode); /* by rename */
+/* -EFBIG */
+int orch_read_file(int dirfd, const char *path, size_t max_bytes, struct orch_buf *out);
+/* from where it stands to its end */
+int orch_read_fd(int fd, size_t max_bytes, struct orch_buf *out);
+/* by rename */
+int orch_write_file(int dirfd, const char *path, const void *p, size_t n, mode_t mode);
+/* A new file "PATH.XXXXXXXX.tmp", for this caller alone, whoever else writes beside it: other
+ * threads, other pid namespaces. A descriptor or a negative errno; the caller owns *name. */
+int orch_create_beside(int dirfd, const char *path, mode_t mode, char **name);
 int orch_mkdir_p(const char *path, mode_t mode);
+int orch_mkdir_of(const char *path, mode_t mode); /* the folder that path lies in */
 int orch_write_all(int fd, const void *p, size_t n);
 /* A descriptor of one of orch's own directories (state, cache, runtime), made 0700 when it is not
- * there. -EPERM when somebody else owns it or may write to it: what lies there is executed or believed. */
+ * there. -EPERM when somebody else owns it or may write to it: what lies there is executed or
+ * believed. */
 struct orch_err;
 int orch_own_dir(const char *path, struct orch_err *err);
 int orch_random(void *p, size_t n); /* getrandom; never short */
 
-/* "250ms" "30s" "5m" "1h" to milliseconds, "64K" "256M" "2G" to bytes; -1 when malformed or negative. */
+/* "250ms" "30s" "5m" "1h" to milliseconds, "64K" "256M" "2G" to bytes; -1 when malformed or
+ * negative. */
 int64_t orch_parse_duration_ms(const char *s);
 int64_t orch_parse_size_bytes(const char *s);
 

@@ -38,14 +38,18 @@ void orch_api_set(lua_State *L, const char *prefix, const struct orch_api *api)
     }
 }
 
-/* A function that waits for several things is Lua's: C cannot go on after a wait. Loaded at its first use. */
-void orch_api_lua(lua_State *L, const char *prefix, const char *name, const char *module, const char *function)
+/* A function that waits for several things is Lua's: C cannot go on after a wait. Loaded at its
+ * first use. */
+void orch_api_lua(lua_State *L, const char *prefix, const char *name, const char *module,
+                  const char *function)
 {
     if (orch_state_context(L) != ORCH_CTX_SCRIPT) {
-        orch_api_set(L, prefix, (struct orch_api[]){ { name, wrong_context, ORCH_CTX_SCRIPT }, { 0 } });
+        orch_api_set(L, prefix,
+                     (struct orch_api[]){ { name, wrong_context, ORCH_CTX_SCRIPT }, { 0 } });
         return;
     }
-    if (luaL_loadstring(L, "local require, module, name = ... return function(...) return require(module)[name](...) end"))
+    if (luaL_loadstring(L, "local require, module, name = ... return function(...) return "
+                           "require(module)[name](...) end"))
         lua_error(L);
     lua_getglobal(L, "require");
     lua_pushstring(L, module);

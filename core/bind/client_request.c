@@ -127,15 +127,15 @@ static int request_start(lua_State *L, struct orch_client_link *k, const char *m
     r->hard_at = orch_loop_now_ms(k->env->loop) + r->most_ms;
     r->timer = orch_timer_new(k->env->loop, request_late, r);
     orch_timer_set(r->timer, timeout_ms);
-    r->call = orch_mcp_client_call(
-        k->c,
-        &(struct orch_mcp_client_request){ .method = method,
-                                           .params = params,
-                                           .note = note,
-                                           .done = request_done,
-                                           .progress = progress ? request_progress : NULL,
-                                           .ud = r },
-        &err);
+    r->call = orch_mcp_client_call(k->c,
+                                   &(struct orch_mcp_client_request){
+                                       .method = method,
+                                       .params = params,
+                                       .note = note,
+                                       .done = request_done,
+                                       .progress = progress ? request_progress : NULL,
+                                       .ud = r },
+                                   &err);
     if (!r->call) {
         request_free(r);
         return orch_push_err(L, &err);

@@ -1,5 +1,5 @@
-/* ctx:elicit, ctx:sample, ctx:roots, ctx:ask: a call's questions to its client, in whichever way the
- * client's era wants them. Each waits for the answers. */
+/* ctx:elicit, ctx:sample, ctx:roots, ctx:ask: a call's questions to its client, in whichever way
+ * the client's era wants them. Each waits for the answers. */
 #include "bind.h"
 
 #include "../call/call.h"
@@ -21,7 +21,8 @@ static int push_answer(lua_State *L, const struct orch_ask_item *it)
 {
     cleanup_json struct orch_json_doc d = { 0 };
     struct orch_json_fault fault;
-    if (orch_json_scan(&d, (struct orch_slice){ it->answer.p, it->answer.n }, &(struct orch_json_limits){ .bytes = 64 << 20 }, &fault) < 0)
+    if (orch_json_scan(&d, (struct orch_slice){ it->answer.p, it->answer.n },
+                       &(struct orch_json_limits){ .bytes = 64 << 20 }, &fault) < 0)
         return luaL_error(L, "the client's answer is no JSON: %s", fault.rule);
     orch_lua_push_json(L, &d, 0, 0);
     return 1;
@@ -74,7 +75,8 @@ static void asking_cancel(void *ud)
 }
 
 /* Takes items. */
-static int start(lua_State *L, struct orch_call *c, struct orch_ask_item *items, size_t n, bool single)
+static int start(lua_State *L, struct orch_call *c, struct orch_ask_item *items, size_t n,
+                 bool single)
 {
     struct asking *k = orch_xcalloc(1, sizeof *k);
     struct orch_err err = { 0 };
@@ -103,8 +105,9 @@ static void copy(lua_State *L, int from, const char *key, const char *as)
 }
 
 static const char *const elicit_keys[] = { "key", "message", "schema", "url", NULL };
-static const char *const sample_keys[] = { "key", "prompt", "messages", "max_tokens", "system", "temperature", "stop", "model", "tools",
-                                           "tool_choice", "metadata", NULL };
+static const char *const sample_keys[] = { "key",    "prompt",      "messages", "max_tokens",
+                                           "system", "temperature", "stop",     "model",
+                                           "tools",  "tool_choice", "metadata", NULL };
 static const char *const roots_keys[] = { "key", NULL };
 
 static void check_keys(lua_State *L, int idx, const char *what, const char *const *known)
@@ -119,7 +122,8 @@ static void check_keys(lua_State *L, int idx, const char *what, const char *cons
             k++;
         if (!*k) {
             const char *near = orch_nearest(key, known);
-            luaL_error(L, "%s: unknown option '%s'%s%s%s", what, key, near ? " (did you mean '" : "", near ? near : "", near ? "'?)" : "");
+            luaL_error(L, "%s: unknown option '%s'%s%s%s", what, key,
+                       near ? " (did you mean '" : "", near ? near : "", near ? "'?)" : "");
         }
     }
 }
@@ -264,7 +268,9 @@ static int ask_one(lua_State *L, build_fn *build, const char *what)
 {
     struct orch_call *c = orch_ctx_call(L);
     ORCH_CLEANUP(items_free) struct items items = { 0 };
-    const char *key = lua_isnoneornil(L, 2) ? NULL : (luaL_checktype(L, 2, LUA_TTABLE), string_of(L, 2, "key"));
+    const char *key = lua_isnoneornil(L, 2)
+                          ? NULL
+                          : (luaL_checktype(L, 2, LUA_TTABLE), string_of(L, 2, "key"));
     if (key && (!*key || strlen(key) > KEY_MAX_BYTES))
         return luaL_error(L, "%s: key must be 1 to %d bytes", what, KEY_MAX_BYTES);
     char made[32];
@@ -294,20 +300,26 @@ int orch_ctx_roots(lua_State *L)
     return ask_one(L, build_roots, "roots");
 }
 
-/* ctx:ask{ KEY = { elicit = {…} } | { sample = {…} } | { roots = true }, … } -> { KEY = answer, … } */
+/* ctx:ask{ KEY = { elicit = {…} } | { sample = {…} } | { roots = true }, … } -> { KEY = answer,
+ * … } */
 int orch_ctx_ask(lua_State *L)
 {
     static const struct {
         const char *name;
         build_fn *build;
-    } kinds[] = { { "elicit", build_elicit }, { "sample", build_sample }, { "roots", build_roots } };
+    } kinds[] = { { "elicit", build_elicit },
+                  { "sample", build_sample },
+                  { "roots", build_roots } };
     struct orch_call *c = orch_ctx_call(L);
     luaL_checktype(L, 2, LUA_TTABLE);
     ORCH_CLEANUP(items_free) struct items items = { 0 };
     lua_pushnil(L);
     while (lua_next(L, 2)) {
         if (lua_type(L, -2) != LUA_TSTRING || !lua_istable(L, -1) || items.n == ITEMS_MAX)
-            return luaL_error(L, "ask: a table of up to %d questions by name is needed, like { who = { elicit = { message = … } } }", ITEMS_MAX);
+            return luaL_error(L,
+                              "ask: a table of up to %d questions by name is needed, like { who = "
+                              "{ elicit = { message = … } } }",
+                              ITEMS_MAX);
         int question = lua_gettop(L);
         struct orch_ask_item *it = items_add(&items, lua_tostring(L, -2));
         for (size_t i = 0; i < ORCH_ARRAY_LEN(kinds) && !it->method; i++) {

@@ -24,8 +24,11 @@
 #include "client_link.h"
 
 #include <errno.h>
+#include <string.h>
 
 enum { ARGV_MAX = 4096 };
+
+#define VERDICTS "orch.mcp.verdicts" /* of the state, for all its clients */
 
 /* ---- the handshake */
 
@@ -224,6 +227,8 @@ static int t_new(lua_State *L)
                                       .ready = ready,
                                       .lost = lost };
     struct orch_mcp_auth auth = { 0 };
+    lua_getfield(L, LUA_REGISTRYINDEX, VERDICTS);
+    c.verdicts = lua_touserdata(L, -1);
     cleanup_buf struct orch_buf capabilities = { 0 };
     orch_client_hear(&c, &auth, orch_opt_bool(&o, "questions", false));
     if (orch_opt_bool(&o, "protect", false)) {
@@ -270,6 +275,9 @@ int orch_luaopen_client(lua_State *L)
                                         { "log_level", l_log_level },
                                         { NULL, NULL } };
     orch_class_new(L, ORCH_CLIENT_META, methods, link_gc);
+    memset(lua_newuserdata(L, sizeof(struct orch_mcp_verdicts)), 0,
+           sizeof(struct orch_mcp_verdicts));
+    lua_setfield(L, LUA_REGISTRYINDEX, VERDICTS);
     lua_newtable(L);
     lua_pushcfunction(L, t_new);
     lua_setfield(L, -2, "new");

@@ -1,6 +1,7 @@
 /* What OAuth and skills need of cryptography (lua/mcp). The private module "orch.crypto":
  *   sha256(s) base64(s, url_safe) random(n)
- *   es256(pem)  a key of P-256, a new one without pem: key:sign(text), key:public(), 64 bytes each */
+ *   es256(pem)  a key of P-256, a new one without pem: key:sign(text), key:public(), 64 bytes
+ *               each */
 #include "bind.h"
 
 #include "../base/es256.h"

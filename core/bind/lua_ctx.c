@@ -31,7 +31,8 @@ static int l_progress(lua_State *L)
 
 static int l_log(lua_State *L)
 {
-    static const char *const levels[] = { "debug", "info", "notice", "warning", "error", "critical", "alert", "emergency", NULL };
+    static const char *const levels[] = { "debug",    "info",  "notice",    "warning", "error",
+                                          "critical", "alert", "emergency", NULL };
     struct orch_call *c = orch_ctx_call(L);
     size_t n;
     const char *level = levels[luaL_checkoption(L, 2, NULL, levels)];
@@ -46,8 +47,8 @@ static int l_cancelled(lua_State *L)
     return 1;
 }
 
-/* ctx:release(retry): over HTTP a legacy client's connection is ended and the answer kept; the client comes
- * back for it after retry. For long calls; elsewhere without effect. */
+/* ctx:release(retry): over HTTP a legacy client's connection is ended and the answer kept; the
+ * client comes back for it after retry. For long calls; elsewhere without effect. */
 static int l_release(lua_State *L)
 {
     struct orch_call *c = orch_ctx_call(L);
@@ -55,7 +56,8 @@ static int l_release(lua_State *L)
     return 0;
 }
 
-/* ctx:task(): the client gets a task's id as its answer and asks for the rest. true, or nil, message, code. */
+/* ctx:task(): the client gets a task's id as its answer and asks for the rest. true, or nil,
+ * message, code. */
 static int l_task(lua_State *L)
 {
     struct orch_err err = { 0 };
@@ -131,12 +133,16 @@ static int l_list_dir(lua_State *L)
     int i = 0;
     for (struct dirent *e; i < ENTRIES_MAX && (e = readdir(d));) {
         struct stat st;
-        if (strcmp(e->d_name, ".") == 0 || strcmp(e->d_name, "..") == 0 || fstatat(dirfd(d), e->d_name, &st, AT_SYMLINK_NOFOLLOW) < 0)
+        if (strcmp(e->d_name, ".") == 0 || strcmp(e->d_name, "..") == 0 ||
+            fstatat(dirfd(d), e->d_name, &st, AT_SYMLINK_NOFOLLOW) < 0)
             continue;
         lua_newtable(L);
         lua_pushstring(L, e->d_name);
         lua_setfield(L, -2, "name");
-        lua_pushstring(L, S_ISREG(st.st_mode) ? "file" : S_ISDIR(st.st_mode) ? "directory" : S_ISLNK(st.st_mode) ? "link" : "other");
+        lua_pushstring(L, S_ISREG(st.st_mode)   ? "file"
+                          : S_ISDIR(st.st_mode) ? "directory"
+                          : S_ISLNK(st.st_mode) ? "link"
+                                                : "other");
         lua_setfield(L, -2, "type");
         lua_pushnumber(L, (double)st.st_size);
         lua_setfield(L, -2, "size");
@@ -152,8 +158,11 @@ static void push_client(lua_State *L, unsigned caps)
     static const struct {
         const char *name;
         unsigned cap;
-    } words[] = { { "elicit", ORCH_MCP_CAP_FORM }, { "elicit_url", ORCH_MCP_CAP_URL }, { "sample", ORCH_MCP_CAP_SAMPLING },
-                  { "sample_tools", ORCH_MCP_CAP_SAMPLING_TOOLS }, { "roots", ORCH_MCP_CAP_ROOTS } };
+    } words[] = { { "elicit", ORCH_MCP_CAP_FORM },
+                  { "elicit_url", ORCH_MCP_CAP_URL },
+                  { "sample", ORCH_MCP_CAP_SAMPLING },
+                  { "sample_tools", ORCH_MCP_CAP_SAMPLING_TOOLS },
+                  { "roots", ORCH_MCP_CAP_ROOTS } };
     lua_createtable(L, 0, ORCH_ARRAY_LEN(words));
     for (size_t i = 0; i < ORCH_ARRAY_LEN(words); i++) {
         lua_pushboolean(L, (caps & words[i].cap) != 0);

@@ -20,7 +20,8 @@ enum {
     PENDING_MAX_BYTES = 128 * 1024, /* of inherited output, before the guest has to wait */
 };
 
-static void push_streams(lua_State *L, const struct orch_vm_operation *op, bool truncated, int64_t ms)
+static void push_streams(lua_State *L, const struct orch_vm_operation *op, bool truncated,
+                         int64_t ms)
 {
     lua_pushlstring(L, op->out.p ? op->out.p : "", op->out.n);
     lua_setfield(L, -2, "stdout");
@@ -44,14 +45,19 @@ static int push_so_far(lua_State *L, struct orch_vm_operation *op)
 static int exec_push(lua_State *L, struct orch_vm_operation *op)
 {
     struct orch_exec_result *r = &op->result;
-    static const char *const reasons[] = { "", "not found", "not executable", "working directory", "user", "resources" };
+    static const char *const reasons[] = {
+        "", "not found", "not executable", "working directory", "user", "resources"
+    };
     lua_newtable(L);
     if (r->fail) {
         /* As a shell reports it: 127 not found, 126 not executable, 125 for the rest. */
-        lua_pushinteger(L, r->fail == ORCH_WIRE_FAIL_NOT_FOUND ? 127 : r->fail == ORCH_WIRE_FAIL_NOT_EXECUTABLE ? 126 : 125);
+        lua_pushinteger(L, r->fail == ORCH_WIRE_FAIL_NOT_FOUND        ? 127
+                           : r->fail == ORCH_WIRE_FAIL_NOT_EXECUTABLE ? 126
+                                                                      : 125);
         lua_setfield(L, -2, "status");
         const char *reason = (size_t)r->fail < ORCH_ARRAY_LEN(reasons) ? reasons[r->fail] : "?";
-        orch_buf_printf(&op->err_out, "orch: the command could not be started: %s (%s)\n", reason, strerror(r->sys_errno));
+        orch_buf_printf(&op->err_out, "orch: the command could not be started: %s (%s)\n", reason,
+                        strerror(r->sys_errno));
         lua_pushstring(L, reason);
         lua_setfield(L, -2, "failed");
     } else if (r->signal) {
@@ -85,9 +91,9 @@ static void call_output_fn(struct orch_vm_operation *op, int ref, struct orch_sl
         orch_log(ORCH_ERROR, "exec: output callback: %s", err.msg);
 }
 
-/* ---- the process's own streams. A reader that is behind must not stop the loop, and the descriptors are
- * shared with other processes, so they are not made non-blocking: a pipe that poll calls writable takes
- * PIPE_BUF bytes at once. */
+/* ---- the process's own streams. A reader that is behind must not stop the loop, and the
+ * descriptors are shared with other processes, so they are not made non-blocking: a pipe that poll
+ * calls writable takes PIPE_BUF bytes at once. */
 
 static void outlet_flush(struct orch_vm_outlet *out);
 
@@ -104,7 +110,8 @@ static void outlet_flush(struct orch_vm_outlet *out)
         struct pollfd p = { .fd = out->fd, .events = POLLOUT };
         if (poll(&p, 1, 0) == 0)
             break;
-        ssize_t w = write(out->fd, out->pending.p, out->pending.n < PIPE_BUF ? out->pending.n : PIPE_BUF);
+        ssize_t w = write(out->fd, out->pending.p,
+                          out->pending.n < PIPE_BUF ? out->pending.n : PIPE_BUF);
         if (w < 0 && errno == EINTR)
             continue;
         if (w < 0 && errno == EAGAIN)
@@ -119,7 +126,8 @@ static void outlet_flush(struct orch_vm_outlet *out)
         orch_buf_consume(&out->pending, (size_t)w);
     }
     if (out->pending.n && !out->watch)
-        out->watch = orch_watch_new(orch_env_of(op->h->main)->loop, out->fd, ORCH_WRITE, outlet_writable, out);
+        out->watch = orch_watch_new(orch_env_of(op->h->main)->loop, out->fd, ORCH_WRITE,
+                                    outlet_writable, out);
     if (!out->pending.n) {
         orch_watch_free(out->watch);
         out->watch = NULL;
@@ -128,7 +136,8 @@ static void outlet_flush(struct orch_vm_outlet *out)
     for (struct orch_vm_outlet *any = op->outlets; any < op->outlets + 2; any++)
         behind = behind || any->pending.n > PENDING_MAX_BYTES;
     struct orch_err err;
-    struct orch_channel *c = op->exec ? orch_vm_channel(op->h->vm, &err) : NULL; /* one that ends delivers all it has */
+    /* one that ends delivers all it has */
+    struct orch_channel *c = op->exec ? orch_vm_channel(op->h->vm, &err) : NULL;
     if (c)
         orch_channel_pause(c, behind);
     else if (op->ended && !op->outlets[0].pending.n && !op->outlets[1].pending.n)
@@ -221,14 +230,15 @@ static void exec_done(void *ud, const struct orch_exec_result *r, const struct o
 static void inherit_stdin(struct orch_vm_operation *op, struct orch_loop *loop)
 {
     struct stat st;
-    op->stdin_file = fstat(STDIN_FILENO, &st) < 0 || S_ISREG(st.st_mode) || (S_ISCHR(st.st_mode) && !isatty(STDIN_FILENO));
+    op->stdin_file = fstat(STDIN_FILENO, &st) < 0 || S_ISREG(st.st_mode) ||
+                     (S_ISCHR(st.st_mode) && !isatty(STDIN_FILENO));
     if (!op->stdin_file)
         op->stdin_watch = orch_watch_new(loop, STDIN_FILENO, ORCH_READ, stdin_readable, op);
     exec_feed(op);
 }
 
-/* How long a command may run: at most what is left of the call's time, so that the guest ends it and its output
- * is there to be answered with. Negative with err: nothing is left. */
+/* How long a command may run: at most what is left of the call's time, so that the guest ends it
+ * and its output is there to be answered with. Negative with err: nothing is left. */
 static int bound_exec(struct orch_vm_operation *op, struct orch_exec_opts *x, struct orch_err *err)
 {
     struct orch_vm_handle *h = op->h;
@@ -295,7 +305,9 @@ int orch_vm_handle_exec(lua_State *L)
     int err_idx = lua_gettop(L);
     orch_opts_done(&o);
     if (x.max_output < 1 || (x.max_output > OUTPUT_MOST_BYTES && !(out_fn && err_fn)))
-        return luaL_error(L, "vm:exec: max_output must be from 1 byte to 64M; more needs on_stdout and on_stderr");
+        return luaL_error(
+            L,
+            "vm:exec: max_output must be from 1 byte to 64M; more needs on_stdout and on_stderr");
     if (inherit_all)
         x.max_output = 0;
     x.argv = orch_check_strings(L, 2, "vm:exec: argv", ARGV_MAX);
@@ -382,7 +394,10 @@ static int push_entries(lua_State *L, struct orch_vm_operation *op)
         lua_newtable(L);
         lua_pushstring(L, p + at);
         lua_setfield(L, -2, "name");
-        lua_pushstring(L, type == 'f' ? "file" : type == 'd' ? "directory" : type == 'l' ? "link" : "other");
+        lua_pushstring(L, type == 'f'   ? "file"
+                          : type == 'd' ? "directory"
+                          : type == 'l' ? "link"
+                                        : "other");
         lua_setfield(L, -2, "type");
         lua_pushinteger(L, (lua_Integer)mode);
         lua_setfield(L, -2, "mode");
@@ -420,7 +435,8 @@ int orch_vm_handle_write_file(lua_State *L)
     if (!channel)
         return n_results;
     struct orch_vm_operation *op = orch_vm_operation_new(h, push_true);
-    op->file = orch_channel_write_file(channel, path, (struct orch_slice){ data, n }, mode, file_done, op);
+    op->file = orch_channel_write_file(channel, path, (struct orch_slice){ data, n }, mode,
+                                       file_done, op);
     return start_file(L, op);
 }
 
@@ -430,7 +446,8 @@ int orch_vm_handle_read_file(lua_State *L)
     struct orch_vm_handle *h = orch_vm_handle_at(L);
     const char *path = luaL_checkstring(L, 2);
     struct orch_opts o = orch_opts_begin(L, 3, "vm:read_file");
-    uint64_t offset = (uint64_t)orch_opt_number(&o, "offset", 0, 0, 9e15), length = (uint64_t)orch_opt_number(&o, "length", 0, 0, 9e15);
+    uint64_t offset = (uint64_t)orch_opt_number(&o, "offset", 0, 0, 9e15),
+             length = (uint64_t)orch_opt_number(&o, "length", 0, 0, 9e15);
     orch_opts_done(&o);
     struct orch_channel *channel = orch_vm_handle_channel(L, h, &n_results);
     if (!channel)

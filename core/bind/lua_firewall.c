@@ -69,14 +69,17 @@ static int l_explain(lua_State *L)
     orch_opts_done(&o);
     if (!ip || inet_pton(AF_INET, ip, &address) != 1)
         return luaL_error(L, "orch.firewall.explain: ip must be an IPv4 address");
+    if (strcmp(proto, "tcp") != 0 && strcmp(proto, "udp") != 0)
+        return luaL_error(L, "orch.firewall.explain: proto must be \"tcp\" or \"udp\"");
     if (!port)
         return luaL_error(L, "orch.firewall.explain: port is missing");
     if (orch_policy_box_read(L, 1, &b, &err) < 0)
         return orch_push_err(L, &err);
     if (fill(env, &b.p, &err) < 0)
         return push_bad_policy(L, &b, &err);
-    bool allowed = orch_policy_explain(&b.p, ntohl(address.s_addr), strcmp(proto, "udp") == 0 ? IPPROTO_UDP : IPPROTO_TCP, (uint16_t)port,
-                                       rule, sizeof rule);
+    bool allowed = orch_policy_explain(&b.p, ntohl(address.s_addr),
+                                       strcmp(proto, "udp") == 0 ? IPPROTO_UDP : IPPROTO_TCP,
+                                       (uint16_t)port, rule, sizeof rule);
     orch_policy_box_fini(&b);
     lua_pushstring(L, allowed ? "allow" : "deny");
     lua_pushstring(L, rule);
@@ -87,7 +90,9 @@ int orch_luaopen_firewall(lua_State *L, int t)
 {
     enum { TS = ORCH_CTX_TOOL | ORCH_CTX_SCRIPT };
     lua_newtable(L);
-    orch_api_set(L, "orch.firewall.", (struct orch_api[]){ { "check", l_check, TS }, { "explain", l_explain, TS }, { 0 } });
+    orch_api_set(L, "orch.firewall.",
+                 (struct orch_api[]){
+                     { "check", l_check, TS }, { "explain", l_explain, TS }, { 0 } });
     lua_setfield(L, t, "firewall");
     return 0;
 }

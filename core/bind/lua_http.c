@@ -1,12 +1,17 @@
-/* HTTP for scripts: the verbs behind orch.http.request and ctx:http, which are written in Lua over them
- * (lua/http.lua). The private module "orch.transport":
- *   http_open{ url, method, headers, body, timeout }  waits for the head: stream, status, headers, where it redirects
- *   call_open(ctx, …)     the same for a tool's call: each connection is judged by its network policy
- *   call_time(ctx)        what is left of the call's time, all of it, in seconds, and what sets that
- *   stream:read(timeout)  waits for the next bytes; nil at the end; nil, message, code when it failed
+/* HTTP for scripts: the verbs behind orch.http.request and ctx:http, which are written in Lua over
+ * them (lua/http.lua). The private module "orch.transport":
+ *   http_open{ url, method, headers, body, timeout }
+ *                         waits for the head: stream, status, headers, where it redirects
+ *   call_open(ctx, …)     the same for a tool's call: each connection is judged by its network
+ *                         policy
+ *   call_time(ctx)        what is left of the call's time, all of it, in seconds, and what sets
+ *                         that
+ *   stream:read(timeout)  waits for the next bytes; nil at the end; nil, message, code when it
+ *                         failed
  *   stream:close()
- * A stream is bounded by the reader alone: while 1 MiB waits unread nothing more is taken from the peer. Those of
- * a tool's call also by the call: so many at once, less unread, and they end with it. */
+ * A stream is bounded by the reader alone: while 1 MiB waits unread nothing more is taken from the
+ * peer. Those of a tool's call also by the call: so many at once, less unread, and they end with
+ * it. */
 #include "bind.h"
 
 #include "../call/call.h"
@@ -23,7 +28,8 @@ enum { UNREAD_BYTES = 1 << 20, CALL_UNREAD_BYTES = 256 << 10, CALL_STREAMS_MAX =
 
 struct orch_http_stream {
     struct orch_http_stream *next, **link; /* in its tool call's list, as long as judge */
-    struct orch_call *judge;     /* decides on connections; NULL: a script's, or the call has ended */
+    /* decides on connections; NULL: a script's, or the call has ended */
+    struct orch_call *judge;
     struct orch_http_call *call; /* NULL once it is over */
     struct orch_timer *timer;
     struct orch_wait wait;
@@ -109,7 +115,8 @@ static int push_bytes(lua_State *L, struct orch_http_stream *s)
     if (s->timed_out) {
         s->timed_out = false;
         struct orch_err err = { 0 };
-        orch_err_setc(&err, ORCH_CLASS_TIMEOUT, ETIMEDOUT, "nothing came within %lld ms", (long long)s->timeout_ms);
+        orch_err_setc(&err, ORCH_CLASS_TIMEOUT, ETIMEDOUT, "nothing came within %lld ms",
+                      (long long)s->timeout_ms);
         return orch_push_err(L, &err);
     }
     if (s->err.cls)
@@ -256,7 +263,8 @@ static bool stream_adopt(struct orch_http_stream *s, struct orch_call *call, str
     for (struct orch_http_stream *other = all->list; other; other = other->next)
         n++;
     if (n >= CALL_STREAMS_MAX) {
-        orch_err_setc(err, ORCH_CLASS_LIMIT, EMFILE, "the call has %d requests under way", CALL_STREAMS_MAX);
+        orch_err_setc(err, ORCH_CLASS_LIMIT, EMFILE, "the call has %d requests under way",
+                      CALL_STREAMS_MAX);
         return false;
     }
     s->judge = call;
@@ -306,9 +314,14 @@ static int http_open(lua_State *L, int idx, const char *what, struct orch_call *
 {
     struct orch_env *env = orch_env_of(L);
     struct orch_opts o = orch_opts_begin(L, idx, what);
-    struct orch_http_call_opts c = { .url = orch_opt_string(&o, "url", NULL), .method = orch_opt_string(&o, "method", NULL),
-                                     .total_ms = -1, .idle_ms = -1, .max_body_bytes = SIZE_MAX / 2,
-                                     .on_head = on_head, .on_data = on_data, .on_done = on_done };
+    struct orch_http_call_opts c = { .url = orch_opt_string(&o, "url", NULL),
+                                     .method = orch_opt_string(&o, "method", NULL),
+                                     .total_ms = -1,
+                                     .idle_ms = -1,
+                                     .max_body_bytes = SIZE_MAX / 2,
+                                     .on_head = on_head,
+                                     .on_data = on_data,
+                                     .on_done = on_done };
     int64_t timeout = orch_opt_duration_ms(&o, "timeout", 60000);
     if (!c.url)
         return luaL_error(L, "%s: url is missing", what);
@@ -321,14 +334,17 @@ static int http_open(lua_State *L, int idx, const char *what, struct orch_call *
         c.may_connect = may_connect;
 
     struct orch_http_stream *s = lua_newuserdata(L, sizeof *s);
-    *s = (struct orch_http_stream){ .opening = true, .main = orch_state_lua(orch_state_of(L)), .self_ref = LUA_NOREF,
+    *s = (struct orch_http_stream){ .opening = true,
+                                    .main = orch_state_lua(orch_state_of(L)),
+                                    .self_ref = LUA_NOREF,
                                     .unread_max = call ? CALL_UNREAD_BYTES : UNREAD_BYTES };
     luaL_getmetatable(L, STREAM_META);
     lua_setmetatable(L, -2);
     struct orch_err err = { 0 };
     struct orch_http_client *h = env->http(env->ud, &err);
     c.ud = s;
-    if (!h || (call && !stream_adopt(s, call, &err)) || !(s->call = orch_http_call_start(h, &c, &err))) {
+    if (!h || (call && !stream_adopt(s, call, &err)) ||
+        !(s->call = orch_http_call_start(h, &c, &err))) {
         stream_unlink(s);
         return orch_push_err(L, &err);
     }
@@ -374,7 +390,9 @@ static int l_stream_close(lua_State *L)
 
 static void open_streams(lua_State *L)
 {
-    static const luaL_Reg stream[] = { { "read", l_stream_read }, { "close", l_stream_close }, { NULL, NULL } };
+    static const luaL_Reg stream[] = { { "read", l_stream_read },
+                                       { "close", l_stream_close },
+                                       { NULL, NULL } };
     orch_class_new(L, STREAM_META, stream, stream_gc);
 }
 

@@ -51,7 +51,10 @@ static void take_offer(lua_State *L, struct orch_opts *o, struct orch_serve_opts
     static const struct {
         const char *key;
         int type;
-    } keys[] = { { "tools", LUA_TTABLE }, { "resources", LUA_TTABLE }, { "resource_templates", LUA_TTABLE }, { "prompts", LUA_TTABLE },
+    } keys[] = { { "tools", LUA_TTABLE },
+                 { "resources", LUA_TTABLE },
+                 { "resource_templates", LUA_TTABLE },
+                 { "prompts", LUA_TTABLE },
                  { "complete", LUA_TFUNCTION } };
     bool any = false;
     for (size_t i = 0; i < ORCH_ARRAY_LEN(keys); i++)
@@ -60,11 +63,12 @@ static void take_offer(lua_State *L, struct orch_opts *o, struct orch_serve_opts
     if (!any)
         return;
     lua_getglobal(L, "require");
-    lua_pushliteral(L, "serve");
+    lua_pushliteral(L, "policy.offer");
     lua_call(L, 1, 1);
     lua_pushvalue(L, 1);
     lua_call(L, 1, 5);
-    so->features = (lua_toboolean(L, -3) ? ORCH_MCP_RESOURCES : 0) | (lua_toboolean(L, -2) ? ORCH_MCP_PROMPTS : 0) |
+    so->features = (lua_toboolean(L, -3) ? ORCH_MCP_RESOURCES : 0) |
+                   (lua_toboolean(L, -2) ? ORCH_MCP_PROMPTS : 0) |
                    (lua_toboolean(L, -1) ? ORCH_MCP_COMPLETIONS : 0);
     lua_pop(L, 3);
     so->L = L;
@@ -79,7 +83,8 @@ static int l_serve(lua_State *L)
     struct orch_serve_opts so = { .transport = orch_opt_string(&o, "transport", "stdio"),
                                   .as = orch_opt_string(&o, "as", "cmd"),
                                   .protect = orch_opt_bool(&o, "protect", true),
-                                  .start_ms = orch_opt_duration_ms(&o, "start_timeout", 5 * 60 * 1000),
+                                  .start_ms = orch_opt_duration_ms(&o, "start_timeout",
+                                                                   5 * 60 * 1000),
                                   .timeout_ms = orch_opt_duration_ms(&o, "timeout", 60 * 60 * 1000),
                                   .listen = orch_opt_string(&o, "listen", NULL),
                                   .token = orch_opt_string(&o, "token", NULL),
@@ -122,7 +127,9 @@ int orch_luaopen_mcp(lua_State *L, int t)
 {
     lua_newtable(L);
     orch_api_set(L, "orch.mcp.",
-                 (struct orch_api[]){ { "serve", l_serve, ORCH_CTX_SCRIPT }, { "changed", l_changed, ORCH_CTX_SCRIPT }, { 0 } });
+                 (struct orch_api[]){ { "serve", l_serve, ORCH_CTX_SCRIPT },
+                                      { "changed", l_changed, ORCH_CTX_SCRIPT },
+                                      { 0 } });
     orch_api_lua(L, "orch.mcp.", "connect", "mcp.client", "connect");
     lua_setfield(L, t, "mcp");
     return 0;

@@ -1,4 +1,5 @@
-/* orch.now, orch.log, orch.version (every context); orch.env, orch.process.run, orch.fs (scripts). */
+/* orch.now, orch.log, orch.version (every context); orch.env, orch.process.run, orch.fs
+ * (scripts). */
 #include "bind.h"
 #include "../script/jsonlib.h"
 
@@ -185,7 +186,9 @@ static int l_process_run(lua_State *L)
     const char *cwd = orch_opt_string(&o, "cwd", NULL);
     int64_t timeout = orch_opt_duration_ms(&o, "timeout", 0);
     const char *input = orch_opt_string(&o, "stdin", NULL);
-    const char **envp = orch_opt_push(&o, "env", LUA_TTABLE) ? orch_check_strings(L, -1, "env", ARGV_MAX) : NULL;
+    const char **envp = orch_opt_push(&o, "env", LUA_TTABLE)
+                            ? orch_check_strings(L, -1, "env", ARGV_MAX)
+                            : NULL;
     orch_opts_done(&o);
     const char **argv = orch_check_strings(L, 1, "argv", ARGV_MAX);
     if (!argv[0])
@@ -195,7 +198,8 @@ static int l_process_run(lua_State *L)
     p->loop = env->loop;
     p->proc = orch_proc_start(env->loop,
                               &(struct orch_proc_opts){ .argv = argv,
-                                                        .env = envp ? envp : (const char *const *)environ,
+                                                        .env = envp ? envp
+                                                                    : (const char *const *)environ,
                                                         .cwd = cwd,
                                                         .stderr_keep = 1 << 20,
                                                         .on_exit = process_exited,
@@ -303,7 +307,8 @@ int orch_luaopen_sys(lua_State *L, int t)
 {
     enum { ALL = ORCH_CTX_POLICY | ORCH_CTX_TOOL | ORCH_CTX_SCRIPT, S = ORCH_CTX_SCRIPT };
     lua_pushvalue(L, t);
-    orch_api_set(L, "orch.", (struct orch_api[]){ { "now", l_now, ALL }, { "env", l_env, S }, { 0 } });
+    orch_api_set(L, "orch.",
+                 (struct orch_api[]){ { "now", l_now, ALL }, { "env", l_env, S }, { 0 } });
     lua_pushstring(L, ORCH_VERSION);
     lua_setfield(L, -2, "version");
     lua_pop(L, 1);
@@ -315,16 +320,23 @@ int orch_luaopen_sys(lua_State *L, int t)
     }
     lua_newtable(L);
     orch_api_set(L, "orch.log.",
-                 (struct orch_api[]){ { "debug", l_debug, ALL }, { "info", l_info, ALL }, { "warn", l_warn, ALL },
-                                      { "error", l_error, ALL }, { 0 } });
+                 (struct orch_api[]){ { "debug", l_debug, ALL },
+                                      { "info", l_info, ALL },
+                                      { "warn", l_warn, ALL },
+                                      { "error", l_error, ALL },
+                                      { 0 } });
     lua_setfield(L, t, "log");
     lua_newtable(L);
     orch_api_set(L, "orch.process.", (struct orch_api[]){ { "run", l_process_run, S }, { 0 } });
     lua_setfield(L, t, "process");
     lua_newtable(L);
     orch_api_set(L, "orch.fs.",
-                 (struct orch_api[]){ { "read", l_fs_read, S }, { "write", l_fs_write, S }, { "list", l_fs_list, S },
-                                      { "stat", l_fs_stat, S }, { "mkdir", l_fs_mkdir, S }, { 0 } });
+                 (struct orch_api[]){ { "read", l_fs_read, S },
+                                      { "write", l_fs_write, S },
+                                      { "list", l_fs_list, S },
+                                      { "stat", l_fs_stat, S },
+                                      { "mkdir", l_fs_mkdir, S },
+                                      { 0 } });
     lua_setfield(L, t, "fs");
     return 0;
 }

@@ -201,10 +201,13 @@ int orch_luaopen_vm(lua_State *L, int t)
         lua_pop(L, 1);
     }
     lua_newtable(L);
-    orch_api_set(L, "orch.vm.", (struct orch_api[]){ { "spawn", l_spawn, S }, { "list", l_list, S }, { "pool", NULL, 0 }, { 0 } });
+    orch_api_set(L, "orch.vm.",
+                 (struct orch_api[]){
+                     { "spawn", l_spawn, S }, { "list", l_list, S }, { "pool", NULL, 0 }, { 0 } });
     lua_setfield(L, t, "vm");
     lua_newtable(L);
-    orch_api_set(L, "orch.image.", (struct orch_api[]){ { "build", NULL, 0 }, { "list", NULL, 0 }, { 0 } });
+    orch_api_set(L, "orch.image.",
+                 (struct orch_api[]){ { "build", NULL, 0 }, { "list", NULL, 0 }, { 0 } });
     lua_setfield(L, t, "image");
     return 0;
 }

@@ -48,7 +48,8 @@ void orch_bind_open(lua_State *L)
     lua_pop(L, 1);
 }
 
-/* module[function], of a module that is loaded now: upvalues are what runs it, and the function's name. */
+/* module[function], of a module that is loaded now: upvalues are what runs it, and the function's
+ * name. */
 static int load_method(lua_State *L)
 {
     lua_pushvalue(L, lua_upvalueindex(1));

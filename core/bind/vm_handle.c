@@ -62,11 +62,17 @@ void orch_vm_operation_cancel(void *ud)
     orch_vm_operation_free(ud);
 }
 
-struct orch_vm_operation *orch_vm_operation_new(struct orch_vm_handle *h, int (*push)(lua_State *L, struct orch_vm_operation *op))
+struct orch_vm_operation *orch_vm_operation_new(struct orch_vm_handle *h,
+                                                int (*push)(lua_State *L,
+                                                            struct orch_vm_operation *op))
 {
     struct orch_vm_operation *op = orch_xcalloc(1, sizeof *op);
-    *op = (struct orch_vm_operation){ .next = h->operations, .at = &h->operations, .h = h, .on_stdout = LUA_NOREF, .on_stderr = LUA_NOREF,
-                              .push = push };
+    *op = (struct orch_vm_operation){ .next = h->operations,
+                                      .at = &h->operations,
+                                      .h = h,
+                                      .on_stdout = LUA_NOREF,
+                                      .on_stderr = LUA_NOREF,
+                                      .push = push };
     if (op->next)
         op->next->at = &op->next;
     h->operations = op;
@@ -83,8 +89,8 @@ static void handle_hold(struct orch_vm_handle *h, bool on)
 
 static int spawn_push(lua_State *L, void *ud);
 
-/* Ends the microVM; what is under way fails with why, as everything later does. The owner drops one reference
- * when it has one. */
+/* Ends the microVM; what is under way fails with why, as everything later does. The owner drops one
+ * reference when it has one. */
 static void handle_close(struct orch_vm_handle *h, const struct orch_err *why)
 {
     struct orch_vm *vm = h->vm;
@@ -158,8 +164,10 @@ static bool handles_late(struct orch_call_part *p, struct orch_call *c, bool now
     struct orch_err err;
     if (!now)
         return all->list != NULL;
-    orch_err_setc(&err, ORCH_CLASS_TIMEOUT, ETIMEDOUT, ORCH_VM_TIME_OVER, (double)c->time_ms / 1000, c->limit);
-    for (struct orch_vm_handle *h = all->list; h; h = h->next) /* lost, or not ready, is told in turns of their own */
+    orch_err_setc(&err, ORCH_CLASS_TIMEOUT, ETIMEDOUT, ORCH_VM_TIME_OVER, (double)c->time_ms / 1000,
+                  c->limit);
+    /* lost, or not ready, is told in turns of their own */
+    for (struct orch_vm_handle *h = all->list; h; h = h->next)
         orch_vm_end(h->vm, &err);
     return true;
 }
@@ -267,10 +275,14 @@ static int take_defaults(const struct orch_env *env, struct orch_vm_opts *v, str
 {
     const struct orch_config *c = &env->current->gen->cfg;
     if (v->call && v->memory_bytes > c->vm_memory_bytes)
-        return orch_err_setc(err, ORCH_CLASS_LIMIT, EINVAL, "memory %llu is over the configured vm.memory (%llu bytes)",
-                             (unsigned long long)v->memory_bytes, (unsigned long long)c->vm_memory_bytes);
+        return orch_err_setc(err, ORCH_CLASS_LIMIT, EINVAL,
+                             "memory %llu is over the configured vm.memory (%llu bytes)",
+                             (unsigned long long)v->memory_bytes,
+                             (unsigned long long)c->vm_memory_bytes);
     if (v->call && v->vcpus > c->vm_vcpus)
-        return orch_err_setc(err, ORCH_CLASS_LIMIT, EINVAL, "vcpus %d is over the configured vm.vcpus (%d)", v->vcpus, c->vm_vcpus);
+        return orch_err_setc(err, ORCH_CLASS_LIMIT, EINVAL,
+                             "vcpus %d is over the configured vm.vcpus (%d)", v->vcpus,
+                             c->vm_vcpus);
     if (!v->memory_bytes)
         v->memory_bytes = c->vm_memory_bytes;
     if (!v->vcpus)
@@ -300,11 +312,14 @@ int orch_vm_spawn_wait(lua_State *L, int idx, struct orch_call *call)
         .timeout_name = call ? "timeout of ctx:vm" : "timeout",
     };
     if (call) {
-        const char *keep = orch_opt_string(&o, "keep", NULL), *workspace = orch_opt_string(&o, "workspace", "none");
+        const char *keep = orch_opt_string(&o, "keep", NULL),
+                   *workspace = orch_opt_string(&o, "workspace", "none");
         if (keep)
             return luaL_error(L, "ctx:vm: keep = \"%s\" is not available yet", keep);
         if (strcmp(workspace, "none") != 0)
-            return luaL_error(L, "ctx:vm: workspace = \"%s\" is not available yet; only \"none\" is", workspace);
+            return luaL_error(L,
+                              "ctx:vm: workspace = \"%s\" is not available yet; only \"none\" is",
+                              workspace);
         vo.network = orch_call_network(call);
         vo.call = call->id;
     } else {
@@ -318,7 +333,8 @@ int orch_vm_spawn_wait(lua_State *L, int idx, struct orch_call *call)
     struct orch_vms *vms = env->vms(env->ud, &err);
     if (!vms || take_defaults(env, &vo, &err) < 0)
         return orch_push_err(L, &err);
-    if (strcmp(vo.network, "none") != 0 && !(vo.rules = orch_generation_rules(env->current->gen, vo.network, &err)))
+    if (strcmp(vo.network, "none") != 0 &&
+        !(vo.rules = orch_generation_rules(env->current->gen, vo.network, &err)))
         return orch_push_err(L, &err);
     struct orch_vm_handle *h = orch_xcalloc(1, sizeof *h);
     h->main = orch_state_lua(orch_state_of(L));
@@ -352,9 +368,10 @@ struct orch_vm_handle *orch_vm_handle_at(lua_State *L)
     return *box;
 }
 
-/* The one way to a handle's microVM, right before it is used: its channel, or NULL with nil, message, code
- * pushed when it is over, whether the handle was told so already or not. */
-struct orch_channel *orch_vm_handle_channel(lua_State *L, const struct orch_vm_handle *h, int *n_results)
+/* The one way to a handle's microVM, right before it is used: its channel, or NULL with nil,
+ * message, code pushed when it is over, whether the handle was told so already or not. */
+struct orch_channel *orch_vm_handle_channel(lua_State *L, const struct orch_vm_handle *h,
+                                            int *n_results)
 {
     struct orch_err err = h->err;
     struct orch_channel *c = h->vm ? orch_vm_channel(h->vm, &err) : NULL;

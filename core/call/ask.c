@@ -1,10 +1,12 @@
-/* A call's questions to its client: elicitation, sampling, roots. One code path for tools, two on the
- * wire: a legacy client gets requests of its own; a modern one gets `input_required` as the answer, and
- * the call is parked, a coroutine under a slot, until the client repeats the call with its answers.
+/* A call's questions to its client: elicitation, sampling, roots. One code path for tools, two on
+ * the wire: a legacy client gets requests of its own; a modern one gets `input_required` as the
+ * answer, and the call is parked, a coroutine under a slot, until the client repeats the call with
+ * its answers.
  *
- * requestState is `SLOT.SERIAL.ROUND.MAC`, the MAC over that, the caller and a digest of method, name and
- * arguments: altered, another's, or used before, it resumes nothing. What is parked is bounded in number
- * and time. Answers may also come with a first call (no state): they are taken when they are asked for. */
+ * requestState is `SLOT.SERIAL.ROUND.MAC`, the MAC over that, the caller and a digest of method,
+ * name and arguments: altered, another's, or used before, it resumes nothing. What is parked is
+ * bounded in number and time. Answers may also come with a first call (no state): they are taken
+ * when they are asked for. */
 #include "call_int.h"
 
 #include <errno.h>

@@ -7,9 +7,9 @@
 
 enum {
     KEPT_BYTES = 64 * 1024, /* of a record's buffers, for the next call */
-    /* After the end of a call's time, while parts of it end by themselves: a command in a microVM was ended
-     * by its guest, which takes up to 2 s, and its output is worth an answer; then they are ended, then the
-     * call. */
+    /* After the end of a call's time, while parts of it end by themselves: a command in a microVM
+     * was ended by its guest, which takes up to 2 s, and its output is worth an answer; then they
+     * are ended, then the call. */
     LATE_GRACE_MS = 6000,
     END_GRACE_MS = 4000,
 };

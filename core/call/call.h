@@ -1,12 +1,12 @@
 /* One call's life: judged, its decision recorded, run by its tool's backend, its outcome recorded,
  * answered. Resources, prompts and completion are calls too, without judgement.
  *
- * Calls are handled in batches: the decisions of all calls at hand are written with one write before any
- * of them runs, their outcomes with another before any of them is answered (turn.c).
+ * Calls are handled in batches: the decisions of all calls at hand are written with one write
+ * before any of them runs, their outcomes with another before any of them is answered (turn.c).
  *
  * What a call can have besides hangs on it as parts: questions to its client, the task of the tasks
- * extension that it became, microVMs, HTTP requests. The call knows none of them; it tells each of its
- * end. */
+ * extension that it became, microVMs, HTTP requests. The call knows none of them; it tells each of
+ * its end. */
 #ifndef ORCH_CALL_CALL_H
 #define ORCH_CALL_CALL_H
 
@@ -23,7 +23,8 @@ struct sockaddr;
 /* ---- all calls of a host */
 
 /* What a script serves (orch.mcp.serve with tools, resources, prompts) in place of what the
- * configuration's folders hold, judged by the same policy. Its functions live in the script's state. */
+ * configuration's folders hold, judged by the same policy. Its functions live in the script's
+ * state. */
 struct orch_offer {
     struct orch_state *state; /* NULL: nothing is offered */
     unsigned features;        /* ORCH_MCP_* */
@@ -62,8 +63,8 @@ struct orch_calls {
 
 int orch_calls_init(struct orch_calls *cs, struct orch_err *err); /* loop and current are set */
 void orch_calls_fini(struct orch_calls *cs);
-/* Writes the decisions of all calls begun since the last time, runs them, writes the outcomes of those
- * that ended, answers. Called when all input at hand was read, or from a posted turn. */
+/* Writes the decisions of all calls begun since the last time, runs them, writes the outcomes of
+ * those that ended, answers. Called when all input at hand was read, or from a posted turn. */
 void orch_calls_run(struct orch_calls *cs);
 void orch_calls_want(struct orch_calls *cs); /* the same in the next turn */
 
@@ -121,13 +122,13 @@ void orch_calls_unpark(struct orch_calls *cs, const struct orch_session *s);
 struct orch_call_part_ops {
     /* Nothing of the call runs any more: it gets its outcome and its answer. */
     void (*end)(struct orch_call_part *p, struct orch_call *c);
-    /* The outcome is written, the answer follows. true: the part keeps the call, to be answered later by
-     * orch_call_answer. */
+    /* The outcome is written, the answer follows. true: the part keeps the call, to be answered
+     * later by orch_call_answer. */
     bool (*answer)(struct orch_call_part *p, struct orch_call *c);
     /* What its client is asked has changed. true: the part shows it to the client. */
     bool (*asked)(struct orch_call_part *p, struct orch_call *c);
-    /* The call's time is over: whether something of it ends by itself soon and is worth waiting for. now:
-     * it was waited for, what still runs shall end. */
+    /* The call's time is over: whether something of it ends by itself soon and is worth waiting
+     * for. now: it was waited for, what still runs shall end. */
     bool (*late)(struct orch_call_part *p, struct orch_call *c, bool now);
     void (*free)(struct orch_call_part *p); /* with the call; p is the part's own */
 };
@@ -198,8 +199,8 @@ void orch_call_clock(struct orch_call *c, int64_t ms, const char *limit);
 void orch_call_clock_again(struct orch_call *c);
 /* It waits: from now on the end of its time ends it. */
 void orch_call_arm(struct orch_call *c);
-/* Its time stands still while it waits for what has a time of its own (a person's answer, a template that
- * is made). Each on is matched by an off. */
+/* Its time stands still while it waits for what has a time of its own (a person's answer, a
+ * template that is made). Each on is matched by an off. */
 void orch_call_hold(struct orch_call *c, bool on);
 /* It has its answer in text: it leaves the running ones, and is answered in a turn of its own. */
 void orch_call_end(struct orch_call *c);
@@ -233,8 +234,8 @@ struct orch_call *orch_call_live(struct orch_calls *cs, uint32_t slot, uint32_t 
 void orch_call_progress(struct orch_call *c, double done, double total, struct orch_slice message);
 void orch_call_log(struct orch_call *c, const char *level, struct orch_slice message);
 const char *orch_call_network(const struct orch_call *c); /* as the deciding rules say; "none" */
-/* Whether a request of the call's tool may connect there, by the policies in force; false with err (class
- * DENIED), and the audit log says so. */
+/* Whether a request of the call's tool may connect there, by the policies in force; false with err
+ * (class DENIED), and the audit log says so. */
 bool orch_call_may_connect(struct orch_call *c, const struct sockaddr *to, struct orch_err *err);
 /* Over HTTP a legacy client's connection is ended and the answer kept. */
 void orch_call_let_go(struct orch_call *c, int64_t retry_ms);
@@ -259,9 +260,9 @@ struct orch_ask_item {
     bool answered;
     enum orch_class failed; /* answer is empty, error says why; 0: it did not fail */
 };
-/* Asks the client all of it; takes items (an array made by malloc). done is called once, unless all is
- * answered when this returns (orch_ask_done) or orch_ask_free comes first. NULL with err; code ENOTSUP:
- * the client does not declare what is needed. */
+/* Asks the client all of it; takes items (an array made by malloc). done is called once, unless all
+ * is answered when this returns (orch_ask_done) or orch_ask_free comes first. NULL with err; code
+ * ENOTSUP: the client does not declare what is needed. */
 struct orch_ask *orch_ask_start(struct orch_call *c, struct orch_ask_item *items, size_t n,
                                 void (*done)(void *ud), void *ud, struct orch_err *err);
 void orch_ask_free(struct orch_ask *a);
@@ -274,7 +275,8 @@ void orch_call_take_answers(struct orch_call *c, struct orch_slice inputs);
 
 /* ---- the tasks extension (job.c) */
 
-/* The call becomes a task: its request is answered with the task's id. -ENOTSUP: the client has no tasks. */
+/* The call becomes a task: its request is answered with the task's id. -ENOTSUP: the client has no
+ * tasks. */
 int orch_job_begin(struct orch_call *c, struct orch_err *err);
 
 #endif

@@ -93,9 +93,10 @@ bool orch_call_may_connect(struct orch_call *c, const struct sockaddr *to, struc
         port = ntohs(in->sin_port);
         if (strcmp(orch_call_network(c), "none") == 0)
             snprintf(rule, sizeof rule, "the rule that allows this call names no network");
-        else if (orch_generation_explain_packet(
-                     c->calls->current->gen, c->network, ntohl(in->sin_addr.s_addr), IPPROTO_TCP,
-                     (uint16_t)port, &allowed, rule, sizeof rule, err) < 0)
+        else if (orch_generation_explain_packet(c->calls->current->gen, c->network,
+                                                ntohl(in->sin_addr.s_addr), IPPROTO_TCP,
+                                                (uint16_t)port, &allowed, rule, sizeof rule,
+                                                err) < 0)
             return false;
     }
     if (allowed)

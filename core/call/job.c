@@ -1,7 +1,8 @@
-/* The tasks extension (io.modelcontextprotocol/tasks): a call that became a task has answered its request
- * and goes on; its client asks for it by an id. A file in the state directory makes each task durable
- * before its id is given out: it holds the owner and the task as tasks/get shows it. Tasks that run are in
- * memory too; of one whose process ended before it did, the file says `working` and tasks/get `failed`. */
+/* The tasks extension (io.modelcontextprotocol/tasks): a call that became a task has answered its
+ * request and goes on; its client asks for it by an id. A file in the state directory makes each
+ * task durable before its id is given out: it holds the owner and the task as tasks/get shows it.
+ * Tasks that run are in memory too; of one whose process ended before it did, the file says
+ * `working` and tasks/get `failed`. */
 #include "call_int.h"
 
 #include "../base/log.h"

@@ -44,9 +44,10 @@ static void judge(struct orch_call *c, struct orch_slice name, const struct orch
         return;
     }
     if (!c->tool) {
-        cleanup_free char *text = orch_xasprintf(
-            "Unknown tool: %.*s", name.n > NAME_SHOWN_BYTES ? NAME_SHOWN_BYTES : (int)name.n,
-            name.p);
+        cleanup_free char *text = orch_xasprintf("Unknown tool: %.*s",
+                                                 name.n > NAME_SHOWN_BYTES ? NAME_SHOWN_BYTES
+                                                                           : (int)name.n,
+                                                 name.p);
         orch_call_rpc_error(c, ORCH_RPC_INVALID_PARAMS, orch_slice_str(text));
         j->reason = "unknown tool";
         return;

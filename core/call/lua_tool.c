@@ -1,5 +1,5 @@
-/* Tools written in Lua: run(args, ctx) in a task of its own. ctx names its call by slot and serial, so that
- * one that was kept beyond the call finds nothing. */
+/* Tools written in Lua: run(args, ctx) in a task of its own. ctx names its call by slot and serial,
+ * so that one that was kept beyond the call finds nothing. */
 #include "call_int.h"
 
 #include <errno.h>
@@ -40,7 +40,8 @@ static void done(void *ud, lua_State *L, int nres, const struct orch_err *err)
 void orch_lua_start(struct orch_call *c, struct orch_state *s, int nargs, orch_task_done_fn *take)
 {
     c->backend = &orch_lua_backend;
-    /* It may end at once: then it is in the list of ended ones, which only our caller's caller empties. */
+    /* It may end at once: then it is in the list of ended ones, which only our caller's caller
+     * empties. */
     struct orch_task *task = orch_task_start(c->calls->loop, s, nargs, take, c);
     if (c->finished)
         return;

@@ -1,5 +1,5 @@
-/* What the audit log holds of a call: two lines, its decision before it runs, its outcome before it is
- * answered. */
+/* What the audit log holds of a call: two lines, its decision before it runs, its outcome before it
+ * is answered. */
 #include "call_int.h"
 
 #include "../script/regex.h"
@@ -114,8 +114,9 @@ int orch_record_outcome(struct orch_call *c, struct orch_err *err)
         orch_buf_str(b, ",\"cancelled\":true");
     int64_t us = orch_now_us() - c->begun_us;
     orch_buf_str(b, ",\"ms\":");
-    orch_json_put_number(
-        b, (double)(us / 1000)); /* whole numbers are cheap to print, fractions are not */
+    orch_json_put_number(b,
+                         (double)(us /
+                                  1000)); /* whole numbers are cheap to print, fractions are not */
     int part = (int)(us % 1000);
     orch_buf_add(b,
                  (char[]){ '.', (char)('0' + part / 100), (char)('0' + part / 10 % 10),
@@ -138,8 +139,8 @@ int orch_record_request(struct orch_call *c, struct orch_slice name, struct orch
     orch_buf_slice(&b,
                    (struct orch_slice){ c->session->audit_fields.p, c->session->audit_fields.n });
     orch_buf_printf(&b, ",\"method\":\"%s\",\"name\":", c->method);
-    orch_json_quote(
-        &b, (struct orch_slice){ name.p, name.n > URI_AUDIT_BYTES ? URI_AUDIT_BYTES : name.n });
+    orch_json_quote(&b, (struct orch_slice){ name.p,
+                                             name.n > URI_AUDIT_BYTES ? URI_AUDIT_BYTES : name.n });
     orch_buf_slice(&b, (struct orch_slice){ c->gen->audit_field.p, c->gen->audit_field.n });
     if (!log || orch_audit_broken(log))
         return orch_err_set(err, EIO, "not run: the audit log cannot be written");

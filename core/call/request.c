@@ -1,5 +1,5 @@
-/* Requests beyond tools (resources, prompts, completion): answered by lua/serve.lua from what a script
- * serves or the configuration's folders hold, each in a task of its own. */
+/* Requests beyond tools (resources, prompts, completion): answered by lua/policy/offer.lua from
+ * what a script serves or the configuration's folders hold, each in a task of its own. */
 #include "call_int.h"
 
 #include "../script/jsonlib.h"

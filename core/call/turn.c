@@ -1,5 +1,5 @@
-/* The turns of all calls: decisions are written, then what may run runs; outcomes are written, then what
- * has one is answered. */
+/* The turns of all calls: decisions are written, then what may run runs; outcomes are written, then
+ * what has one is answered. */
 #include "call_int.h"
 
 #include "../base/log.h"

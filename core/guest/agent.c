@@ -40,7 +40,8 @@ _Noreturn void power(int how)
 {
     sync();
     reboot(how);
-    _exit(0); /* in a namespace that may not reboot; as the guest's PID 1 this panics, with the same effect */
+    /* in a namespace that may not reboot; as the guest's PID 1 this panics, with the same effect */
+    _exit(0);
 }
 
 _Noreturn void die(const char *why)
@@ -48,7 +49,8 @@ _Noreturn void die(const char *why)
     char line[256];
     int n = snprintf(line, sizeof line, "orch agent: %.200s: %m\n", why);
     int fd = hosted ? 2 : open("/dev/kmsg", O_WRONLY | O_CLOEXEC | O_NONBLOCK);
-    if (write(fd, line, (size_t)n) < 0) /* as one piece: the kernel's log cannot be sought, as dprintf wants to */
+    /* as one piece: the kernel's log cannot be sought, as dprintf wants to */
+    if (write(fd, line, (size_t)n) < 0)
         sync();
     power(RB_AUTOBOOT);
 }
@@ -289,7 +291,8 @@ static void turn(void)
         }
         if (op->deadline)
             sooner(&wait, op->deadline - now);
-        if (op->reaped ? (op->draining ? room : !op->killing) : room && (op->kind == READ || op->kind == LIST))
+        if (op->reaped ? (op->draining ? room : !op->killing)
+                       : room && (op->kind == READ || op->kind == LIST))
             sooner(&wait, 0);
     }
     if (poll(set, n, (int)wait) < 0 && errno != EINTR)

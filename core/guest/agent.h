@@ -14,9 +14,11 @@
 
 #define MAX_OPS 512
 #define MAX_EXECS 256
-#define CHUNK (32 * 1024)         /* bytes taken from one stream per turn; what the port takes in one write */
-#define OUT_DATA (128 * 1024)     /* bulk data is added while less than this is queued */
-#define OUT_REPLY (192 * 1024)    /* frames from the host are handled while less than this is queued */
+/* bytes taken from one stream per turn; what the port takes in one write */
+#define CHUNK (32 * 1024)
+#define OUT_DATA (128 * 1024) /* bulk data is added while less than this is queued */
+/* frames from the host are handled while less than this is queued */
+#define OUT_REPLY (192 * 1024)
 
 enum kind { EXEC, WRITE, READ, LIST };
 
@@ -26,8 +28,8 @@ struct stream {
 };
 
 /* A cgroup for an exec; events is its cgroup.events, 0: not made yet. Used again, since making one
- * costs as much as a fork, but not after cgroup.kill: Linux 6.14 and later compare the count of kills
- * of the wrong cgroup, and kill at birth what is cloned into one that was killed before. */
+ * costs as much as a fork, but not after cgroup.kill: Linux 6.14 and later compare the count of
+ * kills of the wrong cgroup, and kill at birth what is cloned into one that was killed before. */
 struct cgroup {
     int dir, events;
     bool busy, killed;
@@ -43,14 +45,14 @@ struct op {
     /* EXEC; WARM is one with id 0 */
     pid_t pid;
     struct cgroup *group; /* NULL: pid is a supervisor */
-    int fail_fd;         /* CLOEXEC pipe: empty at its end when the exec succeeded; -1 after */
-    uint32_t fail[2];    /* enum orch_wire_fail, errno */
+    int fail_fd;          /* CLOEXEC pipe: empty at its end when the exec succeeded; -1 after */
+    uint32_t fail[2];     /* enum orch_wire_fail, errno */
     bool reaped, killing, timed_out, draining, pty;
     int status;
     int64_t deadline; /* next step against the tree; 0: none */
     uint64_t max_output;
     struct stream out[2];
-    int in_fd; /* -1: closed */
+    int in_fd;    /* -1: closed */
     bool in_open; /* stdin frames may come */
     char *in;     /* bytes for in_fd: in[in_off..in_n) */
     size_t in_off, in_n, in_cap;
@@ -85,8 +87,8 @@ void op_free(struct op *op);
 /* port.c: the port's two queues. */
 extern int port;
 size_t queued(void); /* bytes to be written */
-/* Room for a payload of at most n bytes at the end of the queue; out_commit makes of what was put there a
- * frame. */
+/* Room for a payload of at most n bytes at the end of the queue; out_commit makes of what was put
+ * there a frame. */
 uint8_t *out_room(size_t n);
 void out_commit(uint32_t id, enum orch_wire_type type, size_t n);
 void send_frame(uint32_t id, enum orch_wire_type type, const void *p, size_t n);

@@ -1,4 +1,5 @@
-/* From the kernel's first process to an open port: mounts, modules, the image's disk, the network. */
+/* From the kernel's first process to an open port: mounts, modules, the image's disk, the
+ * network. */
 #include "agent.h"
 
 #include <errno.h>
@@ -15,7 +16,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-static void must_mount(const char *what, const char *where, const char *type, unsigned long flags, const char *data)
+static void must_mount(const char *what, const char *where, const char *type, unsigned long flags,
+                       const char *data)
 {
     mkdir(where, 0755);
     if (mount(what, where, type, flags, data) < 0)
@@ -64,22 +66,27 @@ static void load_modules(void)
         fclose(f);
 }
 
-/* Where the image has a disk, its file system with a writable layer in memory over it becomes the root,
- * the agent's too; what is mounted already goes along. Without its driver this is not the guest that was asked for. */
+/* Where the image has a disk, its file system with a writable layer in memory over it becomes the
+ * root, the agent's too; what is mounted already goes along. Without its driver this is not the
+ * guest that was asked for. */
 static void enter_disk(void)
 {
-    static const char *const moved[][2] = { { "/proc", "/mnt/new/proc" }, { "/sys", "/mnt/new/sys" }, { "/dev", "/mnt/new/dev" } };
+    static const char *const moved[][2] = { { "/proc", "/mnt/new/proc" },
+                                            { "/sys", "/mnt/new/sys" },
+                                            { "/dev", "/mnt/new/dev" } };
     if (!(virtio_devices() & 1ULL << 2))
         return;
     must_mount("/dev/vda", "/mnt/disk", "erofs", MS_RDONLY, NULL);
     must_mount("tmpfs", "/mnt/rw", "tmpfs", 0, "mode=0755");
     mkdir("/mnt/rw/upper", 0755);
     mkdir("/mnt/rw/work", 0755);
-    must_mount("overlay", "/mnt/new", "overlay", 0, "lowerdir=/mnt/disk,upperdir=/mnt/rw/upper,workdir=/mnt/rw/work");
+    must_mount("overlay", "/mnt/new", "overlay", 0,
+               "lowerdir=/mnt/disk,upperdir=/mnt/rw/upper,workdir=/mnt/rw/work");
     for (size_t i = 0; i < sizeof moved / sizeof *moved; i++)
         if (mount(moved[i][0], moved[i][1], NULL, MS_MOVE, NULL) < 0)
             die(moved[i][1]);
-    if (chdir("/mnt/new") < 0 || mount(".", "/", NULL, MS_MOVE, NULL) < 0 || chroot(".") < 0 || chdir("/") < 0)
+    if (chdir("/mnt/new") < 0 || mount(".", "/", NULL, MS_MOVE, NULL) < 0 || chroot(".") < 0 ||
+        chdir("/") < 0)
         die("the disk as root");
 }
 
@@ -134,8 +141,8 @@ static void networks_up(void)
         if (ioctl(fd, SIOCSIFADDR, &addr) || ioctl(fd, SIOCSIFNETMASK, &mask) ||
             ioctl(fd, SIOCSIFFLAGS, &up) || ioctl(fd, SIOCADDRT, &route))
             die("eth0");
-        /* The driver's worker sees the link, and then the kernel's opens the queue; until then what is
-         * sent is dropped, in clones too. */
+        /* The driver's worker sees the link, and then the kernel's opens the queue; until then what
+         * is sent is dropped, in clones too. */
         up.ifr_flags = 0;
         for (int i = 0; !(up.ifr_flags & IFF_RUNNING); i++) {
             if (i == 10000 || ioctl(fd, SIOCGIFFLAGS, &up))
@@ -159,7 +166,8 @@ void boot(void)
         close(null);
     load_modules();
     enter_disk();
-    must_mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "mode=0620,gid=5,ptmxmode=0666");
+    must_mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC,
+               "mode=0620,gid=5,ptmxmode=0666");
     must_mount("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777");
     must_mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777");
     must_mount("tmpfs", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755");

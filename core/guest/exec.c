@@ -81,8 +81,8 @@ static void env_default(const char **env, uint32_t *n, const char *text)
     env[(*n)++] = text;
 }
 
-/* Like execvp, but looks before it leaps: under emulation a failed execve costs 0.3 ms, a look 0.02,
- * and most of PATH does not have the program. Returns with errno. */
+/* Like execvp, but looks before it leaps: under emulation a failed execve costs 0.3 ms, a look
+ * 0.02, and most of PATH does not have the program. Returns with errno. */
 static void exec_search(const struct plan *p)
 {
     char *const *argv = (char *const *)(uintptr_t)p->argv;
@@ -95,7 +95,8 @@ static void exec_search(const struct plan *p)
     for (path = path ? path : PATH_DEFAULT; *path;) {
         char file[4096];
         int n = (int)strcspn(path, ":");
-        if (snprintf(file, sizeof file, "%.*s/%s", n, path, argv[0]) < (int)sizeof file && access(file, F_OK) == 0) {
+        if (snprintf(file, sizeof file, "%.*s/%s", n, path, argv[0]) < (int)sizeof file &&
+            access(file, F_OK) == 0) {
             execv(file, argv);
             if (errno != EACCES)
                 return;
@@ -123,8 +124,10 @@ static _Noreturn void child_exec(struct plan *p)
     umask(022);
     if (p->x.flags & ORCH_WIRE_EXEC_NO_ASLR)
         personality(ADDR_NO_RANDOMIZE);
-    /* By the system calls: libc would tell its other threads, and this process is on the agent's memory. */
-    if (syscall(SYS_setgroups, 0, NULL) < 0 || syscall(SYS_setresgid, p->u.gid, p->u.gid, p->u.gid) < 0 ||
+    /* By the system calls: libc would tell its other threads, and this process is on the agent's
+     * memory. */
+    if (syscall(SYS_setgroups, 0, NULL) < 0 ||
+        syscall(SYS_setresgid, p->u.gid, p->u.gid, p->u.gid) < 0 ||
         syscall(SYS_setresuid, p->u.uid, p->u.uid, p->u.uid) < 0)
         child_fail(p->fail, ORCH_WIRE_FAIL_USER);
     if (*p->cwd ? chdir(p->cwd) < 0 : (chdir(p->u.home) < 0 && chdir("/") < 0))
@@ -193,7 +196,8 @@ static bool make_pipe(int ours, int *our_fd, int *their_fd)
 static bool make_pty(struct op *op, struct plan *p)
 {
     int zero = 0;
-    struct winsize size = { .ws_row = p->x.rows ? p->x.rows : 24, .ws_col = p->x.cols ? p->x.cols : 80 };
+    struct winsize size = { .ws_row = p->x.rows ? p->x.rows : 24,
+                            .ws_col = p->x.cols ? p->x.cols : 80 };
     int master = open("/dev/pts/ptmx", O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
     op->out[0].fd = master;
     if (master < 0 || ioctl(master, TIOCSPTLCK, &zero) < 0 || ioctl(master, TIOCSWINSZ, &size) < 0)
@@ -214,14 +218,16 @@ static bool make_stdio(struct op *op, struct plan *p)
         return false;
     if (op->pty)
         return make_pty(op, p);
-    if (op->in_open ? !make_pipe(1, &op->in_fd, &p->in) : (p->in = open("/dev/null", O_RDONLY | O_CLOEXEC)) < 0)
+    if (op->in_open ? !make_pipe(1, &op->in_fd, &p->in)
+                    : (p->in = open("/dev/null", O_RDONLY | O_CLOEXEC)) < 0)
         return false;
     return make_pipe(0, &op->out[0].fd, &p->out) && make_pipe(0, &op->out[1].fd, &p->err);
 }
 
-/* Makes the command's process in its cgroup, on the agent's memory and a stack of its own, the agent
- * suspended until it executes: copying page tables is what a fork costs most, and under emulation all of
- * that kernel code is translated first. child_exec allocates nothing and changes only `environ`. */
+/* Makes the command's process in its cgroup, on the agent's memory and a stack of its own, the
+ * agent suspended until it executes: copying page tables is what a fork costs most, and under
+ * emulation all of that kernel code is translated first. child_exec allocates nothing and changes
+ * only `environ`. */
 static pid_t spawn_in(int cgroup, struct plan *p)
 {
     static char stack[64 * 1024] __attribute__((aligned(16)));
@@ -277,7 +283,8 @@ static void exec_start(struct op *op, struct plan *p)
     env_default(p->env, &p->x.n_env, "LANG=C.UTF-8");
 
     errno = EAGAIN;
-    bool ok = n_execs <= MAX_EXECS && make_stdio(op, p) && (!has_cgroups() || (op->group = group_take()));
+    bool ok = n_execs <= MAX_EXECS && make_stdio(op, p) &&
+              (!has_cgroups() || (op->group = group_take()));
     if (ok) {
         op->pid = op->group ? spawn_in(op->group->dir, p) : fork();
         if (op->pid == 0) {

@@ -40,7 +40,8 @@ static int write_open(struct op *op, const struct orch_wire_file *f)
         return S_ISDIR(st.st_mode) ? EISDIR : EINVAL;
     const char *slash = strrchr(op->path, '/');
     char *temp;
-    if (asprintf(&temp, "%.*s.orch-write-%u", slash ? (int)(slash + 1 - op->path) : 0, op->path, op->id) < 0)
+    if (asprintf(&temp, "%.*s.orch-write-%u", slash ? (int)(slash + 1 - op->path) : 0, op->path,
+                 op->id) < 0)
         return ENOMEM;
     op->fd = open(temp, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (op->fd < 0) {
@@ -49,7 +50,8 @@ static int write_open(struct op *op, const struct orch_wire_file *f)
         return error;
     }
     op->temp = temp;
-    if (!user_find(uid, &u) || fchown(op->fd, u.uid, u.gid) < 0 || fchmod(op->fd, f->mode & 07777) < 0)
+    if (!user_find(uid, &u) || fchown(op->fd, u.uid, u.gid) < 0 ||
+        fchmod(op->fd, f->mode & 07777) < 0)
         return errno;
     return 0;
 }
@@ -115,7 +117,9 @@ void file_frame(uint32_t id, enum kind kind, const char *b, size_t n)
     if (strlen(op->path) != n - head)
         error = EINVAL;
     else
-        error = kind == LIST ? list_open(op) : kind == READ ? read_open(op, &f) : write_open(op, &f);
+        error = kind == LIST   ? list_open(op)
+                : kind == READ ? read_open(op, &f)
+                               : write_open(op, &f);
     if (error)
         file_end(op, error);
 }
@@ -135,8 +139,13 @@ void read_turn(struct op *op)
 
 static char type_letter(mode_t m)
 {
-    return S_ISREG(m) ? 'f' : S_ISDIR(m) ? 'd' : S_ISLNK(m) ? 'l' : S_ISFIFO(m) ? 'p' :
-           S_ISSOCK(m) ? 's' : S_ISCHR(m) ? 'c' : 'b';
+    return S_ISREG(m)    ? 'f'
+           : S_ISDIR(m)  ? 'd'
+           : S_ISLNK(m)  ? 'l'
+           : S_ISFIFO(m) ? 'p'
+           : S_ISSOCK(m) ? 's'
+           : S_ISCHR(m)  ? 'c'
+                         : 'b';
 }
 
 void list_turn(struct op *op)
@@ -151,7 +160,9 @@ void list_turn(struct op *op)
             fstatat(dirfd(op->dir), e->d_name, &st, AT_SYMLINK_NOFOLLOW) < 0)
             continue;
         n += (size_t)snprintf(b + n, CHUNK - n, "%c %04o %lld %lld %s", type_letter(st.st_mode),
-                              st.st_mode & 07777, (long long)st.st_size, (long long)st.st_mtime, e->d_name) + 1;
+                              st.st_mode & 07777, (long long)st.st_size, (long long)st.st_mtime,
+                              e->d_name) +
+             1;
         op->entries++;
     }
     int error = errno;

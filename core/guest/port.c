@@ -6,7 +6,7 @@
 #include <sys/reboot.h>
 #include <unistd.h>
 
-#define OUT_CAP (288 * 1024)      /* the rest is for one turn's EXIT, STARTED and CREDIT frames */
+#define OUT_CAP (288 * 1024) /* the rest is for one turn's EXIT, STARTED and CREDIT frames */
 
 int port = -1;
 

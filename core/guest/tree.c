@@ -1,4 +1,5 @@
-/* The tree of processes that a command is: by its cgroup, or by /proc where there are no cgroups. */
+/* The tree of processes that a command is: by its cgroup, or by /proc where there are no
+ * cgroups. */
 #include "agent.h"
 
 #include <errno.h>

@@ -33,22 +33,26 @@ enum orch_wire_type {
     ORCH_WIRE_EXEC,        /* struct orch_wire_exec + strings */
     ORCH_WIRE_STDIN,       /* bytes; len 0 = end of input */
     ORCH_WIRE_SIGNAL,      /* u32 signal, to the whole process tree of the exec */
-    ORCH_WIRE_WRITE,       /* struct orch_wire_file + path; then DATA frames, empty one ends → DONE */
-    ORCH_WIRE_READ,        /* struct orch_wire_file + path → DATA…, DONE */
-    ORCH_WIRE_LIST,        /* path → DATA (entries "type mode size mtime name\0"), DONE; type one of fdlpscb, mode
-                              octal, mtime in seconds, in no order, no entry split, EFBIG after 65536 */
-    ORCH_WIRE_DATA,        /* both directions: file bytes */
-    ORCH_WIRE_RESIZE,      /* u16 rows, u16 cols (pty) */
-    ORCH_WIRE_WARM,        /* id 0: fork and exec `true` once, answer DONE; translation warm-up */
-    ORCH_WIRE_DROP,        /* host gave up on id: kill its process tree, no further frames for it */
+    /* struct orch_wire_file + path; then DATA frames, empty one ends → DONE */
+    ORCH_WIRE_WRITE,
+    ORCH_WIRE_READ, /* struct orch_wire_file + path → DATA…, DONE */
+    /* path → DATA (entries "type mode size mtime name\0"), DONE; type one of fdlpscb, mode
+     * octal, mtime in seconds, in no order, no entry split, EFBIG after 65536 */
+    ORCH_WIRE_LIST,
+    ORCH_WIRE_DATA,   /* both directions: file bytes */
+    ORCH_WIRE_RESIZE, /* u16 rows, u16 cols (pty) */
+    ORCH_WIRE_WARM,   /* id 0: fork and exec `true` once, answer DONE; translation warm-up */
+    ORCH_WIRE_DROP,   /* host gave up on id: kill its process tree, no further frames for it */
     /* guest → host */
-    ORCH_WIRE_HELLO = 64, /* id 0: struct orch_wire_hello; after boot, and as the answer to RESTORE */
-    ORCH_WIRE_STARTED,    /* u32 pid */
-    ORCH_WIRE_STDOUT,     /* bytes */
-    ORCH_WIRE_STDERR,     /* bytes */
-    ORCH_WIRE_EXIT,       /* struct orch_wire_exit: the command and its whole tree are gone, all output sent */
-    ORCH_WIRE_CREDIT,     /* u32 bytes of STDIN or DATA taken by the guest */
-    ORCH_WIRE_DONE,       /* struct orch_wire_done: end of a file operation or of WARM */
+    /* id 0: struct orch_wire_hello; after boot, and as the answer to RESTORE */
+    ORCH_WIRE_HELLO = 64,
+    ORCH_WIRE_STARTED, /* u32 pid */
+    ORCH_WIRE_STDOUT,  /* bytes */
+    ORCH_WIRE_STDERR,  /* bytes */
+    /* struct orch_wire_exit: the command and its whole tree are gone, all output sent */
+    ORCH_WIRE_EXIT,
+    ORCH_WIRE_CREDIT, /* u32 bytes of STDIN or DATA taken by the guest */
+    ORCH_WIRE_DONE,   /* struct orch_wire_done: end of a file operation or of WARM */
 };
 
 struct orch_wire_restore {
@@ -64,8 +68,9 @@ struct orch_wire_hello {
 };
 
 #define ORCH_WIRE_EXEC_PTY 1
-#define ORCH_WIRE_EXEC_STDIN 2   /* stdin will be sent; else it is /dev/null */
-#define ORCH_WIRE_EXEC_NO_ASLR 4 /* personality(ADDR_NO_RANDOMIZE): under TCG, see notes in qemu.c */
+#define ORCH_WIRE_EXEC_STDIN 2 /* stdin will be sent; else it is /dev/null */
+/* personality(ADDR_NO_RANDOMIZE): under TCG, see notes in qemu.c */
+#define ORCH_WIRE_EXEC_NO_ASLR 4
 
 /* Followed by strings, each ended by NUL: cwd ("" = the user's home), user ("1000", "root", …),
  * n_argv arguments, n_env "NAME=value". Output caps are the guest's too: after max_output bytes of
@@ -92,17 +97,18 @@ enum orch_wire_fail {
 #define ORCH_WIRE_EXIT_CUT_STDERR 4
 
 struct orch_wire_exit {
-    uint32_t fail;   /* enum orch_wire_fail; then sys_errno says why and nothing ran */
-    int32_t status;  /* exit status, -1 when signalled */
-    int32_t signal;  /* 0 when it exited */
+    uint32_t fail;  /* enum orch_wire_fail; then sys_errno says why and nothing ran */
+    int32_t status; /* exit status, -1 when signalled */
+    int32_t signal; /* 0 when it exited */
     uint32_t flags;
     uint32_t sys_errno;
     uint32_t zero;
     uint64_t dropped_stdout, dropped_stderr; /* bytes over max_output */
 };
 
-/* Followed by the path. Regular files only: EISDIR, EINVAL. WRITE: creates or replaces the file (or the
- * link) by rename, mode & 07777, owner `uid`. READ: from offset, at most length bytes (0: to the end). */
+/* Followed by the path. Regular files only: EISDIR, EINVAL. WRITE: creates or replaces the file (or
+ * the link) by rename, mode & 07777, owner `uid`. READ: from offset, at most length bytes (0: to
+ * the end). */
 struct orch_wire_file {
     uint64_t offset, length;
     uint32_t mode, uid;

@@ -28,7 +28,8 @@ struct orch *orch_open(const struct orch_options *opts, struct orch_error *error
 {
     struct orch_err err = { 0 };
     if (opts && opts->size < sizeof *opts) {
-        orch_err_setc(&err, ORCH_CLASS_USAGE, EINVAL, "orch_open: options.size must be sizeof(struct orch_options)");
+        orch_err_setc(&err, ORCH_CLASS_USAGE, EINVAL,
+                      "orch_open: options.size must be sizeof(struct orch_options)");
         fill_error(error, &err);
         return NULL;
     }
@@ -60,7 +61,7 @@ int orch_reload(struct orch *o, struct orch_error *error)
     struct orch_err err = { 0 };
     int r = orch_current_reload(&o->current, "orch_reload");
     if (r < 0) {
-        orch_err_setc(&err, (enum orch_class)-r, EINVAL, "%s", o->current.error.p);
+        orch_err_setc(&err, (enum orch_class) - r, EINVAL, "%s", o->current.error.p);
         fill_error(error, &err);
     }
     return r;
@@ -117,9 +118,12 @@ int orch_add_tool(struct orch *o, const struct orch_tool_def *def, struct orch_e
     int r = 0;
     if (n < 1 || n > 64 || strstr(def->name, "__") ||
         strspn(def->name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-") != n)
-        r = orch_err_setc(&err, ORCH_CLASS_USAGE, EINVAL, "orch_add_tool: name must be 1 to 64 of A-Za-z0-9_.- without \"__\"");
-    else if (orch_json_scan(&d, orch_slice_str(def->input), &(struct orch_json_limits){ 0 }, &fault) < 0)
-        r = orch_err_setc(&err, ORCH_CLASS_USAGE, EINVAL, "orch_add_tool: input: %s at byte %zu", fault.rule, fault.byte);
+        r = orch_err_setc(&err, ORCH_CLASS_USAGE, EINVAL,
+                          "orch_add_tool: name must be 1 to 64 of A-Za-z0-9_.- without \"__\"");
+    else if (orch_json_scan(&d, orch_slice_str(def->input), &(struct orch_json_limits){ 0 },
+                            &fault) < 0)
+        r = orch_err_setc(&err, ORCH_CLASS_USAGE, EINVAL, "orch_add_tool: input: %s at byte %zu",
+                          fault.rule, fault.byte);
     if (r == 0) {
         cleanup_buf struct orch_buf definition = { 0 };
         orch_buf_printf(&definition, "{\"name\":\"%s\",\"description\":", def->name);
@@ -163,16 +167,18 @@ static void host_call_done(void *ud, struct orch_slice members, bool is_error)
     free(h);
 }
 
-int orch_call(struct orch *o, const char *tool, const char *args_json, const char *caller, orch_result_fn *fn, void *ud,
-              struct orch_error *error)
+int orch_call(struct orch *o, const char *tool, const char *args_json, const char *caller,
+              orch_result_fn *fn, void *ud, struct orch_error *error)
 {
     struct orch_err err = { 0 };
     cleanup_json struct orch_json_doc d = { 0 };
     struct orch_json_fault fault;
-    cleanup_free char *wrapped = orch_xasprintf("[%s]", args_json); /* so that the object is token 1 */
-    if (orch_json_scan(&d, orch_slice_str(wrapped), &(struct orch_json_limits){ 0 }, &fault) < 0 || d.toks[0].count != 1 ||
-        d.toks[1].type != ORCH_JSON_OBJECT) {
-        orch_err_setc(&err, ORCH_CLASS_USAGE, EINVAL, "orch_call: the arguments must be one JSON object");
+    /* so that the object is token 1 */
+    cleanup_free char *wrapped = orch_xasprintf("[%s]", args_json);
+    if (orch_json_scan(&d, orch_slice_str(wrapped), &(struct orch_json_limits){ 0 }, &fault) < 0 ||
+        d.toks[0].count != 1 || d.toks[1].type != ORCH_JSON_OBJECT) {
+        orch_err_setc(&err, ORCH_CLASS_USAGE, EINVAL,
+                      "orch_call: the arguments must be one JSON object");
         fill_error(error, &err);
         return -EINVAL;
     }
@@ -193,13 +199,17 @@ static void serve_ended(void *ud, int status, const char *why)
 int orch_serve_stdio(struct orch *o, struct orch_error *error)
 {
     struct orch_err err = { 0 };
-    int r = orch_serve(o, &(struct orch_serve_opts){ .transport = "stdio", .done = serve_ended, .ud = o }, &err);
+    int r = orch_serve(o,
+                       &(struct orch_serve_opts){
+                           .transport = "stdio", .done = serve_ended, .ud = o },
+                       &err);
     if (r < 0)
         fill_error(error, &err);
     return r;
 }
 
-int orch_run_file(struct orch *o, const char *path, int argc, const char *const *argv, struct orch_error *error)
+int orch_run_file(struct orch *o, const char *path, int argc, const char *const *argv,
+                  struct orch_error *error)
 {
     struct orch_err err = { 0 };
     cleanup_buf struct orch_buf text = { 0 };

@@ -1,5 +1,5 @@
-/* The module "orch.internal" of the commands in lua/cli: what they need of the host beyond the public
- * API. It may change with any version. Functions return a value, or nil, message, code. */
+/* The module "orch.internal" of the commands in lua/cli: what they need of the host beyond the
+ * public API. It may change with any version. Functions return a value, or nil, message, code. */
 #include "host.h"
 
 #include "../base/hash.h"
@@ -8,7 +8,7 @@
 #include "../launch/launch.h"
 #include "../script/jsonlib.h"
 #include "../vm/accel.h"
-#include "../vm/image.h"
+#include "../image/image.h"
 #include "../vm/vm.h"
 
 #include <errno.h>
@@ -35,12 +35,20 @@ static int push_json_text(lua_State *L, struct orch_slice text)
 
 static int i_paths(lua_State *L)
 {
-    static const char *const origins[] = { "--config", "ORCH_CONFIG", "working directory", "user", "system", "built-in" };
+    static const char *const origins[] = { "--config", "ORCH_CONFIG", "working directory",
+                                           "user",     "system",      "built-in" };
     const struct orch_paths *p = &host_of(L)->paths;
-    const char *const fields[][2] = { { "share", p->share },     { "launcher", p->launcher }, { "agent", p->agent },
-                                      { "state", p->state },     { "cache", p->cache },       { "runtime", p->runtime },
-                                      { "cwd", p->cwd },         { "home", p->home },         { "config", p->config },
-                                      { "named", p->named },     { "user_config", p->user_config },
+    const char *const fields[][2] = { { "share", p->share },
+                                      { "launcher", p->launcher },
+                                      { "agent", p->agent },
+                                      { "state", p->state },
+                                      { "cache", p->cache },
+                                      { "runtime", p->runtime },
+                                      { "cwd", p->cwd },
+                                      { "home", p->home },
+                                      { "config", p->config },
+                                      { "named", p->named },
+                                      { "user_config", p->user_config },
                                       { "origin", origins[p->origin] } };
     lua_newtable(L);
     for (size_t i = 0; i < ORCH_ARRAY_LEN(fields); i++) {
@@ -106,8 +114,9 @@ static void set_count(lua_State *L, struct orch_generation *g, const char *key)
     lua_pop(policy, 2);
 }
 
-/* load(): { generation, tools = { { name, server, listed, file }… }, sources = { path… }, rules, tests, notes, policies,
- * audit_dir, workspace, image } of the configuration as it is on disk; or nil, all errors, class. */
+/* load(): { generation, tools = { { name, server, listed, file }… }, sources = { path… }, rules,
+ * tests, notes, policies, audit_dir, workspace, image } of the configuration as it is on disk; or
+ * nil, all errors, class. */
 static int i_load(lua_State *L)
 {
     struct orch *o = host_of(L);
@@ -151,7 +160,8 @@ static int i_config(lua_State *L)
     struct orch_err err = { 0 };
     if (orch_current_need(&o->current, &err) < 0)
         return orch_push_err(L, &err);
-    return push_json_text(L, orch_slice_str(o->current.gen->config_show ? o->current.gen->config_show : "[]"));
+    return push_json_text(L, orch_slice_str(
+                                 o->current.gen->config_show ? o->current.gen->config_show : "[]"));
 }
 
 static int i_explain(lua_State *L)
@@ -163,7 +173,9 @@ static int i_explain(lua_State *L)
     const char *tool = luaL_checkstring(L, 1), *args = luaL_optlstring(L, 2, "{}", &n);
     if (lua_isnoneornil(L, 2))
         n = 2;
-    if (orch_current_need(&o->current, &err) < 0 || orch_generation_explain(o->current.gen, tool, (struct orch_slice){ args, n }, &out, &err) < 0)
+    if (orch_current_need(&o->current, &err) < 0 ||
+        orch_generation_explain(o->current.gen, tool, (struct orch_slice){ args, n }, &out, &err) <
+            0)
         return orch_push_err(L, &err);
     return push_json_text(L, (struct orch_slice){ out.p, out.n });
 }
@@ -173,7 +185,8 @@ static int i_rules(lua_State *L)
     struct orch *o = host_of(L);
     struct orch_err err = { 0 };
     cleanup_buf struct orch_buf out = { 0 };
-    if (orch_current_need(&o->current, &err) < 0 || orch_generation_show(o->current.gen, &out, &err) < 0)
+    if (orch_current_need(&o->current, &err) < 0 ||
+        orch_generation_show(o->current.gen, &out, &err) < 0)
         return orch_push_err(L, &err);
     return push_json_text(L, (struct orch_slice){ out.p, out.n });
 }
@@ -184,7 +197,8 @@ static int i_nft(lua_State *L)
     struct orch *o = host_of(L);
     struct orch_err err = { 0 };
     cleanup_buf struct orch_buf out = { 0 };
-    if (orch_current_need(&o->current, &err) < 0 || orch_generation_rules_text(o->current.gen, luaL_checkstring(L, 1), &out, &err) < 0)
+    if (orch_current_need(&o->current, &err) < 0 ||
+        orch_generation_rules_text(o->current.gen, luaL_checkstring(L, 1), &out, &err) < 0)
         return orch_push_err(L, &err);
     lua_pushlstring(L, out.p, out.n);
     return 1;
@@ -200,20 +214,24 @@ static int i_packet(lua_State *L)
     bool allowed;
     const char *proto = luaL_checkstring(L, 3);
     if (orch_cidr_parse(luaL_checkstring(L, 2), &to, &err) < 0 || to.bits != 32) {
-        orch_err_setc(&err, ORCH_CLASS_USAGE, EINVAL, "%s: an IPv4 address is needed", lua_tostring(L, 2));
+        orch_err_setc(&err, ORCH_CLASS_USAGE, EINVAL, "%s: an IPv4 address is needed",
+                      lua_tostring(L, 2));
         return orch_push_err(L, &err);
     }
     if (orch_current_need(&o->current, &err) < 0 ||
-        orch_generation_explain_packet(o->current.gen, luaL_checkstring(L, 1), to.addr, strcmp(proto, "udp") == 0 ? IPPROTO_UDP : IPPROTO_TCP,
-                                       (uint16_t)luaL_checkinteger(L, 4), &allowed, rule, sizeof rule, &err) < 0)
+        orch_generation_explain_packet(o->current.gen, luaL_checkstring(L, 1), to.addr,
+                                       strcmp(proto, "udp") == 0 ? IPPROTO_UDP : IPPROTO_TCP,
+                                       (uint16_t)luaL_checkinteger(L, 4), &allowed, rule,
+                                       sizeof rule, &err) < 0)
         return orch_push_err(L, &err);
     lua_pushstring(L, allowed ? "allow" : "deny");
     lua_pushstring(L, rule);
     return 2;
 }
 
-/* trust_look(): reads the configuration whether it is trusted or not: { { path, sha256, text, before = SHA-256 recorded or
- * nil }… }, and its list `gone` of paths that were recorded and are no more. Before anything is loaded. */
+/* trust_look(): reads the configuration whether it is trusted or not: { { path, sha256, text,
+ * before = SHA-256 recorded or nil }… }, and its list `gone` of paths that were recorded and are no
+ * more. Before anything is loaded. */
 static int i_trust_look(lua_State *L)
 {
     struct orch *o = host_of(L);
@@ -235,7 +253,8 @@ static int i_trust_look(lua_State *L)
         int r = orch_read_file(AT_FDCWD, f->path, 1 << 20, &text);
         orch_sha256_hex(text.p, text.n, sha);
         if (r < 0 || strcmp(sha, f->sha256) != 0)
-            orch_err_set(&err, r < 0 ? -r : ESTALE, "%s: it changes while it is read; try again", f->path);
+            orch_err_set(&err, r < 0 ? -r : ESTALE, "%s: it changes while it is read; try again",
+                         f->path);
         lua_newtable(L);
         set_string(L, "path", f->path);
         set_string(L, "sha256", f->sha256);
@@ -264,7 +283,9 @@ static int i_trust(lua_State *L)
 {
     struct orch *o = host_of(L);
     struct orch_err err = { 0 };
-    struct orch_trust t = { .list = o->current.gen->sources, .edits = lua_toboolean(L, 1), .always = o->current.gen->cfg.trust_always };
+    struct orch_trust t = { .list = o->current.gen->sources,
+                            .edits = lua_toboolean(L, 1),
+                            .always = o->current.gen->cfg.trust_always };
     if (orch_trust_record(&o->paths, &t, &err) < 0)
         return orch_push_err(L, &err);
     lua_pushboolean(L, 1);
@@ -291,17 +312,20 @@ static bool same_name(int pid)
     char path[64];
     cleanup_buf struct orch_buf own = { 0 }, its = { 0 };
     snprintf(path, sizeof path, "/proc/%d/comm", pid);
-    return orch_read_file(AT_FDCWD, "/proc/self/comm", 64, &own) == 0 && orch_read_file(AT_FDCWD, path, 64, &its) == 0 && own.n == its.n &&
+    return orch_read_file(AT_FDCWD, "/proc/self/comm", 64, &own) == 0 &&
+           orch_read_file(AT_FDCWD, path, 64, &its) == 0 && own.n == its.n &&
            memcmp(own.p, its.p, own.n) == 0;
 }
 
-/* Refused where an agent could reach it: below a process that an orch started. What orch protects itself from cannot see
- * its program, so there the name says it; what it then could do, the kernel refuses. */
+/* Refused where an agent could reach it: below a process that an orch started. What orch protects
+ * itself from cannot see its program, so there the name says it; what it then could do, the kernel
+ * refuses. */
 static int i_below_orch(lua_State *L)
 {
     char self[4096], exe[4096];
     read_link(getpid(), "exe", self, sizeof self);
-    for (int pid = getppid(), depth = 0; pid > 1 && depth < ORCH_ANCESTORS_MAX; depth++, pid = orch_proc_parent(pid)) {
+    for (int pid = getppid(), depth = 0; pid > 1 && depth < ORCH_ANCESTORS_MAX;
+         depth++, pid = orch_proc_parent(pid)) {
         read_link(pid, "exe", exe, sizeof exe);
         if (exe[0] ? self[0] && strcmp(self, exe) == 0 : same_name(pid)) {
             lua_pushinteger(L, pid);
@@ -333,7 +357,8 @@ static int i_audit_verify(lua_State *L)
     struct orch_err err = { 0 };
     struct orch_audit_report r = { 0 };
     cleanup_free char *key = orch_xasprintf("%s/audit.key", o->paths.state);
-    if (orch_audit_verify(luaL_checkstring(L, 1), access(key, R_OK) == 0 ? key : NULL, luaL_optstring(L, 2, NULL), &r, &err) < 0)
+    if (orch_audit_verify(luaL_checkstring(L, 1), access(key, R_OK) == 0 ? key : NULL,
+                          luaL_optstring(L, 2, NULL), &r, &err) < 0)
         return orch_push_err(L, &err);
     lua_newtable(L);
     lua_pushboolean(L, r.ok);
@@ -355,7 +380,8 @@ static int i_audit_verify(lua_State *L)
 static int i_control(lua_State *L)
 {
     cleanup_buf struct orch_buf out = { 0 };
-    orch_control_ask(host_of(L)->paths.runtime, (int)luaL_optinteger(L, 2, 0), orch_slice_str(luaL_checkstring(L, 1)), &out);
+    orch_control_ask(host_of(L)->paths.runtime, (int)luaL_optinteger(L, 2, 0),
+                     orch_slice_str(luaL_checkstring(L, 1)), &out);
     return push_json_text(L, (struct orch_slice){ out.p, out.n });
 }
 
@@ -394,15 +420,17 @@ static int i_protect_check(lua_State *L)
     return 1;
 }
 
-/* isolation(): what a start with accel "auto" would use, "none" while that is open; and why. Writes nothing. */
+/* isolation(): what a start with accel "auto" would use, "none" while that is open; and why. Writes
+ * nothing. */
 static int i_isolation(lua_State *L)
 {
     struct orch *o = host_of(L);
     cleanup_buf struct orch_buf why = { 0 };
     enum orch_isolation i = orch_known_isolation(o->loop,
-                                                 &(struct orch_vms_opts){ .cache_dir = o->paths.cache,
-                                                                          .runtime_dir = o->paths.runtime,
-                                                                          .agent_path = o->paths.agent },
+                                                 &(struct orch_vms_opts){
+                                                     .cache_dir = o->paths.cache,
+                                                     .runtime_dir = o->paths.runtime,
+                                                     .agent_path = o->paths.agent },
                                                  &why);
     lua_pushstring(L, orch_isolation_name(i));
     lua_pushstring(L, why.p ? why.p : "");
@@ -532,11 +560,15 @@ static void build_progress(void *ud, const char *line)
 
 static struct orch_image_opts image_opts(struct orch *o, char *dir)
 {
-    return (struct orch_image_opts){ .cache_dir = dir, .agent_path = o->paths.agent, .kernel = o->paths.kernel, .modules = o->paths.modules,
+    return (struct orch_image_opts){ .cache_dir = dir,
+                                     .agent_path = o->paths.agent,
+                                     .kernel = o->paths.kernel,
+                                     .modules = o->paths.modules,
                                      .progress = build_progress };
 }
 
-/* recipe(file): the table that the file returns. It is data: the file runs bounded, like a policy. */
+/* recipe(file): the table that the file returns. It is data: the file runs bounded, like a
+ * policy. */
 static int i_recipe(lua_State *L)
 {
     struct orch *o = host_of(L);
@@ -554,7 +586,8 @@ static int i_recipe(lua_State *L)
                                                                      .steps = 100 * 1000 * 1000,
                                                                      .cpu_ms = 1000,
                                                                      .lua_dir = lua_dir,
-                                                                     .host = &o->env }, &err);
+                                                                     .host = &o->env },
+                                          &err);
     if (!s)
         return orch_push_err(L, &err);
     lua_State *R = orch_state_lua(s);
@@ -579,7 +612,8 @@ static int i_recipe(lua_State *L)
     return results;
 }
 
-/* image_build(name[, { suite, options, sources, fresh }]): the table is a recipe's, as lua/recipe.lua makes it. */
+/* image_build(name[, { suite, options, sources, fresh }]): the table is a recipe's, as
+ * lua/recipe.lua makes it. */
 static int i_image_build(lua_State *L)
 {
     struct orch *o = host_of(L);

@@ -43,7 +43,8 @@ static bool same_user_namespace(int pid)
 {
     char path[64], own[64], its[64];
     snprintf(path, sizeof path, "/proc/%d/ns/user", pid);
-    ssize_t n = readlink("/proc/self/ns/user", own, sizeof own), m = readlink(path, its, sizeof its);
+    ssize_t n = readlink("/proc/self/ns/user", own, sizeof own),
+            m = readlink(path, its, sizeof its);
     return n > 0 && n == m && n < (ssize_t)sizeof own && memcmp(own, its, (size_t)n) == 0;
 }
 
@@ -59,8 +60,9 @@ static void put_answer(struct client *k, struct orch_buf *out)
     while (v->name && !(op && orch_json_string_eq(&d, op, v->name)))
         v++;
     if (!k->outside || (v->loosens && orch_proc_descends(k->pid, getpid())))
-        orch_buf_str(out, "{\"ok\":false,\"refused\":true,\"error\":\"refused: asked by a process that "
-                          "orch started\"}");
+        orch_buf_str(out,
+                     "{\"ok\":false,\"refused\":true,\"error\":\"refused: asked by a process that "
+                     "orch started\"}");
     else if (v->name)
         v->answer(c->ud, &d, out);
     else
@@ -72,7 +74,8 @@ static void answer(struct client *k)
     cleanup_buf struct orch_buf out = { 0 };
     put_answer(k, &out);
     orch_buf_char(&out, '\n');
-    /* The peer is this user's own orch: it reads at once, and a time-out bounds one that does not. */
+    /* The peer is this user's own orch: it reads at once, and a time-out bounds one that does
+     * not. */
     setsockopt(k->fd, SOL_SOCKET, SO_SNDTIMEO, &(struct timeval){ .tv_sec = 1 },
                sizeof(struct timeval));
     for (size_t sent = 0; sent < out.n;) {
@@ -232,7 +235,8 @@ static int ask_one(int dirfd, const char *name, struct orch_slice request, struc
     return out->n > start ? 0 : -EPIPE;
 }
 
-void orch_control_ask(const char *runtime_dir, int pid, struct orch_slice request, struct orch_buf *out)
+void orch_control_ask(const char *runtime_dir, int pid, struct orch_slice request,
+                      struct orch_buf *out)
 {
     orch_buf_char(out, '[');
     struct orch_err err = { 0 };

@@ -29,6 +29,7 @@ void orch_host_keep_tool(struct orch *o, const struct orch_tool *t)
 void orch_host_control(struct orch *o)
 {
     struct orch_err err = { 0 };
-    if (!o->control && !(o->control = orch_control_new(o->loop, o->paths.runtime, orch_control_verbs, o, &err)))
+    if (!o->control &&
+        !(o->control = orch_control_new(o->loop, o->paths.runtime, orch_control_verbs, o, &err)))
         orch_log(ORCH_WARN, "%s", err.msg);
 }

@@ -1,5 +1,5 @@
-/* The host: what one process, or one handle of an embedder, is made of. Its services (services.c) open in
- * order and close in reverse; the rest of the room serves, answers and runs with them. */
+/* The host: what one process, or one handle of an embedder, is made of. Its services (services.c)
+ * open in order and close in reverse; the rest of the room serves, answers and runs with them. */
 #ifndef ORCH_HOST_HOST_H
 #define ORCH_HOST_HOST_H
 
@@ -14,9 +14,9 @@ struct serving;
 /* Who is served (serve.c). */
 struct orch_serving {
     struct serving *list;
-    struct orch_upstream *upstream; /* the server behind the thin proxy */
+    struct orch_upstream *upstream;   /* the server behind the thin proxy */
     char *server_info, *instructions; /* a script's; NULL: orch's own */
-    bool ended;                     /* orch_serve_stdio came to its end */
+    bool ended;                       /* orch_serve_stdio came to its end */
 };
 
 /* Tools that an embedder or a script adds to every generation. */
@@ -53,12 +53,14 @@ struct orch {
 /* ---- services.c */
 
 /* What orch_open does before it loads anything. */
-struct orch *orch_host_open(const char *config, const struct orch_options *opts, struct orch_err *err);
+struct orch *orch_host_open(const char *config, const struct orch_options *opts,
+                            struct orch_err *err);
 
 /* ---- host.c */
 
-int orch_host_audit(struct orch *o, struct orch_err *err); /* opens the audit log of the generation in force */
-void orch_host_control(struct orch *o);                    /* opens the control socket */
+/* opens the audit log of the generation in force */
+int orch_host_audit(struct orch *o, struct orch_err *err);
+void orch_host_control(struct orch *o); /* opens the control socket */
 /* The tool, which is taken, joins every generation from now on. */
 void orch_host_keep_tool(struct orch *o, const struct orch_tool *t);
 
@@ -89,8 +91,8 @@ int orch_luaopen_internal(lua_State *L);
 
 /* ---- protect.c: what children cannot change */
 
-/* For orch_proc_opts: the program cannot change what orch reads to judge, run or start. Loads a generation
- * when none is. NULL with err (class ISOLATION, or the configuration's). */
+/* For orch_proc_opts: the program cannot change what orch reads to judge, run or start. Loads a
+ * generation when none is. NULL with err (class ISOLATION, or the configuration's). */
 struct orch_proc_via *orch_protect_new(struct orch *o, struct orch_err *err);
 /* Whether it works here: starts a program that ends at once, and changes nothing. */
 int orch_protect_check(struct orch *o, struct orch_err *err);

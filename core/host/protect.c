@@ -435,11 +435,11 @@ int orch_protect_check(struct orch *o, struct orch_err *err)
     char *launcher = find_launcher(o, err);
     if (!launcher || push(&pl, 'r', launcher) < 0)
         return -ENOENT;
-    struct orch_proc *p = orch_proc_start(
-        o->loop,
-        &(struct orch_proc_opts){
-            .argv = argv, .null_stdio = true, .via = begin(o, &pl, launcher) },
-        err);
+    struct orch_proc *p =
+        orch_proc_start(o->loop,
+                        &(struct orch_proc_opts){
+                            .argv = argv, .null_stdio = true, .via = begin(o, &pl, launcher) },
+                        err);
     orch_proc_free(p);
     return p ? 0 : -EPERM;
 }

@@ -33,8 +33,11 @@ static struct orch_state *script_state(struct orch *o, const char *script_dir, s
     if (o->script.state)
         return o->script.state;
     cleanup_free char *lua_dir = orch_xasprintf("%s/lua", o->paths.share);
-    o->script.state = orch_state_new(
-        &(struct orch_state_opts){ .ctx = ORCH_CTX_SCRIPT, .lua_dir = lua_dir, .script_dir = script_dir, .host = &o->env }, err);
+    o->script.state = orch_state_new(&(struct orch_state_opts){ .ctx = ORCH_CTX_SCRIPT,
+                                                                .lua_dir = lua_dir,
+                                                                .script_dir = script_dir,
+                                                                .host = &o->env },
+                                     err);
     if (!o->script.state)
         return NULL;
     lua_State *L = orch_state_lua(o->script.state);
@@ -46,16 +49,19 @@ static struct orch_state *script_state(struct orch *o, const char *script_dir, s
     return o->script.state;
 }
 
-int orch_host_run(struct orch *o, const char *name, struct orch_slice text, int argc, const char *const *argv, struct orch_err *err)
+int orch_host_run(struct orch *o, const char *name, struct orch_slice text, int argc,
+                  const char *const *argv, struct orch_err *err)
 {
-    cleanup_free char *dir = strchr(name, '/') ? orch_xstrndup(name, (size_t)(strrchr(name, '/') - name)) : orch_xstrdup(".");
+    cleanup_free char *dir = strchr(name, '/')
+                                 ? orch_xstrndup(name, (size_t)(strrchr(name, '/') - name))
+                                 : orch_xstrdup(".");
     struct orch_state *s = script_state(o, dir, err);
     if (!s)
         return -1;
     lua_State *L = orch_state_lua(s);
     if (!o->script.file)
         o->script.file = realpath(name, NULL); /* NULL: it is no file */
-    if (text.n > 2 && text.p[0] == '#') { /* keep the line's number */
+    if (text.n > 2 && text.p[0] == '#') {      /* keep the line's number */
         const char *nl = memchr(text.p, '\n', text.n);
         size_t skip = nl ? (size_t)(nl - text.p) : text.n;
         text.p += skip;

@@ -80,7 +80,8 @@ static struct caller *caller_of(struct serving *v, const char *name)
 
 /* ---- what sessions are answered */
 
-static int ops_tools_list(void *ud, struct orch_slice cursor, struct orch_buf *out, struct orch_buf *next, struct orch_err *err)
+static int ops_tools_list(void *ud, struct orch_slice cursor, struct orch_buf *out,
+                          struct orch_buf *next, struct orch_err *err)
 {
     struct caller *k = ud;
     const struct orch_current *cur = &k->o->current;
@@ -97,7 +98,9 @@ static int ops_tools_list(void *ud, struct orch_slice cursor, struct orch_buf *o
         while (i < g->n_tools && !orch_slice_eq(cursor, g->tools[i]->wire_name))
             i++;
         if (i++ == g->n_tools)
-            return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL, "tools/list: unknown cursor; the list may have changed, begin anew");
+            return orch_err_setc(
+                err, ORCH_CLASS_USAGE, EINVAL,
+                "tools/list: unknown cursor; the list may have changed, begin anew");
     }
     orch_buf_char(out, '[');
     for (; i < g->n_tools && n < PAGE_TOOLS; i++) {
@@ -113,7 +116,8 @@ static int ops_tools_list(void *ud, struct orch_slice cursor, struct orch_buf *o
     return 0;
 }
 
-static void ops_tool_call(void *ud, struct orch_mcp_request *rq, const struct orch_json_doc *d, const struct orch_mcp_params *p)
+static void ops_tool_call(void *ud, struct orch_mcp_request *rq, const struct orch_json_doc *d,
+                          const struct orch_mcp_params *p)
 {
     struct caller *k = ud;
     if (p->state)
@@ -122,8 +126,8 @@ static void ops_tool_call(void *ud, struct orch_mcp_request *rq, const struct or
         orch_call_from_mcp(k->session, rq, d, p);
 }
 
-static void ops_request(void *ud, struct orch_mcp_request *rq, const struct orch_json_doc *d, const char *method,
-                        const struct orch_mcp_params *p)
+static void ops_request(void *ud, struct orch_mcp_request *rq, const struct orch_json_doc *d,
+                        const char *method, const struct orch_mcp_params *p)
 {
     struct caller *k = ud;
     if (strncmp(method, "tasks/", 6) == 0)
@@ -148,7 +152,7 @@ static void ops_detach(void *ud, struct orch_mcp_request *rq)
 
 static unsigned features_of(const struct orch *o)
 {
-        const struct orch_offer *offer = &o->calls.offer;
+    const struct orch_offer *offer = &o->calls.offer;
     unsigned own = o->serving.upstream ? 0 : o->current.gen->features;
     return (offer->state ? offer->features : own) | ORCH_MCP_TASKS;
 }
@@ -160,7 +164,9 @@ static struct orch_mcp_server_ops server_ops(const struct orch *o)
                                          .request = ops_request,
                                          .cancel = ops_cancel,
                                          .detach = ops_detach,
-                                         .server_info = o->serving.server_info ? o->serving.server_info : OWN_INFO,
+                                         .server_info = o->serving.server_info
+                                                            ? o->serving.server_info
+                                                            : OWN_INFO,
                                          .instructions = o->serving.instructions,
                                          .features = features_of(o),
                                          .max_calls = o->current.gen->cfg.calls };
@@ -206,7 +212,8 @@ void orch_serve_swapped(void *ud, const struct orch_generation *before)
     unsigned either = g->features | before->features;
     for (struct serving *v = o->serving.list; v; v = v->next)
         v->ops.features = features_of(o);
-    unsigned what = (tools ? ORCH_MCP_TOOLS_CHANGED : 0u) | (offer && (either & ORCH_MCP_RESOURCES) ? ORCH_MCP_RESOURCES_CHANGED : 0u) |
+    unsigned what = (tools ? ORCH_MCP_TOOLS_CHANGED : 0u) |
+                    (offer && (either & ORCH_MCP_RESOURCES) ? ORCH_MCP_RESOURCES_CHANGED : 0u) |
                     (offer && (either & ORCH_MCP_PROMPTS) ? ORCH_MCP_PROMPTS_CHANGED : 0u);
     if (what)
         orch_serve_changed(o, what, (struct orch_slice){ 0 });
@@ -288,8 +295,8 @@ static void serving_batch_end(void *ud)
     orch_calls_run(&v->o->calls);
 }
 
-/* Input ended: what is under way gets a moment to answer, then it is cancelled, then everything ends. What is held for
- * the upstream waits for that, whose start is bounded. */
+/* Input ended: what is under way gets a moment to answer, then it is cancelled, then everything
+ * ends. What is held for the upstream waits for that, whose start is bounded. */
 static void serving_closed(void *ud, const char *why)
 {
     struct serving *v = ud;
@@ -326,11 +333,13 @@ static void tick(void *ud)
     }
     orch_upstream_doing(v->o->serving.upstream, &b);
     /* Progress has to grow, and the server's own, which often counts from 1, comes after it. */
-    orch_mcp_session_held_progress(v->mcp, ++v->ticks * (TICK_MS / 1e6), (struct orch_slice){ b.p, b.n });
+    orch_mcp_session_held_progress(v->mcp, ++v->ticks * (TICK_MS / 1e6),
+                                   (struct orch_slice){ b.p, b.n });
     orch_timer_set(v->tick, TICK_MS);
 }
 
-/* The server behind the proxy is ready or has failed: what the client sent meanwhile is handled now. */
+/* The server behind the proxy is ready or has failed: what the client sent meanwhile is handled
+ * now. */
 static void upstream_settled(void *ud)
 {
     struct serving *v = ud;
@@ -338,7 +347,7 @@ static void upstream_settled(void *ud)
     if (orch_upstream_ready(o->serving.upstream)) {
         int r = orch_current_reload(&o->current, "the upstream is ready");
         if (r < 0) {
-            v->status = orch_class_exit((enum orch_class)-r);
+            v->status = orch_class_exit((enum orch_class) - r);
             snprintf(v->why, sizeof v->why, "%s", o->current.error.p);
             orch_timer_set(v->grace, 0);
             return;
@@ -362,18 +371,20 @@ static int start_upstream(struct serving *v, const struct orch_serve_opts *so, s
 {
     struct orch *o = v->o;
     if (!so->protect)
-        orch_log(ORCH_WARN, "%s: nothing keeps this server from rewriting the policies that judge it", so->as);
+        orch_log(ORCH_WARN,
+                 "%s: nothing keeps this server from rewriting the policies that judge it", so->as);
     v->waiting = true;
     o->serving.upstream = orch_upstream_start(&o->calls,
-                                              &(struct orch_upstream_opts){ .name = so->as,
-                                                                            .command = so->command,
-                                                                            .start_ms = so->start_ms,
-                                                                            .timeout_ms = so->timeout_ms,
-                                                                            .via = so->protect ? o->env.protect : NULL,
-                                                                            .via_ud = o->env.ud,
-                                                                            .settled = upstream_settled,
-                                                                            .changed = upstream_changed,
-                                                                            .ud = v },
+                                              &(struct orch_upstream_opts){
+                                                  .name = so->as,
+                                                  .command = so->command,
+                                                  .start_ms = so->start_ms,
+                                                  .timeout_ms = so->timeout_ms,
+                                                  .via = so->protect ? o->env.protect : NULL,
+                                                  .via_ud = o->env.ud,
+                                                  .settled = upstream_settled,
+                                                  .changed = upstream_changed,
+                                                  .ud = v },
                                               err);
     if (!o->serving.upstream)
         return -EIO;
@@ -384,7 +395,8 @@ static int start_upstream(struct serving *v, const struct orch_serve_opts *so, s
     return 0;
 }
 
-static int serve_stdio(struct serving *v, const struct orch_serve_opts *so, const struct orch_json_limits *limits, struct orch_err *err)
+static int serve_stdio(struct serving *v, const struct orch_serve_opts *so,
+                       const struct orch_json_limits *limits, struct orch_err *err)
 {
     struct orch *o = v->o;
     cleanup_free char *name = parent_caller();
@@ -430,7 +442,9 @@ static void http_handled(void *ud)
     orch_calls_want(&v->o->calls);
 }
 
-static const char *http_check_params(void *ud, const struct orch_http_request *q, const struct orch_json_doc *d, struct orch_slice tool, uint32_t args)
+static const char *http_check_params(void *ud, const struct orch_http_request *q,
+                                     const struct orch_json_doc *d, struct orch_slice tool,
+                                     uint32_t args)
 {
     struct serving *v = ud;
     const struct orch_tool *t = orch_generation_tool(v->o->current.gen, tool);
@@ -457,22 +471,29 @@ static int own_token(struct orch *o, struct orch_buf *token, struct orch_err *er
             token->p[--token->n] = 0;
         if (token->n >= 16)
             return 0;
-        return orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL, "%s: a token needs at least 16 characters; remove the file and a new one is made", path);
+        return orch_err_setc(
+            err, ORCH_CLASS_CONFIG, EINVAL,
+            "%s: a token needs at least 16 characters; remove the file and a new one is made",
+            path);
     }
     if (r == -ENOENT && (r = orch_random(random, sizeof random)) == 0) {
         orch_buf_hex(token, random, sizeof random);
         r = orch_write_file(AT_FDCWD, path, token->p, token->n, 0600);
     }
     if (r < 0)
-        return orch_err_setc(err, ORCH_CLASS_CONFIG, -r, "%s: the token cannot be read or made: %s", path, strerror(-r));
+        return orch_err_setc(err, ORCH_CLASS_CONFIG, -r, "%s: the token cannot be read or made: %s",
+                             path, strerror(-r));
     orch_log(ORCH_INFO, "mcp http: the bearer token is in %s", path);
     return 0;
 }
 
-static int serve_http(struct serving *v, const struct orch_serve_opts *so, const struct orch_json_limits *limits, struct orch_err *err)
+static int serve_http(struct serving *v, const struct orch_serve_opts *so,
+                      const struct orch_json_limits *limits, struct orch_err *err)
 {
     struct orch *o = v->o;
-    const char *listen = so->listen ? so->listen : o->current.gen->cfg.http_listen ? o->current.gen->cfg.http_listen : "127.0.0.1:8700";
+    const char *listen = so->listen                        ? so->listen
+                         : o->current.gen->cfg.http_listen ? o->current.gen->cfg.http_listen
+                                                           : "127.0.0.1:8700";
     const char *configured = so->token ? so->token : o->current.gen->cfg.http_token;
     bool local = strncmp(listen, "unix:", 5) == 0;
     cleanup_buf struct orch_buf token = { 0 };
@@ -481,7 +502,8 @@ static int serve_http(struct serving *v, const struct orch_serve_opts *so, const
     else if (!local && own_token(o, &token, err) < 0)
         return -EIO;
     if (configured && token.n < 16)
-        return orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL, "http.token: a token needs at least 16 characters");
+        return orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL,
+                             "http.token: a token needs at least 16 characters");
     orch_sha256(token.p, token.n, v->token_sha256);
     const char *colon = strrchr(listen, ':');
     v->host = orch_xstrndup(listen, colon ? (size_t)(colon - listen) : strlen(listen));
@@ -490,24 +512,28 @@ static int serve_http(struct serving *v, const struct orch_serve_opts *so, const
     v->hosts[2] = "[::1]";
     v->hosts[3] = v->host;
     v->http = orch_http_server_new(o->loop,
-                                   &(struct orch_http_server_opts){ .listen = listen,
-                                                                    .on_request = http_request,
-                                                                    .ud = v,
-                                                                    .limits = { .body_bytes = limits->bytes } },
+                                   &(struct orch_http_server_opts){
+                                       .listen = listen,
+                                       .on_request = http_request,
+                                       .ud = v,
+                                       .limits = { .body_bytes = limits->bytes } },
                                    err);
     if (!v->http)
         return -EIO;
-    v->endpoint = orch_mcp_endpoint_new(o->loop, &(struct orch_mcp_endpoint_opts){ .ops = &v->ops,
-                                                                                   .peer = http_peer,
-                                                                                   .in_flight = http_in_flight,
-                                                                                   .handled = http_handled,
-                                                                                   .check_params = http_check_params,
-                                                                                   .ud = v,
-                                                                                   .limits = *limits,
-                                                                                   .token_sha256 = token.n ? v->token_sha256 : NULL,
-                                                                                   .hosts = local ? NULL : v->hosts });
+    v->endpoint = orch_mcp_endpoint_new(o->loop,
+                                        &(struct orch_mcp_endpoint_opts){
+                                            .ops = &v->ops,
+                                            .peer = http_peer,
+                                            .in_flight = http_in_flight,
+                                            .handled = http_handled,
+                                            .check_params = http_check_params,
+                                            .ud = v,
+                                            .limits = *limits,
+                                            .token_sha256 = token.n ? v->token_sha256 : NULL,
+                                            .hosts = local ? NULL : v->hosts });
     const char *address = orch_http_server_address(v->http);
-    cleanup_free char *line = orch_xasprintf("mcp http: listening on %s%s%s", local ? "" : "http://", address, local ? "" : "/mcp");
+    cleanup_free char *line = orch_xasprintf("mcp http: listening on %s%s%s",
+                                             local ? "" : "http://", address, local ? "" : "/mcp");
     orch_log_print(orch_slice_str(line));
     return 0;
 }
@@ -518,27 +544,34 @@ int orch_serve(void *ud, const struct orch_serve_opts *so, struct orch_err *err)
     bool stdio = strcmp(so->transport, "stdio") == 0;
     for (struct serving *v = o->serving.list; v && stdio; v = v->next)
         if (v->mcp)
-            return orch_err_setc(err, ORCH_CLASS_USAGE, EBUSY, "standard input and output are served already");
+            return orch_err_setc(err, ORCH_CLASS_USAGE, EBUSY,
+                                 "standard input and output are served already");
     if (!stdio && strcmp(so->transport, "http") != 0)
-        return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL, "unknown transport \"%s\"; there are \"stdio\" and \"http\"", so->transport);
+        return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL,
+                             "unknown transport \"%s\"; there are \"stdio\" and \"http\"",
+                             so->transport);
     if (so->command && !stdio)
-        return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL, "a command is served over stdio only, not over http yet");
+        return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL,
+                             "a command is served over stdio only, not over http yet");
     if (so->command && o->paths.origin == ORCH_CONFIG_BUILTIN)
         return orch_err_setc(err, ORCH_CLASS_CONFIG, ENOENT,
-                             "there is no configuration, so nothing says what this server's tools may do. Write %s/orchestrator.lua:\n"
+                             "there is no configuration, so nothing says what this server's tools "
+                             "may do. Write %s/orchestrator.lua:\n"
                              "  return {}\n"
                              "and %s/policies/tools.lua, for instance:\n"
                              "  return { rules = { { tool = \"%s__*\", action = \"allow\" } } }\n"
                              "then run: orch trust",
                              o->paths.cwd, o->paths.cwd, so->as);
-    if (orch_script_offer(o, so, err) < 0 || orch_current_need(&o->current, err) < 0 || orch_host_audit(o, err) < 0)
+    if (orch_script_offer(o, so, err) < 0 || orch_current_need(&o->current, err) < 0 ||
+        orch_host_audit(o, err) < 0)
         return err->code > 0 ? -err->code : -EIO;
     struct serving *v = orch_xcalloc(1, sizeof *v);
     v->o = o;
     v->ops = server_ops(o);
     v->next = o->serving.list;
     o->serving.list = v;
-    struct orch_json_limits limits = { .bytes = o->current.gen->cfg.message_bytes, .depth = o->current.gen->cfg.depth };
+    struct orch_json_limits limits = { .bytes = o->current.gen->cfg.message_bytes,
+                                       .depth = o->current.gen->cfg.depth };
     if ((stdio ? serve_stdio(v, so, &limits, err) : serve_http(v, so, &limits, err)) < 0) {
         serving_free(v, true);
         return -EIO;

@@ -1,5 +1,5 @@
-/* What a handle is made of: opened in order, closed in reverse. What is NULL to open is made at its first
- * need. */
+/* What a handle is made of: opened in order, closed in reverse. What is NULL to open is made at its
+ * first need. */
 #include "host.h"
 
 #include "../base/log.h"
@@ -64,10 +64,9 @@ static void close_audit(struct orch *o)
 static int open_calls(struct orch *o, const struct opening *with, struct orch_err *err)
 {
     (void)with;
-    o->calls = (struct orch_calls){ .loop = o->loop,
-                                    .current = &o->current,
-                                    .task_changed = orch_serve_task_changed,
-                                    .ud = o };
+    o->calls = (struct orch_calls){
+        .loop = o->loop, .current = &o->current, .task_changed = orch_serve_task_changed, .ud = o
+    };
     return orch_calls_init(&o->calls, err);
 }
 
@@ -288,22 +287,15 @@ static const struct service {
     int (*open)(struct orch *o, const struct opening *with, struct orch_err *err);
     void (*close)(struct orch *o);
 } services[] = {
-    { open_paths, close_paths },
-    { open_loop, close_loop },
-    { NULL, close_audit },
-    { open_calls, close_calls },
-    { NULL, close_http }, /* streams of Lua states are on it */
-    { open_policy, close_policy },
-    { open_tools, close_tools },
-    { NULL, close_vms },
-    { open_env, close_script },
-    { NULL, end_calls },
-    { NULL, close_serving },
-    { NULL, close_reload },
-    { NULL, close_control },
+    { open_paths, close_paths },   { open_loop, close_loop },   { NULL, close_audit },
+    { open_calls, close_calls },   { NULL, close_http }, /* streams of Lua states are on it */
+    { open_policy, close_policy }, { open_tools, close_tools }, { NULL, close_vms },
+    { open_env, close_script },    { NULL, end_calls },         { NULL, close_serving },
+    { NULL, close_reload },        { NULL, close_control },
 };
 
-struct orch *orch_host_open(const char *config, const struct orch_options *opts, struct orch_err *err)
+struct orch *orch_host_open(const char *config, const struct orch_options *opts,
+                            struct orch_err *err)
 {
     struct opening with = { config, opts };
     struct orch *o = orch_xcalloc(1, sizeof *o);

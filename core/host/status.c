@@ -27,7 +27,10 @@ static void put_status(void *ud, const struct orch_json_doc *d, struct orch_buf 
     orch_json_set_str(j, "audit", o->calls.audit ? orch_audit_path(o->calls.audit) : NULL);
     orch_json_set_bool(j, "audit_broken", o->calls.audit && orch_audit_broken(o->calls.audit));
     orch_json_set_num(j, "uptime_s", (double)(orch_now_us() - o->started_us) / 1e6);
-    orch_json_set_str(j, "upstream", !o->serving.upstream ? NULL : o->current.problem ? o->current.problem : "ready");
+    orch_json_set_str(j, "upstream",
+                      !o->serving.upstream ? NULL
+                      : o->current.problem ? o->current.problem
+                                           : "ready");
     orch_json_print(j, false, out);
     orch_json_free(j);
 }
@@ -108,9 +111,6 @@ static void reload(void *ud, const struct orch_json_doc *d, struct orch_buf *out
 }
 
 const struct orch_control_verb orch_control_verbs[] = {
-    { "status", false, put_status },
-    { "vms", false, answer_vms },
-    { "stats", false, answer_stats },
-    { "reload", true, reload },
-    { NULL, false, NULL },
+    { "status", false, put_status }, { "vms", false, answer_vms }, { "stats", false, answer_stats },
+    { "reload", true, reload },      { NULL, false, NULL },
 };

@@ -17,10 +17,28 @@ enum {
 
 /* What is used of libcurl. */
 #define FUNCTIONS(X) \
-    X(global_init) X(easy_init) X(easy_setopt) X(easy_cleanup) X(easy_pause) X(easy_strerror) X(slist_append) \
-    X(slist_free_all) X(multi_init) X(multi_setopt) X(multi_cleanup) X(multi_add_handle) X(multi_remove_handle) \
-    X(multi_socket_action) X(multi_assign) X(multi_info_read) X(easy_getinfo) X(url) X(url_set) X(url_get) \
-    X(url_cleanup) X(free)
+    X(global_init) \
+    X(easy_init) \
+    X(easy_setopt) \
+    X(easy_cleanup) \
+    X(easy_pause) \
+    X(easy_strerror) \
+    X(slist_append) \
+    X(slist_free_all) \
+    X(multi_init) \
+    X(multi_setopt) \
+    X(multi_cleanup) \
+    X(multi_add_handle) \
+    X(multi_remove_handle) \
+    X(multi_socket_action) \
+    X(multi_assign) \
+    X(multi_info_read) \
+    X(easy_getinfo) \
+    X(url) \
+    X(url_set) \
+    X(url_get) \
+    X(url_cleanup) \
+    X(free)
 
 static struct {
 #define X(name) __typeof__(&curl_##name) name;
@@ -36,8 +54,9 @@ struct orch_http_call {
     struct curl_slist *headers, *connect_to;
     struct orch_timer *timer;
     char *location; /* of the answer's head, absolute */
-    char *label; /* "POST https://host:port", for messages: path and query may hold secrets */
-    struct orch_http_call_opts o; /* functions, times and bounds; its other pointers are the caller's, not used after the start */
+    char *label;    /* "POST https://host:port", for messages: path and query may hold secrets */
+    /* functions, times and bounds; its other pointers are the caller's, not used after the start */
+    struct orch_http_call_opts o;
     int64_t last_ms, total_at;
     /* the answer */
     struct orch_buf head, body;
@@ -66,22 +85,8 @@ static int start_curl(void)
     return cu.global_init(CURL_GLOBAL_DEFAULT) != CURLE_OK;
 }
 
-static const char *const function_names[] = {
-#define X(name) #name,
-    FUNCTIONS(X)
-#undef X
-};
-static struct orch_library library = {
-    .what = "http",
-    .file = "libcurl.so.4",
-    .package = "libcurl4",
-    .prefix = "curl_",
-    .names = function_names,
-    .functions = &cu,
-    .n_bytes = sizeof cu,
-    .cls = ORCH_CLASS_FAILED,
-    .start = start_curl,
-};
+ORCH_LIBRARY(cu, FUNCTIONS, .what = "http", .file = "libcurl.so.4", .package = "libcurl4",
+             .prefix = "curl_", .cls = ORCH_CLASS_FAILED, .start = start_curl);
 
 /* ---- the one place that calls the caller's functions */
 
@@ -161,7 +166,8 @@ static void curl_failed(struct orch_http_call *c, CURLcode rc)
         fail(c, ORCH_CLASS_CLOSED, ECONNRESET, what);
         break;
     case CURLE_OUT_OF_MEMORY: /* what libcurl says of a header line over its own limit */
-        fail(c, ORCH_CLASS_LIMIT, EMSGSIZE, "a header of the answer is too long, or memory is short");
+        fail(c, ORCH_CLASS_LIMIT, EMSGSIZE,
+             "a header of the answer is too long, or memory is short");
         break;
     case CURLE_COULDNT_CONNECT:
         fail(c, ORCH_CLASS_UPSTREAM, ECONNREFUSED, what);
@@ -187,8 +193,10 @@ static void resume_curl(struct orch_http_call *c)
 
 static struct orch_http_response response(const struct orch_http_call *c)
 {
-    return (struct orch_http_response){ .status = c->head_whole ? c->status : 0, .headers = c->fields,
-                                        .n_headers = c->head_whole ? c->n_fields : 0, .location = c->location };
+    return (struct orch_http_response){ .status = c->head_whole ? c->status : 0,
+                                        .headers = c->fields,
+                                        .n_headers = c->head_whole ? c->n_fields : 0,
+                                        .location = c->location };
 }
 
 /* What the call has to say; false when its function cancelled it. */
@@ -217,7 +225,8 @@ static bool deliver(struct orch_http_call *c)
         queue(c);
         return true;
     }
-    r.body = c->o.on_data ? (struct orch_slice){ "", 0 } : (struct orch_slice){ c->body.n ? c->body.p : "", c->body.n };
+    r.body = c->o.on_data ? (struct orch_slice){ "", 0 }
+                          : (struct orch_slice){ c->body.n ? c->body.p : "", c->body.n };
     c->o.on_done(c->o.ud, &r, c->err.cls ? &c->err : NULL);
     return false;
 }
@@ -269,7 +278,8 @@ static void split_head(struct orch_http_call *c)
         if (!orch_http_token_ok(name))
             continue;
         struct orch_slice value = { colon + 1, n - name.n - 1 };
-        while (value.n && (value.p[value.n - 1] == '\r' || value.p[value.n - 1] == ' ' || value.p[value.n - 1] == '\t'))
+        while (value.n && (value.p[value.n - 1] == '\r' || value.p[value.n - 1] == ' ' ||
+                           value.p[value.n - 1] == '\t'))
             value.n--;
         while (value.n && (*value.p == ' ' || *value.p == '\t')) {
             value.p++;
@@ -294,10 +304,13 @@ static char *find_location(const struct orch_http_call *c)
     for (size_t i = 0; !found && i < c->n_fields; i++) {
         if (!orch_http_name_eq(c->fields[i].name, "location") || !c->fields[i].value.n)
             continue;
-        cleanup_free char *to = orch_xasprintf("%.*s", (int)c->fields[i].value.n, c->fields[i].value.p);
+        cleanup_free char *to = orch_xasprintf("%.*s", (int)c->fields[i].value.n,
+                                               c->fields[i].value.p);
         CURLU *u = cu.url();
-        if (u && cu.easy_getinfo(c->easy, CURLINFO_EFFECTIVE_URL, &url) == CURLE_OK && cu.url_set(u, CURLUPART_URL, url, 0) == CURLUE_OK &&
-            cu.url_set(u, CURLUPART_URL, to, 0) == CURLUE_OK && cu.url_get(u, CURLUPART_URL, &url, 0) == CURLUE_OK) {
+        if (u && cu.easy_getinfo(c->easy, CURLINFO_EFFECTIVE_URL, &url) == CURLE_OK &&
+            cu.url_set(u, CURLUPART_URL, url, 0) == CURLUE_OK &&
+            cu.url_set(u, CURLUPART_URL, to, 0) == CURLUE_OK &&
+            cu.url_get(u, CURLUPART_URL, &url, 0) == CURLUE_OK) {
             found = orch_xstrdup(url);
             cu.free(url);
         }
@@ -321,7 +334,8 @@ static size_t header_line(char *p, size_t size, size_t n, void *ud)
     if (n > 5 && memcmp(p, "HTTP/", 5) == 0) { /* the last of several is the answer's */
         const char *sp = memchr(p, ' ', n);
         c->status = 0;
-        for (size_t i = sp ? (size_t)(sp + 1 - p) : n; i < n && p[i] >= '0' && p[i] <= '9' && c->status < 1000; i++)
+        for (size_t i = sp ? (size_t)(sp + 1 - p) : n;
+             i < n && p[i] >= '0' && p[i] <= '9' && c->status < 1000; i++)
             c->status = c->status * 10 + (p[i] - '0');
         c->head.n = 0;
         c->following = false;
@@ -329,13 +343,15 @@ static size_t header_line(char *p, size_t size, size_t n, void *ud)
     }
     if (n > 2 || (n && p[0] != '\r' && p[0] != '\n')) {
         orch_buf_add(&c->head, p, n);
-        if (redirects(c->status) && c->o.max_redirects && n > 9 && orch_http_name_eq((struct orch_slice){ p, 9 }, "location:"))
+        if (redirects(c->status) && c->o.max_redirects && n > 9 &&
+            orch_http_name_eq((struct orch_slice){ p, 9 }, "location:"))
             for (size_t i = 9; i < n; i++)
                 c->following |= (unsigned char)p[i] > ' '; /* an empty one leads nowhere */
         return n;
     }
     if (c->status == 101) {
-        fail(c, ORCH_CLASS_UPSTREAM, EPROTO, "the server changes to another protocol, which nobody asked for");
+        fail(c, ORCH_CLASS_UPSTREAM, EPROTO,
+             "the server changes to another protocol, which nobody asked for");
         return 0;
     }
     if (c->status < 200 || c->following)
@@ -397,7 +413,8 @@ struct socket {
 static void socket_ready(void *ud, int events)
 {
     struct socket *s = ud; /* may be freed by curl meanwhile */
-    act(s->h, s->fd, (events & ORCH_READ ? CURL_CSELECT_IN : 0) | (events & ORCH_WRITE ? CURL_CSELECT_OUT : 0));
+    act(s->h, s->fd,
+        (events & ORCH_READ ? CURL_CSELECT_IN : 0) | (events & ORCH_WRITE ? CURL_CSELECT_OUT : 0));
 }
 
 static int on_socket(CURL *easy, curl_socket_t fd, int what, void *ud, void *sp)
@@ -459,27 +476,33 @@ static void call_timer(void *ud)
     struct orch_http_call *c = ud;
     int64_t now = orch_loop_now_ms(c->h->loop);
     bool total = c->o.total_ms > 0 && now >= c->total_at;
-    bool idle = c->o.idle_ms > 0 && !c->paused && !c->curl_paused && now - c->last_ms >= c->o.idle_ms;
+    bool idle = c->o.idle_ms > 0 && !c->paused && !c->curl_paused &&
+                now - c->last_ms >= c->o.idle_ms;
     if (!total && !idle) {
         watch_time(c);
         return;
     }
-    fail(c, ORCH_CLASS_TIMEOUT, ETIMEDOUT, total ? "not done in time" : "nothing came for too long");
+    fail(c, ORCH_CLASS_TIMEOUT, ETIMEDOUT,
+         total ? "not done in time" : "nothing came for too long");
     finish(c);
 }
 
-static int add_headers(struct orch_http_call *c, const struct orch_http_call_opts *o, struct orch_err *err)
+static int add_headers(struct orch_http_call *c, const struct orch_http_call_opts *o,
+                       struct orch_err *err)
 {
     bool type = false;
     for (size_t i = 0; i < o->n_headers; i++) {
         const struct orch_http_header *h = &o->headers[i];
         if (!orch_http_token_ok(h->name) || !orch_http_value_ok(h->value))
-            return orch_err_set(err, EINVAL, "http: the header %.*s has a character that a header cannot hold",
+            return orch_err_set(err, EINVAL,
+                                "http: the header %.*s has a character that a header cannot hold",
                                 (int)(h->name.n < 64 ? h->name.n : 64), h->name.p);
         type |= orch_http_name_eq(h->name, "content-type");
         /* "Name;" is curl's way to say an empty value; "Name:" would leave the header out. */
-        cleanup_free char *line = h->value.n ? orch_xasprintf("%.*s: %.*s", (int)h->name.n, h->name.p, (int)h->value.n, h->value.p)
-                                             : orch_xasprintf("%.*s;", (int)h->name.n, h->name.p);
+        cleanup_free char *line = h->value.n
+                                      ? orch_xasprintf("%.*s: %.*s", (int)h->name.n, h->name.p,
+                                                       (int)h->value.n, h->value.p)
+                                      : orch_xasprintf("%.*s;", (int)h->name.n, h->name.p);
         c->headers = cu.slist_append(c->headers, line);
     }
     c->headers = cu.slist_append(c->headers, "Expect:");
@@ -488,21 +511,28 @@ static int add_headers(struct orch_http_call *c, const struct orch_http_call_opt
     return 0;
 }
 
-static int check_url(struct orch_http_call *c, const struct orch_http_call_opts *o, struct orch_err *err)
+static int check_url(struct orch_http_call *c, const struct orch_http_call_opts *o,
+                     struct orch_err *err)
 {
     CURLU *u = cu.url();
     char *scheme = NULL, *host = NULL, *port = NULL, *user = NULL;
     struct in_addr four;
     int r = 0;
-    if (!u || !o->url || cu.url_set(u, CURLUPART_URL, o->url, 0) != CURLUE_OK || cu.url_get(u, CURLUPART_SCHEME, &scheme, 0) != CURLUE_OK ||
+    if (!u || !o->url || cu.url_set(u, CURLUPART_URL, o->url, 0) != CURLUE_OK ||
+        cu.url_get(u, CURLUPART_SCHEME, &scheme, 0) != CURLUE_OK ||
         cu.url_get(u, CURLUPART_HOST, &host, 0) != CURLUE_OK ||
-        cu.url_get(u, CURLUPART_PORT, &port, CURLU_DEFAULT_PORT) != CURLUE_OK || (strcmp(scheme, "http") != 0 && strcmp(scheme, "https") != 0))
+        cu.url_get(u, CURLUPART_PORT, &port, CURLU_DEFAULT_PORT) != CURLUE_OK ||
+        (strcmp(scheme, "http") != 0 && strcmp(scheme, "https") != 0))
         r = orch_err_set(err, EINVAL, "http: not an http or https URL");
     else if (cu.url_get(u, CURLUPART_USER, &user, 0) == CURLUE_OK)
-        r = orch_err_set(err, EINVAL, "http: the URL for %s has user information in it: give it as a header", host);
+        r = orch_err_set(err, EINVAL,
+                         "http: the URL for %s has user information in it: give it as a header",
+                         host);
     else if (o->may_connect && inet_pton(AF_INET, host, &four) != 1)
         r = orch_err_setc(err, ORCH_CLASS_DENIED, EACCES,
-                          "http: %s is not an IPv4 address; network policies do not judge names yet, and none is looked up", host);
+                          "http: %s is not an IPv4 address; network policies do not judge names "
+                          "yet, and none is looked up",
+                          host);
     else
         c->label = orch_xasprintf("%s %s://%s:%s", c->o.method, scheme, host, port);
     cu.free(scheme);
@@ -513,19 +543,24 @@ static int check_url(struct orch_http_call *c, const struct orch_http_call_opts 
     return r;
 }
 
-static int check_address(struct orch_http_call *c, const struct orch_http_call_opts *o, struct orch_err *err)
+static int check_address(struct orch_http_call *c, const struct orch_http_call_opts *o,
+                         struct orch_err *err)
 {
     uint8_t binary[16];
     if (o->may_connect && (o->address || o->max_redirects || o->unix_path))
-        return orch_err_set(err, EINVAL, "http: judged connections exclude redirects, unix sockets and a pinned address");
+        return orch_err_set(
+            err, EINVAL,
+            "http: judged connections exclude redirects, unix sockets and a pinned address");
     if (!o->address)
         return 0;
     bool six = inet_pton(AF_INET6, o->address, binary) == 1;
     if (!six && inet_pton(AF_INET, o->address, binary) != 1)
         return orch_err_set(err, EINVAL, "http: %s is not a numeric address", o->address);
     if (o->max_redirects || o->unix_path)
-        return orch_err_set(err, EINVAL, "http: a pinned address excludes redirects and unix sockets");
-    cleanup_free char *to = orch_xasprintf(six ? "::[%s]:" : "::%s:", o->address); /* any host, any port: there */
+        return orch_err_set(err, EINVAL,
+                            "http: a pinned address excludes redirects and unix sockets");
+    /* any host, any port: there */
+    cleanup_free char *to = orch_xasprintf(six ? "::[%s]:" : "::%s:", o->address);
     c->connect_to = cu.slist_append(NULL, to);
     return 0;
 }
@@ -536,14 +571,16 @@ static bool set_options(struct orch_http_call *c, const struct orch_http_call_op
 #define SET(option, value) ok &= cu.easy_setopt(c->easy, CURLOPT_##option, value) == CURLE_OK
     SET(URL, o->url);
     SET(PROTOCOLS_STR, "http,https");
-    SET(REDIR_PROTOCOLS_STR, strncasecmp(o->url, "https:", 6) == 0 ? "https" : "http,https");
+    SET(REDIR_PROTOCOLS_STR,
+        orch_http_begins(orch_slice_str(o->url), "https:") ? "https" : "http,https");
     SET(HTTP_VERSION, (long)CURL_HTTP_VERSION_1_1);
     SET(PROXY, "");
     SET(DISALLOW_USERNAME_IN_URL, 1L);
     SET(SSL_VERIFYPEER, 1L);
     SET(SSL_VERIFYHOST, 2L);
     SET(NOSIGNAL, 1L);
-    SET(QUICK_EXIT, 1L); /* cancelling while a name is resolved does not wait for the resolver's thread */
+    /* cancelling while a name is resolved does not wait for the resolver's thread */
+    SET(QUICK_EXIT, 1L);
     SET(TCP_KEEPALIVE, 1L);
     SET(CONNECTTIMEOUT_MS, (long)(o->connect_ms > 0 ? o->connect_ms : 10 * 1000));
     SET(FOLLOWLOCATION, o->max_redirects ? 1L : 0L);
@@ -585,7 +622,8 @@ static bool set_options(struct orch_http_call *c, const struct orch_http_call_op
     return ok;
 }
 
-struct orch_http_call *orch_http_call_start(struct orch_http_client *h, const struct orch_http_call_opts *o,
+struct orch_http_call *orch_http_call_start(struct orch_http_client *h,
+                                            const struct orch_http_call_opts *o,
                                             struct orch_err *err)
 {
     if (h->n_calls >= CALLS_MAX) {
@@ -604,8 +642,9 @@ struct orch_http_call *orch_http_call_start(struct orch_http_client *h, const st
     c->timer = orch_timer_new(h->loop, call_timer, c);
     LIST_INSERT_HEAD(&h->calls, c, link);
     h->n_calls++;
-    int r = orch_http_token_ok(orch_slice_str(c->o.method)) ? check_url(c, o, err)
-                                                            : orch_err_set(err, EINVAL, "http: not a method: %s", c->o.method);
+    int r = orch_http_token_ok(orch_slice_str(c->o.method))
+                ? check_url(c, o, err)
+                : orch_err_set(err, EINVAL, "http: not a method: %s", c->o.method);
     if (r == 0)
         r = check_address(c, o, err);
     if (r == 0)
@@ -655,8 +694,10 @@ struct orch_http_client *orch_http_client_new(struct orch_loop *l, struct orch_e
     TAILQ_INIT(&h->ready);
     h->timer = orch_timer_new(l, timed_out, h);
     h->multi = cu.multi_init();
-    if (!h->multi || cu.multi_setopt(h->multi, CURLMOPT_SOCKETFUNCTION, on_socket) || cu.multi_setopt(h->multi, CURLMOPT_SOCKETDATA, h) ||
-        cu.multi_setopt(h->multi, CURLMOPT_TIMERFUNCTION, on_timer) || cu.multi_setopt(h->multi, CURLMOPT_TIMERDATA, h) ||
+    if (!h->multi || cu.multi_setopt(h->multi, CURLMOPT_SOCKETFUNCTION, on_socket) ||
+        cu.multi_setopt(h->multi, CURLMOPT_SOCKETDATA, h) ||
+        cu.multi_setopt(h->multi, CURLMOPT_TIMERFUNCTION, on_timer) ||
+        cu.multi_setopt(h->multi, CURLMOPT_TIMERDATA, h) ||
         cu.multi_setopt(h->multi, CURLMOPT_MAXCONNECTS, (long)KEPT_CONNECTIONS)) {
         orch_err_set(err, EIO, "http: libcurl cannot be started");
         orch_http_client_free(h);

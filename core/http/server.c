@@ -16,12 +16,14 @@
 #include <time.h>
 
 enum {
-    READ_BYTES = 64 * 1024,       /* one read, and what may wait behind the request in hand */
-    OUT_PAUSE_BYTES = 256 * 1024, /* answers a pipelining client must read before its next request is looked at */
-    KEEP_BYTES = 1024,            /* an output buffer this small stays with an idle connection */
-    LINGER_MS = 2000,             /* for the client to read the last answer before its unread bytes reset it */
-    ACCEPTS = 64,                 /* new connections a turn */
-    ACCEPT_RETRY_MS = 100,        /* after running out of descriptors */
+    READ_BYTES = 64 * 1024, /* one read, and what may wait behind the request in hand */
+    /* answers a pipelining client must read before its next request is looked at */
+    OUT_PAUSE_BYTES = 256 * 1024,
+    KEEP_BYTES = 1024, /* an output buffer this small stays with an idle connection */
+    /* for the client to read the last answer before its unread bytes reset it */
+    LINGER_MS = 2000,
+    ACCEPTS = 64,          /* new connections a turn */
+    ACCEPT_RETRY_MS = 100, /* after running out of descriptors */
 };
 
 enum state {
@@ -80,7 +82,8 @@ struct orch_http_server {
     char date[32];
     time_t date_s;
     struct orch_http_request request;
-    char scratch[READ_BYTES]; /* what is whole is parsed here, so that an idle connection has no buffer */
+    /* what is whole is parsed here, so that an idle connection has no buffer */
+    char scratch[READ_BYTES];
 };
 
 /* ---- time: one timer, set to the nearest deadline of any connection */
@@ -224,14 +227,36 @@ static const char *reason(int status)
         int status;
         const char *text;
     } reasons[] = {
-        { 200, "OK" }, { 201, "Created" }, { 202, "Accepted" }, { 204, "No Content" }, { 301, "Moved Permanently" },
-        { 302, "Found" }, { 303, "See Other" }, { 304, "Not Modified" }, { 307, "Temporary Redirect" },
-        { 308, "Permanent Redirect" }, { 400, "Bad Request" }, { 401, "Unauthorized" }, { 403, "Forbidden" },
-        { 404, "Not Found" }, { 405, "Method Not Allowed" }, { 406, "Not Acceptable" }, { 408, "Request Timeout" },
-        { 409, "Conflict" }, { 410, "Gone" }, { 411, "Length Required" }, { 413, "Content Too Large" },
-        { 414, "URI Too Long" }, { 415, "Unsupported Media Type" }, { 417, "Expectation Failed" },
-        { 429, "Too Many Requests" }, { 431, "Request Header Fields Too Large" }, { 500, "Internal Server Error" },
-        { 501, "Not Implemented" }, { 503, "Service Unavailable" }, { 505, "HTTP Version Not Supported" },
+        { 200, "OK" },
+        { 201, "Created" },
+        { 202, "Accepted" },
+        { 204, "No Content" },
+        { 301, "Moved Permanently" },
+        { 302, "Found" },
+        { 303, "See Other" },
+        { 304, "Not Modified" },
+        { 307, "Temporary Redirect" },
+        { 308, "Permanent Redirect" },
+        { 400, "Bad Request" },
+        { 401, "Unauthorized" },
+        { 403, "Forbidden" },
+        { 404, "Not Found" },
+        { 405, "Method Not Allowed" },
+        { 406, "Not Acceptable" },
+        { 408, "Request Timeout" },
+        { 409, "Conflict" },
+        { 410, "Gone" },
+        { 411, "Length Required" },
+        { 413, "Content Too Large" },
+        { 414, "URI Too Long" },
+        { 415, "Unsupported Media Type" },
+        { 417, "Expectation Failed" },
+        { 429, "Too Many Requests" },
+        { 431, "Request Header Fields Too Large" },
+        { 500, "Internal Server Error" },
+        { 501, "Not Implemented" },
+        { 503, "Service Unavailable" },
+        { 505, "HTTP Version Not Supported" },
     };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(reasons); i++)
         if (reasons[i].status == status)
@@ -245,13 +270,15 @@ static const char *http_date(struct orch_http_server *s)
     time_t now = time(NULL);
     if (now == s->date_s)
         return s->date;
-    static const char days[] = "SunMonTueWedThuFriSat", months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
+    static const char days[] = "SunMonTueWedThuFriSat",
+                      months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
     struct tm t;
     s->date_s = now;
     gmtime_r(&now, &t);
-    snprintf(s->date, sizeof s->date, "%.3s, %02u %.3s %04u %02u:%02u:%02u GMT", days + 3 * t.tm_wday, (unsigned)t.tm_mday % 100,
-             months + 3 * t.tm_mon, (unsigned)(t.tm_year + 1900) % 10000, (unsigned)t.tm_hour % 100, (unsigned)t.tm_min % 100,
-             (unsigned)t.tm_sec % 100);
+    snprintf(s->date, sizeof s->date, "%.3s, %02u %.3s %04u %02u:%02u:%02u GMT",
+             days + 3 * t.tm_wday, (unsigned)t.tm_mday % 100, months + 3 * t.tm_mon,
+             (unsigned)(t.tm_year + 1900) % 10000, (unsigned)t.tm_hour % 100,
+             (unsigned)t.tm_min % 100, (unsigned)t.tm_sec % 100);
     return s->date;
 }
 
@@ -278,7 +305,8 @@ static void put_head(struct conn *c, int status, const struct orch_http_header *
         orch_buf_str(out, "Connection: close\r\n");
 }
 
-static void put_answer(struct conn *c, int status, const struct orch_http_header *h, size_t n, struct orch_slice body)
+static void put_answer(struct conn *c, int status, const struct orch_http_header *h, size_t n,
+                       struct orch_slice body)
 {
     put_head(c, status, h, n);
     struct orch_buf *out = &c->out;
@@ -319,23 +347,31 @@ static void refuse(struct conn *c, int status, const char *rule)
     c->read_by = 0;
 }
 
-void orch_http_reply_send(struct orch_http_reply *r, int status, const struct orch_http_header *headers,
-                          size_t n_headers, struct orch_slice body)
+/* Frees r; true while somebody is there to be answered. */
+static bool reply_end(struct orch_http_reply *r)
+{
+    struct conn *c = r->c;
+    free(r);
+    if (c && c->dead)
+        c->reply = NULL;
+    return c && !c->dead;
+}
+
+void orch_http_reply_send(struct orch_http_reply *r, int status,
+                          const struct orch_http_header *headers, size_t n_headers,
+                          struct orch_slice body)
 {
     struct conn *c = r->c;
     if (c && c->state == STREAM) {
         orch_http_sse_end(r);
         return;
     }
-    free(r);
-    if (!c)
+    if (!reply_end(r))
         return;
-    if (c->dead) {
-        c->reply = NULL;
-        return;
-    }
     if (status < 200 || status > 599 || !headers_ok(headers, n_headers)) {
-        orch_log(ORCH_ERROR, "http: an answer with status %d or a header that HTTP cannot carry became a 500", status);
+        orch_log(ORCH_ERROR,
+                 "http: an answer with status %d or a header that HTTP cannot carry became a 500",
+                 status);
         status = 500;
         n_headers = 0;
         body = (struct orch_slice){ "", 0 };
@@ -364,17 +400,20 @@ static void put_chunk(struct conn *c, struct orch_slice data)
     soon(c);
 }
 
-void orch_http_sse_start(struct orch_http_reply *r, const struct orch_http_header *headers, size_t n_headers)
+void orch_http_sse_start(struct orch_http_reply *r, const struct orch_http_header *headers,
+                         size_t n_headers)
 {
     struct conn *c = r->c;
     if (!c || c->dead || c->state == STREAM)
         return;
     if (!headers_ok(headers, n_headers)) {
-        orch_log(ORCH_ERROR, "http: headers that HTTP cannot carry were left out of an event stream's answer");
+        orch_log(ORCH_ERROR,
+                 "http: headers that HTTP cannot carry were left out of an event stream's answer");
         n_headers = 0;
     }
     put_head(c, 200, headers, n_headers);
-    orch_buf_str(&c->out, "Content-Type: text/event-stream\r\nCache-Control: no-cache, no-transform\r\nX-Accel-Buffering: no\r\n");
+    orch_buf_str(&c->out, "Content-Type: text/event-stream\r\nCache-Control: no-cache, "
+                          "no-transform\r\nX-Accel-Buffering: no\r\n");
     orch_buf_str(&c->out, c->http10 ? "\r\n" : "Transfer-Encoding: chunked\r\n\r\n");
     c->state = STREAM;
     c->s->stats.streams++;
@@ -385,7 +424,8 @@ void orch_http_sse_start(struct orch_http_reply *r, const struct orch_http_heade
 static bool over(const struct conn *c, size_t more)
 {
     size_t queued = pending(c);
-    return queued && (queued + more > c->s->lim.queued_bytes || c->s->stats.buffered_bytes + more > c->s->lim.memory_bytes);
+    return queued && (queued + more > c->s->lim.queued_bytes ||
+                      c->s->stats.buffered_bytes + more > c->s->lim.memory_bytes);
 }
 
 int orch_http_sse_send(struct orch_http_reply *r, const struct orch_sse_event *e)
@@ -420,13 +460,8 @@ void orch_http_sse_end(struct orch_http_reply *r)
         orch_http_reply_send(r, 500, NULL, 0, (struct orch_slice){ "", 0 });
         return;
     }
-    free(r);
-    if (!c)
+    if (!reply_end(r))
         return;
-    if (c->dead) {
-        c->reply = NULL;
-        return;
-    }
     if (!c->http10)
         orch_buf_str(output(c), "0\r\n\r\n");
     c->beat_at = 0;
@@ -436,9 +471,10 @@ void orch_http_sse_end(struct orch_http_reply *r)
 
 /* ---- requests */
 
-/* Whether the body is all there; *end is where the message ends. -1: refused. *n shrinks when chunks were
- * decoded but more must come. */
-static int read_body(struct conn *c, char *p, size_t at, size_t *n, size_t *end, struct orch_http_fault *f)
+/* Whether the body is all there; *end is where the message ends. -1: refused. *n shrinks when
+ * chunks were decoded but more must come. */
+static int read_body(struct conn *c, char *p, size_t at, size_t *n, size_t *end,
+                     struct orch_http_fault *f)
 {
     size_t start = at + c->head_n;
     if (!c->chunked) {
@@ -464,7 +500,8 @@ static int read_head(struct conn *c, const char *p, size_t n, struct orch_http_f
         return -1;
     if ((end ? (size_t)end : n) > s->lim.head_bytes) {
         bool line = !memchr(p, '\n', ORCH_HTTP_LINE_MAX < n ? ORCH_HTTP_LINE_MAX : n);
-        *f = (struct orch_http_fault){ line ? 414 : 431, line ? "the request line is too long" : "the head is too large" };
+        *f = (struct orch_http_fault){ line ? 414 : 431, line ? "the request line is too long"
+                                                              : "the head is too large" };
         return -1;
     }
     if (!end)
@@ -524,7 +561,8 @@ static size_t serve(struct conn *c, char *p, size_t *n)
                 c->state = BODY;
                 parsed = true;
                 bool body = c->chunked || c->content_length;
-                if (s->request.expect_continue && body && !s->request.http10 && *n - at == c->head_n)
+                if (s->request.expect_continue && body && !s->request.http10 &&
+                    *n - at == c->head_n)
                     orch_buf_str(output(c), "HTTP/1.1 100 Continue\r\n\r\n");
             }
         } else if (c->state == BODY) {
@@ -667,7 +705,7 @@ static void sweep(void *ud)
     struct conn *c;
     int64_t now = orch_loop_now_ms(s->loop), nearest = INT64_MAX;
     s->sweep_at = 0; /* not armed while at it */
-    LIST_FOREACH(c, &s->conns, link) {
+    LIST_FOREACH (c, &s->conns, link) {
         if (!c->dead)
             expire(c, now);
         if (c->dead)
@@ -700,7 +738,8 @@ static void tcp_peer(const struct sockaddr_storage *a, struct orch_http_peer *p)
 }
 
 /* Whether the one who connected may be here. */
-static bool admit(struct orch_http_server *s, int fd, const struct sockaddr_storage *a, struct orch_http_peer *p)
+static bool admit(struct orch_http_server *s, int fd, const struct sockaddr_storage *a,
+                  struct orch_http_peer *p)
 {
     if (s->unix_socket) {
         pid_t pid;
@@ -716,11 +755,12 @@ static bool admit(struct orch_http_server *s, int fd, const struct sockaddr_stor
     }
     size_t same = 0;
     struct conn *c;
-    LIST_FOREACH(c, &s->conns, link)
+    LIST_FOREACH (c, &s->conns, link)
         same += memcmp(c->peer.key, p->key, sizeof p->key) == 0;
     if (s->stats.connections < s->lim.connections && same < s->lim.peer_connections)
         return true;
-    static const char full[] = "HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\nRetry-After: 1\r\n\r\n";
+    static const char full[] = "HTTP/1.1 503 Service Unavailable\r\nContent-Length: "
+                               "0\r\nConnection: close\r\nRetry-After: 1\r\n\r\n";
     if (send(fd, full, sizeof full - 1, MSG_NOSIGNAL | MSG_DONTWAIT) < 0)
         orch_log(ORCH_DEBUG, "http: %s: too many connections", s->address);
     return false;
@@ -733,9 +773,11 @@ static void accept_some(void *ud, int events)
     for (int i = 0; i < ACCEPTS; i++) {
         struct sockaddr_storage a = { 0 };
         socklen_t len = sizeof a;
-        cleanup_close int fd = accept4(s->fd, (struct sockaddr *)&a, &len, SOCK_CLOEXEC | SOCK_NONBLOCK);
+        cleanup_close int fd = accept4(s->fd, (struct sockaddr *)&a, &len,
+                                       SOCK_CLOEXEC | SOCK_NONBLOCK);
         if (fd < 0 && (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM)) {
-            orch_log(ORCH_WARN, "http: %s: no connection can be accepted: %s", s->address, strerror(errno));
+            orch_log(ORCH_WARN, "http: %s: no connection can be accepted: %s", s->address,
+                     strerror(errno));
             orch_watch_set(s->watch, 0);
             orch_timer_set(s->retry, ACCEPT_RETRY_MS);
             return;
@@ -751,11 +793,15 @@ static void accept_some(void *ud, int events)
         }
         if (!peer.local) {
             setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){ 1 }, sizeof(int));
-            /* What the peer's machine no longer acknowledges ends the connection, streams included. */
-            setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &(unsigned){ (unsigned)s->lim.send_ms }, sizeof(unsigned));
+            /* What the peer's machine no longer acknowledges ends the connection, streams
+             * included. */
+            setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &(unsigned){ (unsigned)s->lim.send_ms },
+                       sizeof(unsigned));
         }
         struct conn *c = orch_xcalloc(1, sizeof *c);
-        *c = (struct conn){ .s = s, .fd = orch_steal_fd(&fd), .state = HEAD, .begun = true, .peer = peer };
+        *c = (struct conn){
+            .s = s, .fd = orch_steal_fd(&fd), .state = HEAD, .begun = true, .peer = peer
+        };
         LIST_INSERT_HEAD(&s->conns, c, link);
         s->stats.connections++;
         s->stats.accepted++;
@@ -786,9 +832,12 @@ static int listen_tcp(struct orch_http_server *s, const char *where, struct orch
         snprintf(host, sizeof host, "%.*s", (int)(six ? n - 2 : n), where + six);
     if (strcmp(host, "localhost") == 0)
         strcpy(host, "127.0.0.1");
-    if (port > 65535 || *end || inet_pton(six ? AF_INET6 : AF_INET, host, six ? (void *)&v6.sin6_addr : (void *)&v4.sin_addr) != 1)
+    if (port > 65535 || *end ||
+        inet_pton(six ? AF_INET6 : AF_INET, host,
+                  six ? (void *)&v6.sin6_addr : (void *)&v4.sin_addr) != 1)
         return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL,
-                             "http: cannot listen on \"%s\": give ADDRESS:PORT (127.0.0.1:8700, [::1]:8700, localhost:8700) or unix:PATH",
+                             "http: cannot listen on \"%s\": give ADDRESS:PORT (127.0.0.1:8700, "
+                             "[::1]:8700, localhost:8700) or unix:PATH",
                              where);
     v4.sin_port = v6.sin6_port = htons((uint16_t)port);
     struct sockaddr *a = six ? (struct sockaddr *)&v6 : (struct sockaddr *)&v4;
@@ -799,10 +848,13 @@ static int listen_tcp(struct orch_http_server *s, const char *where, struct orch
         if (six)
             setsockopt(s->fd, IPPROTO_IPV6, IPV6_V6ONLY, &(int){ 1 }, sizeof(int));
     }
-    if (s->fd < 0 || bind(s->fd, a, len) < 0 || listen(s->fd, 512) < 0 || getsockname(s->fd, a, &len) < 0)
+    if (s->fd < 0 || bind(s->fd, a, len) < 0 || listen(s->fd, 512) < 0 ||
+        getsockname(s->fd, a, &len) < 0)
         return orch_err_set(err, errno, "http: cannot listen on %s: %s%s", where, strerror(errno),
-                            errno == EADDRINUSE ? "; another program does, choose another port" : "");
-    s->address = six ? orch_xasprintf("[%s]:%u", host, ntohs(v6.sin6_port)) : orch_xasprintf("%s:%u", host, ntohs(v4.sin_port));
+                            errno == EADDRINUSE ? "; another program does, choose another port"
+                                                : "");
+    s->address = six ? orch_xasprintf("[%s]:%u", host, ntohs(v6.sin6_port))
+                     : orch_xasprintf("%s:%u", host, ntohs(v4.sin_port));
     return 0;
 }
 
@@ -812,7 +864,8 @@ static int socket_directory(const char *dir, struct orch_err *err)
     int fd = r < 0 ? -1 : open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     struct stat st;
     if (r < 0 || fd < 0 || fstat(fd, &st) < 0) {
-        r = orch_err_set(err, r < 0 ? -r : errno, "http: directory %s: %s", dir, strerror(r < 0 ? -r : errno));
+        r = orch_err_set(err, r < 0 ? -r : errno, "http: directory %s: %s", dir,
+                         strerror(r < 0 ? -r : errno));
         if (fd >= 0)
             close(fd);
         return r;
@@ -821,14 +874,17 @@ static int socket_directory(const char *dir, struct orch_err *err)
         return fd;
     close(fd);
     return orch_err_setc(err, ORCH_CLASS_CONFIG, EPERM,
-                         "http: directory %s holds the socket and must be this user's alone (is %04o, uid %u): chmod 700 it "
-                         "or name a directory that does not exist yet", dir, (unsigned)st.st_mode & 07777, (unsigned)st.st_uid);
+                         "http: directory %s holds the socket and must be this user's alone (is "
+                         "%04o, uid %u): chmod 700 it "
+                         "or name a directory that does not exist yet",
+                         dir, (unsigned)st.st_mode & 07777, (unsigned)st.st_uid);
 }
 
 static int listen_unix(struct orch_http_server *s, const char *path, struct orch_err *err)
 {
     const char *slash = strrchr(path, '/');
-    cleanup_free char *dir = slash ? orch_xstrndup(path, slash == path ? 1 : (size_t)(slash - path)) : orch_xstrdup(".");
+    cleanup_free char *dir = slash ? orch_xstrndup(path, slash == path ? 1 : (size_t)(slash - path))
+                                   : orch_xstrdup(".");
     int dirfd = socket_directory(dir, err);
     if (dirfd < 0)
         return dirfd;
@@ -865,14 +921,16 @@ static void set_limits(struct orch_http_server *s, const struct orch_http_limits
     LIMIT(send_ms, 30 * 1000);
     LIMIT(keep_alive_ms, 15 * 1000);
 #undef LIMIT
-    const int64_t times[] = { s->lim.request_ms, s->lim.idle_ms, s->lim.send_ms, s->lim.keep_alive_ms };
+    const int64_t times[] = { s->lim.request_ms, s->lim.idle_ms, s->lim.send_ms,
+                              s->lim.keep_alive_ms };
     s->grain_ms = 250;
     for (size_t i = 0; i < ORCH_ARRAY_LEN(times); i++)
         if (times[i] / 4 < s->grain_ms)
             s->grain_ms = times[i] / 4;
 }
 
-struct orch_http_server *orch_http_server_new(struct orch_loop *l, const struct orch_http_server_opts *o,
+struct orch_http_server *orch_http_server_new(struct orch_loop *l,
+                                              const struct orch_http_server_opts *o,
                                               struct orch_err *err)
 {
     struct orch_http_server *s = orch_xcalloc(1, sizeof *s);
@@ -909,7 +967,7 @@ void orch_http_server_drain(struct orch_http_server *s)
     struct conn *c;
     s->draining = true;
     stop_listening(s);
-    LIST_FOREACH(c, &s->conns, link) {
+    LIST_FOREACH (c, &s->conns, link) {
         c->keep = false;
         if (c->state == HEAD && !c->in.n && !pending(c))
             fail(c, ORCH_HTTP_GONE_SERVER);

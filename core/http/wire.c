@@ -9,15 +9,36 @@ enum { TOKEN = 1, TARGET = 2, HOST = 4, VALUE = 8 };
 enum { SSE_MAX_BYTES = 16 << 20 };
 
 static const uint8_t kind[256] = {
-    ['\t'] = VALUE, [' '] = VALUE, ['!'] = TOKEN | TARGET | VALUE, ['"'] = VALUE, ['#'] = TOKEN | VALUE,
-    ['$'] = TOKEN | TARGET | VALUE, ['%'] = TOKEN | VALUE, ['&' ... '\''] = TOKEN | TARGET | VALUE,
-    ['(' ... ')'] = TARGET | VALUE, ['*' ... '+'] = TOKEN | TARGET | VALUE, [','] = TARGET | VALUE,
-    ['-' ... '.'] = TOKEN | TARGET | HOST | VALUE, ['/'] = TARGET | VALUE,
-    ['0' ... '9'] = TOKEN | TARGET | HOST | VALUE, [':' ... ';'] = TARGET | VALUE, ['<'] = VALUE,
-    ['='] = TARGET | VALUE, ['>'] = VALUE, ['?' ... '@'] = TARGET | VALUE,
-    ['A' ... 'Z'] = TOKEN | TARGET | HOST | VALUE, ['[' ... ']'] = VALUE, ['^'] = TOKEN | VALUE,
-    ['_'] = TOKEN | TARGET | HOST | VALUE, ['`'] = TOKEN | VALUE, ['a' ... 'z'] = TOKEN | TARGET | HOST | VALUE,
-    ['{'] = VALUE, ['|'] = TOKEN | VALUE, ['}'] = VALUE, ['~'] = TOKEN | TARGET | VALUE, [0x80 ... 0xff] = VALUE,
+    ['\t'] = VALUE,
+    [' '] = VALUE,
+    ['!'] = TOKEN | TARGET | VALUE,
+    ['"'] = VALUE,
+    ['#'] = TOKEN | VALUE,
+    ['$'] = TOKEN | TARGET | VALUE,
+    ['%'] = TOKEN | VALUE,
+    ['&' ... '\''] = TOKEN | TARGET | VALUE,
+    ['(' ... ')'] = TARGET | VALUE,
+    ['*' ... '+'] = TOKEN | TARGET | VALUE,
+    [','] = TARGET | VALUE,
+    ['-' ... '.'] = TOKEN | TARGET | HOST | VALUE,
+    ['/'] = TARGET | VALUE,
+    ['0' ... '9'] = TOKEN | TARGET | HOST | VALUE,
+    [':' ... ';'] = TARGET | VALUE,
+    ['<'] = VALUE,
+    ['='] = TARGET | VALUE,
+    ['>'] = VALUE,
+    ['?' ... '@'] = TARGET | VALUE,
+    ['A' ... 'Z'] = TOKEN | TARGET | HOST | VALUE,
+    ['[' ... ']'] = VALUE,
+    ['^'] = TOKEN | VALUE,
+    ['_'] = TOKEN | TARGET | HOST | VALUE,
+    ['`'] = TOKEN | VALUE,
+    ['a' ... 'z'] = TOKEN | TARGET | HOST | VALUE,
+    ['{'] = VALUE,
+    ['|'] = TOKEN | VALUE,
+    ['}'] = VALUE,
+    ['~'] = TOKEN | TARGET | VALUE,
+    [0x80 ... 0xff] = VALUE,
 };
 
 /* Length of the run at p whose bytes all have the bit. */
@@ -64,7 +85,14 @@ bool orch_http_name_eq(struct orch_slice a, const char *b)
     return same(a, orch_slice_str(b));
 }
 
-size_t orch_http_find(const struct orch_http_header *h, size_t n, const char *name, struct orch_slice *value)
+bool orch_http_begins(struct orch_slice s, const char *b)
+{
+    struct orch_slice want = orch_slice_str(b);
+    return s.n >= want.n && same((struct orch_slice){ s.p, want.n }, want);
+}
+
+size_t orch_http_find(const struct orch_http_header *h, size_t n, const char *name,
+                      struct orch_slice *value)
 {
     size_t count = 0;
     struct orch_slice want = orch_slice_str(name);
@@ -114,8 +142,8 @@ static int parse_target(struct orch_slice t, struct orch_http_request *q, struct
         static const char hex[] = "0123456789abcdefABCDEF";
         if (t.p[i] != '%')
             return refuse(f, 400, "the target has a character that must be escaped");
-        if (t.n - i < 3 || !t.p[i + 1] || !strchr(hex, t.p[i + 1]) || !t.p[i + 2] || !strchr(hex, t.p[i + 2]) ||
-            (t.p[i + 1] == '0' && t.p[i + 2] == '0'))
+        if (t.n - i < 3 || !t.p[i + 1] || !strchr(hex, t.p[i + 1]) || !t.p[i + 2] ||
+            !strchr(hex, t.p[i + 2]) || (t.p[i + 1] == '0' && t.p[i + 2] == '0'))
             return refuse(f, 400, "the target has an invalid escape");
         i += 3;
     }
@@ -128,7 +156,8 @@ static int parse_target(struct orch_slice t, struct orch_http_request *q, struct
 }
 
 /* `line` is without its CR LF. */
-static int parse_request_line(struct orch_slice line, struct orch_http_request *q, struct orch_http_fault *f)
+static int parse_request_line(struct orch_slice line, struct orch_http_request *q,
+                              struct orch_http_fault *f)
 {
     if (line.n > ORCH_HTTP_LINE_MAX)
         return refuse(f, 414, "the request line is too long");
@@ -141,8 +170,8 @@ static int parse_request_line(struct orch_slice line, struct orch_http_request *
         return refuse(f, 400, "the request line must be METHOD PATH HTTP/1.1");
     q->method = (struct orch_slice){ line.p, m };
     struct orch_slice version = { sp + 1, line.n - (size_t)(sp + 1 - line.p) };
-    if (version.n != 8 || memcmp(version.p, "HTTP/", 5) != 0 || version.p[5] < '0' || version.p[5] > '9' ||
-        version.p[6] != '.' || version.p[7] < '0' || version.p[7] > '9')
+    if (version.n != 8 || memcmp(version.p, "HTTP/", 5) != 0 || version.p[5] < '0' ||
+        version.p[5] > '9' || version.p[6] != '.' || version.p[7] < '0' || version.p[7] > '9')
         return refuse(f, 400, "the request line must be METHOD PATH HTTP/1.1");
     q->http10 = orch_slice_eq(version, "HTTP/1.0");
     if (!q->http10 && !orch_slice_eq(version, "HTTP/1.1"))
@@ -215,7 +244,8 @@ static bool list_has(struct orch_slice list, const char *word)
 }
 
 /* The headers that decide where the message ends, and Host. */
-static int apply_header(const struct orch_http_header *h, struct orch_http_request *q, struct orch_http_fault *f)
+static int apply_header(const struct orch_http_header *h, struct orch_http_request *q,
+                        struct orch_http_fault *f)
 {
     struct orch_slice name, port;
     switch (h->name.n) {
@@ -296,7 +326,8 @@ int orch_http_parse_head(const char *p, size_t n, const struct orch_http_head_li
         if (p[0] != '\r' || p[1] != '\n')
             return refuse(f, 400, "a header value has a control character");
         p += 2;
-        while (h->value.n && (h->value.p[h->value.n - 1] == ' ' || h->value.p[h->value.n - 1] == '\t'))
+        while (h->value.n &&
+               (h->value.p[h->value.n - 1] == ' ' || h->value.p[h->value.n - 1] == '\t'))
             h->value.n--;
         if (apply_header(h, q, f) < 0)
             return -1;
@@ -354,7 +385,9 @@ int orch_http_dechunk(struct orch_http_chunks *c, char *p, size_t n, size_t *raw
         }
         bool lf = c->state == SIZE_LF || c->state == DATA_LF || c->state == LAST_LF;
         if (ch != (lf ? '\n' : '\r'))
-            return refuse(f, 400, c->state == LAST_CR ? "trailers are not accepted" : "a chunk must end with CR LF");
+            return refuse(f, 400,
+                          c->state == LAST_CR ? "trailers are not accepted"
+                                              : "a chunk must end with CR LF");
         switch (c->state) {
         case SIZE_LF:
             if (c->left > max_body || *body - start > max_body - c->left)
@@ -388,7 +421,8 @@ static bool name_allowed(struct orch_slice host, const char *const *allow)
         return false;
     for (; *allow; allow++) {
         struct orch_slice a = orch_slice_str(*allow), its_name, its_port;
-        if (split_host(a, &its_name, &its_port) && same(name, its_name) && (!its_port.n || same(port, its_port)))
+        if (split_host(a, &its_name, &its_port) && same(name, its_name) &&
+            (!its_port.n || same(port, its_port)))
             return true;
     }
     return false;
@@ -413,7 +447,8 @@ const char *orch_http_name_refused(const struct orch_http_request *q, const char
     if (!name_allowed(q->host, allow))
         return "Host is not one of this server's names";
     for (size_t i = 0; i < q->n_headers; i++)
-        if (orch_http_name_eq(q->headers[i].name, "origin") && !origin_allowed(q->headers[i].value, allow))
+        if (orch_http_name_eq(q->headers[i].name, "origin") &&
+            !origin_allowed(q->headers[i].value, allow))
             return "Origin is not allowed";
     return NULL;
 }
@@ -472,7 +507,8 @@ int orch_sse_put(struct orch_buf *out, const struct orch_sse_event *e)
     for (size_t i = 0; e->has_data && i <= e->data.n;) {
         size_t end = i + line_end(e->data.p + i, e->data.n - i);
         put_field(out, "data", (struct orch_slice){ e->data.p + i, end - i });
-        i = end + (end + 1 < e->data.n && e->data.p[end] == '\r' && e->data.p[end + 1] == '\n' ? 2 : 1);
+        i = end +
+            (end + 1 < e->data.n && e->data.p[end] == '\r' && e->data.p[end + 1] == '\n' ? 2 : 1);
     }
     orch_buf_char(out, '\n');
     return 0;
@@ -528,8 +564,11 @@ static int end_of_line(struct orch_sse_reader *r, struct orch_slice line, orch_s
     if (line.n)
         return line.p[0] == ':' ? 0 : field(r, line);
     struct orch_sse_event e = {
-        .id = { r->id.p, r->id.n }, .event = { r->event.p, r->event.n }, .data = { r->data.p, r->data.n },
-        .has_data = true, .retry_ms = r->retry_ms,
+        .id = { r->id.p, r->id.n },
+        .event = { r->event.p, r->event.n },
+        .data = { r->data.p, r->data.n },
+        .has_data = true,
+        .retry_ms = r->retry_ms,
     };
     bool show = r->has_data;
     /* Reset first: fn may free the reader. Its bytes stay until the next line is read. */

@@ -13,8 +13,8 @@
 
 #define VMM_UID 60001 /* what a VMM runs as when orch is root */
 #define WAIT_MS INT64_C(30000)
-/* The kernel closes a dead process's descriptors from the highest down, and is some 10 ms about each
- * microVM's nf_tables socket: the launcher is to hear of orch's end before these. */
+/* The kernel closes a dead process's descriptors from the highest down, and is some 10 ms about
+ * each microVM's nf_tables socket: the launcher is to hear of orch's end before these. */
 #define MAIN_FD 512
 
 /* The running helper program. pid 0: none. */
@@ -39,7 +39,7 @@ struct orch_cell {
     struct orch_cell *next, **link;
     struct orch_cell_opts o; /* the callbacks; borrowed pointers in it are not kept */
     void (*on_net)(void *ud, const int fds[ORCH_NET_FDS], bool settings); /* until the answer */
-    int ctl;                 /* -1: over */
+    int ctl;                                                              /* -1: over */
     int init;
     struct orch_watch *watch;
     bool fail_posted;
@@ -65,9 +65,12 @@ static void add_limits(char *out, size_t n)
 
 #define CONTAINER "in a container, its seccomp or AppArmor profile must be relaxed for orch"
 #define PROCESSES "the limit of processes is reached; raise it (ulimit -u, cgroup pids.max)"
-#define UNMAPPED                                                                                   \
-    "uid and gid 60001 are not mapped in this user namespace; map them, or run orch as an ordinary user"
-#define NO_SETID "orch runs as root without CAP_SETUID and CAP_SETGID; give it both, or run it as an ordinary user"
+#define UNMAPPED \
+    "uid and gid 60001 are not mapped in this user namespace; map them, or run orch as an " \
+    "ordinary user"
+#define NO_SETID \
+    "orch runs as root without CAP_SETUID and CAP_SETGID; give it both, or run it as an ordinary " \
+    "user"
 #define OLD_KERNEL "the kernel is too old: Linux 5.12 or newer is needed"
 #define KNOB "fix: sysctl -w kernel.unprivileged_userns_clone=1 where that setting exists; "
 
@@ -78,8 +81,10 @@ static const struct {
 } fixes[] = {
     { "clone of init", EPERM,
       "user namespaces are refused; " KNOB CONTAINER
-      " (Docker: --security-opt seccomp=…, clone with CLONE_NEWUSER); orch must not run in a chroot" },
-    { "clone of init", EINVAL, "the kernel was built without user namespaces (CONFIG_USER_NS); use one with them" },
+      " (Docker: --security-opt seccomp=…, clone with CLONE_NEWUSER); orch must not run in a "
+      "chroot" },
+    { "clone of init", EINVAL,
+      "the kernel was built without user namespaces (CONFIG_USER_NS); use one with them" },
     { "clone of init", EAGAIN, PROCESSES },
     { "clone of the VMM", EAGAIN, PROCESSES },
     { "fork", EAGAIN, PROCESSES },
@@ -91,40 +96,58 @@ static const struct {
     { "setgroups", EPERM, NO_SETID },
     { "setresuid", EPERM, NO_SETID },
     { "setresgid", EPERM, NO_SETID },
-    { "pivot_root", EINVAL, "the root filesystem is the initramfs, or orch runs in a chroot; neither can be left" },
-    { "unshare of the VMM", EPERM, "a user namespace inside a user namespace is refused; " KNOB CONTAINER },
+    { "pivot_root", EINVAL,
+      "the root filesystem is the initramfs, or orch runs in a chroot; neither can be left" },
+    { "unshare of the VMM", EPERM,
+      "a user namespace inside a user namespace is refused; " KNOB CONTAINER },
     { "bind", ENOENT, "the file is missing; install it, or correct the path orch was given" },
-    { "bind", EACCES, "the VMM's user may not reach the file; let others pass every directory to it (chmod o+x)" },
+    { "bind", EACCES,
+      "the VMM's user may not reach the file; let others pass every directory to it (chmod o+x)" },
     { "bind", ENOSPC, "too many files, or the limit fs.mount-max is reached" },
     { "bind of /proc/self/fd", ENOSYS, OLD_KERNEL },
     { "read-only mounts", ENOSYS, OLD_KERNEL },
     { "bind of /dev/kvm", 0,
-      "this machine offers no KVM: enable virtualization in its firmware or hypervisor and load kvm_intel or "
+      "this machine offers no KVM: enable virtualization in its firmware or hypervisor and load "
+      "kvm_intel or "
       "kvm_amd; without it microVMs run emulated (accel = \"tcg\")" },
-    { "execve", ENOENT, "the program or its dynamic linker is not among the files bound into the VMM's root" },
-    { "execve", EACCES, "the VMM's user may not execute the file: it needs mode o+rx, on no noexec filesystem" },
+    { "execve", ENOENT,
+      "the program or its dynamic linker is not among the files bound into the VMM's root" },
+    { "execve", EACCES,
+      "the VMM's user may not execute the file: it needs mode o+rx, on no noexec filesystem" },
     { "execve", ENOEXEC, "the file is not a program of this machine" },
-    { "seccomp", EINVAL, "the kernel was built without seccomp filters (CONFIG_SECCOMP_FILTER); use one with them" },
-    { "pasta program", 0, "the uplink is the program pasta, which is not in /usr/bin; install the package passt" },
-    { "pasta", 0, "it needs a default route on the host (ip -4 route) and /dev/net/tun for everyone (chmod 666 /dev/net/tun)" },
-    { "/dev/net/tun", EACCES, "the device is for everyone to use on an ordinary system: chmod 666 /dev/net/tun" },
-    { "/dev/net/tun", 0, "load its module (modprobe tun); in a container, pass the device in (--device /dev/net/tun)" },
+    { "seccomp", EINVAL,
+      "the kernel was built without seccomp filters (CONFIG_SECCOMP_FILTER); use one with them" },
+    { "pasta program", 0,
+      "the uplink is the program pasta, which is not in /usr/bin; install the package passt" },
+    { "pasta", 0,
+      "it needs a default route on the host (ip -4 route) and /dev/net/tun for everyone (chmod 666 "
+      "/dev/net/tun)" },
+    { "/dev/net/tun", EACCES,
+      "the device is for everyone to use on an ordinary system: chmod 666 /dev/net/tun" },
+    { "/dev/net/tun", 0,
+      "load its module (modprobe tun); in a container, pass the device in (--device "
+      "/dev/net/tun)" },
     { "netfilter socket", 0, "the kernel needs nfnetlink and nf_tables (modprobe nf_tables)" },
     { "unshare of the user namespace", EPERM,
-      "user namespaces are refused; " KNOB CONTAINER " (Docker: --security-opt seccomp=…); orch must not run in a chroot" },
-    { "unshare of the user namespace", EINVAL, "the kernel was built without user namespaces (CONFIG_USER_NS); use one with them" },
+      "user namespaces are refused; " KNOB CONTAINER
+      " (Docker: --security-opt seccomp=…); orch must not run in a chroot" },
+    { "unshare of the user namespace", EINVAL,
+      "the kernel was built without user namespaces (CONFIG_USER_NS); use one with them" },
     { "mount", ENOENT, "it went away meanwhile; start again" },
-    { "mount of a link", 0, "this kernel cannot hold a symbolic link in its place; name the folder without it" },
+    { "mount of a link", 0,
+      "this kernel cannot hold a symbolic link in its place; name the folder without it" },
     { "working directory", 0, "start orch in a directory that is still there" },
-    { "filter", 0, "libseccomp could not build the VMM's filter; reinstall it (package libseccomp2)" },
+    { "filter", 0,
+      "libseccomp could not build the VMM's filter; reinstall it (package libseccomp2)" },
     { "", 0, "see `orch doctor`; " CONTAINER },
 };
 
 /* The steps at which a user namespace that lacks capabilities shows. */
 static bool wants_capabilities(const char *step, int code)
 {
-    static const char *const steps[] = { "setgroups file", "uid_map", "gid_map", "clone of the VMM", "private mounts",
-                                         "tmpfs", "bind of /proc/self/fd" };
+    static const char *const steps[] = { "setgroups file",       "uid_map",        "gid_map",
+                                         "clone of the VMM",     "private mounts", "tmpfs",
+                                         "bind of /proc/self/fd" };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(steps) && (code == EPERM || code == EACCES); i++)
         if (!strcmp(step, steps[i]))
             return true;
@@ -134,8 +157,10 @@ static bool wants_capabilities(const char *step, int code)
 /* The steps of making a network, which a microVM without one does not take. */
 static bool of_network(const char *step)
 {
-    static const char *const steps[] = { "pasta program", "pasta", "/dev/net/tun", "tap", "netfilter socket",
-                                         "route socket", "unshare of the network" };
+    static const char *const steps[] = { "pasta program",         "pasta",
+                                         "/dev/net/tun",          "tap",
+                                         "netfilter socket",      "route socket",
+                                         "unshare of the network" };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(steps); i++)
         if (!strcmp(step, steps[i]))
             return true;
@@ -145,21 +170,27 @@ static bool of_network(const char *step)
 static void find_fix(const char *launcher, const char *step, int code, char *fix, size_t n)
 {
     size_t i = 0;
-    while (*fixes[i].step && (strcmp(fixes[i].step, step) || (fixes[i].code && fixes[i].code != code)))
+    while (*fixes[i].step &&
+           (strcmp(fixes[i].step, step) || (fixes[i].code && fixes[i].code != code)))
         i++;
     snprintf(fix, n, "%s", fixes[i].fix);
     if (wants_capabilities(step, code)) {
         snprintf(fix, n,
                  "user namespaces come without capabilities here. With AppArmor's "
-                 "kernel.apparmor_restrict_unprivileged_userns=1 (Ubuntu 24.04), fix once as root: put these lines "
-                 "into /etc/apparmor.d/orch-launcher and run `apparmor_parser -r /etc/apparmor.d/orch-launcher`:\n"
-                 "abi <abi/4.0>,\ninclude <tunables/global>\nprofile orch-launcher %s flags=(unconfined) {\n"
+                 "kernel.apparmor_restrict_unprivileged_userns=1 (Ubuntu 24.04), fix once as root: "
+                 "put these lines "
+                 "into /etc/apparmor.d/orch-launcher and run `apparmor_parser -r "
+                 "/etc/apparmor.d/orch-launcher`:\n"
+                 "abi <abi/4.0>,\ninclude <tunables/global>\nprofile orch-launcher %s "
+                 "flags=(unconfined) {\n"
                  "  userns,\n  include if exists <local/orch-launcher>\n}\nElse " CONTAINER,
                  launcher);
     } else if (code == ENOSPC && (!strncmp(step, "clone", 5) || !strncmp(step, "unshare", 7))) {
         char limits[320] = "";
         add_limits(limits, sizeof limits);
-        snprintf(fix, n, "a limit of namespaces is reached; raise the one that is too low (sysctl -w):%s", limits);
+        snprintf(fix, n,
+                 "a limit of namespaces is reached; raise the one that is too low (sysctl -w):%s",
+                 limits);
     }
 }
 
@@ -170,16 +201,19 @@ static int explain(const char *launcher, const struct orch_launch_msg *m, struct
     char fix[1200];
     find_fix(launcher, step, code, fix, sizeof fix);
     return orch_err_setc(err, ORCH_CLASS_ISOLATION, code, "%s: %s%s%s: %s; %s",
-                         of_network(step) ? "no network" : "no confined VMM", step, *file ? " " : "", file, strerror(code),
-                         fix);
+                         of_network(step) ? "no network" : "no confined VMM", step,
+                         *file ? " " : "", file, strerror(code), fix);
 }
 
-int orch_launch_unprotected(const char *launcher, const struct orch_proc_report *r, struct orch_err *err)
+int orch_launch_unprotected(const char *launcher, const struct orch_proc_report *r,
+                            struct orch_err *err)
 {
     char fix[1200];
     find_fix(launcher, r->step, r->code, fix, sizeof fix);
-    return orch_err_setc(err, ORCH_CLASS_ISOLATION, r->code, "it was not started, since orch's files cannot be protected from it: %s%s%s: %s; %s",
-                         r->step, *r->file ? " " : "", r->file, strerror(r->code), fix);
+    return orch_err_setc(
+        err, ORCH_CLASS_ISOLATION, r->code,
+        "it was not started, since orch's files cannot be protected from it: %s%s%s: %s; %s",
+        r->step, *r->file ? " " : "", r->file, strerror(r->code), fix);
 }
 
 static int refuse(struct orch_err *err, int code, const char *path, const char *what)
@@ -224,8 +258,8 @@ static void helper_end(struct helper *h, char *why, size_t n)
         snprintf(why, n, "was killed by signal %d (%s)", si.si_status, strsignal(si.si_status));
 }
 
-/* It is a session of its own, so that an interrupt typed at a terminal reaches orch alone; with default
- * signals, which its children pass on to the VMM. */
+/* It is a session of its own, so that an interrupt typed at a terminal reaches orch alone; with
+ * default signals, which its children pass on to the VMM. */
 static int spawn(const char *path, int sock, int *pid)
 {
     char *argv[] = { orch_xstrdup(path), NULL }, *env[] = { NULL };
@@ -236,7 +270,8 @@ static int spawn(const char *path, int sock, int *pid)
     sigemptyset(&none);
     posix_spawn_file_actions_init(&fa);
     posix_spawnattr_init(&at);
-    posix_spawnattr_setflags(&at, POSIX_SPAWN_SETSID | POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSIGMASK);
+    posix_spawnattr_setflags(&at,
+                             POSIX_SPAWN_SETSID | POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSIGMASK);
     posix_spawnattr_setsigdefault(&at, &all);
     posix_spawnattr_setsigmask(&at, &none);
     /* First: the socket's own number may be 0 or 1. */
@@ -250,7 +285,8 @@ static int spawn(const char *path, int sock, int *pid)
     return r;
 }
 
-static int helper_start(struct helper *h, const char *path, struct orch_launch_msg *m, struct orch_err *err)
+static int helper_start(struct helper *h, const char *path, struct orch_launch_msg *m,
+                        struct orch_err *err)
 {
     int sv[2], fds[ORCH_LAUNCH_FDS], pid;
     size_t n_fds;
@@ -289,7 +325,8 @@ static int helper_start(struct helper *h, const char *path, struct orch_launch_m
     if (r == 1 && m->op == ORCH_LAUNCH_HELLO)
         return refuse(err, EPROTO, path, "it belongs to another version of orch; reinstall orch");
     if (r < 0)
-        return refuse(err, -r, path, r == -ETIMEDOUT ? "it did not answer within 30 s" : strerror(-r));
+        return refuse(err, -r, path,
+                      r == -ETIMEDOUT ? "it did not answer within 30 s" : strerror(-r));
     snprintf(text, sizeof text, "it %s before it was ready; run it by hand to see why", why);
     return refuse(err, EPIPE, path, text);
 }
@@ -346,8 +383,9 @@ static int launcher_start(struct orch_launcher *la, struct orch_err *err)
     return r;
 }
 
-struct orch_launcher *orch_launcher_new(struct orch_loop *l, const char *path, orch_launcher_lost_fn *on_lost,
-                                        void *ud, struct orch_err *err)
+struct orch_launcher *orch_launcher_new(struct orch_loop *l, const char *path,
+                                        orch_launcher_lost_fn *on_lost, void *ud,
+                                        struct orch_err *err)
 {
     struct orch_launcher *la = orch_xcalloc(1, sizeof *la);
     la->loop = l;
@@ -409,7 +447,8 @@ static void cell_event(void *ud, int events)
             c->o.on_started(c->o.ud);
         return;
     }
-    if (r != 1 && c->la->h.pid && wait_readable(c->la->h.pidfd, 0)) { /* it fails every cell, this one too, and knows why */
+    /* it fails every cell, this one too, and knows why */
+    if (r != 1 && c->la->h.pid && wait_readable(c->la->h.pidfd, 0)) {
         launcher_dead(c->la, 0);
         return;
     }
@@ -421,7 +460,8 @@ static void cell_event(void *ud, int events)
     if (r == 1 && m->op == ORCH_LAUNCH_ERROR)
         explain(c->la->path, m, &err);
     else
-        refuse(&err, EPIPE, c->la->path, "the microVM's init was killed, or the launcher was, and the VMM with it");
+        refuse(&err, EPIPE, c->la->path,
+               "the microVM's init was killed, or the launcher was, and the VMM with it");
     c->o.on_error(c->o.ud, &err);
 }
 
@@ -444,9 +484,12 @@ static void fill_new(struct orch_launch_msg *m, uint32_t flags)
         m->gid = st.st_gid;
 }
 
-static int fill_vmm(struct orch_launch_msg *m, const struct orch_cell_opts *o, int *fds, size_t *n_fds)
+static int fill_vmm(struct orch_launch_msg *m, const struct orch_cell_opts *o, int *fds,
+                    size_t *n_fds)
 {
-    *m = (struct orch_launch_msg){ .op = ORCH_LAUNCH_VMM, .flags = o->flags, .as_bytes = o->as_bytes };
+    *m = (struct orch_launch_msg){ .op = ORCH_LAUNCH_VMM,
+                                   .flags = o->flags,
+                                   .as_bytes = o->as_bytes };
     int r = o->n_binds > ORCH_LAUNCH_BINDS ? -E2BIG : 0;
     for (size_t i = 0; !r && i < o->n_binds; i++) {
         if (o->binds[i].host[0] != '/' || o->binds[i].guest[0] != '/')
@@ -474,8 +517,8 @@ static int send_vmm(int ctl, struct orch_launch_msg *m, const struct orch_cell_o
     return r ? r : orch_launch_send(ctl, m, fds, n_fds);
 }
 
-/* NEW, and at once what comes first on ctl: VMM, or without argv NET. Returns orch's end of ctl, or a
- * negative errno. */
+/* NEW, and at once what comes first on ctl: VMM, or without argv NET. Returns orch's end of ctl, or
+ * a negative errno. */
 static int send_cell(int sock, struct orch_launch_msg *m, const struct orch_cell_opts *o)
 {
     int sv[2];
@@ -500,13 +543,15 @@ static int cannot_send(const struct orch_launcher *la, int r, struct orch_err *e
 {
     if (r != -E2BIG && r != -EINVAL)
         return refuse(err, -r, la->path, strerror(-r));
-    return orch_err_setc(err, ORCH_CLASS_ISOLATION, -r,
-                         "VMM: %s: at most %d files by absolute path, %d arguments, %d bytes of both",
-                         r == -E2BIG ? "too many files or arguments" : "a path is not absolute", ORCH_LAUNCH_BINDS,
-                         ORCH_LAUNCH_ARGV, ORCH_LAUNCH_BLOB);
+    return orch_err_setc(
+        err, ORCH_CLASS_ISOLATION, -r,
+        "VMM: %s: at most %d files by absolute path, %d arguments, %d bytes of both",
+        r == -E2BIG ? "too many files or arguments" : "a path is not absolute", ORCH_LAUNCH_BINDS,
+        ORCH_LAUNCH_ARGV, ORCH_LAUNCH_BLOB);
 }
 
-struct orch_cell *orch_cell_new(struct orch_launcher *la, const struct orch_cell_opts *o, struct orch_err *err)
+struct orch_cell *orch_cell_new(struct orch_launcher *la, const struct orch_cell_opts *o,
+                                struct orch_err *err)
 {
     if (!la->h.pid && launcher_start(la, err))
         return NULL;
@@ -534,7 +579,8 @@ struct orch_cell *orch_cell_new(struct orch_launcher *la, const struct orch_cell
     return c;
 }
 
-struct orch_cell *orch_cell_new_net(struct orch_launcher *la, const struct orch_cell_net_opts *o, struct orch_err *err)
+struct orch_cell *orch_cell_new_net(struct orch_launcher *la, const struct orch_cell_net_opts *o,
+                                    struct orch_err *err)
 {
     struct orch_cell_opts begin = { .flags = o->flags, .on_error = o->on_error, .ud = o->ud };
     struct orch_cell *c = orch_cell_new(la, &begin, err);
@@ -546,7 +592,8 @@ struct orch_cell *orch_cell_new_net(struct orch_launcher *la, const struct orch_
 int orch_cell_start(struct orch_cell *c, const struct orch_cell_opts *o, struct orch_err *err)
 {
     if (!c->la || c->ctl < 0)
-        return orch_err_setc(err, ORCH_CLASS_ISOLATION, EPIPE, "launcher: it ended, and the microVM's network with it");
+        return orch_err_setc(err, ORCH_CLASS_ISOLATION, EPIPE,
+                             "launcher: it ended, and the microVM's network with it");
     int r = send_vmm(c->ctl, &c->la->msg, o);
     if (r)
         return cannot_send(c->la, r, err);
@@ -593,12 +640,15 @@ int orch_launch_check(const char *path, struct orch_err *err)
     int64_t end_us = orch_now_us() + WAIT_MS * 1000;
     cleanup_close int ctl = send_cell(h.sock, m, &o);
     do
-        r = ctl < 0 ? ctl : wait_readable(ctl, end_us) ? orch_launch_recv(ctl, m, fds, &n_fds) : -ETIMEDOUT;
+        r = ctl < 0                      ? ctl
+            : wait_readable(ctl, end_us) ? orch_launch_recv(ctl, m, fds, &n_fds)
+                                         : -ETIMEDOUT;
     while (r == 1 && m->op == ORCH_LAUNCH_STARTED);
     helper_end(&h, why, sizeof why);
     if (r == 1 && m->op == ORCH_LAUNCH_EXIT && m->status == 0)
         return 0;
     if (r == 1 && m->op == ORCH_LAUNCH_ERROR)
         return explain(path, m, err);
-    return refuse(err, r < 0 ? -r : EPIPE, path, "an empty microVM did not come up within 30 s, or was killed");
+    return refuse(err, r < 0 ? -r : EPIPE, path,
+                  "an empty microVM did not come up within 30 s, or was killed");
 }

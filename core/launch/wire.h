@@ -1,15 +1,15 @@
-/* Messages between orch and the launcher: one struct over SOCK_SEQPACKET, descriptors by SCM_RIGHTS.
- * The launcher holds no policy and parses nothing that a peer wrote: every message comes from orch,
- * strings in it were composed by orch.
+/* Messages between orch and the launcher: one struct over SOCK_SEQPACKET, descriptors by
+ * SCM_RIGHTS. The launcher holds no policy and parses nothing that a peer wrote: every message
+ * comes from orch, strings in it were composed by orch.
  *
- * Two sockets. The main one (descriptor 3 of the launcher): orch sends NEW with the launcher's end of
- * a per-microVM `ctl` socketpair. Holding ctl is the microVM's life: when orch's end closes, however,
- * the microVM's init exits and the kernel ends everything in its pid namespace. What else a microVM
- * needs before its VMM (a network) comes as further messages on ctl.
+ * Two sockets. The main one (descriptor 3 of the launcher): orch sends NEW with the launcher's end
+ * of a per-microVM `ctl` socketpair. Holding ctl is the microVM's life: when orch's end closes,
+ * however, the microVM's init exits and the kernel ends everything in its pid namespace. What else
+ * a microVM needs before its VMM (a network) comes as further messages on ctl.
  *
  * A message is the struct up to `blob` and exactly blob_len bytes of it, so that as many NEWs as a
- * launcher may hold cells always fit into the socket's buffer. Anything else is a broken sender: its
- * descriptors are closed, its cell is dropped. */
+ * launcher may hold cells always fit into the socket's buffer. Anything else is a broken sender:
+ * its descriptors are closed, its cell is dropped. */
 #ifndef ORCH_LAUNCH_WIRE_H
 #define ORCH_LAUNCH_WIRE_H
 
@@ -29,21 +29,27 @@
 
 enum orch_launch_op {
     ORCH_LAUNCH_NEW = 1, /* main, orch → launcher; fd 0: ctl. Makes the microVM's init */
-    ORCH_LAUNCH_VMM,     /* ctl, orch → init; fds in enum orch_launch_fd order. Starts the VMM confined;
-                            without argv it is confined and ends with status 0 (orch_launch_check) */
-    ORCH_LAUNCH_STARTED, /* ctl, init → orch: the VMM was executed; `status`: init's own number in /proc */
-    ORCH_LAUNCH_EXIT,    /* ctl, init → orch: the VMM ended, `status` as wait(2); the cell is over */
-    ORCH_LAUNCH_ERROR,   /* ctl, → orch: `step` failed with `sys_errno`; blob: the file it was about, or
-                            nothing; the cell is over. On main in place of HELLO: the launcher is */
-    ORCH_LAUNCH_HELLO,   /* main, launcher → orch: ready; `status` is ORCH_LAUNCH_VERSION */
-    ORCH_LAUNCH_NET,     /* ctl, orch → init, once and before VMM: makes the microVM's network namespace with
-                            ORCH_NET_TAP, down, which VMM then passes on. The answer, init → orch: fds in enum
-                            orch_net_fd order, of which init keeps none; `status` 1: /proc/sys could not be written */
+    /* ctl, orch → init; fds in enum orch_launch_fd order. Starts the VMM confined; without argv
+     * it is confined and ends with status 0 (orch_launch_check) */
+    ORCH_LAUNCH_VMM,
+    /* ctl, init → orch: the VMM was executed; `status`: init's own number in /proc */
+    ORCH_LAUNCH_STARTED,
+    /* ctl, init → orch: the VMM ended, `status` as wait(2); the cell is over */
+    ORCH_LAUNCH_EXIT,
+    /* ctl, → orch: `step` failed with `sys_errno`; blob: the file it was about, or nothing; the
+     * cell is over. On main in place of HELLO: the launcher is */
+    ORCH_LAUNCH_ERROR,
+    ORCH_LAUNCH_HELLO, /* main, launcher → orch: ready; `status` is ORCH_LAUNCH_VERSION */
+    /* ctl, orch → init, once and before VMM: makes the microVM's network namespace with
+     * ORCH_NET_TAP, down, which VMM then passes on. The answer, init → orch: fds in enum
+     * orch_net_fd order, of which init keeps none; `status` 1: /proc/sys could not be written */
+    ORCH_LAUNCH_NET,
 };
 
 /* Netlink sockets bound inside the network namespace. */
 enum orch_net_fd {
-    ORCH_NET_FD_NFT,   /* NETLINK_NETFILTER: the filter, which is no longer alive without this socket */
+    /* NETLINK_NETFILTER: the filter, which is no longer alive without this socket */
+    ORCH_NET_FD_NFT,
     ORCH_NET_FD_ROUTE, /* NETLINK_ROUTE: devices, addresses, routes */
     ORCH_NET_FD_LOG,   /* NETLINK_NETFILTER: what the filter logs */
     ORCH_NET_FDS,
@@ -67,7 +73,8 @@ enum orch_launch_fd {
 
 #define ORCH_VMM_KVM 1      /* bind /dev/kvm and allow KVM's ioctls */
 #define ORCH_VMM_FREEZING 2 /* RLIMIT_FSIZE 16 MiB instead of 0: the VMM writes its state */
-#define ORCH_NET_UPLINK 4   /* NET: with pasta, which makes ORCH_NET_UPLINK_IF and a default route; its end is the cell's */
+/* NET: with pasta, which makes ORCH_NET_UPLINK_IF and a default route; its end is the cell's */
+#define ORCH_NET_UPLINK 4
 
 #define ORCH_NET_TAP "tap0"
 #define ORCH_NET_UPLINK_IF "up0"
@@ -78,16 +85,16 @@ enum orch_launch_fd {
 struct orch_launch_msg {
     uint32_t op;
     uint32_t flags;
-    uint32_t uid, gid;  /* NEW: run as (only when the launcher is root), else ignored */
-    uint32_t fd_mask;   /* VMM: 1 << enum orch_launch_fd, but TAP */
+    uint32_t uid, gid; /* NEW: run as (only when the launcher is root), else ignored */
+    uint32_t fd_mask;  /* VMM: 1 << enum orch_launch_fd, but TAP */
     uint32_t n_argv, n_binds;
     int32_t status;
     int32_t sys_errno;
     uint32_t blob_len;
-    uint64_t as_bytes;  /* VMM: RLIMIT_AS; 0: none */
-    char step[32];      /* ERROR: what failed, e.g. "uid_map" */
-    /* VMM: n_binds pairs "host path\0path in the VMM's root\0" (read-only files), then n_argv strings.
-     * Always ends with a NUL. */
+    uint64_t as_bytes; /* VMM: RLIMIT_AS; 0: none */
+    char step[32];     /* ERROR: what failed, e.g. "uid_map" */
+    /* VMM: n_binds pairs "host path\0path in the VMM's root\0" (read-only files), then n_argv
+     * strings. Always ends with a NUL. */
     char blob[ORCH_LAUNCH_BLOB];
 };
 #define ORCH_LAUNCH_HEAD offsetof(struct orch_launch_msg, blob)
@@ -98,7 +105,8 @@ union orch_launch_control {
 };
 
 /* 0 or a negative errno; never waits. */
-static inline int orch_launch_send(int sock, struct orch_launch_msg *m, const int *fds, size_t n_fds)
+static inline int orch_launch_send(int sock, struct orch_launch_msg *m, const int *fds,
+                                   size_t n_fds)
 {
     union orch_launch_control c = { .bytes = { 0 } };
     struct iovec iov = { m, ORCH_LAUNCH_HEAD + m->blob_len };
@@ -117,16 +125,20 @@ static inline int orch_launch_send(int sock, struct orch_launch_msg *m, const in
 
 /* 1: a message with *n_fds descriptors, which are now the caller's. 0: the other end closed.
  * -EBADMSG: not a message; its descriptors were closed. -EAGAIN: nothing there. */
-static inline int orch_launch_recv(int sock, struct orch_launch_msg *m, int fds[ORCH_LAUNCH_FDS], size_t *n_fds)
+static inline int orch_launch_recv(int sock, struct orch_launch_msg *m, int fds[ORCH_LAUNCH_FDS],
+                                   size_t *n_fds)
 {
     union orch_launch_control c;
     struct iovec iov = { m, sizeof *m };
     /* Not sizeof c.bytes: its padding would have room for one more than there is in fds. */
-    struct msghdr h = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = c.bytes,
+    struct msghdr h = { .msg_iov = &iov,
+                        .msg_iovlen = 1,
+                        .msg_control = c.bytes,
                         .msg_controllen = CMSG_LEN(sizeof(int) * ORCH_LAUNCH_FDS) };
     *n_fds = 0;
     ssize_t n = recvmsg(sock, &h, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
-    /* The other end closed before it had read all; what it sent is still there, behind this one error. */
+    /* The other end closed before it had read all; what it sent is still there, behind this one
+     * error. */
     if (n < 0 && errno == ECONNRESET)
         n = recvmsg(sock, &h, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
     if (n <= 0)
@@ -136,9 +148,9 @@ static inline int orch_launch_recv(int sock, struct orch_launch_msg *m, int fds[
         *n_fds = (k->cmsg_len - CMSG_LEN(0)) / sizeof(int);
         memcpy(fds, CMSG_DATA(k), *n_fds * sizeof(int));
     }
-    if (!(h.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) && (size_t)n >= ORCH_LAUNCH_HEAD && m->blob_len <= ORCH_LAUNCH_BLOB &&
-        (size_t)n == ORCH_LAUNCH_HEAD + m->blob_len && !m->step[sizeof m->step - 1] &&
-        (!m->blob_len || !m->blob[m->blob_len - 1]))
+    if (!(h.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) && (size_t)n >= ORCH_LAUNCH_HEAD &&
+        m->blob_len <= ORCH_LAUNCH_BLOB && (size_t)n == ORCH_LAUNCH_HEAD + m->blob_len &&
+        !m->step[sizeof m->step - 1] && (!m->blob_len || !m->blob[m->blob_len - 1]))
         return 1;
     for (size_t i = 0; i < *n_fds; i++)
         close(fds[i]);

@@ -1,6 +1,6 @@
-/* The VMM between its clone and its execve. Namespaces A own the mount and network namespace it is in;
- * it leaves them last for a user namespace of its own in which no id is mapped, so that nothing it
- * executes can gain a capability over anything. The order matters: each step takes away what an
+/* The VMM between its clone and its execve. Namespaces A own the mount and network namespace it is
+ * in; it leaves them last for a user namespace of its own in which no id is mapped, so that nothing
+ * it executes can gain a capability over anything. The order matters: each step takes away what an
  * earlier one needed. */
 #include "launcher.h"
 
@@ -37,7 +37,8 @@ static void place_fds(struct orch_confine *c)
     for (int i = 0; i < ORCH_LAUNCH_FDS; i++)
         if (c->fds[i] >= 0 && (c->fds[i] = fcntl(c->fds[i], F_DUPFD_CLOEXEC, 2 * REPORT_FD)) < 0)
             fail("descriptors", NULL);
-    int log = c->fds[ORCH_LAUNCH_FD_LOG] >= 0 ? c->fds[ORCH_LAUNCH_FD_LOG] : STDIN_FILENO; /* /dev/null */
+    /* /dev/null */
+    int log = c->fds[ORCH_LAUNCH_FD_LOG] >= 0 ? c->fds[ORCH_LAUNCH_FD_LOG] : STDIN_FILENO;
     if (dup2(log, STDOUT_FILENO) < 0 || dup2(log, STDERR_FILENO) < 0)
         fail("descriptors", NULL);
     close_range(3, REPORT_FD, 0);
@@ -71,8 +72,8 @@ static void make_file(char *path)
     close(fd);
 }
 
-/* The root is a tmpfs with the files bound into it. It is mounted over /proc: that directory exists on
- * every host this can run on, and none of the files lie in it. */
+/* The root is a tmpfs with the files bound into it. It is mounted over /proc: that directory exists
+ * on every host this can run on, and none of the files lie in it. */
 static void make_root(struct orch_confine *c)
 {
     char kvm[] = "/dev/kvm";
@@ -82,7 +83,8 @@ static void make_root(struct orch_confine *c)
     int self = open_tree(AT_FDCWD, "/proc/self/fd", OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC);
     if (self < 0)
         fail("bind of /proc/self/fd", NULL);
-    if (mount("orch", "/proc", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "size=256k,nr_inodes=2048,mode=755"))
+    if (mount("orch", "/proc", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC,
+              "size=256k,nr_inodes=2048,mode=755"))
         fail("tmpfs", NULL);
     if (chdir("/proc"))
         fail("tmpfs", NULL);
@@ -103,7 +105,8 @@ static void make_root(struct orch_confine *c)
     /* After the recursive NODEV: this one device may be opened. */
     if (c->flags & ORCH_VMM_KVM) {
         ro.attr_set = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC;
-        if (mount(kvm, kvm + 1, NULL, MS_BIND, NULL) || mount_setattr(AT_FDCWD, kvm + 1, 0, &ro, sizeof ro))
+        if (mount(kvm, kvm + 1, NULL, MS_BIND, NULL) ||
+            mount_setattr(AT_FDCWD, kvm + 1, 0, &ro, sizeof ro))
             fail("bind of /dev/kvm", NULL);
     }
     if (syscall(SYS_pivot_root, ".", "."))
@@ -145,8 +148,9 @@ static void drop_capabilities(void)
         if (prctl(PR_CAPBSET_DROP, cap, 0, 0, 0))
             fail("bounding set", NULL);
     if (prctl(PR_SET_SECUREBITS,
-              SECBIT_NOROOT | SECBIT_NOROOT_LOCKED | SECBIT_NO_SETUID_FIXUP | SECBIT_NO_SETUID_FIXUP_LOCKED |
-                  SECBIT_KEEP_CAPS_LOCKED | SECBIT_NO_CAP_AMBIENT_RAISE | SECBIT_NO_CAP_AMBIENT_RAISE_LOCKED,
+              SECBIT_NOROOT | SECBIT_NOROOT_LOCKED | SECBIT_NO_SETUID_FIXUP |
+                  SECBIT_NO_SETUID_FIXUP_LOCKED | SECBIT_KEEP_CAPS_LOCKED |
+                  SECBIT_NO_CAP_AMBIENT_RAISE | SECBIT_NO_CAP_AMBIENT_RAISE_LOCKED,
               0, 0, 0))
         fail("securebits", NULL);
     if (syscall(SYS_capset, &h, none))

@@ -1,5 +1,6 @@
-/* A microVM's init: pid 1 of its pid namespace and owner of its namespaces. It makes a network if asked
- * to, starts one VMM, reports its end, and ends when orch closes ctl; the kernel then kills whatever is left in the namespace. */
+/* A microVM's init: pid 1 of its pid namespace and owner of its namespaces. It makes a network if
+ * asked to, starts one VMM, reports its end, and ends when orch closes ctl; the kernel then kills
+ * whatever is left in the namespace. */
 #include "launcher.h"
 
 #include <fcntl.h>
@@ -44,7 +45,8 @@ static pid_t start(const int *fds, size_t n_fds, int *report)
         orch_launch_fail("message");
     size_t n = 2 * (size_t)msg.n_binds + msg.n_argv;
     errno = EINVAL;
-    if (!split(strings, n) || msg.fd_mask >> ORCH_LAUNCH_FD_TAP || (size_t)__builtin_popcount(msg.fd_mask) != n_fds)
+    if (!split(strings, n) || msg.fd_mask >> ORCH_LAUNCH_FD_TAP ||
+        (size_t)__builtin_popcount(msg.fd_mask) != n_fds)
         orch_launch_fail("message");
     strings[n] = NULL;
     if (pipe2(p, O_CLOEXEC))
@@ -60,7 +62,8 @@ static pid_t start(const int *fds, size_t n_fds, int *report)
     for (int slot = 0, i = 0; slot < ORCH_LAUNCH_FDS; slot++)
         c.fds[slot] = msg.fd_mask >> slot & 1 ? fds[i++] : -1;
     c.fds[ORCH_LAUNCH_FD_TAP] = net.tap;
-    pid_t pid = orch_launch_clone(CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWUTS | SIGCHLD);
+    pid_t pid = orch_launch_clone(CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWNS | CLONE_NEWIPC |
+                                  CLONE_NEWUTS | SIGCHLD);
     if (!pid)
         orch_confine_exec(&c);
     if (pid < 0)
@@ -89,8 +92,8 @@ _Noreturn void orch_init_run(uid_t uid, gid_t gid)
 {
     char map[64];
     net.uid = uid;
-    /* After the last change of uid, which would clear it. That the launcher ended before is not seen
-     * here; then orch, which did see it, closes ctl. */
+    /* After the last change of uid, which would clear it. That the launcher ended before is not
+     * seen here; then orch, which did see it, closes ctl. */
     prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
     prctl(PR_SET_NAME, "orch-init", 0, 0, 0);
     write_self("setgroups file", "/proc/self/setgroups", "deny");
@@ -106,8 +109,11 @@ _Noreturn void orch_init_run(uid_t uid, gid_t gid)
         orch_launch_fail("signalfd");
 
     pid_t vmm = 0;
-    for (struct pollfd pf[4] = { { ORCH_LAUNCH_SOCK, POLLIN, 0 }, { -1, POLLIN, 0 }, { sfd, POLLIN, 0 },
-                                 { -1, POLLIN, 0 } };;) {
+    for (struct pollfd pf[4] = { { ORCH_LAUNCH_SOCK, POLLIN, 0 },
+                                 { -1, POLLIN, 0 },
+                                 { sfd, POLLIN, 0 },
+                                 { -1, POLLIN, 0 } };
+         ;) {
         pf[3].fd = net.said_fd;
         if (poll(pf, 4, -1) < 0)
             continue;

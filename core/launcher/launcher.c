@@ -1,9 +1,9 @@
-/* The launcher: one thread without policy that makes each microVM's init and reaps it. It lives as long
- * as its main socket; the inits die with it (PDEATHSIG) and each with its ctl, so there is nothing to
- * clean up however it ends. (As `launcher protect` it is none of this: see protect.c.)
+/* The launcher: one thread without policy that makes each microVM's init and reaps it. It lives as
+ * long as its main socket; the inits die with it (PDEATHSIG) and each with its ctl, so there is
+ * nothing to clean up however it ends. (As `launcher protect` it is none of this: see protect.c.)
  *
- * Each NEW takes a helper process: it drops root's uid where there is one, waits out namespace limits
- * without holding up the launcher, and makes init the launcher's child (CLONE_PARENT). */
+ * Each NEW takes a helper process: it drops root's uid where there is one, waits out namespace
+ * limits without holding up the launcher, and makes init the launcher's child (CLONE_PARENT). */
 #include "launcher.h"
 
 #include <grp.h>
@@ -20,7 +20,8 @@
 #include <sys/wait.h>
 
 static pid_t helpers[ORCH_LAUNCH_CELLS]; /* 0: free */
-static int n_cells;                      /* helpers and inits; a helper's place passes to its init */
+/* helpers and inits; a helper's place passes to its init */
+static int n_cells;
 
 /* The capability goes with the uid's change into the clone: a user namespace made by a creator with
  * CAP_SYS_ADMIN is exempt from AppArmor's and other restrictions of unprivileged ones. Root of a
@@ -60,8 +61,8 @@ static _Noreturn void help(const struct orch_launch_msg *m, int ctl)
     gid_t gid = getegid();
     /* Else /proc/self/uid_map belongs to root after the uid's change or with a file capability. */
     prctl(PR_SET_DUMPABLE, 1, 0, 0, 0);
-    pid_t p = orch_launch_clone(CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWUTS |
-                                CLONE_PARENT | SIGCHLD);
+    pid_t p = orch_launch_clone(CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC |
+                                CLONE_NEWUTS | CLONE_PARENT | SIGCHLD);
     if (!p)
         orch_init_run(uid, gid);
     if (p < 0)
@@ -120,7 +121,8 @@ int main(int argc, char **argv)
     umask(022);
     if (chdir("/"))
         orch_launch_fail("chdir");
-    /* The VMM's filter knows no keyctl; where the call is not there, there is no keyring to leave. */
+    /* The VMM's filter knows no keyctl; where the call is not there, there is no keyring to
+     * leave. */
     syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, NULL);
     int r = orch_filter_build();
     errno = -r;

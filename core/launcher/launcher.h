@@ -1,5 +1,5 @@
-/* Inside the launcher: what its files call of each other. One thread, three kinds of process:
- * the launcher, a microVM's init, the VMM before its execve. None of them allocates or returns to its
+/* Inside the launcher: what its files call of each other. One thread, three kinds of process: the
+ * launcher, a microVM's init, the VMM before its execve. None of them allocates or returns to its
  * maker's code after the fork. */
 #ifndef ORCH_LAUNCHER_LAUNCHER_H
 #define ORCH_LAUNCHER_LAUNCHER_H
@@ -11,25 +11,27 @@
 #include "../launch/wire.h"
 
 #define ORCH_LAUNCH_TRIES 150 /* where a limit of namespaces is reached, every 20 ms */
-#define ORCH_LAUNCH_SOCK 3 /* main in the launcher, ctl in a microVM's init */
+#define ORCH_LAUNCH_SOCK 3    /* main in the launcher, ctl in a microVM's init */
 
-/* fail.c. clone() as fork; a limit of namespaces (ENOSPC) is retried for 3 seconds, since namespaces
- * go asynchronously after the kill of what was in them. Ends the process when orch closes ctl meanwhile. */
+/* fail.c. clone() as fork; a limit of namespaces (ENOSPC) is retried for 3 seconds, since
+ * namespaces go asynchronously after the kill of what was in them. Ends the process when orch
+ * closes ctl meanwhile. */
 pid_t orch_launch_clone(unsigned long flags);
 /* The process's one outgoing message, filled as ERROR of errno. */
 struct orch_launch_msg *orch_launch_error(const char *step, const char *file);
 /* Sends it over ctl and exits. */
 _Noreturn void orch_launch_fail(const char *step);
 
-/* init.c: pid 1 of a microVM's namespaces; uid and gid as the launcher's user namespace sees them. */
+/* init.c: pid 1 of a microVM's namespaces; uid and gid as the launcher's user namespace sees
+ * them. */
 _Noreturn void orch_init_run(uid_t uid, gid_t gid);
 
 /* net.c: the microVM's network namespace, in init. */
 struct orch_net {
-    uid_t uid;   /* of init and pasta, as the launcher sees it */
-    int tap;     /* -1: no network */
-    pid_t pasta; /* 0: no uplink */
-    int said_fd; /* pasta's stderr; -1 */
+    uid_t uid;      /* of init and pasta, as the launcher sees it */
+    int tap;        /* -1: no network */
+    pid_t pasta;    /* 0: no uplink */
+    int said_fd;    /* pasta's stderr; -1 */
     char said[512]; /* the last of it */
     size_t n_said;
 };
@@ -52,7 +54,8 @@ struct orch_confine {
 };
 _Noreturn void orch_confine_exec(struct orch_confine *c);
 
-/* protect.c: `launcher protect r/PATH|p/PATH… -- PROGRAM ARGV0 ARG…`, with a socket as descriptor 3. */
+/* protect.c: `launcher protect r/PATH|p/PATH… -- PROGRAM ARGV0 ARG…`, with a socket as descriptor
+ * 3. */
 _Noreturn void orch_protect_exec(char **words);
 
 /* filter.c: the VMM's seccomp filters are built once, in the launcher. 0 or a negative errno. */

@@ -93,13 +93,40 @@ static _Noreturn void run_pasta(const struct orch_net *n, const char *program, c
 {
     char at[64], path[64], c, *const env[] = { NULL };
     const char *const argv[] = {
-        "pasta", "-f", "-q", "-e", "--config-net", "-4", "-I", ORCH_NET_UPLINK_IF,
-        "-a", ORCH_NET_UPLINK_ADDR, "-n", ORCH_NET_UPLINK_BITS, "-g", ORCH_NET_UPLINK_GATEWAY,
+        "pasta",
+        "-f",
+        "-q",
+        "-e",
+        "--config-net",
+        "-4",
+        "-I",
+        ORCH_NET_UPLINK_IF,
+        "-a",
+        ORCH_NET_UPLINK_ADDR,
+        "-n",
+        ORCH_NET_UPLINK_BITS,
+        "-g",
+        ORCH_NET_UPLINK_GATEWAY,
         /* Its defaults lead the gateway's address, and all ports that listen on the host's
          * loopback, there. */
-        "--no-map-gw", "-t", "none", "-u", "none", "-T", "none", "-U", "none",
-        "--no-dhcp", "--no-dhcpv6", "--no-ndp", "--no-ra",
-        "--no-netns-quit", "--netns-only", "--netns", at, NULL,
+        "--no-map-gw",
+        "-t",
+        "none",
+        "-u",
+        "none",
+        "-T",
+        "none",
+        "-U",
+        "none",
+        "--no-dhcp",
+        "--no-dhcpv6",
+        "--no-ndp",
+        "--no-ra",
+        "--no-netns-quit",
+        "--netns-only",
+        "--netns",
+        at,
+        NULL,
     };
     char *args[sizeof argv / sizeof *argv];
     sigset_t none;
@@ -175,8 +202,8 @@ void orch_net_make(struct orch_net *n, uint32_t flags)
     bool all = set_all();
     const int fds[ORCH_NET_FDS] = {
         [ORCH_NET_FD_NFT] = open_netlink("netfilter socket", NETLINK_NETFILTER, 0),
-        [ORCH_NET_FD_ROUTE] =
-            open_netlink("route socket", NETLINK_ROUTE, RTMGRP_LINK | RTMGRP_IPV4_ROUTE),
+        [ORCH_NET_FD_ROUTE] = open_netlink("route socket", NETLINK_ROUTE,
+                                           RTMGRP_LINK | RTMGRP_IPV4_ROUTE),
         [ORCH_NET_FD_LOG] = open_netlink("netfilter socket", NETLINK_NETFILTER, 0),
     };
     n->tap = make_tap();

@@ -14,17 +14,20 @@ static uint32_t member(const struct orch_json_doc *d, uint32_t obj, const char *
 
 unsigned orch_mcp_caps_read(const struct orch_json_doc *d, uint32_t capabilities)
 {
-    if (!capabilities || d->toks[capabilities].type != ORCH_JSON_OBJECT || !d->toks[capabilities].count)
+    if (!capabilities || d->toks[capabilities].type != ORCH_JSON_OBJECT ||
+        !d->toks[capabilities].count)
         return 0;
     unsigned caps = 0;
-    uint32_t elicitation = member(d, capabilities, "elicitation"), sampling = member(d, capabilities, "sampling");
+    uint32_t elicitation = member(d, capabilities, "elicitation"),
+             sampling = member(d, capabilities, "sampling");
     if (elicitation) {
         bool url = member(d, elicitation, "url") != 0;
         caps |= url ? ORCH_MCP_CAP_URL : 0;
         caps |= !url || member(d, elicitation, "form") ? ORCH_MCP_CAP_FORM : 0; /* {} means form */
     }
     if (sampling)
-        caps |= ORCH_MCP_CAP_SAMPLING | (member(d, sampling, "tools") ? ORCH_MCP_CAP_SAMPLING_TOOLS : 0);
+        caps |= ORCH_MCP_CAP_SAMPLING |
+                (member(d, sampling, "tools") ? ORCH_MCP_CAP_SAMPLING_TOOLS : 0);
     if (member(d, capabilities, "roots"))
         caps |= ORCH_MCP_CAP_ROOTS;
     if (member(d, member(d, capabilities, "extensions"), ORCH_MCP_META "tasks"))
@@ -53,11 +56,13 @@ static void forget(struct orch_mcp_session *s, struct orch_mcp_question *q)
     s->n_asked--;
 }
 
-uint64_t orch_mcp_ask(struct orch_mcp_request *rq, const char *method, struct orch_slice params, orch_mcp_reply_fn *done, void *ud)
+uint64_t orch_mcp_ask(struct orch_mcp_request *rq, const char *method, struct orch_slice params,
+                      orch_mcp_reply_fn *done, void *ud)
 {
     struct orch_mcp_session *s = rq->session;
     size_t slot = 0;
-    if (rq->cancelled || s->ended || s->n_asked >= QUESTIONS_MAX || s->out.n > ORCH_MCP_NOTES_MAX_BYTES)
+    if (rq->cancelled || s->ended || s->n_asked >= QUESTIONS_MAX ||
+        s->out.n > ORCH_MCP_NOTES_MAX_BYTES)
         return 0;
     while (slot < s->n_questions && s->questions[slot].rq)
         slot++;

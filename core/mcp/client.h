@@ -6,8 +6,8 @@
  * modern one 2026-07-28 (each request stands alone; questions come as input_required results).
  * Unless told, the client asks by server/discover which it is, and goes on with initialize in
  * the same process or at the same address. A server that reads that and then ends or falls
- * silent is started again and spoken to in the older era, which is remembered: of a command for
- * the life of this process, of a URL for a few minutes.
+ * silent is started again and spoken to in the older era, which is remembered where its owner says:
+ * of a command for good, of a URL for a few minutes.
  *
  * What the server sends is an adversary's: messages over the limit end it, stray text is logged
  * and skipped, ids are checked, questions, rounds and states are bounded.
@@ -17,6 +17,7 @@
 #ifndef ORCH_MCP_CLIENT_H
 #define ORCH_MCP_CLIENT_H
 
+#include "../base/hash.h"
 #include "../base/loop.h"
 #include "../base/proc.h"
 #include "../http/client.h"
@@ -50,6 +51,15 @@ void orch_mcp_challenge_end(struct orch_mcp_challenge *q, enum orch_mcp_verdict 
 
 /* ---- the client */
 
+/* Servers known to be of the legacy era, for the clients that share it; { 0 } knows none. */
+struct orch_mcp_verdicts {
+    struct orch_mcp_judged {
+        uint8_t key[ORCH_SHA256_BYTES]; /* who is asked, and as whom */
+        int64_t until_ms;               /* 0: free; INT64_MAX: for good */
+    } list[256];
+    size_t next;
+};
+
 struct orch_mcp_client_opts {
     const char *name; /* for messages */
     /* A child, */
@@ -66,10 +76,11 @@ struct orch_mcp_client_opts {
     size_t n_headers;
     const struct orch_mcp_auth *auth; /* NULL: none */
 
-    const char *protocol;     /* the one revision to speak; NULL: found out */
-    const char *info_name;    /* as it calls itself; NULL: orch */
-    const char *capabilities; /* JSON, declared; NULL: those of asked */
-    int64_t start_ms;         /* how long ready is waited for; 0: unknown */
+    struct orch_mcp_verdicts *verdicts; /* outlives the client; NULL: nothing is remembered */
+    const char *protocol;               /* the one revision to speak; NULL: found out */
+    const char *info_name;              /* as it calls itself; NULL: orch */
+    const char *capabilities;           /* JSON, declared; NULL: those of asked */
+    int64_t start_ms;                   /* how long ready is waited for; 0: unknown */
     struct orch_json_limits limits;
     /* The handshake is done, or the server failed (class UPSTREAM, with exit status and stderr
      * tail; over HTTP also that of the exchange). Once; later failures come to lost. */
@@ -91,8 +102,8 @@ struct orch_mcp_client_opts {
     void *ud;
 };
 
-/* All of o is copied but http, auth's functions and ud. Errors have the class UPSTREAM, or
- * ISOLATION by via. */
+/* All of o is copied but http, verdicts, auth's functions and ud. Errors have the class UPSTREAM,
+ * or ISOLATION by via. */
 struct orch_mcp_client *orch_mcp_client_new(struct orch_loop *l,
                                             const struct orch_mcp_client_opts *o,
                                             struct orch_err *err);

@@ -232,9 +232,10 @@ int orch_mcp_call_send(struct orch_mcp_client_call *k, const struct orch_mcp_cli
     orch_buf_slice(b, (struct orch_slice){ k->members.p, k->members.n });
     put_answers(k, b);
     drop_inputs(k);
-    put_meta(
-        k, r ? (struct orch_slice){ meta.p, meta.n } : (struct orch_slice){ k->meta.p, k->meta.n },
-        b);
+    put_meta(k,
+             r ? (struct orch_slice){ meta.p, meta.n }
+               : (struct orch_slice){ k->meta.p, k->meta.n },
+             b);
     if (b->n == begun)
         b->n = before;
     else

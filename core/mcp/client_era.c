@@ -7,24 +7,24 @@
 #include "../base/log.h"
 
 #include <errno.h>
-#include <pthread.h>
 #include <string.h>
 #include <sys/ioctl.h>
 
 enum {
-    VERDICTS_MAX = 256,
     URL_VERDICT_MS = 300 * 1000, /* the server behind it may be another one later */
     HANG = 20, /* probe times that one may be silent after initialize was sent behind the probe */
 };
 
-/* ---- servers known to be of the legacy era: of all clients of this process */
+/* ---- servers known to be of the legacy era */
 
-static struct verdict {
-    uint8_t key[ORCH_SHA256_BYTES];
-    int64_t until_ms; /* 0: none; INT64_MAX: for good */
-} verdicts[VERDICTS_MAX];
-static size_t next_verdict;
-static pthread_mutex_t verdicts_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct orch_mcp_judged *find_verdict(struct orch_mcp_verdicts *v,
+                                            const uint8_t key[ORCH_SHA256_BYTES])
+{
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(v->list); i++)
+        if (v->list[i].until_ms && memcmp(v->list[i].key, key, ORCH_SHA256_BYTES) == 0)
+            return &v->list[i];
+    return NULL;
+}
 
 static void verdict_key(struct orch_mcp_client *c, uint8_t key[ORCH_SHA256_BYTES])
 {
@@ -34,38 +34,30 @@ static void verdict_key(struct orch_mcp_client *c, uint8_t key[ORCH_SHA256_BYTES
     orch_sha256_final(&h, key);
 }
 
-static struct verdict *find_verdict(const uint8_t key[ORCH_SHA256_BYTES])
-{
-    for (size_t i = 0; i < VERDICTS_MAX; i++)
-        if (verdicts[i].until_ms && memcmp(verdicts[i].key, key, sizeof verdicts[i].key) == 0)
-            return &verdicts[i];
-    return NULL;
-}
-
 static bool known_legacy(struct orch_mcp_client *c)
 {
     uint8_t key[ORCH_SHA256_BYTES];
+    if (!c->o.verdicts)
+        return false;
     verdict_key(c, key);
-    pthread_mutex_lock(&verdicts_lock);
-    const struct verdict *v = find_verdict(key);
-    bool known = v && v->until_ms > orch_now_us() / 1000;
-    pthread_mutex_unlock(&verdicts_lock);
-    return known;
+    const struct orch_mcp_judged *v = find_verdict(c->o.verdicts, key);
+    return v && v->until_ms > orch_now_us() / 1000;
 }
 
 static void remember(struct orch_mcp_client *c, bool legacy)
 {
+    struct orch_mcp_verdicts *all = c->o.verdicts;
     uint8_t key[ORCH_SHA256_BYTES];
+    if (!all)
+        return;
     verdict_key(c, key);
-    pthread_mutex_lock(&verdicts_lock);
-    struct verdict *v = find_verdict(key);
+    struct orch_mcp_judged *v = find_verdict(all, key);
     if (!v && legacy)
-        v = &verdicts[next_verdict++ % VERDICTS_MAX];
-    if (v) {
-        memcpy(v->key, key, sizeof key);
-        v->until_ms = !legacy ? 0 : c->o.url ? orch_now_us() / 1000 + URL_VERDICT_MS : INT64_MAX;
-    }
-    pthread_mutex_unlock(&verdicts_lock);
+        v = &all->list[all->next++ % ORCH_ARRAY_LEN(all->list)];
+    if (!v)
+        return;
+    memcpy(v->key, key, sizeof key);
+    v->until_ms = !legacy ? 0 : c->o.url ? orch_now_us() / 1000 + URL_VERDICT_MS : INT64_MAX;
 }
 
 /* ---- what the answers hold */
@@ -144,12 +136,13 @@ static void subscribe(struct orch_mcp_client *c)
              changes = tools ? orch_json_get(&d, tools, "listChanged") : 0;
     if (!changes || d.toks[changes].type != ORCH_JSON_TRUE)
         return;
-    c->listening = orch_mcp_client_own(
-        c, &(struct orch_mcp_client_request){
-               .method = "subscriptions/listen",
-               .params = ORCH_SLICE("{\"notifications\":{\"toolsListChanged\":true}}"),
-               .done = listened,
-               .ud = c });
+    c->listening = orch_mcp_client_own(c,
+                                       &(struct orch_mcp_client_request){
+                                           .method = "subscriptions/listen",
+                                           .params = ORCH_SLICE(
+                                               "{\"notifications\":{\"toolsListChanged\":true}}"),
+                                           .done = listened,
+                                           .ud = c });
 }
 
 static void ready(struct orch_mcp_client *c)
@@ -179,6 +172,7 @@ void orch_mcp_client_opened(struct orch_mcp_client *c)
 /* ---- the legacy handshake */
 
 static void probe(struct orch_mcp_client *c);
+static void modern_ready(struct orch_mcp_client *c);
 
 /* A session that cannot be begun anew fails those that wait for it; the next one tries again. */
 static void not_opened(struct orch_mcp_client *c, const struct orch_err *err)
@@ -208,6 +202,10 @@ static void opened(void *ud, struct orch_slice result, const struct orch_err *er
     struct orch_mcp_client *c = ud;
     bool modern;
     c->opening = NULL;
+    if (err && c->discovered)
+        modern_ready(c);
+    if (err && (c->discovered || c->probe)) /* the answer to the probe says what follows */
+        return;
     if (err && error_code(c, &modern) && !pinned(c, false) && !c->ready && (modern || !c->probed) &&
         !c->fell_back) {
         remember(c, false);
@@ -235,9 +233,11 @@ static void opened(void *ud, struct orch_slice result, const struct orch_err *er
     keep(&c->server_info, &d, orch_json_get(&d, 0, "serverInfo"));
     keep(&c->capabilities, &d, orch_json_get(&d, 0, "capabilities"));
     keep(&c->instructions, &d, orch_json_get(&d, 0, "instructions"));
-    c->opening = orch_mcp_client_own(
-        c, &(struct orch_mcp_client_request){
-               .method = "notifications/initialized", .note = true, .done = announced, .ud = c });
+    c->opening = orch_mcp_client_own(c, &(struct orch_mcp_client_request){
+                                            .method = "notifications/initialized",
+                                            .note = true,
+                                            .done = announced,
+                                            .ud = c });
 }
 
 static void open_legacy(struct orch_mcp_client *c)
@@ -251,9 +251,11 @@ static void open_legacy(struct orch_mcp_client *c)
                     pinned(c, false) ? c->o.protocol : ORCH_MCP_LEGACY, c->o.capabilities);
     orch_json_quote(&params, orch_slice_str(c->o.info_name));
     orch_buf_str(&params, ",\"version\":\"" ORCH_VERSION "\"}}");
-    c->opening = orch_mcp_client_own(
-        c, &(struct orch_mcp_client_request){
-               .method = "initialize", .params = { params.p, params.n }, .done = opened, .ud = c });
+    c->opening = orch_mcp_client_own(c, &(struct orch_mcp_client_request){
+                                            .method = "initialize",
+                                            .params = { params.p, params.n },
+                                            .done = opened,
+                                            .ud = c });
 }
 
 /* ---- the probe */
@@ -277,6 +279,15 @@ static void fall_back(struct orch_mcp_client *c, const struct orch_err *err)
         open_legacy(c);
 }
 
+static void modern_ready(struct orch_mcp_client *c)
+{
+    orch_mcp_client_drop(c->opening);
+    c->opening = NULL;
+    c->modern = true;
+    c->version = ORCH_MCP_MODERN;
+    ready(c);
+}
+
 static void discovered(struct orch_mcp_client *c, struct orch_slice result)
 {
     cleanup_json struct orch_json_doc d = { 0 };
@@ -298,11 +309,9 @@ static void discovered(struct orch_mcp_client *c, struct orch_slice result)
     keep(&c->server_info, &d, info ? info : orch_json_get(&d, 0, "serverInfo"));
     keep(&c->capabilities, &d, orch_json_get(&d, 0, "capabilities"));
     keep(&c->instructions, &d, orch_json_get(&d, 0, "instructions"));
-    orch_mcp_client_drop(c->opening);
-    c->opening = NULL;
-    c->modern = true;
-    c->version = ORCH_MCP_MODERN;
-    ready(c);
+    c->discovered = true;
+    if (!c->opening) /* else its answer says of which era this process is from now on */
+        modern_ready(c);
 }
 
 static void probed(void *ud, struct orch_slice result, const struct orch_err *err)
@@ -383,8 +392,8 @@ static bool unread(const struct orch_mcp_client *c)
 
 bool orch_mcp_era_gone(struct orch_mcp_client *c)
 {
-    if (c->ready || !c->probed || c->restarted || c->fell_back || pinned(c, true) ||
-        (!c->opening && unread(c)))
+    if (c->ready || !c->probed || c->restarted || c->fell_back || c->discovered ||
+        pinned(c, true) || (!c->opening && unread(c)))
         return false;
     restart_legacy(c);
     return true;
@@ -397,6 +406,8 @@ static void silent(struct orch_mcp_client *c)
     } else if (!c->opening) {
         open_legacy(c);
         orch_timer_set(c->timer, HANG * probe_ms(c));
+    } else if (c->discovered) {
+        modern_ready(c);
     } else {
         restart_legacy(c);
     }

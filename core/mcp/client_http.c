@@ -272,9 +272,9 @@ static void open_exchange(struct exchange *x)
     x->stream = x->json = false;
     x->answer.n = 0;
     x->sse.max_line_bytes = x->sse.max_event_bytes = c->o.limits.bytes;
-    x->call = orch_http_call_start(
-        c->o.http,
-        &(struct orch_http_call_opts){ .method = method,
+    x->call = orch_http_call_start(c->o.http,
+                                   &(struct orch_http_call_opts){
+                                       .method = method,
                                        .url = c->o.url,
                                        .headers = list,
                                        .n_headers = n,
@@ -290,7 +290,7 @@ static void open_exchange(struct exchange *x)
                                        .on_data = on_data,
                                        .on_done = on_done,
                                        .ud = x },
-        &err);
+                                   &err);
     orch_buf_free(&own.text);
     if (x->call)
         return;
@@ -392,19 +392,23 @@ static void act_on_head(struct exchange *x)
     }
 }
 
+static bool begins(struct orch_slice type, const char *with)
+{
+    size_t n = strlen(with);
+    return type.n >= n && orch_http_name_eq((struct orch_slice){ type.p, n }, with);
+}
+
 static void on_head(void *ud, const struct orch_http_response *r)
 {
     struct exchange *x = ud;
     struct http *h = x->h;
     struct orch_mcp_client *c = h->t.client;
     struct orch_slice type;
-    static const char events[] = "text/event-stream", json[] = "application/json";
     enter(h);
     x->status = r->status;
     orch_http_find(r->headers, r->n_headers, "Content-Type", &type);
-    x->stream = r->status == 200 && type.n >= sizeof events - 1 &&
-                strncasecmp(type.p, events, sizeof events - 1) == 0;
-    x->json = type.n >= sizeof json - 1 && strncasecmp(type.p, json, sizeof json - 1) == 0;
+    x->stream = r->status == 200 && begins(type, "text/event-stream");
+    x->json = begins(type, "application/json");
     if (c->o.auth && (r->status == 401 || r->status == 403)) {
         x->deciding = true;
         orch_http_call_pause(x->call, true);
@@ -458,9 +462,10 @@ static void on_data(void *ud, struct orch_slice data)
     else if (x->what == REQUEST)
         orch_buf_slice(&x->answer, data);
     if (over) {
-        cleanup_free char *why = orch_xasprintf(
-            "%s is over %zu bytes (limits.message)",
-            x->stream ? "an event of the stream" : "the answer's body", most);
+        cleanup_free char *why = orch_xasprintf("%s is over %zu bytes (limits.message)",
+                                                x->stream ? "an event of the stream"
+                                                          : "the answer's body",
+                                                most);
         lose_for(x, ORCH_CLASS_LIMIT, EMSGSIZE, why);
     }
     leave(h);

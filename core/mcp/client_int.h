@@ -100,7 +100,8 @@ struct orch_mcp_client {
     struct orch_mcp_client_call *probe, *opening, *listening;
     struct orch_timer *timer; /* of the probe; later of the subscription */
     bool probed;              /* this process was asked server/discover */
-    bool fell_back; /* initialize was refused: there is no other way than the modern era */
+    bool fell_back;  /* initialize was refused: there is no other way than the modern era */
+    bool discovered; /* it says of itself that it is of the modern era */
     bool restarted, again, session_lost;
     unsigned tries; /* to subscribe */
     struct orch_buf server_info, capabilities, instructions;

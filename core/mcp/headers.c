@@ -104,7 +104,7 @@ static const char *add_param(struct reading *r, uint32_t property, uint32_t anno
         return "too many x-mcp-header, or too long names of properties that lead to one";
     cleanup_free char *header = orch_xasprintf("Mcp-Param-%s", name.p);
     for (size_t i = 0; i < r->out->n; i++)
-        if (strcasecmp(r->out->params[i].header, header) == 0)
+        if (orch_http_name_eq(orch_slice_str(header), r->out->params[i].header))
             return "two properties have the same x-mcp-header";
     r->out->params = orch_xrealloc(r->out->params, (r->out->n + 1) * sizeof *r->out->params);
     struct orch_mcp_param *p = &r->out->params[r->out->n++];
@@ -244,11 +244,11 @@ static bool same(const struct orch_mcp_param *p, struct orch_slice given,
 {
     cleanup_buf struct orch_buf text = { 0 };
     if (p->integer && d->toks[tok].type == ORCH_JSON_NUMBER) {
-        cleanup_free char *copy = orch_xstrndup(given.p, given.n);
-        char *end;
-        double v = strtod(copy, &end);
-        return end != copy && !*end && strspn(copy, "0123456789+-.eE") == given.n &&
-               v == orch_json_number(d, tok);
+        cleanup_json struct orch_json_doc number = { 0 };
+        struct orch_json_fault fault;
+        return orch_json_scan(&number, given, &(struct orch_json_limits){ .depth = 1 }, &fault) ==
+                   0 &&
+               orch_json_number(&number, 0) == orch_json_number(d, tok);
     }
     if (p->boolean)
         return orch_slice_eq(given, d->toks[tok].type == ORCH_JSON_TRUE ? "true" : "false");

@@ -8,8 +8,8 @@
 
 /* Appends the value that a header stands for: =?base64?…?= is decoded. -EINVAL: malformed. */
 int orch_mcp_header_decode(struct orch_slice value, struct orch_buf *out);
-/* Appends what a header says for this text: the text, or =?base64?…?= where a header could not hold
- * that. */
+/* Appends what a header says for this text: the text, or =?base64?…?= where a header could not
+ * hold that. */
 void orch_mcp_header_encode(struct orch_slice text, struct orch_buf *out);
 
 /* The annotated properties of a schema. */

@@ -59,8 +59,10 @@ static const struct {
     const char *key, *method;
 } changes[] = {
     { ORCH_MCP_TOOLS_CHANGED, 0, "toolsListChanged", "notifications/tools/list_changed" },
-    { ORCH_MCP_PROMPTS_CHANGED, ORCH_MCP_PROMPTS, "promptsListChanged", "notifications/prompts/list_changed" },
-    { ORCH_MCP_RESOURCES_CHANGED, ORCH_MCP_RESOURCES, "resourcesListChanged", "notifications/resources/list_changed" },
+    { ORCH_MCP_PROMPTS_CHANGED, ORCH_MCP_PROMPTS, "promptsListChanged",
+      "notifications/prompts/list_changed" },
+    { ORCH_MCP_RESOURCES_CHANGED, ORCH_MCP_RESOURCES, "resourcesListChanged",
+      "notifications/resources/list_changed" },
 };
 
 static void put_subscription(struct orch_mcp_request *rq)
@@ -107,26 +109,33 @@ void orch_mcp_listen(struct orch_mcp_incoming *in)
     const struct orch_json_doc *d = in->d;
     uint32_t wanted = orch_json_get(d, in->m.params, "notifications");
     if (!wanted || d->toks[wanted].type != ORCH_JSON_OBJECT) {
-        orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA, "subscriptions/listen: params.notifications must be an object");
+        orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA,
+                        "subscriptions/listen: params.notifications must be an object");
         return;
     }
     if (s->listening >= LISTENS_MAX) {
-        orch_mcp_refuse(in, ORCH_RPC_TOO_MANY_CALLS, ORCH_MCP_NO_DATA, "too many subscriptions/listen (limit %d)", LISTENS_MAX);
+        orch_mcp_refuse(in, ORCH_RPC_TOO_MANY_CALLS, ORCH_MCP_NO_DATA,
+                        "too many subscriptions/listen (limit %d)", LISTENS_MAX);
         return;
     }
     struct orch_mcp_filter f = { 0 };
     unsigned features = s->ops->features;
     for (size_t i = 0; i < ORCH_ARRAY_LEN(changes); i++) {
         uint32_t on = orch_json_get(d, wanted, changes[i].key);
-        if (on && d->toks[on].type == ORCH_JSON_TRUE && (features & changes[i].feature) == changes[i].feature)
+        if (on && d->toks[on].type == ORCH_JSON_TRUE &&
+            (features & changes[i].feature) == changes[i].feature)
             f.changes |= changes[i].change;
     }
-    uint32_t uris = features & ORCH_MCP_RESOURCES ? orch_json_get(d, wanted, "resourceSubscriptions") : 0;
+    uint32_t uris = features & ORCH_MCP_RESOURCES
+                        ? orch_json_get(d, wanted, "resourceSubscriptions")
+                        : 0;
     uint32_t tasks = features & ORCH_MCP_TASKS ? orch_json_get(d, wanted, "taskIds") : 0;
     if (!add_names(&f.uris, &f.n_uris, d, uris) || !add_names(&f.tasks, &f.n_tasks, d, tasks)) {
         orch_mcp_filter_fini(&f);
         orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA,
-                        "subscriptions/listen: resourceSubscriptions and taskIds must be lists of at most %d strings", NAMES_MAX);
+                        "subscriptions/listen: resourceSubscriptions and taskIds must be lists of "
+                        "at most %d strings",
+                        NAMES_MAX);
         return;
     }
     struct orch_mcp_request *rq = orch_mcp_request_new(in, ORCH_MCP_NO_DATA);
@@ -142,11 +151,14 @@ void orch_mcp_subscribe(struct orch_mcp_incoming *in, bool on)
     struct orch_mcp_filter *f = &in->s->legacy;
     uint32_t uri = in->m.params ? orch_json_get(in->d, in->m.params, "uri") : 0;
     if (!uri || in->d->toks[uri].type != ORCH_JSON_STRING) {
-        orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA, "resources/%s: params.uri must be a string", on ? "subscribe" : "unsubscribe");
+        orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA,
+                        "resources/%s: params.uri must be a string",
+                        on ? "subscribe" : "unsubscribe");
         return;
     }
     if (on && !add_name(&f->uris, &f->n_uris, in->d, uri)) {
-        orch_mcp_refuse(in, ORCH_RPC_TOO_MANY_CALLS, ORCH_MCP_NO_DATA, "resources/subscribe: at most %d URIs of at most %d bytes", NAMES_MAX,
+        orch_mcp_refuse(in, ORCH_RPC_TOO_MANY_CALLS, ORCH_MCP_NO_DATA,
+                        "resources/subscribe: at most %d URIs of at most %d bytes", NAMES_MAX,
                         NAME_MAX_BYTES);
         return;
     }
@@ -181,7 +193,8 @@ void orch_mcp_session_changed(struct orch_mcp_session *s, enum orch_mcp_change w
     }
 }
 
-static void put_updated(struct orch_mcp_session *s, struct orch_slice uri, struct orch_mcp_request *rq)
+static void put_updated(struct orch_mcp_session *s, struct orch_slice uri,
+                        struct orch_mcp_request *rq)
 {
     size_t from = orch_mcp_note_begin(s, "notifications/resources/updated");
     orch_buf_str(&s->out, "\"uri\":");
@@ -204,7 +217,8 @@ void orch_mcp_session_resource_updated(struct orch_mcp_session *s, struct orch_s
             put_updated(s, uri, rq);
 }
 
-void orch_mcp_session_task_changed(struct orch_mcp_session *s, struct orch_slice id, struct orch_slice members)
+void orch_mcp_session_task_changed(struct orch_mcp_session *s, struct orch_slice id,
+                                   struct orch_slice members)
 {
     for (struct orch_mcp_request *rq = s->listening ? s->first : NULL; rq; rq = rq->next) {
         if (!rq->filter || find_name(rq->filter->tasks, rq->filter->n_tasks, id) < 0)

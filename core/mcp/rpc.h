@@ -37,8 +37,8 @@ struct orch_rpc_msg {
     uint32_t result, error;  /* RESPONSE: one of them */
 };
 
-/* Reads the object at tok. On failure -EINVAL with a static reason for -32600; id is set when it could
- * be read, so that the refusal can name it. */
+/* Reads the object at tok. On failure -EINVAL with a static reason for -32600; id is set when it
+ * could be read, so that the refusal can name it. */
 int orch_rpc_read(const struct orch_json_doc *d, uint32_t tok, struct orch_rpc_msg *m,
                   const char **why);
 

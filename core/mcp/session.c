@@ -8,7 +8,8 @@
 
 enum { HELD_MAX_BYTES = 16 << 20 };
 
-static const char *const log_levels[] = { "debug", "info", "notice", "warning", "error", "critical", "alert", "emergency" };
+static const char *const log_levels[] = { "debug", "info",     "notice", "warning",
+                                          "error", "critical", "alert",  "emergency" };
 
 /* A 2025-03-26 batch: answers are collected and sent as one array when the last one is there. */
 struct orch_mcp_batch {
@@ -80,7 +81,8 @@ void orch_mcp_session_on_output(struct orch_mcp_session *s, void (*fn)(void *ud)
     s->on_output_ud = ud;
 }
 
-void orch_mcp_session_sink(struct orch_mcp_session *s, orch_mcp_send_fn *send, orch_mcp_check_fn *check, void *ud)
+void orch_mcp_session_sink(struct orch_mcp_session *s, orch_mcp_send_fn *send,
+                           orch_mcp_check_fn *check, void *ud)
 {
     s->send = send;
     s->check = check;
@@ -147,7 +149,8 @@ void orch_mcp_message_end(struct orch_mcp_session *s, size_t from, void *stream,
 {
     orch_json_one_line(&s->out, from);
     if (s->send) {
-        s->send(s->sink_ud, stream, (struct orch_slice){ s->out.p + from, s->out.n - from }, status);
+        s->send(s->sink_ud, stream, (struct orch_slice){ s->out.p + from, s->out.n - from },
+                status);
         s->out.n = from;
     } else {
         orch_buf_char(&s->out, '\n');
@@ -176,8 +179,9 @@ static int status_of(int code, bool modern)
     if (!modern)
         return code == ORCH_RPC_PARSE_ERROR || code == ORCH_RPC_INVALID_REQUEST ? 400 : 200;
     return code == ORCH_RPC_METHOD_NOT_FOUND ? 404
-           : code == ORCH_RPC_PARSE_ERROR || code == ORCH_RPC_INVALID_REQUEST || code == ORCH_RPC_HEADER_MISMATCH ||
-                   code == ORCH_RPC_MISSING_CAPABILITY || code == ORCH_RPC_UNSUPPORTED_VERSION
+           : code == ORCH_RPC_PARSE_ERROR || code == ORCH_RPC_INVALID_REQUEST ||
+                   code == ORCH_RPC_HEADER_MISMATCH || code == ORCH_RPC_MISSING_CAPABILITY ||
+                   code == ORCH_RPC_UNSUPPORTED_VERSION
                ? 400
                : 200;
 }
@@ -198,7 +202,9 @@ struct orch_mcp_request *orch_mcp_request_new(struct orch_mcp_incoming *in, stru
         s->spare = rq->next;
     else
         rq = orch_xmalloc(sizeof *rq);
-    *rq = (struct orch_mcp_request){ .session = s, .batch = in->batch, .stream = s->stream, .modern = in->modern, .log_level = -1 };
+    *rq = (struct orch_mcp_request){
+        .session = s, .batch = in->batch, .stream = s->stream, .modern = in->modern, .log_level = -1
+    };
     rq->id = orch_xmalloc(id.n + token.n + 1);
     memcpy(rq->id, id.p, id.n);
     if (token.n)
@@ -222,13 +228,15 @@ static struct orch_mcp_request *request_find(struct orch_mcp_session *s, struct 
 {
     /* Ids mostly differ in their last byte; no id is empty. */
     for (struct orch_mcp_request *rq = s->first; rq; rq = rq->next)
-        if (rq->id_n == id.n && rq->id[id.n - 1] == id.p[id.n - 1] && memcmp(rq->id, id.p, id.n) == 0)
+        if (rq->id_n == id.n && rq->id[id.n - 1] == id.p[id.n - 1] &&
+            memcmp(rq->id, id.p, id.n) == 0)
             return rq;
     return NULL;
 }
 
 /* An answer goes to the session's output or into its batch. Returns where it starts. */
-static size_t answer_begin(struct orch_mcp_session *s, struct orch_mcp_batch *batch, struct orch_buf **out)
+static size_t answer_begin(struct orch_mcp_session *s, struct orch_mcp_batch *batch,
+                           struct orch_buf **out)
 {
     s->answers = true;
     *out = batch ? &batch->out : &s->out;
@@ -323,7 +331,8 @@ void orch_mcp_request_drop(struct orch_mcp_request *rq)
     request_end(rq);
 }
 
-static void put_result(struct orch_buf *out, struct orch_slice id, const char *type, struct orch_slice members)
+static void put_result(struct orch_buf *out, struct orch_slice id, const char *type,
+                       struct orch_slice members)
 {
     orch_rpc_result_head(out, id);
     orch_buf_char(out, '{');
@@ -336,7 +345,8 @@ static void put_result(struct orch_buf *out, struct orch_slice id, const char *t
     orch_buf_slice(out, ORCH_SLICE("}}"));
 }
 
-void orch_mcp_respond_typed(struct orch_mcp_request *rq, const char *type, struct orch_slice members)
+void orch_mcp_respond_typed(struct orch_mcp_request *rq, const char *type,
+                            struct orch_slice members)
 {
     struct orch_mcp_session *s = rq->session;
     if (!rq->cancelled) {
@@ -355,7 +365,8 @@ void orch_mcp_respond(struct orch_mcp_request *rq, struct orch_slice members)
     orch_mcp_respond_typed(rq, "complete", members);
 }
 
-void orch_mcp_respond_error(struct orch_mcp_request *rq, int code, struct orch_slice text, struct orch_slice data)
+void orch_mcp_respond_error(struct orch_mcp_request *rq, int code, struct orch_slice text,
+                            struct orch_slice data)
 {
     struct orch_mcp_session *s = rq->session;
     if (!rq->cancelled) {
@@ -369,7 +380,8 @@ void orch_mcp_respond_error(struct orch_mcp_request *rq, int code, struct orch_s
     request_end(rq);
 }
 
-void orch_mcp_progress(struct orch_mcp_request *rq, double done, double total, struct orch_slice message)
+void orch_mcp_progress(struct orch_mcp_request *rq, double done, double total,
+                       struct orch_slice message)
 {
     struct orch_mcp_session *s = rq->session;
     if (!rq->token_n || rq->cancelled || s->out.n > ORCH_MCP_NOTES_MAX_BYTES)
@@ -398,11 +410,13 @@ static int level_index(struct orch_slice name)
     return -1;
 }
 
-void orch_mcp_log(struct orch_mcp_request *rq, const char *level, struct orch_slice logger, struct orch_slice data)
+void orch_mcp_log(struct orch_mcp_request *rq, const char *level, struct orch_slice logger,
+                  struct orch_slice data)
 {
     struct orch_mcp_session *s = rq->session;
     int least = rq->modern ? rq->log_level : s->log_level;
-    if (rq->cancelled || s->out.n > ORCH_MCP_NOTES_MAX_BYTES || least < 0 || level_index(orch_slice_str(level)) < least)
+    if (rq->cancelled || s->out.n > ORCH_MCP_NOTES_MAX_BYTES || least < 0 ||
+        level_index(orch_slice_str(level)) < least)
         return;
     size_t from = orch_mcp_note_begin(s, "notifications/message");
     orch_buf_printf(&s->out, "\"level\":\"%s\",\"logger\":", level);
@@ -414,9 +428,10 @@ void orch_mcp_log(struct orch_mcp_request *rq, const char *level, struct orch_sl
 
 /* ---- one message */
 
-static void refuse_status(struct orch_mcp_incoming *in, int code, int status, struct orch_slice data, const char *fmt, va_list ap)
-    ORCH_PRINTF(5, 0);
-static void refuse_status(struct orch_mcp_incoming *in, int code, int status, struct orch_slice data, const char *fmt, va_list ap)
+static void refuse_status(struct orch_mcp_incoming *in, int code, int status,
+                          struct orch_slice data, const char *fmt, va_list ap) ORCH_PRINTF(5, 0);
+static void refuse_status(struct orch_mcp_incoming *in, int code, int status,
+                          struct orch_slice data, const char *fmt, va_list ap)
 {
     char text[2048];
     struct orch_buf *out;
@@ -427,7 +442,8 @@ static void refuse_status(struct orch_mcp_incoming *in, int code, int status, st
         orch_mcp_message_end(in->s, from, in->s->stream, status);
 }
 
-void orch_mcp_refuse(struct orch_mcp_incoming *in, int code, struct orch_slice data, const char *fmt, ...)
+void orch_mcp_refuse(struct orch_mcp_incoming *in, int code, struct orch_slice data,
+                     const char *fmt, ...)
 {
     va_list ap;
     va_start(ap, fmt);
@@ -494,15 +510,18 @@ static void do_initialize(struct orch_mcp_incoming *in)
     struct orch_mcp_session *s = in->s;
     uint32_t wanted = in->m.params ? orch_json_get(in->d, in->m.params, "protocolVersion") : 0;
     if (!wanted || in->d->toks[wanted].type != ORCH_JSON_STRING) {
-        orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA, "initialize: params.protocolVersion must be a string");
+        orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA,
+                        "initialize: params.protocolVersion must be a string");
         return;
     }
     if (s->version) {
-        orch_mcp_refuse(in, ORCH_RPC_INVALID_REQUEST, ORCH_MCP_NO_DATA, "initialize: this session is initialized already");
+        orch_mcp_refuse(in, ORCH_RPC_INVALID_REQUEST, ORCH_MCP_NO_DATA,
+                        "initialize: this session is initialized already");
         return;
     }
     if (in->batch) {
-        orch_mcp_refuse(in, ORCH_RPC_INVALID_REQUEST, ORCH_MCP_NO_DATA, "initialize must not be part of a batch");
+        orch_mcp_refuse(in, ORCH_RPC_INVALID_REQUEST, ORCH_MCP_NO_DATA,
+                        "initialize must not be part of a batch");
         return;
     }
     s->version = ORCH_MCP_LEGACY;
@@ -551,7 +570,8 @@ static void do_tools_list(struct orch_mcp_incoming *in, struct orch_mcp_request 
     cleanup_buf struct orch_buf next = { 0 };
     struct orch_err err = { 0 };
     if (cursor && (orch_json_string(in->d, cursor, &at) < 0 || !at.n)) {
-        orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA, "tools/list: params.cursor must be one that a list gave");
+        orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA,
+                        "tools/list: params.cursor must be one that a list gave");
         return;
     }
     if (in->s->holding) {
@@ -582,9 +602,10 @@ static void do_tools_list(struct orch_mcp_incoming *in, struct orch_mcp_request 
         orch_mcp_answer(in, (struct orch_slice){ b.p, b.n });
 }
 
-/* Reads params of a request that the host answers; false when it was refused. name_key NULL: none. */
-static bool read_params(struct orch_mcp_incoming *in, const char *method, const char *name_key, struct orch_mcp_params *p,
-                        struct orch_buf *unescaped)
+/* Reads params of a request that the host answers; false when it was refused. name_key NULL:
+ * none. */
+static bool read_params(struct orch_mcp_incoming *in, const char *method, const char *name_key,
+                        struct orch_mcp_params *p, struct orch_buf *unescaped)
 {
     const struct orch_json_doc *d = in->d;
     p->all = in->m.params;
@@ -592,31 +613,37 @@ static bool read_params(struct orch_mcp_incoming *in, const char *method, const 
     if (name_key) {
         uint32_t name = in->m.params ? orch_json_get(d, in->m.params, name_key) : 0;
         if (!name || d->toks[name].type != ORCH_JSON_STRING) {
-            orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA, "%s: params.%s must be a string", method, name_key);
+            orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA,
+                            "%s: params.%s must be a string", method, name_key);
             return false;
         }
-        p->name = (struct orch_slice){ d->text + d->toks[name].start, d->toks[name].end - d->toks[name].start };
+        p->name = (struct orch_slice){ d->text + d->toks[name].start,
+                                       d->toks[name].end - d->toks[name].start };
         if (d->toks[name].flags & ORCH_JSON_ESCAPED) {
             orch_json_string(d, name, unescaped);
             p->name = (struct orch_slice){ unescaped->p, unescaped->n };
         }
         p->args = orch_json_get(d, in->m.params, "arguments");
         if (p->args && d->toks[p->args].type != ORCH_JSON_OBJECT) {
-            orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA, "%s: params.arguments must be an object", method);
+            orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA,
+                            "%s: params.arguments must be an object", method);
             return false;
         }
     }
     if (d->nul_flag) {
-        orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA, "%s: U+0000 is not allowed in a string", method);
+        orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA,
+                        "%s: U+0000 is not allowed in a string", method);
         return false;
     }
     if (!in->modern || !in->m.params)
         return true;
     p->inputs = orch_json_get(d, in->m.params, "inputResponses");
     p->state = orch_json_get(d, in->m.params, "requestState");
-    if ((p->inputs && d->toks[p->inputs].type != ORCH_JSON_OBJECT) || (p->state && d->toks[p->state].type != ORCH_JSON_STRING)) {
+    if ((p->inputs && d->toks[p->inputs].type != ORCH_JSON_OBJECT) ||
+        (p->state && d->toks[p->state].type != ORCH_JSON_STRING)) {
         orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA,
-                        "%s: params.inputResponses must be an object, params.requestState a string", method);
+                        "%s: params.inputResponses must be an object, params.requestState a string",
+                        method);
         return false;
     }
     return true;
@@ -628,17 +655,21 @@ static struct orch_mcp_request *accept(struct orch_mcp_incoming *in, const char 
     struct orch_mcp_session *s = in->s;
     const struct orch_json_doc *d = in->d;
     if ((s->shared ? *s->shared : s->in_flight) >= s->ops->max_calls) {
-        orch_mcp_refuse(in, ORCH_RPC_TOO_MANY_CALLS, ORCH_MCP_NO_DATA, "too many calls in flight (limit %u; limits.calls)", s->ops->max_calls);
+        orch_mcp_refuse(in, ORCH_RPC_TOO_MANY_CALLS, ORCH_MCP_NO_DATA,
+                        "too many calls in flight (limit %u; limits.calls)", s->ops->max_calls);
         return NULL;
     }
     uint32_t token = in->meta ? orch_json_get(d, in->meta, "progressToken") : 0;
     struct orch_slice token_raw = token ? orch_json_raw(d, token) : ORCH_MCP_NO_DATA;
-    if (token && d->toks[token].type != ORCH_JSON_STRING && d->toks[token].type != ORCH_JSON_NUMBER) {
-        orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA, "%s: _meta.progressToken must be a string or a number", method);
+    if (token && d->toks[token].type != ORCH_JSON_STRING &&
+        d->toks[token].type != ORCH_JSON_NUMBER) {
+        orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA,
+                        "%s: _meta.progressToken must be a string or a number", method);
         return NULL;
     }
     if (token_raw.n > 1024) {
-        orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA, "%s: _meta.progressToken is over 1024 bytes", method);
+        orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA,
+                        "%s: _meta.progressToken is over 1024 bytes", method);
         return NULL;
     }
     struct orch_mcp_request *rq = orch_mcp_request_new(in, token_raw);
@@ -646,8 +677,11 @@ static struct orch_mcp_request *accept(struct orch_mcp_incoming *in, const char 
     if (in->modern) {
         uint32_t level = orch_json_get(d, in->meta, ORCH_MCP_META "logLevel");
         if (level)
-            rq->log_level = (int8_t)level_index((struct orch_slice){ d->text + d->toks[level].start, d->toks[level].end - d->toks[level].start });
-        rq->caps = (uint8_t)orch_mcp_caps_read(d, orch_json_get(d, in->meta, ORCH_MCP_META "clientCapabilities"));
+            rq->log_level = (int8_t)level_index((struct orch_slice){
+                d->text + d->toks[level].start, d->toks[level].end - d->toks[level].start });
+        rq->caps = (uint8_t)orch_mcp_caps_read(d,
+                                               orch_json_get(d, in->meta,
+                                                             ORCH_MCP_META "clientCapabilities"));
     }
     return rq;
 }
@@ -658,7 +692,8 @@ static void keep(struct orch_mcp_incoming *in, const char *method)
     struct orch_mcp_session *s = in->s;
     struct orch_slice text = orch_json_raw(in->d, in->tok);
     if (s->held_bytes && s->held_bytes + text.n > HELD_MAX_BYTES) {
-        orch_mcp_refuse(in, ORCH_RPC_TOO_MANY_CALLS, ORCH_MCP_NO_DATA, "%s: over %d bytes of calls wait for the server to start", method,
+        orch_mcp_refuse(in, ORCH_RPC_TOO_MANY_CALLS, ORCH_MCP_NO_DATA,
+                        "%s: over %d bytes of calls wait for the server to start", method,
                         HELD_MAX_BYTES);
         return;
     }
@@ -688,10 +723,14 @@ static const struct feature {
     const char *method, *name_key;
     unsigned feature;
 } features[] = {
-    { "resources/list", NULL, ORCH_MCP_RESOURCES },     { "resources/templates/list", NULL, ORCH_MCP_RESOURCES },
-    { "resources/read", "uri", ORCH_MCP_RESOURCES },    { "prompts/list", NULL, ORCH_MCP_PROMPTS },
-    { "prompts/get", "name", ORCH_MCP_PROMPTS },        { "completion/complete", NULL, ORCH_MCP_COMPLETIONS },
-    { "tasks/get", "taskId", ORCH_MCP_TASKS },          { "tasks/update", "taskId", ORCH_MCP_TASKS },
+    { "resources/list", NULL, ORCH_MCP_RESOURCES },
+    { "resources/templates/list", NULL, ORCH_MCP_RESOURCES },
+    { "resources/read", "uri", ORCH_MCP_RESOURCES },
+    { "prompts/list", NULL, ORCH_MCP_PROMPTS },
+    { "prompts/get", "name", ORCH_MCP_PROMPTS },
+    { "completion/complete", NULL, ORCH_MCP_COMPLETIONS },
+    { "tasks/get", "taskId", ORCH_MCP_TASKS },
+    { "tasks/update", "taskId", ORCH_MCP_TASKS },
     { "tasks/cancel", "taskId", ORCH_MCP_TASKS },
 };
 
@@ -706,7 +745,9 @@ static bool do_feature(struct orch_mcp_incoming *in)
             return false;
         struct orch_mcp_params p = { 0 };
         cleanup_buf struct orch_buf unescaped = { 0 };
-        struct orch_mcp_request *rq = read_params(in, f->method, f->name_key, &p, &unescaped) ? accept(in, f->method) : NULL;
+        struct orch_mcp_request *rq = read_params(in, f->method, f->name_key, &p, &unescaped)
+                                          ? accept(in, f->method)
+                                          : NULL;
         if (rq)
             in->s->ops->request(in->s->ud, rq, in->d, f->method, &p);
         return true;
@@ -722,7 +763,8 @@ static void do_set_level(struct orch_mcp_incoming *in)
         if (orch_json_string_eq(in->d, level, log_levels[k]))
             i = (int)k;
     if (i < 0) {
-        orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA, "logging/setLevel: params.level must be one of debug … emergency");
+        orch_mcp_refuse(in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA,
+                        "logging/setLevel: params.level must be one of debug … emergency");
         return;
     }
     in->s->log_level = (int8_t)i;
@@ -734,9 +776,11 @@ static bool check_modern(struct orch_mcp_incoming *in)
 {
     const struct orch_json_doc *d = in->d;
     uint32_t version = in->meta ? orch_json_get(d, in->meta, ORCH_MCP_META "protocolVersion") : 0;
-    const char *against = in->s->check ? in->s->check(in->s->sink_ud, in->s->stream, d, &in->m) : NULL;
+    const char *against = in->s->check ? in->s->check(in->s->sink_ud, in->s->stream, d, &in->m)
+                                       : NULL;
     if (!version || d->toks[version].type != ORCH_JSON_STRING) {
-        refuse_envelope(in, "not initialized: send initialize first, or put " ORCH_MCP_META "protocolVersion (a string) into params._meta");
+        refuse_envelope(in, "not initialized: send initialize first, or put " ORCH_MCP_META
+                            "protocolVersion (a string) into params._meta");
     } else if (against) {
         orch_mcp_refuse(in, ORCH_RPC_HEADER_MISMATCH, ORCH_MCP_NO_DATA, "%s", against);
     } else if (!orch_json_string_eq(d, version, ORCH_MCP_MODERN)) {
@@ -744,12 +788,14 @@ static bool check_modern(struct orch_mcp_incoming *in)
         orch_buf_str(&data, "{\"supported\":[\"" ORCH_MCP_MODERN "\"],\"requested\":");
         orch_buf_slice(&data, orch_json_raw(d, version));
         orch_buf_char(&data, '}');
-        orch_mcp_refuse(in, ORCH_RPC_UNSUPPORTED_VERSION, (struct orch_slice){ data.p, data.n }, "Unsupported protocol version");
+        orch_mcp_refuse(in, ORCH_RPC_UNSUPPORTED_VERSION, (struct orch_slice){ data.p, data.n },
+                        "Unsupported protocol version");
     } else {
         uint32_t capabilities = orch_json_get(d, in->meta, ORCH_MCP_META "clientCapabilities");
         if (capabilities && d->toks[capabilities].type == ORCH_JSON_OBJECT)
             return true;
-        refuse_envelope(in, "params._meta must have " ORCH_MCP_META "clientCapabilities (an object)");
+        refuse_envelope(in,
+                        "params._meta must have " ORCH_MCP_META "clientCapabilities (an object)");
     }
     return false;
 }
@@ -758,18 +804,20 @@ static void unknown_method(struct orch_mcp_incoming *in)
 {
     struct orch_slice raw = orch_json_raw(in->d, in->m.method);
     int n = raw.n > 200 ? 200 : (int)raw.n;
-    orch_mcp_refuse(in, ORCH_RPC_METHOD_NOT_FOUND, ORCH_MCP_NO_DATA, "Method not found: %.*s%s", n, raw.p,
-           in->modern ? " (revision " ORCH_MCP_MODERN ")" : "");
+    orch_mcp_refuse(in, ORCH_RPC_METHOD_NOT_FOUND, ORCH_MCP_NO_DATA, "Method not found: %.*s%s", n,
+                    raw.p, in->modern ? " (revision " ORCH_MCP_MODERN ")" : "");
 }
 
 static void handle_request(struct orch_mcp_incoming *in)
 {
     struct orch_mcp_session *s = in->s;
     if (request_find(s, in->m.id)) {
-        orch_mcp_refuse(in, ORCH_RPC_INVALID_REQUEST, ORCH_MCP_NO_DATA, "id is in use by a request in flight");
+        orch_mcp_refuse(in, ORCH_RPC_INVALID_REQUEST, ORCH_MCP_NO_DATA,
+                        "id is in use by a request in flight");
         return;
     }
-    in->modern = (in->meta && orch_json_get(in->d, in->meta, ORCH_MCP_META "protocolVersion")) || method_is(in, "server/discover") ||
+    in->modern = (in->meta && orch_json_get(in->d, in->meta, ORCH_MCP_META "protocolVersion")) ||
+                 method_is(in, "server/discover") ||
                  (!s->version && !method_is(in, "initialize") && !method_is(in, "ping"));
     if (in->modern) {
         if (!check_modern(in))
@@ -826,19 +874,22 @@ static void handle_message(struct orch_mcp_session *s, uint32_t tok, struct orch
     struct orch_mcp_incoming in = { .s = s, .d = &s->doc, .batch = batch, .tok = tok };
     const char *why = NULL;
     if (orch_rpc_read(in.d, tok, &in.m, &why) < 0) {
-        orch_mcp_refuse(&in, ORCH_RPC_INVALID_REQUEST, ORCH_MCP_NO_DATA, "Invalid request: %s", why);
+        orch_mcp_refuse(&in, ORCH_RPC_INVALID_REQUEST, ORCH_MCP_NO_DATA, "Invalid request: %s",
+                        why);
         return;
     }
     if (in.m.id.n > 1024) {
         in.m.id = ORCH_MCP_NO_DATA;
-        orch_mcp_refuse(&in, ORCH_RPC_INVALID_REQUEST, ORCH_MCP_NO_DATA, "Invalid request: \"id\" is over 1024 bytes");
+        orch_mcp_refuse(&in, ORCH_RPC_INVALID_REQUEST, ORCH_MCP_NO_DATA,
+                        "Invalid request: \"id\" is over 1024 bytes");
         return;
     }
     if (in.m.params) {
         in.meta = orch_json_get(in.d, in.m.params, "_meta");
         if (in.meta && in.d->toks[in.meta].type != ORCH_JSON_OBJECT) {
             if (in.m.kind == ORCH_RPC_REQUEST)
-                orch_mcp_refuse(&in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA, "params._meta must be an object");
+                orch_mcp_refuse(&in, ORCH_RPC_INVALID_PARAMS, ORCH_MCP_NO_DATA,
+                                "params._meta must be an object");
             return;
         }
     }
@@ -854,13 +905,16 @@ static void handle_batch(struct orch_mcp_session *s)
 {
     struct orch_mcp_incoming in = { .s = s, .d = &s->doc };
     if (!s->version || strcmp(s->version, "2025-03-26") != 0) {
-        orch_mcp_refuse(&in, ORCH_RPC_INVALID_REQUEST, ORCH_MCP_NO_DATA, "Invalid request: batches belong to revision 2025-03-26, this session has %s",
-               s->version ? s->version : "not been initialized");
+        orch_mcp_refuse(
+            &in, ORCH_RPC_INVALID_REQUEST, ORCH_MCP_NO_DATA,
+            "Invalid request: batches belong to revision 2025-03-26, this session has %s",
+            s->version ? s->version : "not been initialized");
         return;
     }
     uint32_t count = s->doc.toks[0].count;
     if (count == 0 || count > 100) {
-        orch_mcp_refuse(&in, ORCH_RPC_INVALID_REQUEST, ORCH_MCP_NO_DATA, "Invalid request: a batch has 1 to 100 messages");
+        orch_mcp_refuse(&in, ORCH_RPC_INVALID_REQUEST, ORCH_MCP_NO_DATA,
+                        "Invalid request: a batch has 1 to 100 messages");
         return;
     }
     struct orch_mcp_batch *batch = orch_xcalloc(1, sizeof *batch);
@@ -888,7 +942,8 @@ bool orch_mcp_session_feed(struct orch_mcp_session *s, struct orch_slice line, v
     struct orch_json_fault fault;
     struct orch_mcp_incoming in = { .s = s, .d = &s->doc };
     if (orch_json_scan(&s->doc, line, &s->limits, &fault) < 0)
-        orch_mcp_refuse(&in, ORCH_RPC_PARSE_ERROR, ORCH_MCP_NO_DATA, "Parse error: %s at byte %zu", fault.rule, fault.byte);
+        orch_mcp_refuse(&in, ORCH_RPC_PARSE_ERROR, ORCH_MCP_NO_DATA, "Parse error: %s at byte %zu",
+                        fault.rule, fault.byte);
     else if (s->doc.toks[0].type == ORCH_JSON_ARRAY)
         handle_batch(s);
     else
@@ -909,8 +964,10 @@ static void let_go(struct orch_mcp_request *rq)
     const char *why;
     s->held_bytes -= rq->held_n;
     /* It was read before, so it can be again. */
-    if (orch_json_scan(&d, (struct orch_slice){ text, rq->held_n }, &s->limits, &fault) < 0 || orch_rpc_read(&d, 0, &in.m, &why) < 0) {
-        orch_mcp_respond_error(rq, ORCH_RPC_INTERNAL_ERROR, ORCH_SLICE("the held message cannot be read"), ORCH_MCP_NO_DATA);
+    if (orch_json_scan(&d, (struct orch_slice){ text, rq->held_n }, &s->limits, &fault) < 0 ||
+        orch_rpc_read(&d, 0, &in.m, &why) < 0) {
+        orch_mcp_respond_error(rq, ORCH_RPC_INTERNAL_ERROR,
+                               ORCH_SLICE("the held message cannot be read"), ORCH_MCP_NO_DATA);
         return;
     }
     in.meta = in.m.params ? orch_json_get(&d, in.m.params, "_meta") : 0;
@@ -935,7 +992,8 @@ void orch_mcp_session_hold(struct orch_mcp_session *s, bool on)
     }
 }
 
-void orch_mcp_session_held_progress(struct orch_mcp_session *s, double done, struct orch_slice message)
+void orch_mcp_session_held_progress(struct orch_mcp_session *s, double done,
+                                    struct orch_slice message)
 {
     for (struct orch_mcp_request *rq = s->first; rq; rq = rq->next)
         if (rq->held)
@@ -945,5 +1003,6 @@ void orch_mcp_session_held_progress(struct orch_mcp_session *s, double done, str
 void orch_mcp_session_oversized(struct orch_mcp_session *s, size_t limit)
 {
     struct orch_mcp_incoming in = { .s = s, .d = &s->doc };
-    orch_mcp_refuse(&in, ORCH_RPC_INVALID_REQUEST, ORCH_MCP_NO_DATA, "Invalid request: message over %zu bytes (limits.message)", limit);
+    orch_mcp_refuse(&in, ORCH_RPC_INVALID_REQUEST, ORCH_MCP_NO_DATA,
+                    "Invalid request: message over %zu bytes (limits.message)", limit);
 }

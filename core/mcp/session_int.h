@@ -6,12 +6,14 @@
 
 #define ORCH_MCP_NO_DATA ((struct orch_slice){ 0 })
 
-/* Progress, log and other unanswered notes are left out while this much output waits for a slow reader. */
+/* Progress, log and other unanswered notes are left out while this much output waits for a slow
+ * reader. */
 #define ORCH_MCP_NOTES_MAX_BYTES (1u << 20)
 
 struct orch_mcp_batch;
 
-/* What a client wants to hear of: a modern subscriptions/listen, or the URIs of a legacy session. */
+/* What a client wants to hear of: a modern subscriptions/listen, or the URIs of a legacy
+ * session. */
 struct orch_mcp_filter {
     unsigned changes; /* enum orch_mcp_change */
     char **uris, **tasks;
@@ -24,10 +26,10 @@ struct orch_mcp_request {
     struct orch_mcp_batch *batch;
     struct orch_mcp_filter *filter; /* subscriptions/listen */
     void *host, *stream;
-    char *id; /* id bytes, then progress token bytes */
+    char *id;   /* id bytes, then progress token bytes */
     char *held; /* the message, while the session is held; else NULL */
     uint32_t id_n, token_n, held_n;
-    unsigned asks; /* questions to the client under way */
+    unsigned asks;    /* questions to the client under way */
     int8_t log_level; /* -1: none */
     uint8_t caps;
     bool modern, cancelled, answered;
@@ -52,7 +54,7 @@ struct orch_mcp_session {
     void *stream; /* of the message being handled */
     struct orch_mcp_request *first, *spare;
     unsigned in_flight, listening;
-    unsigned *shared; /* in flight of all sessions of its caller; NULL: it is counted alone */
+    unsigned *shared;    /* in flight of all sessions of its caller; NULL: it is counted alone */
     const char *version; /* legacy, after initialize */
     bool initialized_seen, ended, feeding, answers, holding;
     size_t held_bytes;
@@ -79,10 +81,12 @@ struct orch_mcp_incoming {
     bool modern;
 };
 
-void orch_mcp_refuse(struct orch_mcp_incoming *in, int code, struct orch_slice data, const char *fmt, ...) ORCH_PRINTF(4, 5);
+void orch_mcp_refuse(struct orch_mcp_incoming *in, int code, struct orch_slice data,
+                     const char *fmt, ...) ORCH_PRINTF(4, 5);
 void orch_mcp_answer(struct orch_mcp_incoming *in, struct orch_slice members);
 void orch_mcp_count(struct orch_mcp_session *s, int n); /* requests in flight: more, or less */
-struct orch_mcp_request *orch_mcp_request_new(struct orch_mcp_incoming *in, struct orch_slice token);
+struct orch_mcp_request *orch_mcp_request_new(struct orch_mcp_incoming *in,
+                                              struct orch_slice token);
 /* A message that is no answer: begin gives where it starts in the output, end sends it. */
 size_t orch_mcp_note_begin(struct orch_mcp_session *s, const char *method);
 void orch_mcp_note_end(struct orch_mcp_session *s, size_t from, void *stream);

@@ -135,7 +135,8 @@ static void take_lines(struct orch_mcp_stdio *t)
         else if ((size_t)(nl - start) > t->o.max_line)
             orch_mcp_session_oversized(t->session, t->o.max_line);
         else
-            orch_mcp_session_feed(t->session, (struct orch_slice){ start, (size_t)(nl - start) }, NULL);
+            orch_mcp_session_feed(t->session, (struct orch_slice){ start, (size_t)(nl - start) },
+                                  NULL);
         start = from = nl + 1;
     }
     orch_buf_consume(&t->buf, (size_t)(start - t->buf.p));
@@ -175,8 +176,8 @@ static void on_readable(void *ud, int events)
         orch_loop_post(t->loop, read_again, t);
 }
 
-struct orch_mcp_stdio *orch_mcp_stdio_new(struct orch_loop *l, struct orch_mcp_session *s, const struct orch_mcp_stdio_opts *o,
-                                          struct orch_err *err)
+struct orch_mcp_stdio *orch_mcp_stdio_new(struct orch_loop *l, struct orch_mcp_session *s,
+                                          const struct orch_mcp_stdio_opts *o, struct orch_err *err)
 {
     struct stat st;
     if (fstat(o->in_fd, &st) < 0 || fcntl(o->out_fd, F_GETFL) < 0) {

@@ -19,7 +19,8 @@ struct orch_mcp_stdio_opts {
     void *ud;
 };
 
-struct orch_mcp_stdio *orch_mcp_stdio_new(struct orch_loop *l, struct orch_mcp_session *s, const struct orch_mcp_stdio_opts *o,
+struct orch_mcp_stdio *orch_mcp_stdio_new(struct orch_loop *l, struct orch_mcp_session *s,
+                                          const struct orch_mcp_stdio_opts *o,
                                           struct orch_err *err);
 bool orch_mcp_stdio_gone(const struct orch_mcp_stdio *t); /* nobody will read the output */
 /* Writes what waits, at most until deadline_ms from now. For the end of the session. */

@@ -11,9 +11,9 @@
 enum {
     SESSIONS_MAX = 4096,
     SESSION_IDLE_MS = 60 * 60 * 1000,
-    STREAMS_MAX = 1024,   /* of one session, ended ones that are kept included */
-    ENDED_MAX = 16,       /* ended streams kept for a client that lost the end */
-    EVENTS_MAX = 256,     /* kept of one stream */
+    STREAMS_MAX = 1024, /* of one session, ended ones that are kept included */
+    ENDED_MAX = 16,     /* ended streams kept for a client that lost the end */
+    EVENTS_MAX = 256,   /* kept of one stream */
     EVENTS_MAX_BYTES = 1 << 20,
     KEPT_MAX_BYTES = 64 << 20, /* of all streams */
     SPARE_SESSIONS = 64,
@@ -31,9 +31,10 @@ struct session;
 struct stream {
     struct stream *next, *prev; /* of its session, or of the endpoint */
     struct orch_mcp_endpoint *e;
-    struct session *session;      /* legacy; NULL otherwise */
-    struct orch_mcp_session *mcp; /* of a modern POST, or of an initialize until its session is made */
-    struct orch_http_reply *reply;    /* NULL: not connected */
+    struct session *session; /* legacy; NULL otherwise */
+    /* of a modern POST, or of an initialize until its session is made */
+    struct orch_mcp_session *mcp;
+    struct orch_http_reply *reply;     /* NULL: not connected */
     const struct orch_http_request *q; /* while the message is handed over */
     void *peer;
     uint64_t number, seq;
@@ -69,7 +70,8 @@ struct orch_mcp_endpoint {
 
 /* ---- plain answers */
 
-static void reply_json(struct orch_http_reply *r, int status, struct orch_slice body, const char *session_id)
+static void reply_json(struct orch_http_reply *r, int status, struct orch_slice body,
+                       const char *session_id)
 {
     struct orch_http_header h[2] = { { ORCH_SLICE("Content-Type"), ORCH_SLICE("application/json") },
                                      { ORCH_SLICE("Mcp-Session-Id"), orch_slice_str(session_id) } };
@@ -79,7 +81,8 @@ static void reply_json(struct orch_http_reply *r, int status, struct orch_slice 
 static void refuse(struct orch_http_reply *r, int status, int code, const char *text)
 {
     cleanup_buf struct orch_buf b = { 0 };
-    orch_rpc_error(&b, (struct orch_slice){ 0 }, code, orch_slice_str(text), (struct orch_slice){ 0 });
+    orch_rpc_error(&b, (struct orch_slice){ 0 }, code, orch_slice_str(text),
+                   (struct orch_slice){ 0 });
     reply_json(r, status, (struct orch_slice){ b.p, b.n }, NULL);
 }
 
@@ -115,7 +118,8 @@ static void keep_event(struct stream *st, struct orch_slice data)
 {
     if (!st->events)
         st->events = orch_xcalloc(EVENTS_MAX, sizeof *st->events);
-    while (st->n_events && (st->n_events == EVENTS_MAX || st->bytes + data.n > EVENTS_MAX_BYTES || st->e->kept_bytes + data.n > KEPT_MAX_BYTES))
+    while (st->n_events && (st->n_events == EVENTS_MAX || st->bytes + data.n > EVENTS_MAX_BYTES ||
+                            st->e->kept_bytes + data.n > KEPT_MAX_BYTES))
         drop_oldest(st);
     if (st->e->kept_bytes + data.n > KEPT_MAX_BYTES)
         return; /* it cannot be replayed: a client that has lost it asks again */
@@ -131,10 +135,12 @@ static void send_event(struct stream *st, uint64_t seq, struct orch_slice data, 
     char id[64];
     event_id(st, seq, id);
     if (st->reply)
-        orch_http_sse_send(st->reply, &(struct orch_sse_event){ .id = resumable(st) ? orch_slice_str(id) : (struct orch_slice){ 0 },
-                                                                .data = data,
-                                                                .has_data = true,
-                                                                .retry_ms = retry_ms });
+        orch_http_sse_send(st->reply,
+                           &(struct orch_sse_event){ .id = resumable(st) ? orch_slice_str(id)
+                                                                         : (struct orch_slice){ 0 },
+                                                     .data = data,
+                                                     .has_data = true,
+                                                     .retry_ms = retry_ms });
 }
 
 static void on_gone(void *ud, enum orch_http_gone why);
@@ -147,7 +153,9 @@ static void attach(struct stream *st, struct orch_http_reply *r)
 
 static void start(struct stream *st)
 {
-    struct orch_http_header h = { ORCH_SLICE("Mcp-Session-Id"), st->session ? orch_slice_str(st->session->id) : (struct orch_slice){ 0 } };
+    struct orch_http_header h = { ORCH_SLICE("Mcp-Session-Id"),
+                                  st->session ? orch_slice_str(st->session->id)
+                                              : (struct orch_slice){ 0 } };
     st->started = true;
     if (!st->reply)
         return;
@@ -194,7 +202,8 @@ static void link_stream(struct stream *st)
         st->session->n_streams++;
 }
 
-/* Its MCP session may be on the C stack now, so what is left of a stream goes in a turn of its own. */
+/* Its MCP session may be on the C stack now, so what is left of a stream goes in a turn of its
+ * own. */
 static void reap(void *ud)
 {
     struct orch_mcp_endpoint *e = ud;
@@ -254,7 +263,8 @@ static void end_reply(struct stream *st)
     if (st->started)
         orch_http_sse_end(r);
     else
-        orch_http_reply_send(r, 202, NULL, 0, (struct orch_slice){ 0 }); /* as a message that has no answer */
+        /* as a message that has no answer */
+        orch_http_reply_send(r, 202, NULL, 0, (struct orch_slice){ 0 });
 }
 
 static void on_gone(void *ud, enum orch_http_gone why)
@@ -306,58 +316,69 @@ static void send_message(void *ud, void *stream, struct orch_slice message, int 
     }
 }
 
-static const char *check_header(const struct orch_http_request *q, const char *name, struct orch_slice want, const char *what)
+static const char *check_header(const struct orch_http_request *q, const char *name,
+                                struct orch_slice want, const char *what)
 {
     static _Thread_local char text[256];
     struct orch_slice value;
     cleanup_buf struct orch_buf decoded = { 0 };
     size_t n = orch_http_header(q, name, &value);
     if (n != 1) {
-        snprintf(text, sizeof text, "the header %s is %s; it must be the same as %s", name, n ? "there more than once" : "missing", what);
+        snprintf(text, sizeof text, "the header %s is %s; it must be the same as %s", name,
+                 n ? "there more than once" : "missing", what);
         return text;
     }
-    if (orch_mcp_header_decode(value, &decoded) < 0 || decoded.n != want.n || memcmp(decoded.p, want.p, want.n) != 0) {
+    if (orch_mcp_header_decode(value, &decoded) < 0 || decoded.n != want.n ||
+        memcmp(decoded.p, want.p, want.n) != 0) {
         snprintf(text, sizeof text, "the header %s is not the same as %s", name, what);
         return text;
     }
     return NULL;
 }
 
-static const char *check_member(const struct orch_http_request *q, const char *header, const struct orch_json_doc *d, uint32_t obj, const char *key,
+static const char *check_member(const struct orch_http_request *q, const char *header,
+                                const struct orch_json_doc *d, uint32_t obj, const char *key,
                                 const char *what)
 {
     cleanup_buf struct orch_buf text = { 0 };
     uint32_t tok = obj ? orch_json_get(d, obj, key) : 0;
     if (!tok || orch_json_string(d, tok, &text) < 0)
         return NULL; /* the session says what is wrong with it */
-    return check_header(q, header, (struct orch_slice){ text.p ? text.p : "", text.n }, what);
+    return check_header(q, header, orch_slice_of(&text), what);
 }
 
 /* The headers that an intermediary may act on must say what the body says. */
-static const char *check_headers(void *ud, void *stream, const struct orch_json_doc *d, const struct orch_rpc_msg *m)
+static const char *check_headers(void *ud, void *stream, const struct orch_json_doc *d,
+                                 const struct orch_rpc_msg *m)
 {
-    static const char *const named[][3] = { { "tools/call", "name", "params.name" },   { "prompts/get", "name", "params.name" },
-                                            { "resources/read", "uri", "params.uri" }, { "tasks/get", "taskId", "params.taskId" },
-                                            { "tasks/update", "taskId", "params.taskId" }, { "tasks/cancel", "taskId", "params.taskId" } };
+    static const char *const named[][3] = {
+        { "tools/call", "name", "params.name" },       { "prompts/get", "name", "params.name" },
+        { "resources/read", "uri", "params.uri" },     { "tasks/get", "taskId", "params.taskId" },
+        { "tasks/update", "taskId", "params.taskId" }, { "tasks/cancel", "taskId", "params.taskId" }
+    };
     struct stream *st = stream;
     const struct orch_http_request *q = st ? st->q : NULL;
     (void)ud;
     if (!q)
         return NULL;
     uint32_t meta = m->params ? orch_json_get(d, m->params, "_meta") : 0;
-    const char *why = check_member(q, "MCP-Protocol-Version", d, meta, ORCH_MCP_META "protocolVersion", "the protocolVersion in _meta");
+    const char *why = check_member(q, "MCP-Protocol-Version", d, meta,
+                                   ORCH_MCP_META "protocolVersion", "the protocolVersion in _meta");
     cleanup_buf struct orch_buf method = { 0 };
     orch_json_string(d, m->method, &method);
     if (!why)
-        why = check_header(q, "Mcp-Method", (struct orch_slice){ method.p, method.n }, "the method");
+        why = check_header(q, "Mcp-Method", (struct orch_slice){ method.p, method.n },
+                           "the method");
     for (size_t i = 0; !why && i < ORCH_ARRAY_LEN(named); i++) {
         if (strcmp(method.p, named[i][0]) != 0)
             continue;
         why = check_member(q, "Mcp-Name", d, m->params, named[i][1], named[i][2]);
         cleanup_buf struct orch_buf name = { 0 };
-        uint32_t tok = m->params ? orch_json_get(d, m->params, "name") : 0, args = tok ? orch_json_get(d, m->params, "arguments") : 0;
+        uint32_t tok = m->params ? orch_json_get(d, m->params, "name") : 0,
+                 args = tok ? orch_json_get(d, m->params, "arguments") : 0;
         if (!why && i == 0 && tok && orch_json_string(d, tok, &name) == 0)
-            why = st->e->o.check_params(st->e->o.ud, q, d, (struct orch_slice){ name.p, name.n }, args);
+            why = st->e->o.check_params(st->e->o.ud, q, d, (struct orch_slice){ name.p, name.n },
+                                        args);
     }
     return why;
 }
@@ -498,16 +519,16 @@ static bool accepts(const struct orch_http_request *q, const char *type)
     struct orch_slice value;
     if (!orch_http_header(q, "Accept", &value))
         return false;
-    size_t n = strlen(type), slash = (size_t)(strchr(type, '/') - type) + 1;
+    cleanup_free char *family = orch_xasprintf("%.*s/*", (int)strcspn(type, "/"), type);
     for (size_t i = 0; i < q->n_headers; i++) {
         struct orch_slice v = q->headers[i].value;
         if (!orch_http_name_eq(q->headers[i].name, "Accept"))
             continue;
         for (size_t k = 0; k < v.n; k++) {
-            bool begins = k == 0 || v.p[k - 1] == ',' || v.p[k - 1] == ' ';
-            size_t left = v.n - k;
-            if (begins && ((left >= n && strncasecmp(v.p + k, type, n) == 0) || (left >= 3 && memcmp(v.p + k, "*/*", 3) == 0) ||
-                           (left > slash && strncasecmp(v.p + k, type, slash) == 0 && v.p[k + slash] == '*')))
+            struct orch_slice rest = { v.p + k, v.n - k };
+            if ((k == 0 || v.p[k - 1] == ',' || v.p[k - 1] == ' ') &&
+                (orch_http_begins(rest, type) || orch_http_begins(rest, family) ||
+                 orch_http_begins(rest, "*/*")))
                 return true;
         }
     }
@@ -519,11 +540,12 @@ static bool is_json(const struct orch_http_request *q)
     struct orch_slice v;
     static const char type[] = "application/json";
     size_t n = sizeof type - 1;
-    return orch_http_header(q, "Content-Type", &v) == 1 && v.n >= n && strncasecmp(v.p, type, n) == 0 &&
+    return orch_http_header(q, "Content-Type", &v) == 1 && orch_http_begins(v, type) &&
            (v.n == n || v.p[n] == ';' || v.p[n] == ' ');
 }
 
-static void post(struct orch_mcp_endpoint *e, const struct orch_http_request *q, struct orch_http_reply *r, struct session *s)
+static void post(struct orch_mcp_endpoint *e, const struct orch_http_request *q,
+                 struct orch_http_reply *r, struct session *s)
 {
     if (s && s->n_streams >= STREAMS_MAX) {
         refuse(r, 503, ORCH_RPC_TOO_MANY_CALLS, "too many requests of this session are under way");
@@ -560,22 +582,28 @@ static bool make_room(struct orch_mcp_endpoint *e)
     return true;
 }
 
-static void do_post(struct orch_mcp_endpoint *e, const struct orch_http_request *q, struct orch_http_reply *r)
+static void do_post(struct orch_mcp_endpoint *e, const struct orch_http_request *q,
+                    struct orch_http_reply *r)
 {
     struct orch_slice id, version;
-    size_t n_id = orch_http_header(q, "Mcp-Session-Id", &id), n_version = orch_http_header(q, "MCP-Protocol-Version", &version);
+    size_t n_id = orch_http_header(q, "Mcp-Session-Id", &id),
+           n_version = orch_http_header(q, "MCP-Protocol-Version", &version);
     bool modern = n_version == 1 && orch_slice_eq(version, ORCH_MCP_MODERN);
     struct session *s = NULL;
     if (!is_json(q)) {
         refuse(r, 415, ORCH_RPC_INVALID_REQUEST, "Content-Type must be application/json");
     } else if (!accepts(q, "application/json") || !accepts(q, "text/event-stream")) {
-        refuse(r, 406, ORCH_RPC_INVALID_REQUEST, "Accept must name application/json and text/event-stream");
+        refuse(r, 406, ORCH_RPC_INVALID_REQUEST,
+               "Accept must name application/json and text/event-stream");
     } else if (n_id > 1 || n_version > 1) {
-        refuse(r, 400, ORCH_RPC_INVALID_REQUEST, "Mcp-Session-Id and MCP-Protocol-Version may be there once");
+        refuse(r, 400, ORCH_RPC_INVALID_REQUEST,
+               "Mcp-Session-Id and MCP-Protocol-Version may be there once");
     } else if (n_id && !modern && !(s = find_session(e, id))) {
-        refuse(r, 404, ORCH_RPC_INVALID_REQUEST, "there is no such session (any more); initialize again");
+        refuse(r, 404, ORCH_RPC_INVALID_REQUEST,
+               "there is no such session (any more); initialize again");
     } else if (s && n_version && !orch_rpc_legacy_version(version)) {
-        refuse(r, 400, ORCH_RPC_INVALID_REQUEST, "MCP-Protocol-Version is none that a session here can have");
+        refuse(r, 400, ORCH_RPC_INVALID_REQUEST,
+               "MCP-Protocol-Version is none that a session here can have");
     } else if (!s && !modern && !make_room(e)) {
         refuse(r, 503, ORCH_RPC_TOO_MANY_CALLS, "too many sessions");
     } else {
@@ -605,7 +633,8 @@ static struct stream *find_stream(struct session *s, struct orch_slice last, uin
     return st && at <= st->seq ? st : NULL;
 }
 
-static void do_get(struct orch_mcp_endpoint *e, const struct orch_http_request *q, struct orch_http_reply *r, struct session *s)
+static void do_get(struct orch_mcp_endpoint *e, const struct orch_http_request *q,
+                   struct orch_http_reply *r, struct session *s)
 {
     struct orch_slice last;
     uint64_t seq = 0;
@@ -616,7 +645,8 @@ static void do_get(struct orch_mcp_endpoint *e, const struct orch_http_request *
         return;
     }
     if (!st) {
-        refuse(r, 400, ORCH_RPC_INVALID_REQUEST, "Last-Event-ID names no stream that can be resumed");
+        refuse(r, 400, ORCH_RPC_INVALID_REQUEST,
+               "Last-Event-ID names no stream that can be resumed");
         return;
     }
     if (st->reply && !resume) {
@@ -646,7 +676,8 @@ static const char *refused(const struct orch_mcp_endpoint *e, const struct orch_
     return e->o.hosts ? orch_http_name_refused(q, e->o.hosts) : NULL;
 }
 
-void orch_mcp_endpoint_request(void *ud, const struct orch_http_request *q, struct orch_http_reply *r)
+void orch_mcp_endpoint_request(void *ud, const struct orch_http_request *q,
+                               struct orch_http_reply *r)
 {
     struct orch_mcp_endpoint *e = ud;
     const char *why = refused(e, q);
@@ -677,7 +708,8 @@ void orch_mcp_endpoint_request(void *ud, const struct orch_http_request *q, stru
     }
     struct session *s = find_session(e, id);
     if (!s) {
-        refuse(r, 404, ORCH_RPC_INVALID_REQUEST, "there is no such session (any more); initialize again");
+        refuse(r, 404, ORCH_RPC_INVALID_REQUEST,
+               "there is no such session (any more); initialize again");
     } else if (get) {
         unlink_use(s);
         link_use(s);
@@ -690,7 +722,8 @@ void orch_mcp_endpoint_request(void *ud, const struct orch_http_request *q, stru
 
 /* ---- the endpoint */
 
-struct orch_mcp_endpoint *orch_mcp_endpoint_new(struct orch_loop *l, const struct orch_mcp_endpoint_opts *o)
+struct orch_mcp_endpoint *orch_mcp_endpoint_new(struct orch_loop *l,
+                                                const struct orch_mcp_endpoint_opts *o)
 {
     struct orch_mcp_endpoint *e = orch_xcalloc(1, sizeof *e);
     e->loop = l;
@@ -700,7 +733,8 @@ struct orch_mcp_endpoint *orch_mcp_endpoint_new(struct orch_loop *l, const struc
     return e;
 }
 
-void orch_mcp_endpoint_each(struct orch_mcp_endpoint *e, void (*fn)(void *ud, struct orch_mcp_session *s), void *ud)
+void orch_mcp_endpoint_each(struct orch_mcp_endpoint *e,
+                            void (*fn)(void *ud, struct orch_mcp_session *s), void *ud)
 {
     for (struct session *s = e->oldest; s; s = s->next)
         fn(ud, s->mcp);

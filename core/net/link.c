@@ -364,8 +364,8 @@ static void host_event(void *ud, int events)
         w->changed(w->ud);
 }
 
-struct orch_link_watch *orch_link_watch_new(struct orch_loop *l, void (*changed)(void *ud), void *ud,
-                                            struct orch_err *err)
+struct orch_link_watch *orch_link_watch_new(struct orch_loop *l, void (*changed)(void *ud),
+                                            void *ud, struct orch_err *err)
 {
     int fd = open_route(RTMGRP_IPV4_IFADDR | RTMGRP_IPV4_ROUTE, err);
     if (fd < 0)

@@ -30,11 +30,12 @@ int orch_link_uplink(int fd, int index, uint64_t bandwidth_bits, bool settings,
  * caller's to free. */
 int orch_link_host(struct orch_cidr **out, size_t *n, struct orch_err *err);
 
-/* Calls changed, at most once a turn of the loop, when that list may have become another one, of which
- * an announcement may be lost; it may free the watch. What changed before new returned is not told. */
+/* Calls changed, at most once a turn of the loop, when that list may have become another one, of
+ * which an announcement may be lost; it may free the watch. What changed before new returned is not
+ * told. */
 struct orch_link_watch;
-struct orch_link_watch *orch_link_watch_new(struct orch_loop *l, void (*changed)(void *ud), void *ud,
-                                            struct orch_err *err);
+struct orch_link_watch *orch_link_watch_new(struct orch_loop *l, void (*changed)(void *ud),
+                                            void *ud, struct orch_err *err);
 void orch_link_watch_free(struct orch_link_watch *w); /* NULL is fine */
 
 #endif

@@ -42,9 +42,8 @@ const void *orch_nl_get_all(const struct nlmsghdr *h, size_t head, int type, siz
                             size_t *n)
 {
     size_t from = NLMSG_HDRLEN + NLMSG_ALIGN(head);
-    return h->nlmsg_len < from
-               ? NULL
-               : find((const char *)h + from, h->nlmsg_len - from, type, least, n);
+    return h->nlmsg_len < from ? NULL
+                               : find((const char *)h + from, h->nlmsg_len - from, type, least, n);
 }
 
 const void *orch_nl_get(const struct nlmsghdr *h, size_t head, int type, size_t least)

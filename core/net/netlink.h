@@ -1,7 +1,8 @@
 /* Netlink messages: composing, sending, what comes back. Both protocols used here (nf_tables,
  * rtnetlink) answer inside send, so nothing waits: what is not there after a send does not come.
  *
- * A socket that is full loses what comes: read it empty, then take what it was about for unknown. */
+ * A socket that is full loses what comes: read it empty, then take what it was about for
+ * unknown. */
 #ifndef ORCH_NET_NETLINK_H
 #define ORCH_NET_NETLINK_H
 
@@ -32,13 +33,15 @@ void orch_nl_setup(int fd);
  * known), -EPROTO when there was none. */
 int orch_nl_talk(int fd, const void *p, size_t n, uint32_t last, orch_nl_fn *fn, void *ud,
                  struct orch_nl_fault *f);
-/* After such an end a request that only reads, or that may be done twice, is sent again: a few times. */
+/* After such an end a request that only reads, or that may be done twice, is sent again: a few
+ * times. */
 static inline bool orch_nl_again(int result, int *tries)
 {
     return (result == -ENOBUFS || result == -EINTR) && ++*tries < 5;
 }
-/* Reads what is there, at most `max` packets; every message goes to fn. True: nothing is left. *lost
- * grows with each time that messages were lost; until nothing is left, more may get lost unsaid. */
+/* Reads what is there, at most `max` packets; every message goes to fn. True: nothing is left.
+ * *lost grows with each time that messages were lost; until nothing is left, more may get lost
+ * unsaid. */
 bool orch_nl_drain(int fd, int max, orch_nl_fn *fn, void *ud, unsigned *lost);
 /* "Operation not permitted (what the kernel says, attribute at byte 32)" */
 const char *orch_nl_fault_text(const struct orch_nl_fault *f, char out[256]);

@@ -7,8 +7,8 @@
 
 #define WAIT_MS 30000
 #define REASON_MS 1000 /* from a failure to what the launcher says of it */
-#define CLOSE_MS 50   /* from the end of the filter to its sockets' */
-#define TURN_MAX 64   /* packets of announcements a turn */
+#define CLOSE_MS 50    /* from the end of the filter to its sockets' */
+#define TURN_MAX 64    /* packets of announcements a turn */
 
 struct orch_netns {
     struct orch_loop *loop;

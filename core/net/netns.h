@@ -43,10 +43,10 @@ struct orch_cell *orch_netns_start(struct orch_netns *n, const struct orch_cell_
                                    struct orch_err *err);
 void orch_netns_free(struct orch_netns *n); /* no callback follows; NULL is fine */
 
-/* The same rules for a host with other addresses (orch_rules_rehost), borrowed in their place from now
- * on, also on failure. Before ready they are what will be committed, after it they are in force and
- * verified when this returns 0; else the network must be ended. Flows that are known already are not
- * spared. */
+/* The same rules for a host with other addresses (orch_rules_rehost), borrowed in their place from
+ * now on, also on failure. Before ready they are what will be committed, after it they are in force
+ * and verified when this returns 0; else the network must be ended. Flows that are known already
+ * are not spared. */
 int orch_netns_rehost(struct orch_netns *n, const struct orch_rules *rules, struct orch_err *err);
 
 /* After ready: for counters, and for verifying again (orch_nft_changed, orch_nft_verify). */

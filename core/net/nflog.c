@@ -10,7 +10,7 @@
 #include <netinet/in.h>
 #include <string.h>
 
-#define TURN_MAX 32 /* messages a turn of the loop */
+#define TURN_MAX 32  /* messages a turn of the loop */
 #define ALL_MAX 8192 /* more than the socket's buffer holds */
 
 struct orch_nflog {
@@ -104,10 +104,11 @@ static int listen_to(int fd, struct orch_err *err)
     orch_nl_put(&b, NFULA_CFG_MODE, &mode, sizeof mode);
     orch_nl_end(&b, m);
     return orch_nl_talk(fd, b.p, b.n, 1, NULL, NULL, &f)
-               ? orch_err_setc(err, ORCH_CLASS_ISOLATION, f.code,
-                               "firewall: log of denied packets: %s; the kernel needs nfnetlink_log "
-                               "(modprobe nfnetlink_log)",
-                               orch_nl_fault_text(&f, text))
+               ? orch_err_setc(
+                     err, ORCH_CLASS_ISOLATION, f.code,
+                     "firewall: log of denied packets: %s; the kernel needs nfnetlink_log "
+                     "(modprobe nfnetlink_log)",
+                     orch_nl_fault_text(&f, text))
                : 0;
 }
 

@@ -30,8 +30,8 @@ struct orch_nflog *orch_nflog_new(struct orch_loop *l, int fd,
                                   struct orch_err *err);
 /* Reads what is there now: before the rules change that the marks are about. */
 void orch_nflog_read(struct orch_nflog *n);
-/* Reads what is there still, frees n (NULL is fine) and returns its socket, which is the caller's to
- * close as orch_nft_release's. */
+/* Reads what is there still, frees n (NULL is fine) and returns its socket, which is the caller's
+ * to close as orch_nft_release's. */
 int orch_nflog_release(struct orch_nflog *n);
 
 #endif

@@ -30,21 +30,72 @@
 
 /* What is used of libnftnl. */
 #define FUNCTIONS(X) \
-    X(nlmsg_build_hdr) X(table_alloc) X(table_free) \
-    X(table_set_str) X(table_set_u32) X(table_get_str) X(table_get_u32) \
-    X(table_nlmsg_build_payload) X(table_nlmsg_parse) X(chain_alloc) X(chain_free) \
-    X(chain_set_str) X(chain_set_u32) X(chain_set_s32) X(chain_is_set) X(chain_get_str) \
-    X(chain_get_u32) X(chain_get_s32) X(chain_nlmsg_build_payload) X(chain_nlmsg_parse) \
-    X(set_alloc) X(set_free) X(set_set_str) X(set_set_u32) X(set_is_set) X(set_get_str) \
-    X(set_get_u32) X(set_nlmsg_build_payload) X(set_nlmsg_parse) X(set_elem_alloc) \
-    X(set_elem_set) X(set_elem_set_u32) X(set_elem_add) X(set_elem_is_set) X(set_elem_get) \
-    X(set_elem_get_u32) X(set_elem_foreach) X(set_elems_iter_create) X(set_elems_iter_destroy) \
-    X(set_elems_nlmsg_build_payload) X(set_elems_nlmsg_build_payload_iter) \
-    X(set_elems_nlmsg_parse) X(rule_alloc) X(rule_free) X(rule_set_str) X(rule_set_u32) \
-    X(rule_set_data) X(rule_get_str) X(rule_get_data) X(rule_get_u32) X(rule_add_expr) \
-    X(rule_nlmsg_build_payload) X(rule_nlmsg_parse) X(expr_alloc) X(expr_set) X(expr_set_u16) \
-    X(expr_set_u32) X(expr_set_u64) X(expr_set_str) X(expr_is_set) X(expr_get) X(expr_get_u64) X(expr_get_str) \
-    X(expr_iter_create) X(expr_iter_next) X(expr_iter_destroy)
+    X(nlmsg_build_hdr) \
+    X(table_alloc) \
+    X(table_free) \
+    X(table_set_str) \
+    X(table_set_u32) \
+    X(table_get_str) \
+    X(table_get_u32) \
+    X(table_nlmsg_build_payload) \
+    X(table_nlmsg_parse) \
+    X(chain_alloc) \
+    X(chain_free) \
+    X(chain_set_str) \
+    X(chain_set_u32) \
+    X(chain_set_s32) \
+    X(chain_is_set) \
+    X(chain_get_str) \
+    X(chain_get_u32) \
+    X(chain_get_s32) \
+    X(chain_nlmsg_build_payload) \
+    X(chain_nlmsg_parse) \
+    X(set_alloc) \
+    X(set_free) \
+    X(set_set_str) \
+    X(set_set_u32) \
+    X(set_is_set) \
+    X(set_get_str) \
+    X(set_get_u32) \
+    X(set_nlmsg_build_payload) \
+    X(set_nlmsg_parse) \
+    X(set_elem_alloc) \
+    X(set_elem_set) \
+    X(set_elem_set_u32) \
+    X(set_elem_add) \
+    X(set_elem_is_set) \
+    X(set_elem_get) \
+    X(set_elem_get_u32) \
+    X(set_elem_foreach) \
+    X(set_elems_iter_create) \
+    X(set_elems_iter_destroy) \
+    X(set_elems_nlmsg_build_payload) \
+    X(set_elems_nlmsg_build_payload_iter) \
+    X(set_elems_nlmsg_parse) \
+    X(rule_alloc) \
+    X(rule_free) \
+    X(rule_set_str) \
+    X(rule_set_u32) \
+    X(rule_set_data) \
+    X(rule_get_str) \
+    X(rule_get_data) \
+    X(rule_get_u32) \
+    X(rule_add_expr) \
+    X(rule_nlmsg_build_payload) \
+    X(rule_nlmsg_parse) \
+    X(expr_alloc) \
+    X(expr_set) \
+    X(expr_set_u16) \
+    X(expr_set_u32) \
+    X(expr_set_u64) \
+    X(expr_set_str) \
+    X(expr_is_set) \
+    X(expr_get) \
+    X(expr_get_u64) \
+    X(expr_get_str) \
+    X(expr_iter_create) \
+    X(expr_iter_next) \
+    X(expr_iter_destroy)
 
 static struct {
 #define X(name) __typeof__(&nftnl_##name) name;
@@ -52,21 +103,8 @@ static struct {
 #undef X
 } nl;
 
-static const char *const function_names[] = {
-#define X(name) #name,
-    FUNCTIONS(X)
-#undef X
-};
-static struct orch_library library = {
-    .what = "firewall",
-    .file = "libnftnl.so.11",
-    .package = "libnftnl11",
-    .prefix = "nftnl_",
-    .names = function_names,
-    .functions = &nl,
-    .n_bytes = sizeof nl,
-    .cls = ORCH_CLASS_ISOLATION,
-};
+ORCH_LIBRARY(nl, FUNCTIONS, .what = "firewall", .file = "libnftnl.so.11", .package = "libnftnl11",
+             .prefix = "nftnl_", .cls = ORCH_CLASS_ISOLATION);
 
 struct orch_nft {
     int fd;
@@ -499,7 +537,8 @@ static void batch(const struct orch_rules *r, uint32_t genid, bool owned, struct
     }
     for (size_t i = 0; i < ORCH_CHAINS; i++) {
         struct nftnl_chain *c = build_chain(i);
-        h = begin(scratch, NFT_MSG_NEWCHAIN, chains[i].table->family, NLM_F_EXCL, SEQ(ITEM_CHAIN, i));
+        h = begin(scratch, NFT_MSG_NEWCHAIN, chains[i].table->family, NLM_F_EXCL,
+                  SEQ(ITEM_CHAIN, i));
         nl.chain_nlmsg_build_payload(h, c);
         nl.chain_free(c);
         take(out, scratch);
@@ -543,7 +582,8 @@ static uint32_t host_batch(const struct orch_rules *r, uint32_t genid, struct or
 /* ---- the kernel's answers */
 
 #define NO_NFT \
-    "the kernel needs nf_tables with its netdev and inet families, ct, nat, masq, connlimit, limit " \
+    "the kernel needs nf_tables with its netdev and inet families, ct, nat, masq, connlimit, " \
+    "limit " \
     "and log expressions (modprobe nf_tables nft_ct nft_masq nft_connlimit nft_limit nft_log " \
     "nfnetlink_log)"
 
@@ -698,7 +738,8 @@ int orch_nft_commit(struct orch_nft *n, const struct orch_rules *r, struct orch_
     batch(r, genid, true, &out);
     const uint32_t last = SEQ(ITEM_RULE, r->n_rules - 1);
     e = orch_nl_talk(n->fd, out.p, out.n, last, NULL, NULL, &f);
-    if (e == -EOPNOTSUPP && f.seq == SEQ(ITEM_TABLE, TABLE_NETDEV)) { /* flags this kernel does not know */
+    /* flags this kernel does not know */
+    if (e == -EOPNOTSUPP && f.seq == SEQ(ITEM_TABLE, TABLE_NETDEV)) {
         n->owned = false;
         orch_buf_consume(&out, out.n);
         batch(r, genid, false, &out);
@@ -926,8 +967,8 @@ static int dump(struct orch_nft *n, uint16_t type, const char *set, orch_nl_fn *
     cleanup_buf struct orch_buf b = { 0 };
     struct nfgenmsg head = { .nfgen_family = set ? NFPROTO_INET : NFPROTO_UNSPEC,
                              .version = NFNETLINK_V0 };
-    size_t at =
-        orch_nl_begin(&b, NFNL_SUBSYS_NFTABLES << 8 | type, NLM_F_DUMP, 1, &head, sizeof head);
+    size_t at = orch_nl_begin(&b, NFNL_SUBSYS_NFTABLES << 8 | type, NLM_F_DUMP, 1, &head,
+                              sizeof head);
     if (set) {
         orch_nl_put(&b, NFTA_SET_ELEM_LIST_TABLE, TABLE, sizeof TABLE);
         orch_nl_put(&b, NFTA_SET_ELEM_LIST_SET, set, strlen(set) + 1);
@@ -1005,8 +1046,9 @@ static void read_counter(void *ud, const struct nlmsghdr *h)
 {
     struct nftnl_rule *r = nl.rule_alloc();
     uint32_t n = 0;
-    const uint8_t *comment =
-        nl.rule_nlmsg_parse(h, r) < 0 ? NULL : nl.rule_get_data(r, NFTNL_RULE_USERDATA, &n);
+    const uint8_t *comment = nl.rule_nlmsg_parse(h, r) < 0
+                                 ? NULL
+                                 : nl.rule_get_data(r, NFTNL_RULE_USERDATA, &n);
     if (comment && n > 2 && comment[0] == NFTNL_UDATA_RULE_COMMENT && comment[1] == n - 2 &&
         !comment[n - 1]) {
         struct nftnl_expr_iter *it = nl.expr_iter_create(r);

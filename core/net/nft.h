@@ -29,8 +29,8 @@ int orch_nft_batch(const struct orch_rules *r, uint32_t genid, bool owned, struc
 /* Makes the tables in a namespace that has none and verifies them. Class ISOLATION; what was
  * refused, the kernel's words, and the fix. */
 int orch_nft_commit(struct orch_nft *n, const struct orch_rules *r, struct orch_err *err);
-/* r: what is in force, but for the host's addresses (orch_rules_rehost). Replaces those in one batch
- * and verifies all of it; what fails leaves the tables in doubt. */
+/* r: what is in force, but for the host's addresses (orch_rules_rehost). Replaces those in one
+ * batch and verifies all of it; what fails leaves the tables in doubt. */
 int orch_nft_rehost(struct orch_nft *n, const struct orch_rules *r, struct orch_err *err);
 /* Reads all tables, chains, sets, elements and rules of the namespace and compares them with r;
  * what is more or less than r is an error that names the first difference. */

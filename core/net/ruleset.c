@@ -279,8 +279,8 @@ static void match_frame(struct orch_rule *r, const char *type)
 static void tap_rules(struct orch_rules *r)
 {
     uint32_t guest = htonl(ORCH_NET_GUEST), gateway = htonl(ORCH_NET_GATEWAY);
-    struct orch_rule *a =
-        add_rule(r, ORCH_CHAIN_TAP, ORCH_VERDICT_ACCEPT, "tap: ARP for the gateway");
+    struct orch_rule *a = add_rule(r, ORCH_CHAIN_TAP, ORCH_VERDICT_ACCEPT,
+                                   "tap: ARP for the gateway");
     uint8_t sender[10];
     memcpy(sender, ORCH_NET_GUEST_MAC, 6);
     memcpy(sender + 6, &guest, 4);
@@ -290,8 +290,8 @@ static void tap_rules(struct orch_rules *r)
     match_bytes(a, ORCH_HEADER_NET, 8, sender, sizeof sender);
     match_bytes(a, ORCH_HEADER_NET, 24, &gateway, 4);
 
-    struct orch_rule *i =
-        add_rule(r, ORCH_CHAIN_TAP, ORCH_VERDICT_ACCEPT, "tap: IPv4 of the guest");
+    struct orch_rule *i = add_rule(r, ORCH_CHAIN_TAP, ORCH_VERDICT_ACCEPT,
+                                   "tap: IPv4 of the guest");
     match_frame(i, "\x08\x00");
     match_bytes(i, ORCH_HEADER_NET, 0, "\x45", 1); /* no options */
     /* No fragment, and none to follow. Here, before connection tracking would put them together. */
@@ -310,14 +310,14 @@ static void base_rules(struct orch_rules *r)
 {
     match_num(add_rule(r, ORCH_CHAIN_FORWARD, ORCH_VERDICT_DROP, "forward: orch is gone"),
               ORCH_MATCH_UNMARKED, ORCH_MARK_ALIVE, 0);
-    struct orch_rule *from =
-        add_rule(r, ORCH_CHAIN_FORWARD, ORCH_VERDICT_GOTO, "forward: from the guest");
+    struct orch_rule *from = add_rule(r, ORCH_CHAIN_FORWARD, ORCH_VERDICT_GOTO,
+                                      "forward: from the guest");
     match_if(from, ORCH_MATCH_IIF, ORCH_NET_TAP);
     match_if(from, ORCH_MATCH_OIF, ORCH_NET_UPLINK_IF);
     add_match(from, ORCH_MATCH_IPV4);
     from->target = ORCH_CHAIN_GUEST;
-    struct orch_rule *back =
-        add_rule(r, ORCH_CHAIN_FORWARD, ORCH_VERDICT_ACCEPT, "forward: replies");
+    struct orch_rule *back = add_rule(r, ORCH_CHAIN_FORWARD, ORCH_VERDICT_ACCEPT,
+                                      "forward: replies");
     match_if(back, ORCH_MATCH_IIF, ORCH_NET_UPLINK_IF);
     match_if(back, ORCH_MATCH_OIF, ORCH_NET_TAP);
     add_match(back, ORCH_MATCH_IPV4);
@@ -382,7 +382,7 @@ bool orch_policy_explain(const struct orch_policy *p, uint32_t addr, uint8_t pro
     struct orch_cidr to = { addr, 32 };
     const char *what = orch_policy_never(p, to);
     for (size_t i = 0; i < p->n_host && !what; i++)
-        if (orch_cidr_contains(p->host[i], to) && !named(p, to))
+        if (orch_cidr_contains(p->host[i], to) && !named(p, p->host[i]))
             what = "an address of the host";
     if (what) {
         snprintf(rule, n, "never allowed: %s", what);
@@ -432,16 +432,16 @@ static void guest_rules(struct orch_rules *r, const struct orch_policy *p)
         if (!needed)
             continue;
         orch_cidr_text(c, text);
-        struct orch_rule *rule =
-            add_rule(r, ORCH_CHAIN_GUEST, ORCH_VERDICT_GOTO, "permitted: %s", text);
+        struct orch_rule *rule = add_rule(r, ORCH_CHAIN_GUEST, ORCH_VERDICT_GOTO, "permitted: %s",
+                                          text);
         match_to(rule, c);
         rule->target = ORCH_CHAIN_ALLOW;
     }
     for (size_t i = 0; i < ORCH_ARRAY_LEN(never); i++) {
         orch_cidr_text(never[i].cidr, text);
-        match_to(
-            add_rule(r, ORCH_CHAIN_GUEST, ORCH_VERDICT_DENY, "never: %s (%s)", text, never[i].what),
-            never[i].cidr);
+        match_to(add_rule(r, ORCH_CHAIN_GUEST, ORCH_VERDICT_DENY, "never: %s (%s)", text,
+                          never[i].what),
+                 never[i].cidr);
     }
     add_rule(r, ORCH_CHAIN_GUEST, ORCH_VERDICT_GOTO, "guest: to the policy")->target =
         ORCH_CHAIN_ALLOW;
@@ -503,9 +503,9 @@ static int allow_rules(struct orch_rules *r, const struct orch_policy *p, struct
             char range[8] = "";
             if (v.last != v.first)
                 snprintf(range, sizeof range, "-%u", v.last & UINT16_MAX);
-            struct orch_rule *rule =
-                add_rule(r, ORCH_CHAIN_ALLOW, ORCH_VERDICT_GOTO, "allow: set %zu %s %u%s", i + 1,
-                         tcp ? "tcp" : "udp", v.first, range);
+            struct orch_rule *rule = add_rule(r, ORCH_CHAIN_ALLOW, ORCH_VERDICT_GOTO,
+                                              "allow: set %zu %s %u%s", i + 1, tcp ? "tcp" : "udp",
+                                              v.first, range);
             match_num(rule, ORCH_MATCH_PROTO, groups[i].proto, 0);
             match_num(rule, ORCH_MATCH_PORTS, v.first, v.last);
             match_num(rule, ORCH_MATCH_SET, (uint32_t)i, 0);

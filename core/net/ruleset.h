@@ -1,6 +1,5 @@
 /* A network policy as data, and the packet filter it becomes: chains, interval sets and rules,
- * again as data. Pure: no descriptor, no kernel, no library; nft.c turns it into netlink
- * messages.
+ * again as data. Pure: no descriptor, no kernel, no library; nft.c turns it into netlink messages.
  *
  * Two tables named "orch" in the microVM's network namespace, each chain with an explicit drop at
  * its end:
@@ -15,14 +14,15 @@
  * some of it and drops it all:
  *   netdev  o_tap_denied
  *   inet    o_denied
- * The host's addresses have a chain of their own, the last, which alone is replaced when they change:
+ * The host's addresses have a chain of their own, the last, which alone is replaced when they
+ * change:
  *   inet    o_host     what every packet of the guest passes first, also one of a known flow
  * Before them, "orch_alive" with
  *   inet    o_alive    marks what is forwarded; o_forward drops first what has no mark
- * which decides nothing and goes with orch's socket, so that nothing is forwarded without orch.
- * A packet is accepted by rules that name all of it; nothing relies on another rule having
- * dropped it. o_guest, o_host, o_allow and o_flow match IPv4 headers without saying so: only IPv4 is
- * sent there. */
+ * which decides nothing and goes with orch's socket, so that nothing is forwarded without orch. A
+ * packet is accepted by rules that name all of it; nothing relies on another rule having dropped
+ * it. o_guest, o_host, o_allow and o_flow match IPv4 headers without saying so: only IPv4 is sent
+ * there. */
 #ifndef ORCH_NET_RULESET_H
 #define ORCH_NET_RULESET_H
 
@@ -83,7 +83,8 @@ struct orch_policy {
 
 /* What the never-allowed range is that all of c lies in, permit taken into account; NULL: none. */
 const char *orch_policy_never(const struct orch_policy *p, struct orch_cidr c);
-/* Whether a new flow to this address would pass, as the filter decides it; the rule that decides. */
+/* Whether a new flow to this address would pass, as the filter decides it; the rule that
+ * decides. */
 bool orch_policy_explain(const struct orch_policy *p, uint32_t addr, uint8_t proto, uint16_t port,
                          char *rule, size_t n);
 
@@ -94,12 +95,12 @@ enum orch_match_kind {
     ORCH_MATCH_OIF, /* name */
     ORCH_MATCH_IPV4,
     ORCH_MATCH_IPV6,
-    ORCH_MATCH_PROTO, /* a: transport protocol */
-    ORCH_MATCH_BYTES, /* len header bytes at base + offset, under mask, are value */
-    ORCH_MATCH_PORTS, /* destination port a…b; only behind a PROTO */
-    ORCH_MATCH_SET,   /* IPv4 destination in set a */
-    ORCH_MATCH_CT,    /* flow state is one of the bits a */
-    ORCH_MATCH_CONNS, /* more than a flows are open */
+    ORCH_MATCH_PROTO,    /* a: transport protocol */
+    ORCH_MATCH_BYTES,    /* len header bytes at base + offset, under mask, are value */
+    ORCH_MATCH_PORTS,    /* destination port a…b; only behind a PROTO */
+    ORCH_MATCH_SET,      /* IPv4 destination in set a */
+    ORCH_MATCH_CT,       /* flow state is one of the bits a */
+    ORCH_MATCH_CONNS,    /* more than a flows are open */
     ORCH_MATCH_UNMARKED, /* the packet's mark is not a */
     ORCH_MATCH_RATE,     /* a packets a second, b at once */
 };
@@ -125,8 +126,8 @@ enum orch_verdict {
 #define ORCH_MARK_ALIVE 1
 #define ORCH_MARK_RULE 2 /* and the rule's index */
 #define ORCH_LOG_GROUP 1
-#define ORCH_LOG_BYTES 64  /* of a packet, from its IP header on */
-#define ORCH_LOG_RATE 10   /* packets a second and table */
+#define ORCH_LOG_BYTES 64 /* of a packet, from its IP header on */
+#define ORCH_LOG_RATE 10  /* packets a second and table */
 #define ORCH_LOG_BURST 20
 
 struct orch_match {

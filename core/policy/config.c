@@ -1,4 +1,4 @@
-/* The configuration: orchestrator.lua, run bounded, checked by lua/config.lua. */
+/* The configuration: orchestrator.lua, run bounded, checked by lua/policy/config.lua. */
 #include "policy_int.h"
 
 #include "../script/jsonlib.h"
@@ -203,7 +203,7 @@ int orch_load_config(struct orch_loading *l)
     lua_setfield(L, -2, "home");
     lua_pushstring(L, l->cur->paths->cwd);
     lua_setfield(L, -2, "cwd");
-    if (orch_load_run_product(l, g->policy, "config.lua", 1) < 0)
+    if (orch_load_run_product(l, g->policy, "policy/config.lua", 1) < 0)
         return -1;
     lua_getfield(L, -1, "check"); /* value, module, check */
     lua_pushvalue(L, -3);

@@ -1,5 +1,5 @@
-/* Which generation is in force, and how another comes to be: at the first need, when a file changes, when
- * asked. What fails changes nothing. */
+/* Which generation is in force, and how another comes to be: at the first need, when a file
+ * changes, when asked. What fails changes nothing. */
 #ifndef ORCH_POLICY_CURRENT_H
 #define ORCH_POLICY_CURRENT_H
 
@@ -17,10 +17,11 @@ struct orch_current_ops {
     void (*open)(lua_State *L);                /* opens the API in a new state */
     /* And what of it is Lua's, in the tool state: by orch_load_product_later. */
     int (*open_tools)(struct orch_loading *l, struct orch_state *s);
-    /* Pushes what predicates see of a session { id =, marks = }, and what its client says of itself. */
+    /* Pushes what predicates see of a session { id =, marks = }, and what its client says of
+     * itself. */
     void (*session)(void *ud, lua_State *L, const char *id);
-    /* Whether programs run that orch started and an agent may steer; whether none of them could have
-     * written to the open file. */
+    /* Whether programs run that orch started and an agent may steer; whether none of them could
+     * have written to the open file. */
     bool (*steered)(void *ud);
     bool (*held)(void *ud, int fd);
     /* Another generation is in force. */
@@ -50,7 +51,8 @@ void orch_current_fini(struct orch_current *cur);
 
 /* Loads the first one, unless there is one. */
 int orch_current_need(struct orch_current *cur, struct orch_err *err);
-/* Loads anew and swaps; on failure the old generation stays. 0 or the errors' class as a negative number. */
+/* Loads anew and swaps; on failure the old generation stays. 0 or the errors' class as a negative
+ * number. */
 int orch_current_reload(struct orch_current *cur, const char *why);
 /* From now on changes of the files of the generation in force are reloads. */
 void orch_current_watch(struct orch_current *cur);
@@ -59,8 +61,8 @@ void orch_current_unwatch(struct orch_current *cur);
 void orch_current_add_source(struct orch_current *cur, struct orch_tool_source *s);
 void orch_current_remove_source(struct orch_current *cur, struct orch_tool_source *s);
 
-/* Reads one of the product's files below lua/ and pushes a C function that runs it, with its arguments, when it is
- * needed first. Negative with the failure noted. */
+/* Reads one of the product's files below lua/ and pushes a C function that runs it, with its
+ * arguments, when it is needed first. Negative with the failure noted. */
 int orch_load_product_later(struct orch_loading *l, struct orch_state *s, const char *name);
 
 /* Folders beside the configuration that are read when they are there; ended by NULL. */

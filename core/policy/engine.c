@@ -1,5 +1,5 @@
-/* The policy engine's C side: loads what lies in policies/ into the policy state, where lua/policy/engine.lua
- * compiles it, and asks it. */
+/* The policy engine's C side: loads what lies in policies/ into the policy state, where
+ * lua/policy/engine.lua compiles it, and asks it. */
 #include "policy_int.h"
 
 #include "../script/jsonlib.h"
@@ -89,7 +89,7 @@ int orch_load_policies(struct orch_loading *l)
     if (orch_load_push_schema(l, g->policy) < 0)
         return -1;
     lua_setfield(L, -2, "schema");
-    if (orch_load_run_product(l, g->policy, "policy.lua", 1) < 0)
+    if (orch_load_run_product(l, g->policy, "policy/engine.lua", 1) < 0)
         return -1;
     lua_getfield(L, -1, "judge");
     g->judge_ref = luaL_ref(L, LUA_REGISTRYINDEX);

@@ -1,10 +1,13 @@
-/* Network policies: from policies/network.lua, as lua/policy.lua checked it, to packet filters. */
+/* Network policies: from policies/network.lua, as lua/policy/engine.lua checked it, to packet
+ * filters. */
 #include "policy_int.h"
 
 #include "../net/hostaddr.h"
 
 #include <errno.h>
+#include <inttypes.h>
 #include <lauxlib.h>
+#include <math.h>
 #include <netinet/in.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -96,6 +99,26 @@ static int bad(struct orch_err *err, size_t entry, const char *fmt, ...)
                  : orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL, "%s", text);
 }
 
+/* No key of the table at idx but these. */
+static int check_keys(lua_State *L, int idx, size_t entry, const char *const *known,
+                      struct orch_err *err)
+{
+    lua_pushnil(L);
+    while (lua_next(L, idx)) {
+        size_t i = 0;
+        lua_pop(L, 1);
+        const char *key = lua_type(L, -1) == LUA_TSTRING ? lua_tostring(L, -1) : NULL;
+        while (known[i] && (!key || strcmp(known[i], key) != 0))
+            i++;
+        if (known[i])
+            continue;
+        const char *near = key ? orch_nearest(key, known) : NULL;
+        return bad(err, entry, "unknown key %s%s%s%s", key ? key : "that is no text",
+                   near ? "; did you mean " : "", near ? near : "", near ? "?" : "");
+    }
+    return 0;
+}
+
 static int read_ports(lua_State *L, int idx, size_t entry, struct orch_allow *a,
                       struct orch_ports *out, struct orch_err *err)
 {
@@ -122,7 +145,10 @@ static int read_ports(lua_State *L, int idx, size_t entry, struct orch_allow *a,
 static int read_allow(lua_State *L, int idx, size_t entry, struct orch_allow *a,
                       struct orch_ports *ports, struct orch_err *err)
 {
+    static const char *const known[] = { "cidr", "ports", "proto", "host", NULL };
     struct orch_err why = { 0 };
+    if (check_keys(L, idx, entry, known, err) < 0)
+        return -EINVAL;
     if (get(L, idx, "host") != LUA_TNIL)
         return bad(err, entry, "rules by host name are not available yet; use cidr");
     lua_pop(L, 1);
@@ -142,10 +168,13 @@ static int read_allow(lua_State *L, int idx, size_t entry, struct orch_allow *a,
 
 static int read_numbers(lua_State *L, int idx, struct orch_policy *p, struct orch_err *err)
 {
+    static const char *const known[] = { "allow", "connections", "bandwidth", NULL };
+    if (check_keys(L, idx, 0, known, err) < 0)
+        return -EINVAL;
     int type = get(L, idx, "connections");
     double n = lua_tonumber(L, -1);
-    if (type != LUA_TNIL && !(type == LUA_TNUMBER && n >= 1 && n <= 65535))
-        return bad(err, 0, "connections must be 1 to 65535");
+    if (type != LUA_TNIL && !(type == LUA_TNUMBER && n >= 1 && n <= 65535 && n == floor(n)))
+        return bad(err, 0, "connections must be a whole number from 1 to 65535");
     p->connections = (uint32_t)n;
     lua_pop(L, 1);
     struct orch_err why = { 0 };
@@ -290,6 +319,19 @@ int orch_generation_rules_text(const struct orch_generation *g, const char *netw
                         orch_chain_names[rule->chain], orch_verdict_names[rule->verdict],
                         rule->label);
     }
+    for (size_t i = 0; i < r->n_sets; i++) {
+        orch_buf_printf(out, "set %-9zu", i + 1);
+        for (size_t k = 0; k < r->sets[i].n; k++) {
+            char first[ORCH_CIDR_TEXT], last[ORCH_CIDR_TEXT];
+            orch_cidr_text((struct orch_cidr){ r->sets[i].v[k].first, 32 }, first);
+            orch_cidr_text((struct orch_cidr){ r->sets[i].v[k].last, 32 }, last);
+            orch_buf_printf(out, strcmp(first, last) ? " %s-%s" : " %s", first, last);
+        }
+        orch_buf_str(out, "\n");
+    }
+    if (r->bandwidth_bits)
+        orch_buf_printf(out, "bandwidth     %" PRIu64 " bits a second in each direction\n",
+                        r->bandwidth_bits);
     orch_rules_free(r);
     return 0;
 }

@@ -1,4 +1,5 @@
-/* Resources and prompts: one file each in lua/resources and lua/prompts beside the configuration. */
+/* Resources and prompts: one file each in lua/resources and lua/prompts beside the
+ * configuration. */
 #include "policy_int.h"
 
 #include "../mcp/session.h"
@@ -13,7 +14,8 @@ struct offer_dir {
     struct orch_sha256_ctx *sum;
 };
 
-/* The options for lua/serve.lua are below the file's table: options[name][n], options.where[name][n]. */
+/* The options for lua/policy/offer.lua are below the file's table: options[name][n],
+ * options.where[name][n]. */
 static int take_offer_file(struct orch_loading *l, void *ud, const char *path, const char *shown,
                            bool product)
 {
@@ -71,7 +73,7 @@ int orch_load_offer(struct orch_loading *l)
         lua_pop(L, 1);
         return r;
     }
-    if (orch_load_run_product(l, g->tools_state, "serve.lua", 0) < 0)
+    if (orch_load_run_product(l, g->tools_state, "policy/offer.lua", 0) < 0)
         return -1;
     lua_insert(L, -2);
     if (orch_state_pcall(g->tools_state, 1, 2, &err) <

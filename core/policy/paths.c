@@ -18,7 +18,7 @@ static char *xdg(const char *variable, const char *home, const char *below)
 static bool install_at(struct orch_paths *p, const char *dir, bool tree)
 {
     cleanup_free char *share = tree ? orch_xstrdup(dir) : orch_xasprintf("%s/../share/orch", dir);
-    cleanup_free char *probe = orch_xasprintf("%s/lua/policy.lua", share);
+    cleanup_free char *probe = orch_xasprintf("%s/lua/policy/engine.lua", share);
     if (access(probe, R_OK) < 0)
         return false;
     p->share = realpath(share, NULL);
@@ -30,8 +30,8 @@ static bool install_at(struct orch_paths *p, const char *dir, bool tree)
     return true;
 }
 
-/* Relative to the program, so that a tree can be moved; for an embedder's program elsewhere the compiled-in
- * prefix, then the orch in PATH. */
+/* Relative to the program, so that a tree can be moved; for an embedder's program elsewhere the
+ * compiled-in prefix, then the orch in PATH. */
 static void find_install(struct orch_paths *p)
 {
     char exe[PATH_MAX];

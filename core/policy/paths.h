@@ -1,4 +1,5 @@
-/* Where an orch finds its files: the installation, the configuration, and the directories of its user. */
+/* Where an orch finds its files: the installation, the configuration, and the directories of its
+ * user. */
 #ifndef ORCH_POLICY_PATHS_H
 #define ORCH_POLICY_PATHS_H
 
@@ -27,8 +28,8 @@ struct orch_paths {
 
 #define ORCH_SYSTEM_CONFIG "/etc/orch"
 
-/* share, launcher and agent are looked for where they are NULL. config_option: --config or NULL. Fails
- * with class CONFIG when the named file does not exist. */
+/* share, launcher and agent are looked for where they are NULL. config_option: --config or NULL.
+ * Fails with class CONFIG when the named file does not exist. */
 int orch_paths_find(struct orch_paths *p, const char *config_option, struct orch_err *err);
 void orch_paths_fini(struct orch_paths *p);
 /* The configuration's folder; the caller's to free. */

@@ -1,5 +1,6 @@
-/* One generation: the configuration, the policies and the tools of a moment, each in Lua states of their
- * own, checked and tested as one immutable set before it is used. current.h says which is in force.
+/* One generation: the configuration, the policies and the tools of a moment, each in Lua states of
+ * their own, checked and tested as one immutable set before it is used. current.h says which is in
+ * force.
  *
  * A generation is referenced by the calls that began on it, and freed with the last of them. */
 #ifndef ORCH_POLICY_POLICY_H
@@ -43,13 +44,13 @@ struct orch_config {
 
 /* How a tool's calls are carried out. */
 struct orch_tool_backend {
-    bool
-        lua_args; /* the call's arguments are wanted as a Lua value of the tool's state, not as bytes */
+    /* the call's arguments are wanted as a Lua value of the tool's state, not as bytes */
+    bool lua_args;
     const char *unfinished; /* what to say of one whose time is over: "no answer" */
     /* The call was judged, recorded and may run: it ends by orch_call_end, at once or later. */
     void (*start)(struct orch_call *c);
-    /* It shall end before it is done: cancelled, or its time is over (cls). true: it ends by itself soon;
-     * false: nothing of it runs any more, and the caller ends it. */
+    /* It shall end before it is done: cancelled, or its time is over (cls). true: it ends by itself
+     * soon; false: nothing of it runs any more, and the caller ends it. */
     bool (*stop)(struct orch_call *c, enum orch_class cls, const char *why);
 };
 
@@ -87,8 +88,8 @@ struct orch_tool_source {
 };
 
 void orch_tool_fini(struct orch_tool *t); /* frees its strings */
-/* The tools in the list at idx of L, written as tool files return them, whose functions stay in s. Each
- * is the caller's. where: what messages call the list. */
+/* The tools in the list at idx of L, written as tool files return them, whose functions stay in s.
+ * Each is the caller's. where: what messages call the list. */
 int orch_tools_read(struct orch_current *cur, struct orch_state *s, lua_State *L, int idx,
                     const char *where, void (*each)(void *ud, struct orch_tool *t), void *ud,
                     struct orch_err *err);
@@ -131,7 +132,8 @@ struct orch_generation {
 /* ANY: whether it is trusted or not, for orch trust. */
 enum orch_trust_mode { ORCH_TRUST_CHECK, ORCH_TRUST_ANY };
 
-/* Reads, checks and tests everything; NULL with all errors, a line each, in errors (class in cls). */
+/* Reads, checks and tests everything; NULL with all errors, a line each, in errors (class in
+ * cls). */
 struct orch_generation *orch_generation_load(struct orch_current *cur, enum orch_trust_mode mode,
                                              struct orch_buf *errors, enum orch_class *cls);
 struct orch_generation *orch_generation_ref(struct orch_generation *g);
@@ -155,14 +157,15 @@ struct orch_judgement {
     uint16_t *redact;           /* indices of the generation's patterns */
     size_t n_redact;
     char **marks; /* NULL-terminated, or NULL */
-    /* What is called in place of the arguments that came, rewritten or without nulls that stand for absent
-     * members: "[" JSON "]", so that the object is token 1 of doc; empty: as they came. */
+    /* What is called in place of the arguments that came, rewritten or without nulls that stand for
+     * absent members: "[" JSON "]", so that the object is token 1 of doc; empty: as they came. */
     struct orch_buf args;
     struct orch_json_doc doc;
     struct orch_generation *g;
 };
 
-/* Negative with err: a predicate's time was over and the like; deny. args: token of an object, 0: none. */
+/* Negative with err: a predicate's time was over and the like; deny. args: token of an object, 0:
+ * none. */
 int orch_generation_judge(struct orch_generation *g, const struct orch_tool *tool,
                           const char *session, const char *caller, const struct orch_json_doc *d,
                           uint32_t args, struct orch_judgement *j, struct orch_err *err);
@@ -174,9 +177,9 @@ int orch_generation_explain(struct orch_generation *g, const char *tool, struct 
                             struct orch_buf *out, struct orch_err *err);
 int orch_generation_show(struct orch_generation *g, struct orch_buf *out, struct orch_err *err);
 
-/* Appends the JSON value at tok with every match of the patterns in its strings replaced. The bytes stay
- * as they came where nothing matched. Negative when a pattern's match limit or the time for the whole was
- * hit: withhold it. */
+/* Appends the JSON value at tok with every match of the patterns in its strings replaced. The bytes
+ * stay as they came where nothing matched. Negative when a pattern's match limit or the time for
+ * the whole was hit: withhold it. */
 int orch_redact_json(const struct orch_generation *g, const uint16_t *patterns, size_t n,
                      const struct orch_json_doc *d, uint32_t tok, struct orch_buf *out);
 /* The same in one text, in place: 1 when something matched, 0, or negative as above. */
@@ -185,7 +188,8 @@ int orch_redact_text(const struct orch_generation *g, const uint16_t *patterns, 
 
 /* ---- networks */
 
-/* The packet filter of a policy of policies/network.lua; NULL with err (class CONFIG: no such policy). */
+/* The packet filter of a policy of policies/network.lua; NULL with err (class CONFIG: no such
+ * policy). */
 struct orch_rules *orch_generation_rules(const struct orch_generation *g, const char *network,
                                          struct orch_err *err);
 /* Its text, a rule a line, for policy show. */
@@ -195,8 +199,8 @@ int orch_generation_rules_text(const struct orch_generation *g, const char *netw
 int orch_generation_explain_packet(const struct orch_generation *g, const char *network,
                                    uint32_t addr, uint8_t proto, uint16_t port, bool *allowed,
                                    char *rule, size_t n, struct orch_err *err);
-/* permit and host of a policy: what the configuration permits, and the host's addresses, borrowed until
- * the next turn of the loop. */
+/* permit and host of a policy: what the configuration permits, and the host's addresses, borrowed
+ * until the next turn of the loop. */
 int orch_generation_fill_policy(const struct orch_generation *g, struct orch_policy *p,
                                 struct orch_err *err);
 
@@ -207,9 +211,9 @@ struct orch_policy_box {
     struct orch_ports *ports;
 };
 void orch_policy_box_fini(struct orch_policy_box *b);
-/* Reads { allow = { { cidr =, ports = { 443, "8000-8010" }, proto = "tcp" | "udp" }… }, connections =,
- * bandwidth = "10mbit" } at idx. permit and host stay empty. -EINVAL, class CONFIG: entry and reason.
- * Reads raw: no metamethod runs. */
+/* Reads { allow = { { cidr =, ports = { 443, "8000-8010" }, proto = "tcp" | "udp" }… }, connections
+ * =, bandwidth = "10mbit" } at idx. permit and host stay empty. -EINVAL, class CONFIG: entry and
+ * reason. Reads raw: no metamethod runs. */
 int orch_policy_box_read(lua_State *L, int idx, struct orch_policy_box *b, struct orch_err *err);
 
 /* ---- trust: what a person has accepted of a folder's files */

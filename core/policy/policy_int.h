@@ -32,11 +32,12 @@ void orch_load_fail(struct orch_loading *l, enum orch_class cls, const char *fmt
 void orch_load_fail_file(struct orch_loading *l, const char *shown, const struct orch_err *err);
 /* The path as messages show it: relative to the configuration's folder when beneath it. */
 const char *orch_load_display(const struct orch_loading *l, const char *path);
-/* Reads dirfd/name once, hashes it, holds it against what is trusted. Product files need no trust. */
+/* Reads dirfd/name once, hashes it, holds it against what is trusted. Product files need no
+ * trust. */
 int orch_load_read(struct orch_loading *l, int dirfd, const char *name, const char *path,
                    bool product, struct orch_buf *out);
-/* Compiles and runs a source; its one result is left on the stack. n_args values on the stack are its
- * arguments (they are consumed). */
+/* Compiles and runs a source; its one result is left on the stack. n_args values on the stack are
+ * its arguments (they are consumed). */
 int orch_load_run(struct orch_loading *l, struct orch_state *s, const char *shown,
                   struct orch_slice text, int n_args);
 /* The same for one of the product's files below lua/. */
@@ -49,7 +50,8 @@ void orch_load_push_deps(lua_State *L);
 /* Pushes the schema module, loaded into this state; 0, or a negative errno with nothing pushed. */
 int orch_load_push_schema(struct orch_loading *l, struct orch_state *s);
 void orch_load_set_function(lua_State *L, const char *name, lua_CFunction fn);
-/* Gives each string of the list at the top (entries may be { path =, message = }) to `each`; pops it. */
+/* Gives each string of the list at the top (entries may be { path =, message = }) to `each`; pops
+ * it. */
 void orch_load_take_lines(lua_State *L, const char *where, void (*each)(void *ud, const char *line),
                           void *ud);
 void orch_load_add_error(void *ud, const char *line); /* ud: struct orch_loading */
@@ -70,12 +72,14 @@ int orch_load_find_trust(struct orch_loading *l, struct orch_err *err);
 /* Whether the source with l->sha may be loaded; err does not name it. */
 int orch_load_check_trust(struct orch_loading *l, int fd, unsigned links, const char *path,
                           bool product, struct orch_err *err);
-/* The configuration says trust = "always": it is held against what is trusted now, unless it was. */
+/* The configuration says trust = "always": it is held against what is trusted now, unless it
+ * was. */
 int orch_load_trust_config(struct orch_loading *l, struct orch_err *err);
-/* What is in force is what was seen last: from now on it is loaded only so, also by the next orch. */
+/* What is in force is what was seen last: from now on it is loaded only so, also by the next
+ * orch. */
 void orch_load_hold_to_trust(const struct orch_loading *l);
-/* A descriptor of a folder of the configuration, held from its first use on, so that nobody puts another
- * in its place; borrowed, or a negative errno. */
+/* A descriptor of a folder of the configuration, held from its first use on, so that nobody puts
+ * another in its place; borrowed, or a negative errno. */
 int orch_hold_dir(struct orch_current *cur, const char *path);
 void orch_held_free(struct orch_held **held);
 

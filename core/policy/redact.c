@@ -6,8 +6,8 @@
 #include <errno.h>
 #include <time.h>
 
-/* For a whole value, beside the patterns' limit for one string: many strings must not hold the loop. Of
- * the CPU, as theirs: a busy machine does not use it up. */
+/* For a whole value, beside the patterns' limit for one string: many strings must not hold the
+ * loop. Of the CPU, as theirs: a busy machine does not use it up. */
 enum { BUDGET_US = 500000, BYTES_PER_US = 10 };
 
 static int64_t cpu_us(void)
@@ -40,7 +40,8 @@ int orch_redact_text(const struct orch_generation *g, const uint16_t *patterns, 
 int orch_redact_json(const struct orch_generation *g, const uint16_t *patterns, size_t n,
                      const struct orch_json_doc *d, uint32_t tok, struct orch_buf *out)
 {
-    /* Strings lie in order in the text: copy what is between them, replace those that match. Keys too. */
+    /* Strings lie in order in the text: copy what is between them, replace those that match. Keys
+     * too. */
     size_t copied = d->toks[tok].start - (d->toks[tok].type == ORCH_JSON_STRING);
     cleanup_buf struct orch_buf text = { 0 };
     int64_t deadline_us = cpu_us() + BUDGET_US +

@@ -1,5 +1,5 @@
-/* Loading a generation's parts: sources are read once, hashed, held against what is trusted, and run in
- * bounded states. See policy_int.h. */
+/* Loading a generation's parts: sources are read once, hashed, held against what is trusted, and
+ * run in bounded states. See policy_int.h. */
 #include "policy_int.h"
 
 #include "../base/log.h"
@@ -52,7 +52,8 @@ static void keep_source(struct orch_trust_list *list, const char *path, const ch
     memcpy(list->files[list->n++].sha256, sha, 65);
 }
 
-/* dirfd/name is opened; path is the absolute name. Product files (lua/) are hashed but need no trust. */
+/* dirfd/name is opened; path is the absolute name. Product files (lua/) are hashed but need no
+ * trust. */
 int orch_load_read(struct orch_loading *l, int dirfd, const char *name, const char *path,
                    bool product, struct orch_buf *out)
 {
@@ -223,14 +224,15 @@ struct orch_state *orch_load_state(struct orch_loading *l, enum orch_context ctx
 {
     struct orch_err err = { 0 };
     cleanup_free char *lua_dir = orch_xasprintf("%s/lua", l->cur->paths->share);
-    struct orch_state *s = orch_state_new(
-        &(struct orch_state_opts){ .ctx = ctx,
-                                   .memory_bytes = memory_bytes,
-                                   .steps = (uint64_t)LOAD_TIME_MS * ORCH_STEPS_PER_MS,
-                                   .cpu_ms = LOAD_TIME_MS,
-                                   .lua_dir = lua_dir,
-                                   .host = l->cur->states_host },
-        &err);
+    struct orch_state *s =
+        orch_state_new(&(struct orch_state_opts){ .ctx = ctx,
+                                                  .memory_bytes = memory_bytes,
+                                                  .steps = (uint64_t)LOAD_TIME_MS *
+                                                           ORCH_STEPS_PER_MS,
+                                                  .cpu_ms = LOAD_TIME_MS,
+                                                  .lua_dir = lua_dir,
+                                                  .host = l->cur->states_host },
+                       &err);
     if (!s) {
         orch_load_fail(l, ORCH_CLASS_FAILED, "%s", err.msg);
         return NULL;
@@ -260,7 +262,13 @@ int orch_load_push_schema(struct orch_loading *l, struct orch_state *s)
     lua_setfield(L, -2, "regex");
     orch_load_set_function(L, "is_array", l_is_array);
     orch_load_set_function(L, "is_bigint", l_is_bigint);
-    return orch_load_run_product(l, s, "schema.lua", 1);
+    lua_pushvalue(L, -1);
+    if (orch_load_run_product(l, s, "policy/values.lua", 1) < 0) {
+        lua_pop(L, 1);
+        return -1;
+    }
+    lua_setfield(L, -2, "values");
+    return orch_load_run_product(l, s, "policy/schema.lua", 1);
 }
 
 void orch_load_take_lines(lua_State *L, const char *where, void (*each)(void *ud, const char *line),

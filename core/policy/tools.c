@@ -133,7 +133,8 @@ void orch_generation_list(struct orch_generation *g)
     orch_buf_char(&g->list, ']');
 }
 
-/* JSON with its keys in order, since a Lua table has none: clients keep what they were told by its bytes. */
+/* JSON with its keys in order, since a Lua table has none: clients keep what they were told by its
+ * bytes. */
 static char *ordered(const char *json)
 {
     cleanup_json struct orch_json_doc d = { 0 };
@@ -168,7 +169,10 @@ static int read_tool(struct orch_loading *l, struct orch_state *s, int dispatch_
     }
     int task = (int)lua_tointeger(L, -1);
     lua_pop(L, 1);
-    *t = (struct orch_tool){ .state = s, .backend = l->cur->ops->lua_tools, .task = task, .timeout_ms = (int64_t)lua_tonumber(L, -2) };
+    *t = (struct orch_tool){ .state = s,
+                             .backend = l->cur->ops->lua_tools,
+                             .task = task,
+                             .timeout_ms = (int64_t)lua_tonumber(L, -2) };
     if (lua_isnil(L, -1)) {
         t->output_ref = LUA_NOREF;
         lua_pop(L, 1);
@@ -213,8 +217,8 @@ static int register_tool(struct orch_loading *l, void *ud, const char *path, con
     return r;
 }
 
-/* The schema module of the tool state: few tools have an output schema, and compiling it costs a fifth of
- * the start, so it is loaded when the first one asks. */
+/* The schema module of the tool state: few tools have an output schema, and compiling it costs a
+ * fifth of the start, so it is loaded when the first one asks. */
 static int l_schema_module(lua_State *L)
 {
     struct orch_loading *l = lua_touserdata(L, lua_upvalueindex(1));
@@ -228,7 +232,7 @@ static int l_schema_module(lua_State *L)
     return 1;
 }
 
-/* Loads lua/dispatch.lua into the state; its reference, or -1. */
+/* Loads lua/policy/tools.lua into the state; its reference, or -1. */
 static int load_dispatch(struct orch_loading *l, struct orch_state *s)
 {
     lua_State *L = orch_state_lua(s);
@@ -236,7 +240,8 @@ static int load_dispatch(struct orch_loading *l, struct orch_state *s)
     lua_pushlightuserdata(L, l);
     lua_pushcclosure(L, l_schema_module, 1);
     lua_setfield(L, -2, "schema"); /* called while loading only: l is gone afterwards */
-    return orch_load_run_product(l, s, "dispatch.lua", 1) < 0 ? -1 : luaL_ref(L, LUA_REGISTRYINDEX);
+    return orch_load_run_product(l, s, "policy/tools.lua", 1) < 0 ? -1
+                                                                  : luaL_ref(L, LUA_REGISTRYINDEX);
 }
 
 static int load_folders(struct orch_loading *l)

@@ -1,5 +1,5 @@
-/* What may be loaded: what a person has accepted (orch trust), and nothing that a program which an agent
- * steers may have put there. */
+/* What may be loaded: what a person has accepted (orch trust), and nothing that a program which an
+ * agent steers may have put there. */
 #include "policy_int.h"
 
 #include "../base/log.h"
@@ -16,8 +16,8 @@ static char *trust_db(const struct orch_paths *p)
     return orch_xasprintf("%s/state.db", p->state);
 }
 
-/* Not the folder that a link leads to: what lies in the working directory is not trusted because it says
- * so elsewhere. */
+/* Not the folder that a link leads to: what lies in the working directory is not trusted because it
+ * says so elsewhere. */
 char *orch_trust_dir(const struct orch_paths *p)
 {
     cleanup_free char *dir = orch_xstrdup(p->named);
@@ -120,7 +120,8 @@ static int check_record(const struct orch_loading *l, const char *path, struct o
     return orch_err_setc(err, ORCH_CLASS_CONFIG, EPERM, "%s: orch trust %s", why, l->trust_dir);
 }
 
-/* What a program that an agent steers may have written is the law only when the user has seen it. */
+/* What a program that an agent steers may have written is the law only when the user has seen
+ * it. */
 static int check_writers(struct orch_loading *l, int fd, unsigned links, const char *path,
                          bool product, struct orch_err *err)
 {
@@ -129,11 +130,12 @@ static int check_writers(struct orch_loading *l, int fd, unsigned links, const c
         return 0;
     if (!cur->ops->held(cur->ud, fd)) {
         l->unheld = l->unheld || !product;
-        return orch_err_setc(err, ORCH_CLASS_CONFIG, EPERM,
-                             "put there while a program runs that orch started and that may write to "
-                             "it; %s%s",
-                             product ? "start orch anew" : "look at it, then run: orch trust ",
-                             product ? "" : l->trust_dir);
+        return orch_err_setc(
+            err, ORCH_CLASS_CONFIG, EPERM,
+            "put there while a program runs that orch started and that may write to "
+            "it; %s%s",
+            product ? "start orch anew" : "look at it, then run: orch trust ",
+            product ? "" : l->trust_dir);
     }
     if (product || links < 2)
         return 0;
@@ -141,9 +143,10 @@ static int check_writers(struct orch_loading *l, int fd, unsigned links, const c
         l->g->linked = orch_xstrdup(path);
     if (!cur->ops->steered(cur->ud))
         return 0;
-    return orch_err_setc(err, ORCH_CLASS_CONFIG, EPERM,
-                         "it has another name (a hard link), by which a program that orch started may "
-                         "write to it; remove that one");
+    return orch_err_setc(
+        err, ORCH_CLASS_CONFIG, EPERM,
+        "it has another name (a hard link), by which a program that orch started may "
+        "write to it; remove that one");
 }
 
 int orch_load_check_trust(struct orch_loading *l, int fd, unsigned links, const char *path,

@@ -92,7 +92,8 @@ int64_t orch_check_duration_ms(lua_State *L, int idx, const char *what)
         ms = orch_parse_duration_ms(lua_tostring(L, idx));
     }
     if (ms < 0)
-        luaL_error(L, "%s must be a duration: seconds or a text like \"250ms\", \"30s\", \"5m\"", what);
+        luaL_error(L, "%s must be a duration: seconds or a text like \"250ms\", \"30s\", \"5m\"",
+                   what);
     return ms;
 }
 
@@ -120,7 +121,8 @@ int64_t orch_opt_size_bytes(struct orch_opts *o, const char *key, int64_t def)
         bytes = orch_parse_size_bytes(lua_tostring(o->L, -1));
     }
     if (bytes < 0)
-        luaL_error(o->L, "%s: %s must be a size: bytes or a text like \"64K\", \"256M\"", o->what, key);
+        luaL_error(o->L, "%s: %s must be a size: bytes or a text like \"64K\", \"256M\"", o->what,
+                   key);
     lua_pop(o->L, 1);
     return bytes;
 }
@@ -151,8 +153,8 @@ void orch_opts_done(struct orch_opts *o)
         if (!key)
             luaL_error(o->L, "%s: option keys must be strings", o->what);
         const char *near = orch_nearest(key, o->known);
-        luaL_error(o->L, "%s: unknown option '%s'%s%s%s", o->what, key, near ? " (did you mean '" : "", near ? near : "",
-                   near ? "'?)" : "");
+        luaL_error(o->L, "%s: unknown option '%s'%s%s%s", o->what, key,
+                   near ? " (did you mean '" : "", near ? near : "", near ? "'?)" : "");
     }
 }
 
@@ -170,7 +172,8 @@ const char **orch_check_strings(lua_State *L, int idx, const char *what, size_t 
         lua_rawgeti(L, idx, (int)i + 1);
         size_t length = 0;
         if (lua_type(L, -1) != LUA_TSTRING)
-            luaL_error(L, "%s[%d] must be a string, got %s", what, (int)i + 1, luaL_typename(L, -1));
+            luaL_error(L, "%s[%d] must be a string, got %s", what, (int)i + 1,
+                       luaL_typename(L, -1));
         list[i] = lua_tolstring(L, -1, &length); /* anchored in the list at idx */
         if (strlen(list[i]) != length)
             luaL_error(L, "%s[%d] must not contain a zero byte", what, (int)i + 1);

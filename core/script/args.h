@@ -1,6 +1,6 @@
-/* Arguments of functions that Lua calls: options by name, durations, sizes, lists; and how a failure of
- * the world is returned. A caller's mistake raises. An option table is read with orch_opt_*, which know
- * name, type and range; orch_opts_done refuses what was not asked for. */
+/* Arguments of functions that Lua calls: options by name, durations, sizes, lists; and how a
+ * failure of the world is returned. A caller's mistake raises. An option table is read with
+ * orch_opt_*, which know name, type and range; orch_opts_done refuses what was not asked for. */
 #ifndef ORCH_SCRIPT_ARGS_H
 #define ORCH_SCRIPT_ARGS_H
 
@@ -22,7 +22,8 @@ struct orch_opts orch_opts_begin(lua_State *L, int idx, const char *what); /* ra
 const char *orch_opt_string(struct orch_opts *o, const char *key, const char *def);
 double orch_opt_number(struct orch_opts *o, const char *key, double def, double least, double most);
 bool orch_opt_bool(struct orch_opts *o, const char *key, bool def);
-int64_t orch_opt_duration_ms(struct orch_opts *o, const char *key, int64_t def); /* seconds or "30s" */
+/* seconds or "30s" */
+int64_t orch_opt_duration_ms(struct orch_opts *o, const char *key, int64_t def);
 int64_t orch_opt_size_bytes(struct orch_opts *o, const char *key, int64_t def);
 bool orch_opt_push(struct orch_opts *o, const char *key, int type); /* pushes the value, or false */
 void orch_opts_done(struct orch_opts *o);                           /* raises on an unknown key */

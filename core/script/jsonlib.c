@@ -53,17 +53,19 @@ static void push_meta(lua_State *L, const char *name)
 {
     static const luaL_Reg null_meta[] = { { "__tostring", null_tostring }, { NULL, NULL } };
     static const luaL_Reg array_meta[] = { { NULL, NULL } };
-    static const luaL_Reg integer_meta[] = {
-        { "__tostring", integer_tostring }, { "__eq", integer_eq }, { NULL, NULL }
-    };
+    static const luaL_Reg integer_meta[] = { { "__tostring", integer_tostring },
+                                             { "__eq", integer_eq },
+                                             { NULL, NULL } };
     lua_getfield(L, LUA_REGISTRYINDEX, name);
     if (!lua_isnil(L, -1))
         return;
     lua_pop(L, 1);
     lua_createtable(L, 0, 4);
-    luaL_setfuncs(L, strcmp(name, NAME_NULL) == 0      ? null_meta
-                     : strcmp(name, NAME_INTEGER) == 0 ? integer_meta
-                                                       : array_meta, 0);
+    luaL_setfuncs(L,
+                  strcmp(name, NAME_NULL) == 0      ? null_meta
+                  : strcmp(name, NAME_INTEGER) == 0 ? integer_meta
+                                                    : array_meta,
+                  0);
     lua_pushstring(L, name);
     lua_setfield(L, -2, "__metatable");
     lua_pushvalue(L, -1);
@@ -195,9 +197,8 @@ static void push_value(struct push *p, uint32_t tok)
 
 bool orch_lua_push_json(lua_State *L, const struct orch_json_doc *d, uint32_t tok, unsigned mode)
 {
-    ORCH_CLEANUP(push_free) struct push p = {
-        .L = L, .d = d, .keep_null = (mode & ORCH_LUA_JSON_KEEP_NULL) != 0
-    };
+    ORCH_CLEANUP(push_free)
+    struct push p = { .L = L, .d = d, .keep_null = (mode & ORCH_LUA_JSON_KEEP_NULL) != 0 };
     push_value(&p, tok);
     return p.met_null;
 }
@@ -270,7 +271,8 @@ static void put_less(struct push *p, uint32_t tok, struct orch_buf *out)
     orch_buf_char(out, object ? '}' : ']');
 }
 
-void orch_lua_json_less(lua_State *L, int idx, const struct orch_json_doc *d, uint32_t tok, struct orch_buf *out)
+void orch_lua_json_less(lua_State *L, int idx, const struct orch_json_doc *d, uint32_t tok,
+                        struct orch_buf *out)
 {
     ORCH_CLEANUP(push_free) struct push p = { .L = L, .d = d };
     lua_pushvalue(L, idx);
@@ -283,7 +285,7 @@ void orch_lua_json_less(lua_State *L, int idx, const struct orch_json_doc *d, ui
 struct enc {
     lua_State *L;
     struct orch_buf *out;
-    size_t base; /* out->n at the start */
+    size_t base;        /* out->n at the start */
     const char *reason; /* static text, with `type` before it when that is set */
     const char *type;
     unsigned depth;

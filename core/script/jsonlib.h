@@ -8,9 +8,9 @@
  *   number          number; an integer beyond ±2^53 is an opaque userdata (tostring and == only)
  *                   that is written back digit for digit
  *
- * From Lua: a table with the array metatable and a plain non-empty sequence 1..n are arrays, a table
- * of string keys and an empty plain table are objects, any other table is an error. Tables are read
- * raw: no metamethod runs.
+ * From Lua: a table with the array metatable and a plain non-empty sequence 1..n are arrays, a
+ * table of string keys and an empty plain table are objects, any other table is an error. Tables
+ * are read raw: no metamethod runs.
  *
  * For states of core/script. The work is charged to the state's budget, so besides the memory error
  * every function here may raise the limit error; C memory is released then. */
@@ -40,9 +40,10 @@ bool orch_lua_push_json(lua_State *L, const struct orch_json_doc *d, uint32_t to
  * Raises on cycles. */
 void orch_lua_strip_nulls(lua_State *L, int idx);
 
-/* Appends the JSON at tok, of which idx is the value, without the members that its objects no longer have; what is left
- * is as it came. */
-void orch_lua_json_less(lua_State *L, int idx, const struct orch_json_doc *d, uint32_t tok, struct orch_buf *out);
+/* Appends the JSON at tok, of which idx is the value, without the members that its objects no
+ * longer have; what is left is as it came. */
+void orch_lua_json_less(lua_State *L, int idx, const struct orch_json_doc *d, uint32_t tok,
+                        struct orch_buf *out);
 
 /* Whether the value carries the array metatable; whether it is an opaque integer beyond ±2^53. */
 bool orch_lua_is_array(lua_State *L, int idx);

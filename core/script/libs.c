@@ -1,5 +1,6 @@
-/* The libraries that a state opens. Bounded ones get only what is harmless and counted: the language's
- * base, math and bit, a little of os, and string and table functions of orch's own (strlib). */
+/* The libraries that a state opens. Bounded ones get only what is harmless and counted: the
+ * language's base, math and bit, a little of os, and string and table functions of orch's own
+ * (strlib). */
 #include "state.h"
 
 #include "../base/log.h"
@@ -9,12 +10,16 @@
 #include <lualib.h>
 #include <string.h>
 
-/* What else luaopen_base opens (load, getfenv, newproxy, collectgarbage, …) would get around a limit. */
+/* What else luaopen_base opens (load, getfenv, newproxy, collectgarbage, …) would get around a
+ * limit. */
 static const char *const bounded_globals[] = {
-    "_VERSION", "assert", "bit", "coroutine", "error", "getmetatable", "ipairs", "math", "next",
-    "pcall", "rawequal", "rawget", "select", "setmetatable", "tonumber", "tostring", "type", "unpack",
+    "_VERSION", "assert",       "bit",      "coroutine", "error",    "getmetatable",
+    "ipairs",   "math",         "next",     "pcall",     "rawequal", "rawget",
+    "select",   "setmetatable", "tonumber", "tostring",  "type",     "unpack",
 };
-static const char *const frozen_libraries[] = { "bit", "coroutine", "math", "os", "string", "table" };
+static const char *const frozen_libraries[] = {
+    "bit", "coroutine", "math", "os", "string", "table"
+};
 
 static int next_frozen(lua_State *L)
 {
@@ -83,7 +88,8 @@ static int bounded_date(lua_State *L)
     size_t n;
     const char *format = luaL_optlstring(L, 1, "!%c", &n);
     if (format[0] != '!')
-        return luaL_error(L, "os.date gives UTC only here: write os.date(\"!%s\")", n < 100 ? format : "...");
+        return luaL_error(L, "os.date gives UTC only here: write os.date(\"!%s\")",
+                          n < 100 ? format : "...");
     luaL_argcheck(L, n <= 256, 1, "longer than 256 bytes");
     lua_settop(L, 2);
     lua_pushvalue(L, lua_upvalueindex(1));

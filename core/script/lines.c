@@ -61,7 +61,8 @@ static void skip_quoted(struct lexer *x)
         x->p++;
 }
 
-/* The next token: its first character, 'a' for a word (then in *word), '"' for a string, 0 at the end. */
+/* The next token: its first character, 'a' for a word (then in *word), '"' for a string, 0 at the
+ * end. */
 static int next_token(struct lexer *x, struct orch_slice *word)
 {
     while (x->p < x->end) {
@@ -113,15 +114,19 @@ static int nesting(int token, struct orch_slice word)
     return 0;
 }
 
-/* Names the element that begins with this token, and notes its line. Returns the token its value begins with. */
-static int begin_element(lua_State *L, struct lexer *x, struct frame *f, int token, struct orch_slice *word, char path[PATH])
+/* Names the element that begins with this token, and notes its line. Returns the token its value
+ * begins with. */
+static int begin_element(lua_State *L, struct lexer *x, struct frame *f, int token,
+                         struct orch_slice *word, char path[PATH])
 {
     struct lexer ahead = *x;
     struct orch_slice key = *word, next = { 0 };
-    bool named = token == 'a' && next_token(&ahead, &next) == '=' && !(ahead.p < ahead.end && *ahead.p == '=');
+    bool named = token == 'a' && next_token(&ahead, &next) == '=' &&
+                 !(ahead.p < ahead.end && *ahead.p == '=');
     int line = x->line;
     if (named)
-        snprintf(path, PATH, "%s%s%.*s", f->path, f->path[0] ? "." : "", (int)(key.n < 64 ? key.n : 64), key.p);
+        snprintf(path, PATH, "%s%s%.*s", f->path, f->path[0] ? "." : "",
+                 (int)(key.n < 64 ? key.n : 64), key.p);
     else
         snprintf(path, PATH, "%s[%d]", f->path, ++f->n);
     lua_pushinteger(L, line);

@@ -1,6 +1,6 @@
-/* Where the elements of a returned table are written, so that a message about a value can name its line:
- * a scanner of Lua tokens over `return { … }`. It follows nested table constructors; what is made by code
- * (calls, functions, computed keys) has no line. Pure. */
+/* Where the elements of a returned table are written, so that a message about a value can name its
+ * line: a scanner of Lua tokens over `return { … }`. It follows nested table constructors; what is
+ * made by code (calls, functions, computed keys) has no line. Pure. */
 #ifndef ORCH_SCRIPT_LINES_H
 #define ORCH_SCRIPT_LINES_H
 

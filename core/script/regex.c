@@ -16,8 +16,9 @@
 #define HEAP_KIB (8 * 1024)
 #define DEADLINE_NS (100 * INT64_C(1000000))
 #define DEADLINE_NS_PER_BYTE 100
-#define LOOK_EVERY 64    /* callouts between two looks at the clock */
-#define SUBJECT_KEEP 4096 /* match data that served a longer subject may hold much memory: dropped */
+#define LOOK_EVERY 64 /* callouts between two looks at the clock */
+/* match data that served a longer subject may hold much memory: dropped */
+#define SUBJECT_KEEP 4096
 
 struct orch_regex {
     pcre2_code *code;
@@ -57,18 +58,21 @@ void orch_regex_free(struct orch_regex *re)
 struct orch_regex *orch_regex_compile(struct orch_slice pattern, struct orch_err *err)
 {
     if (pattern.n > PATTERN_BYTES) {
-        orch_err_set(err, E2BIG, "pattern of %zu bytes; at most %d are accepted", pattern.n, PATTERN_BYTES);
+        orch_err_set(err, E2BIG, "pattern of %zu bytes; at most %d are accepted", pattern.n,
+                     PATTERN_BYTES);
         return NULL;
     }
     pcre2_compile_context *how = pcre2_compile_context_create(NULL);
     if (!how)
         abort();
     pcre2_set_compile_extra_options(how, PCRE2_EXTRA_ALT_BSUX);
-    const uint32_t options = PCRE2_UTF | PCRE2_NEVER_UCP | PCRE2_NEVER_BACKSLASH_C | PCRE2_DOLLAR_ENDONLY |
-                             PCRE2_ALT_BSUX | PCRE2_MATCH_UNSET_BACKREF | PCRE2_AUTO_CALLOUT;
+    const uint32_t options = PCRE2_UTF | PCRE2_NEVER_UCP | PCRE2_NEVER_BACKSLASH_C |
+                             PCRE2_DOLLAR_ENDONLY | PCRE2_ALT_BSUX | PCRE2_MATCH_UNSET_BACKREF |
+                             PCRE2_AUTO_CALLOUT;
     int fault;
     PCRE2_SIZE at;
-    pcre2_code *code = pcre2_compile((PCRE2_SPTR)(pattern.p ? pattern.p : ""), pattern.n, options, &fault, &at, how);
+    pcre2_code *code = pcre2_compile((PCRE2_SPTR)(pattern.p ? pattern.p : ""), pattern.n, options,
+                                     &fault, &at, how);
     pcre2_compile_context_free(how);
     if (!code) {
         PCRE2_UCHAR text[160];
@@ -94,12 +98,15 @@ static void start_clock(struct orch_regex *re, size_t n)
     re->deadline_ns = now_ns() + DEADLINE_NS + (int64_t)n * DEADLINE_NS_PER_BYTE;
 }
 
-/* 1: found, its ends in `ends`. 0: none. -EOVERFLOW, -EILSEQ, or -EINVAL for a start inside a character. */
-static int search(struct orch_regex *re, struct orch_slice s, size_t start, uint32_t options, size_t ends[2])
+/* 1: found, its ends in `ends`. 0: none. -EOVERFLOW, -EILSEQ, or -EINVAL for a start inside a
+ * character. */
+static int search(struct orch_regex *re, struct orch_slice s, size_t start, uint32_t options,
+                  size_t ends[2])
 {
     if (!re->data && !(re->data = pcre2_match_data_create(1, NULL)))
         abort();
-    int r = pcre2_match(re->code, (PCRE2_SPTR)(s.p ? s.p : ""), s.n, start, options, re->data, re->ctx);
+    int r = pcre2_match(re->code, (PCRE2_SPTR)(s.p ? s.p : ""), s.n, start, options, re->data,
+                        re->ctx);
     if (r >= 0)
         memcpy(ends, pcre2_get_ovector_pointer(re->data), 2 * sizeof(*ends));
     if (s.n > SUBJECT_KEEP || (r < 0 && r != PCRE2_ERROR_NOMATCH)) {
@@ -116,7 +123,8 @@ static int search(struct orch_regex *re, struct orch_slice s, size_t start, uint
     return r <= PCRE2_ERROR_UTF8_ERR1 && r >= PCRE2_ERROR_UTF8_ERR21 ? -EILSEQ : -EOVERFLOW;
 }
 
-int orch_regex_replace(struct orch_regex *re, struct orch_slice in, struct orch_slice with, struct orch_buf *out)
+int orch_regex_replace(struct orch_regex *re, struct orch_slice in, struct orch_slice with,
+                       struct orch_buf *out)
 {
     const size_t before = out->n;
     size_t pos = 0, ends[2];
@@ -170,7 +178,8 @@ static bool run(lua_State *L, struct orch_slice s, size_t start, size_t ends[2])
     if (r == -EOVERFLOW)
         lua_pushliteral(L, "pattern match limit");
     else
-        lua_pushstring(L, r == -EILSEQ ? "pattern: the string is not valid UTF-8" : "pattern: the start is inside a character");
+        lua_pushstring(L, r == -EILSEQ ? "pattern: the string is not valid UTF-8"
+                                       : "pattern: the start is inside a character");
     return lua_error(L);
 }
 
@@ -206,7 +215,8 @@ static int compile(lua_State *L)
 {
     struct orch_slice pattern = check_string(L, 1);
     orch_state_charge(L, pattern.n + 1);
-    struct orch_regex **box = lua_newuserdata(L, sizeof(*box)); /* before the pattern, which it then owns */
+    /* before the pattern, which it then owns */
+    struct orch_regex **box = lua_newuserdata(L, sizeof(*box));
     *box = NULL;
     luaL_getmetatable(L, TYPE);
     lua_setmetatable(L, -2);

@@ -57,17 +57,19 @@ size_t orch_state_memory(const struct orch_state *s)
     return s->memory;
 }
 
-/* LuaJIT collects when memory has doubled, which may be beyond the cap. Half of what is left each time,
- * so that a state near its cap does not collect all the time. */
+/* LuaJIT collects when memory has doubled, which may be beyond the cap. Half of what is left each
+ * time, so that a state near its cap does not collect all the time. */
 static void set_collect_at(struct orch_state *s)
 {
     size_t least = s->memory_max / 4 * 3;
-    s->collect_at = s->memory < s->memory_max ? s->memory + (s->memory_max - s->memory) / 2 : s->memory_max;
+    s->collect_at = s->memory < s->memory_max ? s->memory + (s->memory_max - s->memory) / 2
+                                              : s->memory_max;
     if (s->collect_at < least)
         s->collect_at = least;
 }
 
-void orch_state_set_limits(struct orch_state *s, size_t memory_bytes, uint64_t steps, int64_t cpu_ms)
+void orch_state_set_limits(struct orch_state *s, size_t memory_bytes, uint64_t steps,
+                           int64_t cpu_ms)
 {
     s->memory_max = memory_bytes;
     set_collect_at(s);
@@ -75,7 +77,8 @@ void orch_state_set_limits(struct orch_state *s, size_t memory_bytes, uint64_t s
     s->cpu_us_max = cpu_ms * 1000;
 }
 
-/* ---- Limits ------------------------------------------------------------------------------------ */
+/* ---- Limits
+ * ------------------------------------------------------------------------------------ */
 
 static int64_t clock_us(clockid_t id)
 {
@@ -92,8 +95,8 @@ static void start_clock(struct orch_state *s)
 }
 
 /* The CPU clock is a system call. So in the first entry of a meter the monotonic clock counts until
- * LOOK_US have passed, which few entries take; everywhere else the CPU clock does: a busy machine does
- * not use up a budget. */
+ * LOOK_US have passed, which few entries take; everywhere else the CPU clock does: a busy machine
+ * does not use up a budget. */
 static void account(struct orch_state *s, bool leaving)
 {
     int64_t now = clock_us(CLOCK_MONOTONIC), elapsed = now - s->look_us;
@@ -118,8 +121,8 @@ static void hook_every(struct orch_state *s, int n)
     lua_sethook(s->L, hook, LUA_MASKCOUNT, n);
 }
 
-/* lua_sethook only sets fields of the global state (it is made to be called from signal handlers), so
- * that the allocator may do this. */
+/* lua_sethook only sets fields of the global state (it is made to be called from signal handlers),
+ * so that the allocator may do this. */
 static void look_soon(struct orch_state *s)
 {
     if (!s->armed && s->depth && s->L && s->bounded)
@@ -136,8 +139,8 @@ static void *allocate(void *ud, void *p, size_t osize, size_t nsize)
     }
     if (nsize > osize) {
         size_t more = nsize - osize;
-        /* Outside an entry it is host code that allocates, of sizes the host bounds: it must not fail. The
-         * next entry then finds itself over the limit. */
+        /* Outside an entry it is host code that allocates, of sizes the host bounds: it must not
+         * fail. The next entry then finds itself over the limit. */
         if (s->memory_max && (s->depth || s->guarded)) {
             size_t hard = s->memory_max + s->memory_max / 16;
             if (more > hard || s->memory > hard - more) {
@@ -150,8 +153,9 @@ static void *allocate(void *ud, void *p, size_t osize, size_t nsize)
         }
         s->meter->steps += more / 16;
     }
-    /* Moving a block is work as well: a deep stack is moved for every overflow that pcall catches, and
-     * near its end the hook itself overflows, so that only looking at every instruction gets through. */
+    /* Moving a block is work as well: a deep stack is moved for every overflow that pcall catches,
+     * and near its end the hook itself overflows, so that only looking at every instruction gets
+     * through. */
     s->meter->steps += (osize < nsize ? osize : nsize) / 64;
     if (s->meter->steps >= s->next_check + URGENT_STEPS)
         look_soon(s);
@@ -175,7 +179,8 @@ static void find_place(lua_State *L, char *out, size_t n)
         lua_getinfo(L, "Sl", &ar);
         if (ar.currentline <= 0 || strcmp(ar.source, ORCH_BOOT_NAME) == 0)
             continue;
-        snprintf(out, n, " in %s:%d", *ar.source == '@' ? ar.source + 1 : ar.short_src, ar.currentline);
+        snprintf(out, n, " in %s:%d", *ar.source == '@' ? ar.source + 1 : ar.short_src,
+                 ar.currentline);
         return;
     }
 }
@@ -188,7 +193,8 @@ static void set_over(struct orch_state *s, lua_State *L, int code, const char *w
     s->over = ORCH_CLASS_LIMIT;
     s->over_code = code;
     s->placed = *place;
-    snprintf(s->over_msg, sizeof s->over_msg, "limit: %s %s used up%s", orch_state_name(s), what, place);
+    snprintf(s->over_msg, sizeof s->over_msg, "limit: %s %s used up%s", orch_state_name(s), what,
+             place);
 }
 
 static void set_over_memory(struct orch_state *s, lua_State *L)
@@ -281,7 +287,8 @@ struct orch_state *orch_state_nest(lua_State *L)
     return s;
 }
 
-/* ---- Entries ----------------------------------------------------------------------------------- */
+/* ---- Entries
+ * ----------------------------------------------------------------------------------- */
 
 bool orch_state_enter(struct orch_state *s, struct orch_entry *e, struct orch_meter *m)
 {
@@ -438,7 +445,8 @@ static int add_traceback(lua_State *L)
     return 1;
 }
 
-/* A C function that was tail-called has no line to name any more: then the entry's function is named. */
+/* A C function that was tail-called has no line to name any more: then the entry's function is
+ * named. */
 static void add_function(lua_State *L, int idx, struct orch_err *err)
 {
     lua_Debug ar;
@@ -447,7 +455,8 @@ static void add_function(lua_State *L, int idx, struct orch_err *err)
     if (*ar.source != '@')
         return;
     size_t n = strlen(err->msg);
-    snprintf(err->msg + n, sizeof err->msg - n, " in %s:%d", ar.source + 1, ar.linedefined ? ar.linedefined : 1);
+    snprintf(err->msg + n, sizeof err->msg - n, " in %s:%d", ar.source + 1,
+             ar.linedefined ? ar.linedefined : 1);
 }
 
 int orch_state_pcall(struct orch_state *s, int nargs, int nresults, struct orch_err *err)
@@ -483,7 +492,8 @@ int orch_state_pcall(struct orch_state *s, int nargs, int nresults, struct orch_
     return 0;
 }
 
-/* ---- Loading ----------------------------------------------------------------------------------- */
+/* ---- Loading
+ * ----------------------------------------------------------------------------------- */
 
 struct load {
     const char *path;
@@ -515,18 +525,21 @@ static void load_chunk(lua_State *L, void *ud)
     lua_settop(L, 0);
 }
 
-int orch_state_load(struct orch_state *s, const char *path, struct orch_slice text, struct orch_err *err)
+int orch_state_load(struct orch_state *s, const char *path, struct orch_slice text,
+                    struct orch_err *err)
 {
     return orch_state_load_known(s, path, text, NULL, err);
 }
 
-int orch_state_load_known(struct orch_state *s, const char *path, struct orch_slice text, const char *sha256, struct orch_err *err)
+int orch_state_load_known(struct orch_state *s, const char *path, struct orch_slice text,
+                          const char *sha256, struct orch_err *err)
 {
     if (text.n > SOURCE_MAX)
-        return orch_err_setc(err, ORCH_CLASS_CONFIG, EFBIG, "%s: %zu bytes; a Lua file may have 1 MiB", path,
-                             text.n);
+        return orch_err_setc(err, ORCH_CLASS_CONFIG, EFBIG,
+                             "%s: %zu bytes; a Lua file may have 1 MiB", path, text.n);
     if (text.n && text.p[0] == LUA_SIGNATURE[0])
-        return orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL, "%s: bytecode is not accepted, only source text", path);
+        return orch_err_setc(err, ORCH_CLASS_CONFIG, EINVAL,
+                             "%s: bytecode is not accepted, only source text", path);
     struct orch_entry e;
     struct orch_err limit;
     struct load a = { path, text, sha256, s, 0 };
@@ -559,7 +572,8 @@ int orch_state_env(lua_State *L, int fn_idx)
     return 1;
 }
 
-/* ---- Read-only tables -------------------------------------------------------------------------- */
+/* ---- Read-only tables
+ * -------------------------------------------------------------------------- */
 
 bool orch_state_frozen(lua_State *L, int idx)
 {
@@ -577,7 +591,8 @@ static int refuse_write(lua_State *L)
     size_t n;
     const char *key = orch_state_text(L, 2, &n);
     if (lua_toboolean(L, lua_upvalueindex(1)))
-        return luaL_error(L, "global '%s' cannot be set: globals are read-only after load, use a local", key);
+        return luaL_error(
+            L, "global '%s' cannot be set: globals are read-only after load, use a local", key);
     return luaL_error(L, "'%s' cannot be set: the table is read-only", key);
 }
 
@@ -665,7 +680,8 @@ const char *orch_state_text(lua_State *L, int idx, size_t *n)
     return lua_tolstring(L, -1, n);
 }
 
-/* ---- Opening ----------------------------------------------------------------------------------- */
+/* ---- Opening
+ * ----------------------------------------------------------------------------------- */
 
 struct open {
     struct orch_state *s;
@@ -702,15 +718,16 @@ static int die(lua_State *L)
     abort();
 }
 
-struct orch_state *orch_state_make(const struct orch_state_opts *o, orch_state_open_fn *open, struct orch_err *err)
+struct orch_state *orch_state_make(const struct orch_state_opts *o, orch_state_open_fn *open,
+                                   struct orch_err *err)
 {
     char path[4096];
     snprintf(path, sizeof path, "%s/boot.lua", o->lua_dir);
     cleanup_buf struct orch_buf boot = { 0 };
     int r = orch_read_file(AT_FDCWD, path, BOOT_MAX, &boot);
     if (r < 0) {
-        orch_err_setc(err, ORCH_CLASS_CONFIG, -r, "%s: %s; orch's Lua files are not installed there", path,
-                      strerror(-r));
+        orch_err_setc(err, ORCH_CLASS_CONFIG, -r,
+                      "%s: %s; orch's Lua files are not installed there", path, strerror(-r));
         return NULL;
     }
     struct orch_state *s = orch_xcalloc(1, sizeof *s);
@@ -736,8 +753,9 @@ struct orch_state *orch_state_make(const struct orch_state_opts *o, orch_state_o
     if (status) {
         const char *text = lua_tostring(s->L, -1);
         if (s->no_memory)
-            orch_err_setc(err, ORCH_CLASS_LIMIT, ENOMEM, "limit: %s memory %zu bytes is too little to start",
-                          orch_state_name(s), o->memory_bytes);
+            orch_err_setc(err, ORCH_CLASS_LIMIT, ENOMEM,
+                          "limit: %s memory %zu bytes is too little to start", orch_state_name(s),
+                          o->memory_bytes);
         else
             orch_err_set(err, 0, "Lua: %s", text ? text : "cannot open the libraries");
         orch_state_free(s);

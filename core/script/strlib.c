@@ -2,9 +2,9 @@
 
 #include "state.h"
 
-#include <ctype.h>
 #include <lauxlib.h>
 #include <limits.h>
+#include <locale.h>
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -18,7 +18,8 @@ enum {
     INDEX_MAX = INT32_MAX / 4,
 };
 
-/* ---- Result buffer ----------------------------------------------------------------------------- */
+/* ---- Result buffer
+ * ----------------------------------------------------------------------------- */
 
 /* Grows in a userdata that lives in a reserved stack slot: counted against the state's memory, and
  * collected whatever error ends the function. */
@@ -84,7 +85,8 @@ static ptrdiff_t position(lua_Integer i, size_t n)
     return i < 0 ? 0 : i;
 }
 
-/* ---- Patterns ---------------------------------------------------------------------------------- */
+/* ---- Patterns
+ * ---------------------------------------------------------------------------------- */
 
 enum { CAPTURE_OPEN = -1, CAPTURE_POSITION = -2 };
 
@@ -124,24 +126,67 @@ static inline void step(struct match *m, size_t n)
         settle(m);
 }
 
+/* ASCII's classes, as LuaJIT has them: libc's go by the locale, which is the embedding
+ * program's. */
+static inline bool between(unsigned char c, unsigned char first, unsigned char last)
+{
+    return c >= first && c <= last;
+}
+
+static inline bool is_digit(char c)
+{
+    return between((unsigned char)c, '0', '9');
+}
+
+static inline bool is_cntrl(unsigned char c)
+{
+    return c < ' ' || c == 127;
+}
+
 static bool in_class(unsigned char c, unsigned char class)
 {
-    bool r;
+    bool upper = between(c, 'A', 'Z'), lower = between(c, 'a', 'z'), digit = is_digit((char)c);
+    bool graph = between(c, '!', '~'), r;
+    if (!between(class | 0x20, 'a', 'z'))
+        return class == c;
     switch (class | 0x20) {
-    case 'a': r = isalpha(c); break;
-    case 'c': r = iscntrl(c); break;
-    case 'd': r = isdigit(c); break;
-    case 'g': r = isgraph(c); break;
-    case 'l': r = islower(c); break;
-    case 'p': r = ispunct(c); break;
-    case 's': r = isspace(c); break;
-    case 'u': r = isupper(c); break;
-    case 'w': r = isalnum(c); break;
-    case 'x': r = isxdigit(c); break;
-    case 'z': r = c == 0; break;
-    default: return class == c;
+    case 'a':
+        r = upper || lower;
+        break;
+    case 'c':
+        r = is_cntrl(c);
+        break;
+    case 'd':
+        r = digit;
+        break;
+    case 'g':
+        r = graph;
+        break;
+    case 'l':
+        r = lower;
+        break;
+    case 'p':
+        r = graph && !upper && !lower && !digit;
+        break;
+    case 's':
+        r = c == ' ' || between(c, '\t', '\r');
+        break;
+    case 'u':
+        r = upper;
+        break;
+    case 'w':
+        r = upper || lower || digit;
+        break;
+    case 'x':
+        r = digit || between(c | 0x20, 'a', 'f');
+        break;
+    case 'z':
+        r = c == 0;
+        break;
+    default:
+        return class == c;
     }
-    return isupper(class) ? !r : isalpha(class) ? r : class == c;
+    return class & 0x20 ? r : !r; /* a capital is the opposite */
 }
 
 /* End of the item that matches one character: x, ., %x, [set]. */
@@ -205,10 +250,15 @@ static bool item_matches(struct match *m, const char *s, const char *p, const ch
     step(m, 1);
     unsigned char c = (unsigned char)*s;
     switch (*p) {
-    case '.': return true;
-    case '%': return in_class(c, (unsigned char)p[1]);
-    case '[': step(m, (size_t)(p_next - p) / 8); return in_set(c, p, p_next - 1);
-    default: return (unsigned char)*p == c;
+    case '.':
+        return true;
+    case '%':
+        return in_class(c, (unsigned char)p[1]);
+    case '[':
+        step(m, (size_t)(p_next - p) / 8);
+        return in_set(c, p, p_next - 1);
+    default:
+        return (unsigned char)*p == c;
     }
 }
 
@@ -307,7 +357,8 @@ static const char *match_rest(struct match *m, const char *s, const char *p)
             if (p + 1 < m->p_end && p[1] == ')')
                 return match_open(m, s, p + 2, CAPTURE_POSITION);
             return match_open(m, s, p + 1, CAPTURE_OPEN);
-        case ')': return match_close(m, s, p + 1);
+        case ')':
+            return match_close(m, s, p + 1);
         case '$':
             if (p + 1 == m->p_end)
                 return s == m->s_end ? s : NULL;
@@ -334,7 +385,7 @@ static const char *match_rest(struct match *m, const char *s, const char *p)
                 p = set_end;
                 continue;
             }
-            if (isdigit((unsigned char)p[1])) {
+            if (is_digit(p[1])) {
                 s = match_again(m, s, p[1]);
                 if (!s)
                     return NULL;
@@ -342,7 +393,8 @@ static const char *match_rest(struct match *m, const char *s, const char *p)
                 continue;
             }
             break;
-        default: break;
+        default:
+            break;
         }
         const char *next = item_end(m, p);
         switch (next < m->p_end ? *next : 0) {
@@ -354,9 +406,12 @@ static const char *match_rest(struct match *m, const char *s, const char *p)
             }
             p = next + 1;
             continue;
-        case '*': return match_most(m, s, p, next + 1);
-        case '+': return item_matches(m, s, p, next) ? match_most(m, s + 1, p, next + 1) : NULL;
-        case '-': return match_least(m, s, p, next + 1);
+        case '*':
+            return match_most(m, s, p, next + 1);
+        case '+':
+            return item_matches(m, s, p, next) ? match_most(m, s + 1, p, next + 1) : NULL;
+        case '-':
+            return match_least(m, s, p, next + 1);
         default:
             if (!item_matches(m, s, p, next))
                 return NULL;
@@ -535,7 +590,7 @@ static void add_replacement(struct match *m, struct sbuf *b, const char *from, c
                 break;
             if (++i == n)
                 luaL_error(L, "invalid replacement string (ends with '%%')");
-            if (!isdigit((unsigned char)r[i])) {
+            if (!is_digit(r[i])) {
                 sbuf_char(b, r[i]);
             } else if (r[i] == '0') {
                 sbuf_add(b, from, (size_t)(end - from));
@@ -570,7 +625,9 @@ static int string_gsub(lua_State *L)
     const char *s = luaL_checklstring(L, 1, &n);
     const char *p = luaL_checklstring(L, 2, &np);
     int kind = lua_type(L, 3);
-    luaL_argcheck(L, kind == LUA_TNUMBER || kind == LUA_TSTRING || kind == LUA_TFUNCTION || kind == LUA_TTABLE,
+    luaL_argcheck(L,
+                  kind == LUA_TNUMBER || kind == LUA_TSTRING || kind == LUA_TFUNCTION ||
+                      kind == LUA_TTABLE,
                   3, "string/function/table expected");
     lua_Number most = luaL_optnumber(L, 4, (lua_Number)n + 1);
     ORCH_NEST(L);
@@ -603,7 +660,8 @@ static int string_gsub(lua_State *L)
     return 2;
 }
 
-/* ---- Other string functions ---------------------------------------------------------------------- */
+/* ---- Other string functions
+ * ---------------------------------------------------------------------- */
 
 static int string_len(lua_State *L)
 {
@@ -763,15 +821,15 @@ static const char *read_spec(lua_State *L, const char *p, const char *end, struc
     }
     if (p - start > 5)
         luaL_error(L, "invalid format (repeated flags)");
-    for (int k = 0; k < 2 && p < end && isdigit((unsigned char)*p); k++)
+    for (int k = 0; k < 2 && p < end && is_digit(*p); k++)
         f->width = f->width * 10 + (*p++ - '0');
     if (p < end && *p == '.') {
         f->precision = 0;
         p++;
-        for (int k = 0; k < 2 && p < end && isdigit((unsigned char)*p); k++)
+        for (int k = 0; k < 2 && p < end && is_digit(*p); k++)
             f->precision = f->precision * 10 + (*p++ - '0');
     }
-    if (p < end && isdigit((unsigned char)*p))
+    if (p < end && is_digit(*p))
         luaL_error(L, "invalid format (width or precision over 99)");
     f->n = (size_t)(p - start) + 1;
     f->text[0] = '%';
@@ -802,12 +860,16 @@ static void add_number(struct sbuf *b, const struct spec *f, char conversion, lu
             v = NAN; /* "nan", never "-nan" */
         format[f->n] = conversion;
         format[f->n + 1] = 0;
+        /* The C locale is static in libc: nothing is made, and nothing to free. */
+        locale_t before = uselocale(newlocale(LC_ALL_MASK, "C", NULL));
         b->n += (size_t)snprintf(room, ITEM_MAX, format, v);
+        uselocale(before);
         return;
     }
     if (conversion != 'd' && conversion != 'i' && v >= 0x1p63)
         v -= 0x1p64;
-    /* As LuaJIT converts: truncated, negative ones as two's complement, the least one for all beyond. */
+    /* As LuaJIT converts: truncated, negative ones as two's complement, the least one for all
+     * beyond. */
     long long whole = v >= -0x1p63 && v < 0x1p63 ? (long long)v : LLONG_MIN;
     memcpy(format + f->n, "ll", 2);
     format[f->n + 2] = conversion;
@@ -824,8 +886,8 @@ static void add_quoted(struct sbuf *b, const char *s, size_t n)
         if (c == '"' || c == '\\' || c == '\n') {
             sbuf_char(b, '\\');
             sbuf_char(b, (char)c);
-        } else if (iscntrl(c)) {
-            bool digit_follows = i + 1 < n && isdigit((unsigned char)s[i + 1]);
+        } else if (is_cntrl(c)) {
+            bool digit_follows = i + 1 < n && is_digit(s[i + 1]);
             char *room = sbuf_room(b, 5);
             b->n += (size_t)snprintf(room, 5, digit_follows ? "\\%03d" : "\\%d", c);
         } else {
@@ -880,7 +942,9 @@ static int string_format(lua_State *L)
         case 'E':
         case 'f':
         case 'g':
-        case 'G': add_number(&b, &f, conversion, luaL_checknumber(L, arg)); break;
+        case 'G':
+            add_number(&b, &f, conversion, luaL_checknumber(L, arg));
+            break;
         case 'q':
             text = luaL_checklstring(L, arg, &len);
             orch_state_charge(L, len / 4);
@@ -894,14 +958,18 @@ static int string_format(lua_State *L)
             add_padded(&b, &f, text, len);
             lua_settop(L, b.slot);
             break;
-        case 0: luaL_error(L, "invalid format (ends with '%%')"); break;
-        default: luaL_error(L, "invalid option '%%%c' to 'format'", conversion);
+        case 0:
+            luaL_error(L, "invalid format (ends with '%%')");
+            break;
+        default:
+            luaL_error(L, "invalid option '%%%c' to 'format'", conversion);
         }
     }
     return sbuf_push(&b);
 }
 
-/* ---- Tables -------------------------------------------------------------------------------------- */
+/* ---- Tables
+ * -------------------------------------------------------------------------------------- */
 
 static int check_array(lua_State *L, bool write)
 {
@@ -1072,23 +1140,16 @@ static int table_sort(lua_State *L)
     return 0;
 }
 
-/* -------------------------------------------------------------------------------------------------- */
+/* ---------------------------------------------------------------------------------------------- */
 
 static const luaL_Reg string_functions[] = {
-    { "byte", string_byte },
-    { "char", string_char },
-    { "find", string_find },
-    { "format", string_format },
-    { "gmatch", string_gmatch },
-    { "gsub", string_gsub },
-    { "len", string_len },
-    { "lower", string_lower },
-    { "match", string_match },
-    { "rep", string_rep },
-    { "reverse", string_reverse },
-    { "sub", string_sub },
-    { "upper", string_upper },
-    { NULL, NULL },
+    { "byte", string_byte },       { "char", string_char },
+    { "find", string_find },       { "format", string_format },
+    { "gmatch", string_gmatch },   { "gsub", string_gsub },
+    { "len", string_len },         { "lower", string_lower },
+    { "match", string_match },     { "rep", string_rep },
+    { "reverse", string_reverse }, { "sub", string_sub },
+    { "upper", string_upper },     { NULL, NULL },
 };
 
 static const luaL_Reg table_functions[] = {

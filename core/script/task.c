@@ -55,7 +55,8 @@ struct orch_tasks {
 static void run_queue(void *ud);
 static void finish(struct orch_task *t, int nres, const struct orch_err *err);
 
-/* ---- Records ----------------------------------------------------------------------------------- */
+/* ---- Records
+ * ----------------------------------------------------------------------------------- */
 
 static void new_thread(lua_State *L, void *ud)
 {
@@ -106,7 +107,8 @@ static struct orch_tasks *room_of(struct orch_state *s, struct orch_loop *l)
 static struct orch_task *take(struct orch_tasks *room, bool spawned, struct orch_err *err)
 {
     if (room->n_alive >= ORCH_TASKS_MAX || (spawned && room->n_spawned >= ORCH_TASKS_SPAWNED_MAX)) {
-        orch_err_setc(err, ORCH_CLASS_LIMIT, EAGAIN, "limit: %d tasks are running", spawned ? ORCH_TASKS_SPAWNED_MAX : ORCH_TASKS_MAX);
+        orch_err_setc(err, ORCH_CLASS_LIMIT, EAGAIN, "limit: %d tasks are running",
+                      spawned ? ORCH_TASKS_SPAWNED_MAX : ORCH_TASKS_MAX);
         return NULL;
     }
     struct orch_task *t = room->spare;
@@ -164,7 +166,8 @@ static void drop_wait(struct orch_task *t)
 
 static void set_why(const struct orch_task *t, struct orch_err *err)
 {
-    orch_err_setc(err, t->why_cls, t->why_cls == ORCH_CLASS_TIMEOUT ? ETIMEDOUT : ECANCELED, "%s", t->why);
+    orch_err_setc(err, t->why_cls, t->why_cls == ORCH_CLASS_TIMEOUT ? ETIMEDOUT : ECANCELED, "%s",
+                  t->why);
 }
 
 /* Takes t out of its parent's list. */
@@ -189,7 +192,8 @@ static void finish(struct orch_task *t, int nres, const struct orch_err *err)
     orphan(t);
     while (t->children) {
         struct orch_err ended;
-        orch_err_setc(&ended, ORCH_CLASS_CANCELLED, ECANCELED, "cancelled: the call that spawned it ended");
+        orch_err_setc(&ended, ORCH_CLASS_CANCELLED, ECANCELED,
+                      "cancelled: the call that spawned it ended");
         finish(t->children, 0, &ended);
     }
     t->done(t->ud, t->T, nres, err);
@@ -210,7 +214,8 @@ static void finish(struct orch_task *t, int nres, const struct orch_err *err)
     room->spare = t;
 }
 
-/* ---- Running ----------------------------------------------------------------------------------- */
+/* ---- Running
+ * ----------------------------------------------------------------------------------- */
 
 struct results {
     struct orch_task *t;
@@ -273,8 +278,9 @@ static bool run(struct orch_task *t)
     if (waits) {
         lua_pop(t->T, 1);
     } else if (status == LUA_YIELD) {
-        orch_err_set(&err, 0, "coroutine.yield outside a coroutine: to wait, call orch.sleep or another "
-                              "function that waits");
+        orch_err_set(&err, 0,
+                     "coroutine.yield outside a coroutine: to wait, call orch.sleep or another "
+                     "function that waits");
     } else if (failed) {
         lua_xmove(t->T, s->L, 1);
         orch_state_describe(s, status, t->T, &err);
@@ -317,12 +323,14 @@ static void run_queue(void *ud)
     }
 }
 
-struct orch_task *orch_task_start(struct orch_loop *l, struct orch_state *s, int nargs, orch_task_done_fn *done, void *ud)
+struct orch_task *orch_task_start(struct orch_loop *l, struct orch_state *s, int nargs,
+                                  orch_task_done_fn *done, void *ud)
 {
     struct orch_err err;
     struct orch_task *t = NULL;
     if (nargs > ORCH_TASK_ARGS_MAX)
-        orch_err_set(&err, E2BIG, "a task is started with %d arguments; at most %d", nargs, ORCH_TASK_ARGS_MAX);
+        orch_err_set(&err, E2BIG, "a task is started with %d arguments; at most %d", nargs,
+                     ORCH_TASK_ARGS_MAX);
     else
         t = take(room_of(s, l), false, &err);
     if (!t) {
@@ -374,7 +382,8 @@ bool orch_task_cancelled(const struct orch_task *t)
     return t->cancelled;
 }
 
-/* ---- Waiting ----------------------------------------------------------------------------------- */
+/* ---- Waiting
+ * ----------------------------------------------------------------------------------- */
 
 int orch_task_wait(lua_State *L, orch_loop_fn *cancel_fn, void *ud, struct orch_wait *w)
 {
@@ -414,7 +423,8 @@ void orch_task_ready(struct orch_wait w, orch_task_push_fn *push, void *ud)
         enqueue(t);
 }
 
-/* ---- orch.task and orch.sleep --------------------------------------------------------------------- */
+/* ---- orch.task and orch.sleep
+ * --------------------------------------------------------------------- */
 
 #define TASK_CLASS "orch.task"
 
@@ -597,7 +607,10 @@ static int task_gc(lua_State *L)
 static int task_tostring(lua_State *L)
 {
     struct spawned *sp = check_task(L);
-    lua_pushfstring(L, "task (%s)", sp->task ? "running" : sp->cls ? orch_class_name(sp->cls) : "done");
+    lua_pushfstring(L, "task (%s)",
+                    sp->task  ? "running"
+                    : sp->cls ? orch_class_name(sp->cls)
+                              : "done");
     return 1;
 }
 
@@ -626,7 +639,10 @@ static int task_sleep(lua_State *L)
     if (lua_type(L, 1) == LUA_TSTRING) {
         ms = orch_parse_duration_ms(lua_tostring(L, 1));
         if (ms < 0)
-            return luaL_error(L, "orch.sleep: not a duration: \"%s\"; seconds, or text like \"250ms\" \"30s\" \"5m\"", lua_tostring(L, 1));
+            return luaL_error(L,
+                              "orch.sleep: not a duration: \"%s\"; seconds, or text like \"250ms\" "
+                              "\"30s\" \"5m\"",
+                              lua_tostring(L, 1));
     } else {
         lua_Number seconds = luaL_checknumber(L, 1);
         luaL_argcheck(L, seconds >= 0 && seconds <= 1e9, 1, "seconds out of range");
@@ -639,8 +655,12 @@ static int task_sleep(lua_State *L)
     return orch_task_wait(L, cancel_sleep, t, &t->sleeping);
 }
 
-static const luaL_Reg task_methods[] = { { "join", task_join }, { "cancel", task_cancel }, { NULL, NULL } };
-static const luaL_Reg task_functions[] = { { "spawn", task_spawn }, { "sleep", task_sleep }, { NULL, NULL } };
+static const luaL_Reg task_methods[] = { { "join", task_join },
+                                         { "cancel", task_cancel },
+                                         { NULL, NULL } };
+static const luaL_Reg task_functions[] = { { "spawn", task_spawn },
+                                           { "sleep", task_sleep },
+                                           { NULL, NULL } };
 
 int orch_luaopen_task(lua_State *L)
 {

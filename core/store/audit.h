@@ -11,31 +11,36 @@ enum orch_audit_sync { ORCH_AUDIT_SYNC_NONE, ORCH_AUDIT_SYNC_INTERVAL, ORCH_AUDI
 
 #define ORCH_AUDIT_OUTCOME_MAX (16 * 1024) /* bytes of one outcome line */
 #define ORCH_AUDIT_LINE_MAX (256 * 1024)
-#define ORCH_AUDIT_AROUND 256 /* of either maximum, at most so many bytes are not the event or the fields */
+/* of either maximum, at most so many bytes are not the event or the fields */
+#define ORCH_AUDIT_AROUND 256
 
-/* dir: made 0700. key_path: 32 random bytes, made 0600 on first use. While something is written, and at
- * close, each second (by the loop's timer): with sync `interval` fdatasync, which may wait for the disk,
- * then FILE.head {"seq":…,"hash":…,"hmac":…}: the last written line's, and HMAC-SHA-256 over "SEQ:HASH".
- * A filesystem without fallocate: EOPNOTSUPP, with the fix. */
-struct orch_audit *orch_audit_open(struct orch_loop *l, const char *dir, const char *key_path, enum orch_audit_sync sync,
-                                   struct orch_err *err);
+/* dir: made 0700. key_path: 32 random bytes, made 0600 on first use. While something is written,
+ * and at close, each second (by the loop's timer): with sync `interval` fdatasync, which may wait
+ * for the disk, then FILE.head {"seq":…,"hash":…,"hmac":…}: the last written line's, and
+ * HMAC-SHA-256 over "SEQ:HASH". A filesystem without fallocate: EOPNOTSUPP, with the fix. */
+struct orch_audit *orch_audit_open(struct orch_loop *l, const char *dir, const char *key_path,
+                                   enum orch_audit_sync sync, struct orch_err *err);
 void orch_audit_close(struct orch_audit *a);
 
-/* Queues one line: {"ts":…,"seq":…,"event":"…",FIELDS,"prev":…,"hash":…}; seq counts from 1. fields: JSON
- * members without braces, composed by the caller, valid; event: a plain word. Nothing is written yet
- * (unless 4 MiB are queued), but there is room on the disk for it; `reserve`: also for the outcome,
- * which then must follow, also when the call does not run. Nothing is queued on an error: -ENOSPC or
- * -EDQUOT (this call is refused, a later one may fit), -EMSGSIZE (shorten), -EINVAL (newline or zero
- * byte in fields), or what broke the log. */
-int orch_audit_add(struct orch_audit *a, const char *event, struct orch_slice fields, bool reserve, struct orch_err *err);
-/* Like add, for the outcome of a reserved call, whose reservation it uses. Needs no more space, so only a
- * broken log refuses it. Over the maximum: -EMSGSIZE, the reservation stays: shorten and call again. */
+/* Queues one line: {"ts":…,"seq":…,"event":"…",FIELDS,"prev":…,"hash":…}; seq counts from 1.
+ * fields: JSON members without braces, composed by the caller, valid; event: a plain word. Nothing
+ * is written yet (unless 4 MiB are queued), but there is room on the disk for it; `reserve`: also
+ * for the outcome, which then must follow, also when the call does not run. Nothing is queued on an
+ * error: -ENOSPC or -EDQUOT (this call is refused, a later one may fit), -EMSGSIZE (shorten),
+ * -EINVAL (newline or zero byte in fields), or what broke the log. */
+int orch_audit_add(struct orch_audit *a, const char *event, struct orch_slice fields, bool reserve,
+                   struct orch_err *err);
+/* Like add, for the outcome of a reserved call, whose reservation it uses. Needs no more space, so
+ * only a broken log refuses it. Over the maximum: -EMSGSIZE, the reservation stays: shorten and
+ * call again. */
 int orch_audit_add_outcome(struct orch_audit *a, struct orch_slice fields, struct orch_err *err);
 /* Writes all that is queued with one write (and fdatasync when sync is each). On failure the queued
- * lines are dropped from the chain, the file is cut back to where it ended before, err says why, and
- * orch_audit_broken is true from then on: every later add and flush fails with the same error. */
+ * lines are dropped from the chain, the file is cut back to where it ended before, err says why,
+ * and orch_audit_broken is true from then on: every later add and flush fails with the same
+ * error. */
 int orch_audit_flush(struct orch_audit *a, struct orch_err *err);
-/* Adds and writes what is no call's; what fails is logged. a may be NULL: then there is no log yet. */
+/* Adds and writes what is no call's; what fails is logged. a may be NULL: then there is no log
+ * yet. */
 void orch_audit_note(struct orch_audit *a, const char *event, struct orch_slice fields);
 bool orch_audit_broken(const struct orch_audit *a);
 const char *orch_audit_path(const struct orch_audit *a);
@@ -46,14 +51,14 @@ struct orch_audit_report {
     uint64_t lines;          /* right ones, up to the first problem */
     uint64_t unsigned_lines; /* those of them after the head; all when there is no right head */
     bool ok, has_head;
-    char problem[512];       /* the first, as file:line: what */
-    char head_hash[65];      /* of the last right line; kept elsewhere it proves all up to it */
+    char problem[512];  /* the first, as file:line: what */
+    char head_hash[65]; /* of the last right line; kept elsewhere it proves all up to it */
 };
 /* Checks one file: every line strict JSON, seq without gap, prev and hash right, head right when
- * present. key_path NULL: the head's signature is not checked. expect_head: a hash kept elsewhere, which
- * one of the lines must have, or NULL. 0 when it could be read; r->ok is the verdict. */
-int orch_audit_verify(const char *path, const char *key_path, const char *expect_head, struct orch_audit_report *r,
-                      struct orch_err *err);
+ * present. key_path NULL: the head's signature is not checked. expect_head: a hash kept elsewhere,
+ * which one of the lines must have, or NULL. 0 when it could be read; r->ok is the verdict. */
+int orch_audit_verify(const char *path, const char *key_path, const char *expect_head,
+                      struct orch_audit_report *r, struct orch_err *err);
 
 /* The log files in dir, oldest first; none when dir does not exist. */
 int orch_audit_list(const char *dir, char ***paths, size_t *n, struct orch_err *err);

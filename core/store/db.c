@@ -21,8 +21,22 @@ struct orch_db {
 
 /* What is used of SQLite, loaded at the first open. */
 #define FUNCTIONS(X) \
-    X(open_v2) X(close) X(busy_timeout) X(exec) X(prepare_v2) X(finalize) X(step) X(reset) X(bind_text) X(bind_int64) \
-    X(column_text) X(column_bytes) X(column_int64) X(extended_errcode) X(errmsg) X(errstr)
+    X(open_v2) \
+    X(close) \
+    X(busy_timeout) \
+    X(exec) \
+    X(prepare_v2) \
+    X(finalize) \
+    X(step) \
+    X(reset) \
+    X(bind_text) \
+    X(bind_int64) \
+    X(column_text) \
+    X(column_bytes) \
+    X(column_int64) \
+    X(extended_errcode) \
+    X(errmsg) \
+    X(errstr)
 
 static struct {
 #define X(name) __typeof__(&sqlite3_##name) name;
@@ -30,21 +44,8 @@ static struct {
 #undef X
 } sq;
 
-static const char *const function_names[] = {
-#define X(name) #name,
-    FUNCTIONS(X)
-#undef X
-};
-static struct orch_library library = {
-    .what = "state database",
-    .file = "libsqlite3.so.0",
-    .package = "libsqlite3-0",
-    .prefix = "sqlite3_",
-    .names = function_names,
-    .functions = &sq,
-    .n_bytes = sizeof sq,
-    .cls = ORCH_CLASS_FAILED,
-};
+ORCH_LIBRARY(sq, FUNCTIONS, .what = "state database", .file = "libsqlite3.so.0",
+             .package = "libsqlite3-0", .prefix = "sqlite3_", .cls = ORCH_CLASS_FAILED);
 
 /* The error of the last call on db. Damage never removes anything: the file is the only record. */
 static int fail(const struct orch_db *db, int rc, struct orch_err *err)
@@ -54,12 +55,15 @@ static int fail(const struct orch_db *db, int rc, struct orch_err *err)
     switch (rc & 0xff) {
     case SQLITE_CORRUPT:
     case SQLITE_NOTADB:
-        return orch_err_set(err, EUCLEAN, "state database %s is damaged (%s): move it away (mv %s %s.damaged) and run "
-                            "orch trust again for each folder; nothing was changed", db->path, text, db->path, db->path);
+        return orch_err_set(
+            err, EUCLEAN,
+            "state database %s is damaged (%s): move it away (mv %s %s.damaged) and run "
+            "orch trust again for each folder; nothing was changed",
+            db->path, text, db->path, db->path);
     case SQLITE_BUSY:
     case SQLITE_LOCKED:
-        return orch_err_set(err, EBUSY, "state database %s: another process held it for %d s: %s", db->path, BUSY_MS / 1000,
-                            text);
+        return orch_err_set(err, EBUSY, "state database %s: another process held it for %d s: %s",
+                            db->path, BUSY_MS / 1000, text);
     case SQLITE_FULL:
         return orch_err_set(err, ENOSPC, "state database %s: %s", db->path, text);
     case SQLITE_READONLY:
@@ -115,31 +119,30 @@ static int number(struct orch_db *db, const char *sql, int64_t *out, struct orch
 /* Made before SQLite sees it, which would follow a link and make it as open as the umask allows. */
 static int make_file(const char *path, struct orch_err *err)
 {
-    cleanup_free char *folder = orch_xstrdup(path);
-    char *slash = strrchr(folder, '/');
-    if (slash && slash != folder) {
-        *slash = 0;
-        int r = orch_mkdir_p(folder, 0700);
-        if (r < 0)
-            return orch_err_set(err, -r, "state database: folder %s: %s", folder, strerror(-r));
-    }
+    int r = orch_mkdir_of(path, 0700);
+    if (r < 0)
+        return orch_err_set(err, -r, "state database: folder of %s: %s", path, strerror(-r));
     cleanup_close int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0600);
     struct stat st;
     if (fd < 0 || fstat(fd, &st) < 0)
         return orch_err_set(err, errno, "state database %s: %s", path,
-                            errno == ELOOP ? "is a symbolic link, which is not followed: move it away" : strerror(errno));
+                            errno == ELOOP
+                                ? "is a symbolic link, which is not followed: move it away"
+                                : strerror(errno));
     if (!S_ISREG(st.st_mode) || st.st_uid != geteuid() || (st.st_mode & 077))
-        return orch_err_set(err, EPERM, "state database %s: must be a regular file of this user with mode 0600 "
-                            "(is %04o, uid %u): chmod 600 it if nobody else can have written to it", path,
-                            (unsigned)st.st_mode & 07777, (unsigned)st.st_uid);
+        return orch_err_set(err, EPERM,
+                            "state database %s: must be a regular file of this user with mode 0600 "
+                            "(is %04o, uid %u): chmod 600 it if nobody else can have written to it",
+                            path, (unsigned)st.st_mode & 07777, (unsigned)st.st_uid);
     return 0;
 }
 
-static const char schema[] =
-    "CREATE TABLE trust(dir TEXT PRIMARY KEY NOT NULL, edits INTEGER NOT NULL, at INTEGER NOT NULL) WITHOUT ROWID;"
-    "CREATE TABLE trust_file(dir TEXT NOT NULL, path TEXT NOT NULL, sha256 TEXT NOT NULL, PRIMARY KEY(dir, path))"
-    " WITHOUT ROWID;"
-    "PRAGMA user_version = 1;"; /* = SCHEMA */
+static const char schema[] = "CREATE TABLE trust(dir TEXT PRIMARY KEY NOT NULL, edits INTEGER NOT "
+                             "NULL, at INTEGER NOT NULL) WITHOUT ROWID;"
+                             "CREATE TABLE trust_file(dir TEXT NOT NULL, path TEXT NOT NULL, "
+                             "sha256 TEXT NOT NULL, PRIMARY KEY(dir, path))"
+                             " WITHOUT ROWID;"
+                             "PRAGMA user_version = 1;"; /* = SCHEMA */
 
 static int check_schema(struct orch_db *db, struct orch_err *err)
 {
@@ -148,7 +151,8 @@ static int check_schema(struct orch_db *db, struct orch_err *err)
     if (r == 0 && version == SCHEMA)
         return 0;
     /* Empty, or made by another process just now: look again with the file to ourselves. */
-    if (r < 0 || (r = run(db, "BEGIN IMMEDIATE", err)) < 0 || (r = number(db, "PRAGMA user_version", &version, err)) < 0 ||
+    if (r < 0 || (r = run(db, "BEGIN IMMEDIATE", err)) < 0 ||
+        (r = number(db, "PRAGMA user_version", &version, err)) < 0 ||
         (r = number(db, "SELECT count(*) FROM sqlite_master", &tables, err)) < 0)
         return r;
     if (version == 0 && tables == 0) {
@@ -157,8 +161,11 @@ static int check_schema(struct orch_db *db, struct orch_err *err)
     }
     if (version == SCHEMA)
         return run(db, "COMMIT", err);
-    return orch_err_set(err, EPROTO, "state database %s: has format %lld, this orch knows %d: use the orch that made it, or "
-                        "move it away; nothing was changed", db->path, (long long)version, SCHEMA);
+    return orch_err_set(
+        err, EPROTO,
+        "state database %s: has format %lld, this orch knows %d: use the orch that made it, or "
+        "move it away; nothing was changed",
+        db->path, (long long)version, SCHEMA);
 }
 
 struct orch_db *orch_db_open(const char *path, struct orch_err *err)
@@ -172,7 +179,10 @@ struct orch_db *orch_db_open(const char *path, struct orch_err *err)
     if (r == 0) {
         sq.busy_timeout(db->handle, BUSY_MS);
         /* No WAL: its two files beside the database would have to be trusted and moved with it. */
-        r = run(db, "PRAGMA trusted_schema = OFF; PRAGMA journal_mode = DELETE; PRAGMA synchronous = FULL", err);
+        r = run(
+            db,
+            "PRAGMA trusted_schema = OFF; PRAGMA journal_mode = DELETE; PRAGMA synchronous = FULL",
+            err);
     }
     if (r == 0)
         r = check_schema(db, err);
@@ -194,7 +204,8 @@ void orch_db_close(struct orch_db *db)
 
 static int forget(struct orch_db *db, const char *dir, struct orch_err *err)
 {
-    static const char *const sql[] = { "DELETE FROM trust_file WHERE dir = ?", "DELETE FROM trust WHERE dir = ?" };
+    static const char *const sql[] = { "DELETE FROM trust_file WHERE dir = ?",
+                                       "DELETE FROM trust WHERE dir = ?" };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(sql); i++) {
         cleanup_stmt sqlite3_stmt *s = NULL;
         int r = prepare(db, sql[i], &s, err);
@@ -204,8 +215,8 @@ static int forget(struct orch_db *db, const char *dir, struct orch_err *err)
     return 0;
 }
 
-static int record(struct orch_db *db, const char *dir, bool edits, const struct orch_trust_file *files, size_t n,
-                  struct orch_err *err)
+static int record(struct orch_db *db, const char *dir, bool edits,
+                  const struct orch_trust_file *files, size_t n, struct orch_err *err)
 {
     cleanup_stmt sqlite3_stmt *folder = NULL, *file = NULL;
     int r = prepare(db, "INSERT INTO trust(dir, edits, at) VALUES(?, ?, ?)", &folder, err);
@@ -214,10 +225,12 @@ static int record(struct orch_db *db, const char *dir, bool edits, const struct 
     sq.bind_int64(folder, 2, edits);
     sq.bind_int64(folder, 3, time(NULL));
     if ((r = step(db, folder, err)) < 0 ||
-        (r = prepare(db, "INSERT INTO trust_file(dir, path, sha256) VALUES(?, ?, ?)", &file, err)) < 0)
+        (r = prepare(db, "INSERT INTO trust_file(dir, path, sha256) VALUES(?, ?, ?)", &file, err)) <
+            0)
         return r;
     for (size_t i = 0; i < n; i++) {
-        if ((r = bind(db, file, 1, dir, err)) < 0 || (r = bind(db, file, 2, files[i].path, err)) < 0 ||
+        if ((r = bind(db, file, 1, dir, err)) < 0 ||
+            (r = bind(db, file, 2, files[i].path, err)) < 0 ||
             (r = bind(db, file, 3, files[i].sha256, err)) < 0 || (r = step(db, file, err)) < 0)
             return r;
         sq.reset(file);
@@ -235,8 +248,8 @@ static int end(struct orch_db *db, int r, struct orch_err *err)
     return r;
 }
 
-int orch_db_trust_set(struct orch_db *db, const char *dir, bool edits, const struct orch_trust_file *files, size_t n,
-                      struct orch_err *err)
+int orch_db_trust_set(struct orch_db *db, const char *dir, bool edits,
+                      const struct orch_trust_file *files, size_t n, struct orch_err *err)
 {
     int r = run(db, "BEGIN IMMEDIATE", err);
     if (r < 0)
@@ -253,16 +266,19 @@ int orch_db_trust_forget(struct orch_db *db, const char *dir, struct orch_err *e
     return r < 0 ? r : end(db, forget(db, dir, err), err);
 }
 
-int orch_db_trust_get(struct orch_db *db, const char *dir, bool *edits, struct orch_trust_file **files, size_t *n,
-                      struct orch_err *err)
+int orch_db_trust_get(struct orch_db *db, const char *dir, bool *edits,
+                      struct orch_trust_file **files, size_t *n, struct orch_err *err)
 {
     *files = NULL;
     *n = 0;
     *edits = false;
     cleanup_stmt sqlite3_stmt *s = NULL;
     /* One statement, so that both tables are of one moment. */
-    int r = prepare(db, "SELECT t.edits, f.path, f.sha256 FROM trust t LEFT JOIN trust_file f ON f.dir = t.dir "
-                        "WHERE t.dir = ? ORDER BY f.path", &s, err);
+    int r = prepare(
+        db,
+        "SELECT t.edits, f.path, f.sha256 FROM trust t LEFT JOIN trust_file f ON f.dir = t.dir "
+        "WHERE t.dir = ? ORDER BY f.path",
+        &s, err);
     if (r < 0 || (r = bind(db, s, 1, dir, err)) < 0)
         return r;
     bool found = false;
@@ -300,8 +316,10 @@ int orch_db_trust_get(struct orch_db *db, const char *dir, bool *edits, struct o
 
 struct orch_db *orch_db_open(const char *path, struct orch_err *err)
 {
-    orch_err_set(err, ENOTSUP, "state database %s: this orch was built without the trust feature "
-                 "(make FEATURES=\"... trust\")", path);
+    orch_err_set(err, ENOTSUP,
+                 "state database %s: this orch was built without the trust feature "
+                 "(make FEATURES=\"... trust\")",
+                 path);
     return NULL;
 }
 
@@ -312,11 +330,12 @@ void orch_db_close(struct orch_db *db)
 
 static int without(struct orch_err *err)
 {
-    return orch_err_set(err, ENOTSUP, "built without the trust feature (make FEATURES=\"... trust\")");
+    return orch_err_set(err, ENOTSUP,
+                        "built without the trust feature (make FEATURES=\"... trust\")");
 }
 
-int orch_db_trust_set(struct orch_db *db, const char *dir, bool edits, const struct orch_trust_file *files, size_t n,
-                      struct orch_err *err)
+int orch_db_trust_set(struct orch_db *db, const char *dir, bool edits,
+                      const struct orch_trust_file *files, size_t n, struct orch_err *err)
 {
     (void)db, (void)dir, (void)edits, (void)files, (void)n;
     return without(err);
@@ -328,8 +347,8 @@ int orch_db_trust_forget(struct orch_db *db, const char *dir, struct orch_err *e
     return without(err);
 }
 
-int orch_db_trust_get(struct orch_db *db, const char *dir, bool *edits, struct orch_trust_file **files, size_t *n,
-                      struct orch_err *err)
+int orch_db_trust_get(struct orch_db *db, const char *dir, bool *edits,
+                      struct orch_trust_file **files, size_t *n, struct orch_err *err)
 {
     (void)db, (void)dir, (void)edits, (void)files, (void)n;
     return without(err);

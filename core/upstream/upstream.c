@@ -117,11 +117,13 @@ static void list_page(struct orch_upstream *u, struct orch_slice cursor)
         orch_buf_slice(&params, cursor);
         orch_buf_char(&params, '}');
     }
-    u->list_call = orch_mcp_client_call(
-        u->client,
-        &(struct orch_mcp_client_request){
-            .method = "tools/list", .params = { params.p, params.n }, .done = page_done, .ud = u },
-        &err);
+    u->list_call = orch_mcp_client_call(u->client,
+                                        &(struct orch_mcp_client_request){
+                                            .method = "tools/list",
+                                            .params = { params.p, params.n },
+                                            .done = page_done,
+                                            .ud = u },
+                                        &err);
     if (!u->list_call)
         settle(u, &err);
 }
@@ -217,15 +219,15 @@ static void call_start(struct orch_call *c)
 {
     struct orch_upstream *u = c->tool->backend_ud;
     struct orch_err err = { 0 };
-    c->run = orch_mcp_client_call(
-        u->client,
-        &(struct orch_mcp_client_request){ .tool = c->tool->name + strlen(u->name) + 2,
-                                           .args = { c->args.p, c->args.n },
-                                           .meta = { c->meta.p, c->meta.n },
-                                           .done = call_done,
-                                           .progress = call_progress,
-                                           .ud = c },
-        &err);
+    c->run = orch_mcp_client_call(u->client,
+                                  &(struct orch_mcp_client_request){
+                                      .tool = c->tool->name + strlen(u->name) + 2,
+                                      .args = { c->args.p, c->args.n },
+                                      .meta = { c->meta.p, c->meta.n },
+                                      .done = call_done,
+                                      .progress = call_progress,
+                                      .ud = c },
+                                  &err);
     if (c->run)
         orch_call_arm(c);
     else
@@ -418,9 +420,10 @@ static void asked(void *ud, struct orch_slice id, const char *method, const stru
     orch_buf_slice(&item->params, orch_json_raw(d, params));
     q->ask = orch_ask_start(c, item, 1, answered, q, &err);
     if (!q->ask) {
-        orch_mcp_client_refuse(
-            u->client, id,
-            err.code == ENOTSUP ? ORCH_RPC_METHOD_NOT_FOUND : ORCH_RPC_INTERNAL_ERROR, err.msg);
+        orch_mcp_client_refuse(u->client, id,
+                               err.code == ENOTSUP ? ORCH_RPC_METHOD_NOT_FOUND
+                                                   : ORCH_RPC_INTERNAL_ERROR,
+                               err.msg);
         free(q->id);
         free(q);
         return;
@@ -459,23 +462,23 @@ static struct orch_mcp_client *start_client(struct orch_upstream *u,
         if (getenv(passed[i]))
             env[n++] = orch_xasprintf("%s=%s", passed[i], getenv(passed[i]));
     env[n] = NULL;
-    struct orch_mcp_client *client = orch_mcp_client_new(
-        u->calls->loop,
-        &(struct orch_mcp_client_opts){
-            .name = u->name,
-            .argv = uo->command,
-            .env = (const char *const *)env,
-            .via = uo->via,
-            .via_ud = uo->via_ud,
-            .start_ms = uo->start_ms,
-            .limits = { .bytes = u->calls->current->gen->cfg.message_bytes },
-            .ready = ready,
-            .lost = lost,
-            .tools_changed = tools_changed,
-            .asked = asked,
-            .withdrawn = withdrawn,
-            .ud = u },
-        err);
+    struct orch_mcp_client *client =
+        orch_mcp_client_new(u->calls->loop,
+                            &(struct orch_mcp_client_opts){
+                                .name = u->name,
+                                .argv = uo->command,
+                                .env = (const char *const *)env,
+                                .via = uo->via,
+                                .via_ud = uo->via_ud,
+                                .start_ms = uo->start_ms,
+                                .limits = { .bytes = u->calls->current->gen->cfg.message_bytes },
+                                .ready = ready,
+                                .lost = lost,
+                                .tools_changed = tools_changed,
+                                .asked = asked,
+                                .withdrawn = withdrawn,
+                                .ud = u },
+                            err);
     while (n)
         free(env[--n]);
     return client;
@@ -545,6 +548,7 @@ void orch_upstream_doing(const struct orch_upstream *u, struct orch_buf *out)
     orch_buf_str(out, u->program);
     if (line.n)
         orch_buf_str(out, ": ");
-    orch_escape_terminal(
-        out, (struct orch_slice){ line.p, line.n < LINE_SHOWN ? line.n : LINE_SHOWN }, false);
+    orch_escape_terminal(out,
+                         (struct orch_slice){ line.p, line.n < LINE_SHOWN ? line.n : LINE_SHOWN },
+                         false);
 }

@@ -19,14 +19,14 @@ int orch_accel_device(struct orch_err *err)
 {
     struct stat st;
     if (stat(DEVICE, &st) < 0)
-        return orch_err_setc(
-            err, ORCH_CLASS_ISOLATION, errno,
-            DEVICE
-            ": %s; switch virtualization on in the firmware and load the module kvm_intel or kvm_amd",
-            strerror(errno));
+        return orch_err_setc(err, ORCH_CLASS_ISOLATION, errno,
+                             DEVICE ": %s; switch virtualization on in the firmware and load the "
+                                    "module kvm_intel or kvm_amd",
+                             strerror(errno));
     bool usable;
     if (geteuid() == 0) {
-        /* A root orch runs VMMs under a uid of their own that gets the device's group, unless it is root's. */
+        /* A root orch runs VMMs under a uid of their own that gets the device's group, unless it is
+         * root's. */
         mode_t need = st.st_gid ? (st.st_mode >> 3) | st.st_mode : st.st_mode;
         usable = (need & 06) == 06;
     } else {
@@ -132,9 +132,9 @@ void orch_accel_remember(const char *cache_dir, const char *host_key, const char
     cleanup_json struct orch_json_doc doc = { 0 };
     cleanup_free char *path = orch_xasprintf("%s/accel.json", cache_dir);
     uint32_t count, kept = 1;
-    orch_buf_printf(
-        &out, "{\"verdicts\":[\n{\"host\":\"%s\",\"image\":\"%s\",\"works\":%s,\"why\":", host_key,
-        image, v == ORCH_ACCEL_WORKS ? "true" : "false");
+    orch_buf_printf(&out,
+                    "{\"verdicts\":[\n{\"host\":\"%s\",\"image\":\"%s\",\"works\":%s,\"why\":",
+                    host_key, image, v == ORCH_ACCEL_WORKS ? "true" : "false");
     orch_json_quote(&out, orch_slice_str(why ? why : ""));
     orch_buf_char(&out, '}');
     load(cache_dir, &text, &doc);

@@ -1,12 +1,14 @@
-/* Whether KVM works here. /dev/kvm present does not mean that a guest runs: nested and paravirtual hosts
- * have it and hang or kill VMMs. So the first template is tried with KVM under a short deadline, and the
- * verdict is kept in CACHE/accel.json until kernel, processor, VMM or image change. */
+/* Whether KVM works here. /dev/kvm present does not mean that a guest runs: nested and paravirtual
+ * hosts have it and hang or kill VMMs. So the first template is tried with KVM under a short
+ * deadline, and the verdict is kept in CACHE/accel.json until kernel, processor, VMM or image
+ * change. */
 #ifndef ORCH_VM_ACCEL_H
 #define ORCH_VM_ACCEL_H
 
 #include "../base/err.h"
 
-/* Can the user that VMMs run as open /dev/kvm? 0, or class ISOLATION with the reason and the fix. */
+/* Can the user that VMMs run as open /dev/kvm? 0, or class ISOLATION with the reason and the
+ * fix. */
 int orch_accel_device(struct orch_err *err);
 
 /* What a verdict holds for: this kernel and processor, and the VMM's identity, as 64 hex digits. */

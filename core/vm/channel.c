@@ -147,7 +147,7 @@ static void op_end(struct op *op, const struct orch_exec_result *r, const struct
         struct orch_fileop *f = (struct orch_fileop *)op;
         struct orch_slice got = { 0 };
         if (!err && op->kind != WRITE_FILE)
-            got = (struct orch_slice){ f->data.p ? f->data.p : "", f->data.n };
+            got = orch_slice_of(&f->data);
         f->done(f->ud, got, err);
     }
     op_free(op);
@@ -254,7 +254,8 @@ static void watch_update(struct orch_channel *c)
 static void flush(struct orch_channel *c)
 {
     while (c->out.n > c->out_off && !c->failing) {
-        ssize_t n = send(c->fd, c->out.p + c->out_off, c->out.n - c->out_off, MSG_NOSIGNAL | MSG_DONTWAIT);
+        ssize_t n = send(c->fd, c->out.p + c->out_off, c->out.n - c->out_off,
+                         MSG_NOSIGNAL | MSG_DONTWAIT);
         if (n < 0 && errno == EINTR)
             continue;
         /* A broken pipe is found by reading, after what the guest still said. */
@@ -283,12 +284,14 @@ static void put_end(struct orch_channel *c)
     flush(c);
     if (orch_channel_queued(c) > QUEUE_HARD) {
         struct orch_err err;
-        orch_err_set(&err, ETIMEDOUT, "the guest agent does not read: %zu bytes wait for it", orch_channel_queued(c));
+        orch_err_set(&err, ETIMEDOUT, "the guest agent does not read: %zu bytes wait for it",
+                     orch_channel_queued(c));
         fail(c, &err);
     }
 }
 
-static void send_frame(struct orch_channel *c, uint32_t id, enum orch_wire_type type, const void *p, size_t n)
+static void send_frame(struct orch_channel *c, uint32_t id, enum orch_wire_type type, const void *p,
+                       size_t n)
 {
     if (c->failing)
         return;
@@ -329,7 +332,8 @@ static void fileop_send(struct orch_fileop *f)
     }
 }
 
-/* There is room again, in op's window or in the queue. May end anything: op is not valid afterwards. */
+/* There is room again, in op's window or in the queue. May end anything: op is not valid
+ * afterwards. */
 static void go_on(struct op *op)
 {
     op->wants = false;
@@ -380,9 +384,11 @@ static void got_hello(struct orch_channel *c, const struct orch_wire_head *h, co
     memcpy(&m, b, sizeof m);
     static const uint8_t zeros[16];
     if (m.version != ORCH_WIRE_VERSION) {
-        protocol_error(c, "HELLO of version %u, this orch speaks %d: build the image again (orch image build)",
-                       m.version, ORCH_WIRE_VERSION);
-    } else if (m.zero || (!c->restoring && c->hello_seen) || memcmp(m.epoch, c->restoring ? c->epoch : zeros, 16) != 0) {
+        protocol_error(
+            c, "HELLO of version %u, this orch speaks %d: build the image again (orch image build)",
+            m.version, ORCH_WIRE_VERSION);
+    } else if (m.zero || (!c->restoring && c->hello_seen) ||
+               memcmp(m.epoch, c->restoring ? c->epoch : zeros, 16) != 0) {
         protocol_error(c, "a HELLO that was not asked for");
     } else {
         c->hello_seen = true;
@@ -400,9 +406,11 @@ static void got_exit(struct orch_exec *x, const struct orch_wire_head *h, const 
         return;
     }
     memcpy(&e, b, sizeof e);
-    bool ok = e.fail <= ORCH_WIRE_FAIL_RESOURCES && e.sys_errno < 4096 && !e.zero && !(e.flags & ~7U) &&
+    bool ok = e.fail <= ORCH_WIRE_FAIL_RESOURCES && e.sys_errno < 4096 && !e.zero &&
+              !(e.flags & ~7U) &&
               (e.fail ? !x->started && e.sys_errno : x->started && !e.sys_errno) &&
-              (e.signal ? e.signal > 0 && e.signal <= 64 && e.status == -1 : e.status >= 0 && e.status <= 255) &&
+              (e.signal ? e.signal > 0 && e.signal <= 64 && e.status == -1
+                        : e.status >= 0 && e.status <= 255) &&
               !(e.flags & ORCH_WIRE_EXIT_CUT_STDOUT) == !e.dropped_stdout &&
               !(e.flags & ORCH_WIRE_EXIT_CUT_STDERR) == !e.dropped_stderr;
     if (!ok) {
@@ -432,7 +440,8 @@ static void got_output(struct orch_exec *x, const struct orch_wire_head *h, cons
     if (!x->started || !h->len || (i && x->pty))
         protocol_error(c, "output out of place");
     else if (x->max_output && x->got[i] > x->max_output)
-        protocol_error(c, "more output than the %llu bytes it was told", (unsigned long long)x->max_output);
+        protocol_error(c, "more output than the %llu bytes it was told",
+                       (unsigned long long)x->max_output);
     else if (x->output)
         x->output(x->ud, i + 1, (struct orch_slice){ (const char *)b, h->len });
 }
@@ -461,7 +470,8 @@ static bool entries_valid(const char *p, size_t n)
             p++;
         p = p ? skip_number(p, end, 10) : NULL;
         size_t name = p ? strlen(p) : 0;
-        if (!name || name > 255 || memchr(p, '/', name) || strcmp(p, ".") == 0 || strcmp(p, "..") == 0)
+        if (!name || name > 255 || memchr(p, '/', name) || strcmp(p, ".") == 0 ||
+            strcmp(p, "..") == 0)
             return false;
         p += name + 1;
     }
@@ -479,7 +489,8 @@ static void got_data(struct orch_fileop *f, const struct orch_wire_head *h, cons
         protocol_error(c, "more of a file than was asked for");
     } else if (f->data.n + h->len > f->max) {
         struct orch_err err;
-        orch_err_setc(&err, ORCH_CLASS_LIMIT, EFBIG, "%s in the guest is larger than the limit of %llu bytes", f->path,
+        orch_err_setc(&err, ORCH_CLASS_LIMIT, EFBIG,
+                      "%s in the guest is larger than the limit of %llu bytes", f->path,
                       (unsigned long long)f->max);
         send_frame(c, f->op.id, ORCH_WIRE_DROP, NULL, 0);
         op_end(&f->op, NULL, &err);
@@ -489,7 +500,8 @@ static void got_data(struct orch_fileop *f, const struct orch_wire_head *h, cons
     }
 }
 
-static void got_done(struct orch_channel *c, struct op *op, const struct orch_wire_head *h, const uint8_t *b)
+static void got_done(struct orch_channel *c, struct op *op, const struct orch_wire_head *h,
+                     const uint8_t *b)
 {
     struct orch_wire_done d;
     if (h->len != sizeof d || (h->id == 0 && !c->warming)) {
@@ -510,8 +522,10 @@ static void got_done(struct orch_channel *c, struct op *op, const struct orch_wi
         }
         if (d.sys_errno)
             orch_err_set(&err, (int)d.sys_errno, "cannot %s %s in the guest: %s",
-                         op->kind == WRITE_FILE ? "write" : op->kind == READ_FILE ? "read" : "list", f->path,
-                         strerror((int)d.sys_errno));
+                         op->kind == WRITE_FILE  ? "write"
+                         : op->kind == READ_FILE ? "read"
+                                                 : "list",
+                         f->path, strerror((int)d.sys_errno));
         op_end(op, NULL, d.sys_errno ? &err : NULL);
     }
 }
@@ -547,7 +561,9 @@ static void got_frame(struct orch_channel *c, const struct orch_wire_head *h, co
         return;
     }
     if (!c->hello_seen || (!h->id && h->type != ORCH_WIRE_DONE) || h->id > c->next_id) {
-        protocol_error(c, "a frame for %s", c->hello_seen ? "an id that was never used" : "an operation before its HELLO");
+        protocol_error(c, "a frame for %s",
+                       c->hello_seen ? "an id that was never used"
+                                     : "an operation before its HELLO");
         return;
     }
     struct op *op = op_find(c, h->id);
@@ -595,8 +611,11 @@ static void receive(struct orch_channel *c)
             return;
         if (n <= 0) {
             struct orch_err err;
-            orch_err_setc(&err, ORCH_CLASS_CLOSED, n < 0 ? errno : ECONNRESET, "the microVM closed its channel: %s",
-                          n < 0 ? strerror(errno) : c->in_n ? "in the middle of a frame" : "end of file");
+            orch_err_setc(&err, ORCH_CLASS_CLOSED, n < 0 ? errno : ECONNRESET,
+                          "the microVM closed its channel: %s",
+                          n < 0     ? strerror(errno)
+                          : c->in_n ? "in the middle of a frame"
+                                    : "end of file");
             fail(c, &err);
             return;
         }
@@ -650,11 +669,14 @@ static void on_tick(void *ud)
         }
         struct orch_err err;
         if (op->kind == EXEC) {
-            orch_err_setc(&err, ORCH_CLASS_TIMEOUT, ETIMEDOUT, "the guest agent does not answer: a command's time-out passed %d ms ago", EXEC_GRACE_MS);
+            orch_err_setc(&err, ORCH_CLASS_TIMEOUT, ETIMEDOUT,
+                          "the guest agent does not answer: a command's time-out passed %d ms ago",
+                          EXEC_GRACE_MS);
             fail(c, &err);
             break;
         }
-        orch_err_setc(&err, ORCH_CLASS_TIMEOUT, ETIMEDOUT, "the guest agent does not answer: nothing of %s came for %d ms",
+        orch_err_setc(&err, ORCH_CLASS_TIMEOUT, ETIMEDOUT,
+                      "the guest agent does not answer: nothing of %s came for %d ms",
                       ((struct orch_fileop *)op)->path, FILEOP_IDLE_MS);
         send_frame(c, op->id, ORCH_WIRE_DROP, NULL, 0);
         op_end(op, NULL, &err); /* may have ended others: look from the start at the next tick */
@@ -733,7 +755,8 @@ static void add_strings(struct orch_buf *b, const char *const *list)
         orch_buf_add(b, *list, strlen(*list) + 1);
 }
 
-struct orch_exec *orch_exec_start(struct orch_channel *c, const struct orch_exec_opts *o, struct orch_err *err)
+struct orch_exec *orch_exec_start(struct orch_channel *c, const struct orch_exec_opts *o,
+                                  struct orch_err *err)
 {
     struct orch_wire_exec w = {
         .flags = (o->pty ? ORCH_WIRE_EXEC_PTY : 0) | (o->stdin_open ? ORCH_WIRE_EXEC_STDIN : 0) |
@@ -748,17 +771,22 @@ struct orch_exec *orch_exec_start(struct orch_channel *c, const struct orch_exec
         return NULL;
     }
     if (c->n_execs >= MAX_EXECS || orch_channel_queued(c) > QUEUE_HARD / 2) {
-        orch_err_setc(err, ORCH_CLASS_LIMIT, EBUSY, "the microVM is busy: %d commands run in it (at most %d), %zu bytes wait to be sent",
-                      c->n_execs, MAX_EXECS, orch_channel_queued(c));
+        orch_err_setc(
+            err, ORCH_CLASS_LIMIT, EBUSY,
+            "the microVM is busy: %d commands run in it (at most %d), %zu bytes wait to be sent",
+            c->n_execs, MAX_EXECS, orch_channel_queued(c));
         return NULL;
     }
     cleanup_buf struct orch_buf b = { 0 };
     orch_buf_add(&b, &w, sizeof w);
-    add_strings(&b, (const char *const[]){ o->cwd ? o->cwd : "", o->user ? o->user : "1000", NULL });
+    add_strings(&b,
+                (const char *const[]){ o->cwd ? o->cwd : "", o->user ? o->user : "1000", NULL });
     add_strings(&b, o->argv);
     add_strings(&b, o->env);
     if (b.n > ORCH_WIRE_MAX) {
-        orch_err_setc(err, ORCH_CLASS_LIMIT, E2BIG, "the command with its environment has %zu bytes, at most %d fit: pass data by stdin or in a file",
+        orch_err_setc(err, ORCH_CLASS_LIMIT, E2BIG,
+                      "the command with its environment has %zu bytes, at most %d fit: pass data "
+                      "by stdin or in a file",
                       b.n, ORCH_WIRE_MAX);
         return NULL;
     }
@@ -816,7 +844,8 @@ void orch_exec_drop(struct orch_exec *x)
 }
 
 static struct orch_fileop *fileop_start(struct orch_channel *c, enum kind kind, const char *path,
-                                        const struct orch_wire_file *w, orch_fileop_fn *done, void *ud)
+                                        const struct orch_wire_file *w, orch_fileop_fn *done,
+                                        void *ud)
 {
     static const enum orch_wire_type type[] = {
         [WRITE_FILE] = ORCH_WIRE_WRITE, [READ_FILE] = ORCH_WIRE_READ, [LIST_DIR] = ORCH_WIRE_LIST
@@ -835,7 +864,8 @@ static struct orch_fileop *fileop_start(struct orch_channel *c, enum kind kind, 
     return f;
 }
 
-struct orch_fileop *orch_channel_write_file(struct orch_channel *c, const char *path, struct orch_slice data, mode_t mode,
+struct orch_fileop *orch_channel_write_file(struct orch_channel *c, const char *path,
+                                            struct orch_slice data, mode_t mode,
                                             orch_fileop_fn *done, void *ud)
 {
     struct orch_wire_file w = { .mode = mode & 07777, .uid = 1000 };
@@ -845,8 +875,9 @@ struct orch_fileop *orch_channel_write_file(struct orch_channel *c, const char *
     return f;
 }
 
-struct orch_fileop *orch_channel_read_file(struct orch_channel *c, const char *path, uint64_t offset, uint64_t length,
-                                           size_t max, orch_fileop_fn *done, void *ud)
+struct orch_fileop *orch_channel_read_file(struct orch_channel *c, const char *path,
+                                           uint64_t offset, uint64_t length, size_t max,
+                                           orch_fileop_fn *done, void *ud)
 {
     struct orch_wire_file w = { .offset = offset, .length = length };
     struct orch_fileop *f = fileop_start(c, READ_FILE, path, &w, done, ud);
@@ -855,7 +886,8 @@ struct orch_fileop *orch_channel_read_file(struct orch_channel *c, const char *p
     return f;
 }
 
-struct orch_fileop *orch_channel_list_dir(struct orch_channel *c, const char *path, orch_fileop_fn *done, void *ud)
+struct orch_fileop *orch_channel_list_dir(struct orch_channel *c, const char *path,
+                                          orch_fileop_fn *done, void *ud)
 {
     struct orch_fileop *f = fileop_start(c, LIST_DIR, path, NULL, done, ud);
     f->max = LIST_MAX;

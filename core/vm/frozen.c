@@ -2,7 +2,7 @@
 
 #include "../base/hash.h"
 #include "../base/json.h"
-#include "image.h"
+#include "../image/image.h"
 #include "rundir.h"
 
 #include <errno.h>
@@ -27,8 +27,9 @@
 #define META_MAX (16 * 1024)
 #define FORMAT 1
 
-/* Position-dependent sum over the pages that are not zero, against truncation and bad disks, not against
- * people: the folder is the user's own. Four lanes, so that it runs at the speed of memory. */
+/* Position-dependent sum over the pages that are not zero, against truncation and bad disks, not
+ * against people: the folder is the user's own. Four lanes, so that it runs at the speed of
+ * memory. */
 struct sum {
     uint64_t a[4], b[4], pages;
 };
@@ -57,11 +58,10 @@ static bool page_is_zero(const uint64_t *w)
     return w[0] == 0 && memcmp(w, w + 1, PAGE - 8) == 0;
 }
 
-/* Copies [*at, end) of from to the same place of to, without its zero pages and holes. Only system
- * calls: it also runs after fork. 0 or a negative errno. */
-static int copy_pages(int from, int to, uint64_t *at, uint64_t end, struct sum *sum)
+/* Copies [*at, end) of from to the same place of to, without its zero pages and holes, by way of
+ * buf (CHUNK bytes). Only system calls: it also runs after fork. 0 or a negative errno. */
+static int copy_pages(int from, int to, uint64_t *at, uint64_t end, struct sum *sum, uint64_t *buf)
 {
-    static uint64_t buf[CHUNK / 8];
     while (*at < end) {
         off_t data = lseek(from, (off_t)*at, SEEK_DATA);
         if (data < 0 && errno == ENXIO)
@@ -88,8 +88,8 @@ static int copy_pages(int from, int to, uint64_t *at, uint64_t end, struct sum *
             }
             size_t first = i - run;
             while (run) {
-                ssize_t w =
-                    pwrite(to, buf + first * (PAGE / 8), run * PAGE, (off_t)(start + first * PAGE));
+                ssize_t w = pwrite(to, buf + first * (PAGE / 8), run * PAGE,
+                                   (off_t)(start + first * PAGE));
                 if (w < 0 && errno == EINTR)
                     continue;
                 if (w <= 0 || w % PAGE)
@@ -150,6 +150,7 @@ struct orch_frozen_load {
     uint64_t at, bytes, pages;
     char want_sum[17];
     struct sum sum;
+    uint64_t buf[CHUNK / 8];
 };
 
 static int damaged(struct orch_err *err, const char *dir, const char *key, const char *what)
@@ -255,7 +256,7 @@ struct orch_frozen_load *orch_frozen_open(const char *dir, const char *key, uint
 int orch_frozen_step(struct orch_frozen_load *l, struct orch_err *err)
 {
     uint64_t end = l->at + STEP < l->bytes ? l->at + STEP : l->bytes;
-    int e = copy_pages(l->file_fd, l->mem_fd, &l->at, end, &l->sum);
+    int e = copy_pages(l->file_fd, l->mem_fd, &l->at, end, &l->sum, l->buf);
     if (e < 0)
         return orch_err_set(err, -e, "loading a template's memory: %s", strerror(-e));
     if (l->at < l->bytes)
@@ -313,11 +314,10 @@ static int create(int dir_fd, const char *name)
 }
 
 /* Everything that the child does: system calls only, for in an embedder other threads may have held
- * locks when it was forked. Returns 0 or an errno. */
+ * locks when it was forked. buf: CHUNK bytes. Returns 0 or an errno. */
 static int save(int dir_fd, const char *temp, const char *key, const struct orch_frozen *f,
-                const char *meta_head)
+                const char *meta_head, char *buf)
 {
-    static char meta[META_MAX];
     struct sum sum = { 0 };
     uint64_t at = 0;
     struct stat st;
@@ -329,21 +329,20 @@ static int save(int dir_fd, const char *temp, const char *key, const struct orch
         return errno;
     if (ftruncate(mem, (off_t)f->memory_bytes) < 0)
         return errno;
-    int e = copy_pages(f->mem_fd, mem, &at, f->memory_bytes, &sum);
+    int e = copy_pages(f->mem_fd, mem, &at, f->memory_bytes, &sum, (void *)buf);
     if (e < 0)
         return -e;
-    static char bytes[64 * 1024];
     for (off_t off = 0; off < st.st_size;) {
-        ssize_t n = pread(f->state_fd, bytes, sizeof bytes, off);
+        ssize_t n = pread(f->state_fd, buf, CHUNK, off);
         if (n <= 0)
             return n < 0 ? errno : EIO;
-        if ((e = orch_write_all(state, bytes, (size_t)n)) < 0)
+        if ((e = orch_write_all(state, buf, (size_t)n)) < 0)
             return -e;
         off += n;
     }
-    int n = snprintf(meta, sizeof meta, "%s\"pages\":%llu,\"mem_sum\":\"%016llx\"}\n", meta_head,
+    int n = snprintf(buf, META_MAX, "%s\"pages\":%llu,\"mem_sum\":\"%016llx\"}\n", meta_head,
                      (unsigned long long)sum.pages, (unsigned long long)sum_value(&sum));
-    if ((e = orch_write_all(about, meta, (size_t)n)) < 0)
+    if ((e = orch_write_all(about, buf, (size_t)n)) < 0)
         return -e;
     if (fsync(mem) < 0 || fsync(state) < 0 || fsync(about) < 0 || fsync(fd) < 0)
         return errno;
@@ -395,23 +394,24 @@ pid_t orch_frozen_save(const char *dir, const char *key, const struct orch_froze
     orch_frozen_remove(dir, key);
     if (hash_state(f, hash, &state_bytes, err) < 0)
         return -1;
-    orch_buf_printf(
-        &meta,
-        "{\"format\":%d,%.*s,\"memory_bytes\":%llu,\"tsc_khz\":%u,\"state_bytes\":%lld,\"state_sha256\":\"%s\",",
-        FORMAT, (int)about.n, about.p, (unsigned long long)f->memory_bytes, f->tsc_khz, state_bytes,
-        hash);
+    orch_buf_printf(&meta,
+                    "{\"format\":%d,%.*s,\"memory_bytes\":%llu,\"tsc_khz\":%u,\"state_bytes\":%lld,"
+                    "\"state_sha256\":\"%s\",",
+                    FORMAT, (int)about.n, about.p, (unsigned long long)f->memory_bytes, f->tsc_khz,
+                    state_bytes, hash);
     cleanup_close int dir_fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (dir_fd < 0) {
         orch_err_set(err, errno, "%s: %s", dir, strerror(errno));
         return -1;
     }
+    cleanup_free char *buf = orch_xmalloc(CHUNK); /* the child must not allocate */
     pid_t parent = getpid(), pid = fork();
     if (pid == 0) {
         close_others((const int[]){ dir_fd, f->mem_fd, f->state_fd, lock_fd }, 4);
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         if (getppid() != parent)
             _exit(ECANCELED);
-        int e = save(dir_fd, temp, key, f, meta.p);
+        int e = save(dir_fd, temp, key, f, meta.p, buf);
         if (e)
             remove_in(dir_fd, temp);
         _exit(e);

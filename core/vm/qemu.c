@@ -1,9 +1,10 @@
 /* QEMU's microvm machine as a VMM: where its files are, its arguments, its control protocol (QMP).
  *
- * Everything QEMU is told is written ahead into its two socketpairs, so that a clone is one exec and no
- * round trip. A template is frozen while it runs (no QMP "stop"): the state then says "running", and a
- * clone goes on by itself once it has loaded it. QEMU is not trusted once a guest has run in it: lines
- * of its QMP are bounded, scanned strictly, and nothing it says makes orch do more than note it. */
+ * Everything QEMU is told is written ahead into its two socketpairs, so that a clone is one exec
+ * and no round trip. A template is frozen while it runs (no QMP "stop"): the state then says
+ * "running", and a clone goes on by itself once it has loaded it. QEMU is not trusted once a guest
+ * has run in it: lines of its QMP are bounded, scanned strictly, and nothing it says makes orch do
+ * more than note it. */
 #include "vmm.h"
 
 #include "../base/json.h"
@@ -112,11 +113,11 @@ static int find_program(struct program *p, struct stat *st, struct orch_err *err
     struct stat fw;
     const char *firmware = first_existing(firmwares, &fw);
     if (!firmware)
-        return orch_err_setc(
-            err, ORCH_CLASS_ISOLATION, ENOENT,
-            "QEMU's microvm firmware not found (looked for %s and others); install it: apt-get install "
-            "qemu-system-data",
-            firmwares[0]);
+        return orch_err_setc(err, ORCH_CLASS_ISOLATION, ENOENT,
+                             "QEMU's microvm firmware not found (looked for %s and others); "
+                             "install it: apt-get install "
+                             "qemu-system-data",
+                             firmwares[0]);
     free(p->path);
     free(p->firmware);
     p->path = orch_xstrdup(path);
@@ -139,7 +140,8 @@ static void list_identity(struct program *p, const struct stat *st, struct orch_
         add_file_identity(out, "/etc/ld.so.cache", &cache);
 }
 
-/* A library that others than root (or this user, when not root) can change would let them into the VMM. */
+/* A library that others than root (or this user, when not root) can change would let them into the
+ * VMM. */
 static bool trusted_file(const char *path)
 {
     struct stat st;
@@ -219,10 +221,10 @@ static int parse_list(struct program *p, struct orch_err *err)
             slash = arrow + 4;
         size_t len = slash && slash < s + n ? strcspn(slash, " \n") : 0;
         if (len && !add_lib(p, slash, len))
-            return orch_err_setc(
-                err, ORCH_CLASS_ISOLATION, EPERM,
-                "QEMU's library %.*s is missing or can be changed by others than root; reinstall it",
-                (int)len, slash);
+            return orch_err_setc(err, ORCH_CLASS_ISOLATION, EPERM,
+                                 "QEMU's library %.*s is missing or can be changed by others than "
+                                 "root; reinstall it",
+                                 (int)len, slash);
         s += n + (s[n] == '\n');
     }
     if (!p->n_libs)
@@ -296,8 +298,8 @@ static int start_lister(struct program *p)
     if (!p->lister)
         return orch_err_wrap(&p->err, "listing QEMU's libraries");
     orch_proc_close_stdin(p->lister);
-    p->watch =
-        orch_watch_new(p->host->loop, orch_proc_stdout(p->lister), ORCH_READ, listed_some, p);
+    p->watch = orch_watch_new(p->host->loop, orch_proc_stdout(p->lister), ORCH_READ, listed_some,
+                              p);
     return 0;
 }
 
@@ -398,17 +400,16 @@ static ORCH_PRINTF(2, 3) void arg(struct args *a, const char *fmt, ...)
     a->v[++a->n] = NULL;
 }
 
-/* Emulated: without a TSC deadline the kernel checks the local APIC's timer against the PIT, and with
- * neither PIT nor ACPI a guest has no timer at all. The frequency is given because calibrating it on a
- * busy host fails often, and then the boot hangs. Freed memory is the guest's; nothing is gained from
- * loglevel=0, which would also silence a panic. */
+/* Emulated: without a TSC deadline the kernel checks the local APIC's timer against the PIT, and
+ * with neither PIT nor ACPI a guest has no timer at all. The frequency is given because calibrating
+ * it on a busy host fails often, and then the boot hangs. Freed memory is the guest's; nothing is
+ * gained from loglevel=0, which would also silence a panic. */
 static void add_kernel(struct args *a, const struct orch_vmm_spec *s)
 {
     cleanup_buf struct orch_buf line = { 0 };
-    orch_buf_str(
-        &line,
-        "console=ttyS0 quiet loglevel=1 reboot=t panic=-1 cryptomgr.notests i8042.nokbd i8042.noaux "
-        "random.trust_cpu=on");
+    orch_buf_str(&line, "console=ttyS0 quiet loglevel=1 reboot=t panic=-1 cryptomgr.notests "
+                        "i8042.nokbd i8042.noaux "
+                        "random.trust_cpu=on");
     if (!s->kvm)
         orch_buf_printf(&line, " tsc_early_khz=%u tsc=reliable", s->tsc_khz);
     arg(a, "-kernel");
@@ -419,15 +420,17 @@ static void add_kernel(struct args *a, const struct orch_vmm_spec *s)
     arg(a, "%s", line.p);
 }
 
-/* Read-only, so that all clones and templates may have it at once. QEMU would start up to 64 threads to
- * read it, more than its limit of processes lets it, and would abort; and it would drop the file from the
- * host's page cache at each clone's start, which its filter forbids. */
+/* Read-only, so that all clones and templates may have it at once. QEMU would start up to 64
+ * threads to read it, more than its limit of processes lets it, and would abort; and it would drop
+ * the file from the host's page cache at each clone's start, which its filter forbids. */
 static void add_disk(struct args *a)
 {
     arg(a, "-object");
     arg(a, "main-loop,id=loop,thread-pool-max=%d", DISK_THREADS);
     arg(a, "-blockdev");
-    arg(a, "driver=file,node-name=file,filename=" ORCH_VMM_FD_DIR "/%d,read-only=on,auto-read-only=off,locking=off,"
+    arg(a,
+        "driver=file,node-name=file,filename=" ORCH_VMM_FD_DIR
+        "/%d,read-only=on,auto-read-only=off,locking=off,"
         "drop-cache=off",
         FD(DISK));
     arg(a, "-blockdev");
@@ -491,7 +494,8 @@ static void build_args(struct args *a, const char *program, const struct orch_vm
     arg(a, "socket,id=qmp,fd=%d", FD(QMP));
     arg(a, "-mon");
     arg(a, "chardev=qmp,mode=control");
-    /* Debian builds the small binary without it; orch's own filter, which allows less, is over both. */
+    /* Debian builds the small binary without it; orch's own filter, which allows less, is over
+     * both. */
     const char *dash = strrchr(program, '-');
     if (!dash || strcmp(dash, "-microvm") != 0) {
         arg(a, "-sandbox");
@@ -612,7 +616,8 @@ static void guest_stopped(struct orch_vmm *v)
     uint32_t reason = orch_json_get(&v->doc, orch_json_get(&v->doc, 0, "data"), "reason");
     bool off = reason && orch_json_string_eq(&v->doc, reason, "guest-shutdown");
     snprintf(v->said, sizeof v->said, "%s",
-             off ? "the guest powered off" : "the guest stopped (a reboot, a kernel panic, or its init ended)");
+             off ? "the guest powered off"
+                 : "the guest stopped (a reboot, a kernel panic, or its init ended)");
     v->stopped = true;
 }
 
@@ -691,7 +696,8 @@ static void vmm_exited(void *ud, int status)
     if (v->stopped && status == 0)
         orch_err_set(&err, ECHILD, "%s", v->said);
     else
-        orch_err_set(&err, ECHILD, WIFSIGNALED(status) ? "the VMM was %s%s%s" : "the VMM ended (%s)%s%s", how,
+        orch_err_set(&err, ECHILD,
+                     WIFSIGNALED(status) ? "the VMM was %s%s%s" : "the VMM ended (%s)%s%s", how,
                      *v->said ? ": " : "", v->said);
     v->cb.ended(v->cb.ud, &err, status);
 }
@@ -798,14 +804,14 @@ static struct orch_vmm *qemu_start(struct orch_vmm_host *h, struct orch_launcher
         return NULL;
     }
     v->watch = orch_watch_new(h->loop, v->qmp_fd, ORCH_READ, qmp_readable, v);
-    qmp_send(
-        v,
-        "{\"execute\":\"qmp_capabilities\"}\n"
-        "{\"execute\":\"migrate-set-capabilities\",\"arguments\":{\"capabilities\":["
-        "{\"capability\":\"x-ignore-shared\",\"state\":true},{\"capability\":\"events\",\"state\":true}]}}\n"
-        /* Else a clone's VMM announces its address by RARP, which the packet filter stops. */
-        "{\"execute\":\"migrate-set-parameters\",\"arguments\":{\"announce-rounds\":0}}\n",
-        -1);
+    qmp_send(v,
+             "{\"execute\":\"qmp_capabilities\"}\n"
+             "{\"execute\":\"migrate-set-capabilities\",\"arguments\":{\"capabilities\":["
+             "{\"capability\":\"x-ignore-shared\",\"state\":true},{\"capability\":\"events\","
+             "\"state\":true}]}}\n"
+             /* Else a clone's VMM announces its address by RARP, which the packet filter stops. */
+             "{\"execute\":\"migrate-set-parameters\",\"arguments\":{\"announce-rounds\":0}}\n",
+             -1);
     if (s->clone && !s->hold)
         qemu_go(v);
     *agent_fd = orch_steal_fd(&agent_host);

@@ -51,8 +51,8 @@ int orch_rundir_open(const char *runtime_dir, struct orch_err *err)
     for (struct dirent *e; (e = readdir(d));) {
         if (!is_folder_name(e->d_name))
             continue;
-        cleanup_close int fd =
-            openat(base, e->d_name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+        cleanup_close int fd = openat(base, e->d_name,
+                                      O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
         if (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) == 0)
             remove_folder(base, fd, e->d_name);
     }
@@ -113,8 +113,8 @@ static void readable(void *ud, int events)
     drain_once(ud);
 }
 
-/* The folder is locked between mkdir and use; a sweeper that came first has removed or will remove it,
- * then another name is taken. */
+/* The folder is locked between mkdir and use; a sweeper that came first has removed or will remove
+ * it, then another name is taken. */
 static int make_folder(struct orch_rundir *r, int base_fd, const char *prefix)
 {
     for (int tries = 0; tries < 16; tries++) {
@@ -159,8 +159,8 @@ struct orch_rundir *orch_rundir_new(struct orch_loop *l, const char *runtime_dir
     }
     r->path = orch_xasprintf("%s/%s", runtime_dir, r->id);
     int fds[2];
-    r->file_fd =
-        openat(r->lock_fd, LOG_NAME, O_WRONLY | O_CREAT | O_EXCL | O_APPEND | O_CLOEXEC, 0600);
+    r->file_fd = openat(r->lock_fd, LOG_NAME, O_WRONLY | O_CREAT | O_EXCL | O_APPEND | O_CLOEXEC,
+                        0600);
     if (r->file_fd < 0 || pipe2(fds, O_CLOEXEC) < 0) {
         orch_err_set(err, errno, "%s/%s: cannot be made: %s", r->path, LOG_NAME, strerror(errno));
         orch_rundir_free(r);
@@ -253,7 +253,8 @@ static bool keep_log(struct orch_rundir *r)
     return true;
 }
 
-/* The last lines that fit; after a panic the first ones of it, which say more than the trace's end. */
+/* The last lines that fit; after a panic the first ones of it, which say more than the trace's
+ * end. */
 static struct orch_slice telling_lines(struct orch_slice text, size_t lines, size_t max_bytes)
 {
     static const char panic[] = "Kernel panic";

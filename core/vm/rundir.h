@@ -1,7 +1,8 @@
-/* A running VMM's folder in the runtime directory, and its log. The folder (0700, named by id) is locked
- * with flock as long as its owner lives, so that what a killed orch left can be told from a live one's.
- * What the VMM and its guest's console write comes through a pipe that is always drained: into vmm.log
- * (0600) up to ORCH_RUNDIR_LOG_MAX, and into a ring of the last ORCH_RUNDIR_TAIL bytes. */
+/* A running VMM's folder in the runtime directory, and its log. The folder (0700, named by id) is
+ * locked with flock as long as its owner lives, so that what a killed orch left can be told from a
+ * live one's. What the VMM and its guest's console write comes through a pipe that is always
+ * drained: into vmm.log (0600) up to ORCH_RUNDIR_LOG_MAX, and into a ring of the last
+ * ORCH_RUNDIR_TAIL bytes. */
 #ifndef ORCH_VM_RUNDIR_H
 #define ORCH_VM_RUNDIR_H
 
@@ -29,12 +30,12 @@ void orch_rundir_log_handed_over(struct orch_rundir *r);
 struct orch_slice orch_rundir_tail(
     const struct orch_rundir *r); /* borrowed, valid until the next turn of the loop */
 
-/* For a failed start: reads what is still in the pipe, moves the log to runtime_dir/failed/ID.log and
- * appends the last 20 lines, escaped for terminals, and the log's path to the message. */
+/* For a failed start: reads what is still in the pipe, moves the log to runtime_dir/failed/ID.log
+ * and appends the last 20 lines, escaped for terminals, and the log's path to the message. */
 void orch_rundir_explain(struct orch_rundir *r, struct orch_err *err);
 
-/* How many entries of that type (S_IFREG, S_IFDIR; none with a leading dot) there are; name gets the one
- * that was changed longest ago. */
+/* How many entries of that type (S_IFREG, S_IFDIR; none with a leading dot) there are; name gets
+ * the one that was changed longest ago. */
 size_t orch_dir_oldest(int dir_fd, mode_t type, char name[256]);
 
 #endif

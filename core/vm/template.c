@@ -1,8 +1,8 @@
 /* A source (one template in the making or made) goes through its steps in this order:
  *   image → accel → programs → open a kept copy ─────────────────────────→ load → ready
  *                                └ none: lock → open again → boot → warm → freeze → ready, save
- * Each step ends by calling the next, from the loop. A failed KVM trial goes back to `programs` without
- * KVM; a damaged copy goes on as if there were none. */
+ * Each step ends by calling the next, from the loop. A failed KVM trial goes back to `programs`
+ * without KVM; a damaged copy goes on as if there were none. */
 #include "template.h"
 
 #include "../base/hash.h"
@@ -30,7 +30,8 @@
 #define BOOT_KVM_MS 30000 /* shorter: where KVM only pretends, guests hang */
 #define FREEZE_MS 60000
 #define WARM_MS 60000
-#define WARM_SCRIPT "/etc/orch/warm" /* of a disk: what is run once before the freeze; lua/recipe.lua writes it */
+#define WARM_SCRIPT \
+    "/etc/orch/warm"   /* of a disk: what is run once before the freeze; lua/recipe.lua writes it */
 #define LOCK_MS 360000 /* another process boots the same template; about 2 s */
 #define LOCK_POLL_MS 50
 #define EXIT_GRACE_MS 5000 /* from the agent stream's end to the VMM's exit */
@@ -75,15 +76,15 @@ struct source {
     bool preparing;
     char key[33], host_key[65], no_kvm[512];
     uint64_t used; /* when it was wanted last, in wants */
-    bool ready, kept,
-        have_trial; /* kept: it came from, or cannot go to, the disk; trial: KVM's verdict is open */
+    /* kept: it came from, or cannot go to, the disk; trial: KVM's verdict is open */
+    bool ready, kept, have_trial;
     struct orch_frozen frozen;
     struct orch_frozen_load *load;
     int lock_fd;
     int64_t lock_until;
 
     struct orch_rundir *rundir; /* while a VMM boots */
-    struct orch_rules *rules; /* nothing passes, and there is no uplink */
+    struct orch_rules *rules;   /* nothing passes, and there is no uplink */
     struct orch_netns *netns;
     struct orch_vmm *vmm;
     struct orch_channel *channel;
@@ -124,8 +125,8 @@ static struct tsc_sample tsc_now(void)
         uint64_t b = __rdtsc();
         if (b - a < width) {
             width = b - a;
-            best =
-                (struct tsc_sample){ a + (b - a) / 2, (int64_t)t.tv_sec * 1000000000 + t.tv_nsec };
+            best = (struct tsc_sample){ a + (b - a) / 2,
+                                        (int64_t)t.tv_sec * 1000000000 + t.tv_nsec };
         }
     }
     return best;
@@ -224,8 +225,8 @@ static void source_unlink(struct source *s)
     *ss = s->next;
 }
 
-/* To each wait that does not know yet: it is usable, or (false) no longer. Callbacks may cancel waits,
- * their own too, and ask for others. */
+/* To each wait that does not know yet: it is usable, or (false) no longer. Callbacks may cancel
+ * waits, their own too, and ask for others. */
 static void tell_usable(struct source *s, bool usable)
 {
     for (struct orch_template_wait *w = s->waits; w;) {
@@ -300,7 +301,8 @@ static void step_accel(struct source *s)
     step_programs(s);
 }
 
-/* The disk stays open: it is there for the template's clones even when the image is removed or built anew. */
+/* The disk stays open: it is there for the template's clones even when the image is removed or
+ * built anew. */
 static void image_there(struct source *s)
 {
     struct orch_err err;
@@ -340,7 +342,8 @@ static void step_image(void *ud)
     if (r == 0) {
         image_there(s);
     } else if (r != -ESTALE && (r != -ENOENT || strcmp(s->image_name, "base") != 0)) {
-        source_failed(s, &err); /* a disk is made only when somebody asks for it: it takes a minute and a network */
+        /* a disk is made only when somebody asks for it: it takes a minute and a network */
+        source_failed(s, &err);
     } else {
         progress(s, "building image %s (once)", s->image_name);
         s->build = orch_image_build_start(ts->o.loop, s->image_name, &o, image_built, s);
@@ -406,19 +409,19 @@ static void step_open(struct source *s)
     }
     if (s->t.kvm) {
         cleanup_buf struct orch_buf why = { 0 };
-        enum orch_accel_verdict v =
-            orch_accel_recall(s->ts->cache_dir, s->host_key, s->t.image.id, &why);
+        enum orch_accel_verdict v = orch_accel_recall(s->ts->cache_dir, s->host_key, s->t.image.id,
+                                                      &why);
         s->have_trial = v != ORCH_ACCEL_WORKS;
         if (v == ORCH_ACCEL_FAILS && s->want == ORCH_ACCEL_AUTO) {
             without_kvm(s, why.p ? why.p : "it failed before");
             return;
         }
         if (v == ORCH_ACCEL_FAILS) {
-            orch_err_setc(
-                &err, ORCH_CLASS_ISOLATION, ENOTSUP,
-                "acceleration kvm: it was tried here and does not work: %s (remembered in %s/accel.json; remove that "
-                "file to try again)",
-                why.p ? why.p : "", s->ts->cache_dir);
+            orch_err_setc(&err, ORCH_CLASS_ISOLATION, ENOTSUP,
+                          "acceleration kvm: it was tried here and does not work: %s (remembered "
+                          "in %s/accel.json; remove that "
+                          "file to try again)",
+                          why.p ? why.p : "", s->ts->cache_dir);
             source_failed(s, &err);
             return;
         }
@@ -466,7 +469,8 @@ static bool try_open(struct source *s)
     return true;
 }
 
-/* The lock file may be removed with its template by another process that prunes; then it is no lock. */
+/* The lock file may be removed with its template by another process that prunes; then it is no
+ * lock. */
 static int try_lock(struct source *s)
 {
     cleanup_free char *path = orch_xasprintf("%s/%s.lock", s->ts->dir, s->key);
@@ -579,9 +583,10 @@ static void start_saving(struct source *s)
     int pidfd;
     orch_buf_str(&about, "\"image\":");
     orch_json_quote(&about, orch_slice_str(s->t.image.name));
-    orch_buf_printf(&about, ",\"image_id\":\"%s\",\"accel\":\"%s\",\"vcpus\":%d,\"network\":%s,\"orch\":\"%s\"",
-                    s->t.image.id, s->t.kvm ? "kvm" : "tcg", s->t.vcpus,
-                    s->t.network ? "true" : "false", ORCH_VERSION);
+    orch_buf_printf(
+        &about, ",\"image_id\":\"%s\",\"accel\":\"%s\",\"vcpus\":%d,\"network\":%s,\"orch\":\"%s\"",
+        s->t.image.id, s->t.kvm ? "kvm" : "tcg", s->t.vcpus, s->t.network ? "true" : "false",
+        ORCH_VERSION);
     pid_t pid = orch_frozen_save(s->ts->dir, s->key, &s->frozen,
                                  (struct orch_slice){ about.p, about.n }, s->lock_fd, &pidfd, &err);
     if (pid < 0) {
@@ -614,8 +619,8 @@ static void boot_failed(struct source *s, const struct orch_err *why)
     bool trial = s->t.kvm && s->have_trial && err.cls != ORCH_CLASS_ISOLATION;
     if (trial) {
         const char *log = strstr(err.msg, "\nlog: "); /* will not be there for long */
-        cleanup_free char *reason =
-            orch_xstrndup(err.msg, log ? (size_t)(log - err.msg) : strlen(err.msg));
+        cleanup_free char *reason = orch_xstrndup(err.msg,
+                                                  log ? (size_t)(log - err.msg) : strlen(err.msg));
         orch_accel_remember(s->ts->cache_dir, s->host_key, s->t.image.id, ORCH_ACCEL_FAILS, reason);
     }
     if (trial && s->want == ORCH_ACCEL_AUTO) {
@@ -684,8 +689,9 @@ static void freeze(struct source *s)
     s->ts->o.backend->freeze(s->vmm, s->frozen.state_fd);
 }
 
-/* The agent makes an exec's cgroup and reads the user list at the first exec; clones find both done. A disk
- * says itself what its programs are: what they read of it is in the template's memory then, unpacked. */
+/* The agent makes an exec's cgroup and reads the user list at the first exec; clones find both
+ * done. A disk says itself what its programs are: what they read of it is in the template's memory
+ * then, unpacked. */
 static void warmed(void *ud, const struct orch_exec_result *r, const struct orch_err *err)
 {
     (void)err;
@@ -704,8 +710,11 @@ static void agent_hello(void *ud, const uint8_t epoch[16])
 {
     (void)epoch;
     struct source *s = ud;
-    static const char *const plain[] = { "true", NULL }, *const disk[] = { "sh", WARM_SCRIPT, NULL };
-    struct orch_exec_opts o = { .argv = s->t.image.disk ? disk : plain, .timeout_ms = WARM_MS, .done = warmed, .ud = s };
+    static const char *const plain[] = { "true", NULL }, *const disk[] = { "sh", WARM_SCRIPT,
+                                                                           NULL };
+    struct orch_exec_opts o = {
+        .argv = s->t.image.disk ? disk : plain, .timeout_ms = WARM_MS, .done = warmed, .ud = s
+    };
     struct orch_err err;
     if (strcmp(s->phase, "booting") != 0)
         return;
@@ -862,7 +871,8 @@ void orch_templates_free(struct orch_templates *ts)
 static struct source *find_source(struct orch_templates *ts, const struct orch_template_want *w)
 {
     for (struct source *s = ts->sources; s; s = s->next)
-        if (s->want == w->accel && s->t.network == w->network && s->t.memory_bytes == w->memory_bytes && s->t.vcpus == w->vcpus &&
+        if (s->want == w->accel && s->t.network == w->network &&
+            s->t.memory_bytes == w->memory_bytes && s->t.vcpus == w->vcpus &&
             strcmp(s->image_name, w->image) == 0)
             return s;
     return NULL;
@@ -951,12 +961,13 @@ enum orch_isolation orch_templates_known(struct orch_templates *ts, struct orch_
         orch_buf_str(why, "KVM worked when it was tried");
         return ORCH_ISOLATION_HARDWARE;
     case ORCH_ACCEL_FAILS:
-        orch_buf_printf(
-            why,
-            "KVM failed when it was tried: %s (remembered in %s/accel.json; remove that file to try again)",
-            reason.p ? reason.p : "", ts->cache_dir);
+        orch_buf_printf(why,
+                        "KVM failed when it was tried: %s (remembered in %s/accel.json; remove "
+                        "that file to try again)",
+                        reason.p ? reason.p : "", ts->cache_dir);
         return ORCH_ISOLATION_EMULATED;
-    case ORCH_ACCEL_UNTRIED: break;
+    case ORCH_ACCEL_UNTRIED:
+        break;
     }
     orch_buf_str(why, "KVM was not tried yet; the first microVM tries it");
     return ORCH_ISOLATION_NONE;

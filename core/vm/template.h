@@ -1,7 +1,7 @@
-/* Templates: a booted guest, frozen, as two sealed memfds that any number of clones start from. Made
- * once per image × size × acceleration, with or without a network device, held in memory (the four used last), kept on disk in
- * CACHE/templates/KEY/ (mem, sparse; state; meta.json), loaded by later processes. Finds or builds the
- * image and decides the acceleration on the way. */
+/* Templates: a booted guest, frozen, as two sealed memfds that any number of clones start from.
+ * Made once per image × size × acceleration, with or without a network device, held in memory (the
+ * four used last), kept on disk in CACHE/templates/KEY/ (mem, sparse; state; meta.json), loaded by
+ * later processes. Finds or builds the image and decides the acceleration on the way. */
 #ifndef ORCH_VM_TEMPLATE_H
 #define ORCH_VM_TEMPLATE_H
 
@@ -17,7 +17,7 @@ struct orch_template {
     struct orch_image image;
     bool kvm;
     bool network; /* has a device for it */
-    bool loaded; /* false: mem is being filled; a VMM may be started with hold already */
+    bool loaded;  /* false: mem is being filled; a VMM may be started with hold already */
     uint64_t memory_bytes;
     int vcpus;
     int mem_fd, state_fd;
@@ -37,7 +37,8 @@ struct orch_templates_opts {
 };
 
 struct orch_templates *orch_templates_new(const struct orch_templates_opts *o);
-/* Ends what is being booted; waits (at most 30 s) until a template that is being written is written. */
+/* Ends what is being booted; waits (at most 30 s) until a template that is being written is
+ * written. */
 void orch_templates_free(struct orch_templates *ts);
 
 /* What is wanted; AUTO means KVM where it works. */
@@ -60,7 +61,8 @@ struct orch_template_wait *orch_template_want(struct orch_templates *ts,
                                               orch_template_fn *fn, void *ud);
 void orch_template_cancel(struct orch_template_wait *w); /* the template is made all the same */
 
-/* For doctor: what a start with AUTO would use, from the device and the remembered verdict; why says why. */
+/* For doctor: what a start with AUTO would use, from the device and the remembered verdict; why
+ * says why. */
 enum orch_isolation orch_templates_known(struct orch_templates *ts, struct orch_buf *why);
 
 /* A descriptor for one clone, with an offset of its own. */

@@ -1,6 +1,6 @@
-/* A microVM waits for its template, starts a VMM that goes on from it, is ready when the guest agent has
- * answered RESTORE, and ends by orch_vm_free or by itself. Everything the user hears comes from a turn
- * of the loop of its own, so that he may free anything from there. */
+/* A microVM waits for its template, starts a VMM that goes on from it, is ready when the guest
+ * agent has answered RESTORE, and ends by orch_vm_free or by itself. Everything the user hears
+ * comes from a turn of the loop of its own, so that he may free anything from there. */
 #include "vm.h"
 
 #include "../base/json.h"
@@ -14,6 +14,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <math.h>
 #include <net/ethernet.h>
 #include <netinet/in.h>
 #include <stdio.h>
@@ -113,6 +114,12 @@ static void emit(struct orch_vm *vm, const char *event, const struct orch_buf *f
     orch_log_fields(ORCH_INFO, orch_slice_str(event), orch_slice_str(object));
 }
 
+static void add_ms(struct orch_buf *f, double ms)
+{
+    orch_buf_str(f, ",\"ms\":");
+    orch_json_put_number(f, round(ms * 10) / 10);
+}
+
 static void emit_spawn(struct orch_vm *vm)
 {
     cleanup_buf struct orch_buf f = { 0 };
@@ -122,7 +129,7 @@ static void emit_spawn(struct orch_vm *vm)
     add_string(&f, "isolation", orch_isolation_name(vm->isolation));
     if (vm->call)
         add_string(&f, "call", vm->call);
-    orch_buf_printf(&f, ",\"ms\":%.1f", orch_vm_spawn_ms(vm));
+    add_ms(&f, orch_vm_spawn_ms(vm));
     emit(vm, "vm_spawn", &f);
 }
 
@@ -138,7 +145,7 @@ static void emit_exit(struct orch_vm *vm)
     add_string(&f, "vm", vm->id);
     add_string(&f, "reason", vm->reason);
     add_string(&f, "status", vm->status >= 0 ? how : NULL);
-    orch_buf_printf(&f, ",\"ms\":%.1f", ms_since(vm->started_us));
+    add_ms(&f, ms_since(vm->started_us));
     emit(vm, "vm_exit", &f);
     vm->started_us = 0;
 }
@@ -298,9 +305,9 @@ static void lost(struct orch_vm *vm)
     orch_loop_post(vm->m->loop, tell_lost, vm);
 }
 
-/* Ends a ready microVM in two steps: the VMM goes and the agent's stream is cut, which makes the channel
- * deliver what it still has and call agent_failed; then it is lost. From now on it has one error, whoever
- * asks: something ran, so it is never of class ISOLATION. */
+/* Ends a ready microVM in two steps: the VMM goes and the agent's stream is cut, which makes the
+ * channel deliver what it still has and call agent_failed; then it is lost. From now on it has one
+ * error, whoever asks: something ran, so it is never of class ISOLATION. */
 static void end(struct orch_vm *vm, const char *reason, const struct orch_err *err)
 {
     set_reason(vm, reason, err);
@@ -379,8 +386,8 @@ static void agent_failed(void *ud, const struct orch_err *err)
     } else if (why.cls != ORCH_CLASS_CLOSED) {
         fail_or_end(vm, "protocol", &why);
     } else {
-        /* The stream's end is mostly the VMM's end, whose status says more: awaited shortly. What is
-         * started until then ends as what is under way. */
+        /* The stream's end is mostly the VMM's end, whose status says more: awaited shortly. What
+         * is started until then ends as what is under way. */
         vm->err = why;
         timer_drop(&vm->deadline);
         vm->deadline = orch_timer_new(vm->m->loop, stream_timeout, vm);
@@ -409,7 +416,8 @@ static void life_over(void *ud)
     struct orch_vm *vm = ud;
     struct orch_err err;
     orch_err_setc(&err, ORCH_CLASS_TIMEOUT, ETIMEDOUT, ORCH_VM_TIME_OVER,
-                  (double)vm->o.timeout_ms / 1000, vm->o.timeout_name ? vm->o.timeout_name : "timeout");
+                  (double)vm->o.timeout_ms / 1000,
+                  vm->o.timeout_name ? vm->o.timeout_name : "timeout");
     fail_or_end(vm, "timeout", &err);
 }
 
@@ -494,8 +502,8 @@ static void net_ready(void *ud)
     phase(ud, "filter");
 }
 
-/* Not before is there a VMM: a network that fails is one that no VMM ever saw. The template is asked for once
- * more, since what was told of it held for that turn alone. */
+/* Not before is there a VMM: a network that fails is one that no VMM ever saw. The template is
+ * asked for once more, since what was told of it held for that turn alone. */
 static void net_up(void *ud)
 {
     struct orch_vm *vm = ud;
@@ -555,8 +563,8 @@ static void host_changed(void *ud, const struct orch_err *unread)
             cannot_follow(vm, &why);
     }
     if (n)
-        orch_log(ORCH_INFO, "network: the host's addresses changed; the filters of %d microVMs follow",
-                 n);
+        orch_log(ORCH_INFO,
+                 "network: the host's addresses changed; the filters of %d microVMs follow", n);
 }
 
 static int start_net(struct orch_vm *vm, bool kvm, struct orch_err *err)
@@ -905,15 +913,17 @@ void orch_vms_each(struct orch_vms *m, void (*fn)(void *ud, struct orch_vm *vm),
     }
 }
 
-enum orch_isolation orch_known_isolation(struct orch_loop *l, const struct orch_vms_opts *o, struct orch_buf *why)
+enum orch_isolation orch_known_isolation(struct orch_loop *l, const struct orch_vms_opts *o,
+                                         struct orch_buf *why)
 {
     struct orch_vmm_host *host = orch_vmm_qemu.host_new(l, o->cache_dir, o->qemu);
-    struct orch_templates *ts = orch_templates_new(&(struct orch_templates_opts){ .loop = l,
-                                                                                  .backend = &orch_vmm_qemu,
-                                                                                  .host = host,
-                                                                                  .cache_dir = o->cache_dir,
-                                                                                  .runtime_dir = o->runtime_dir,
-                                                                                  .agent_path = o->agent_path });
+    struct orch_templates *ts = orch_templates_new(
+        &(struct orch_templates_opts){ .loop = l,
+                                       .backend = &orch_vmm_qemu,
+                                       .host = host,
+                                       .cache_dir = o->cache_dir,
+                                       .runtime_dir = o->runtime_dir,
+                                       .agent_path = o->agent_path });
     enum orch_isolation i = orch_templates_known(ts, why);
     orch_templates_free(ts);
     orch_vmm_qemu.host_free(host);

@@ -1,11 +1,11 @@
-/* What a VMM backend does: start one confined VMM that boots an image, freeze it into memory and device
- * state, and start VMMs that go on from there. It knows programs, arguments and the control protocol;
- * templates, deadlines and microVMs are its callers' matter. Loop callbacks only. */
+/* What a VMM backend does: start one confined VMM that boots an image, freeze it into memory and
+ * device state, and start VMMs that go on from there. It knows programs, arguments and the control
+ * protocol; templates, deadlines and microVMs are its callers' matter. Loop callbacks only. */
 #ifndef ORCH_VM_VMM_H
 #define ORCH_VM_VMM_H
 
+#include "../image/image.h"
 #include "../net/netns.h"
-#include "image.h"
 
 struct orch_vmm_host; /* the backend's programs and files on this host */
 struct orch_vmm;
@@ -17,13 +17,13 @@ struct orch_vmm_spec {
     bool hold;  /* clone: read neither mem nor state before go() */
     uint64_t memory_bytes;
     int vcpus;
-    bool network; /* with a network device, behind netns */
+    bool network;             /* with a network device, behind netns */
     struct orch_netns *netns; /* start: ready; the caller frees it right after the VMM */
-    uint32_t tsc_khz; /* of the host; boots under emulation need it */
-    int log_fd;       /* stdout, stderr and the guest's console; borrowed like the others */
-    int mem_fd;       /* memfd of memory_bytes; a clone's is sealed, by go() at the latest */
-    int disk_fd;      /* of the image; -1: it has none */
-    int state_fd;     /* clone: readable from its start, with an offset of its own */
+    uint32_t tsc_khz;         /* of the host; boots under emulation need it */
+    int log_fd;               /* stdout, stderr and the guest's console; borrowed like the others */
+    int mem_fd;   /* memfd of memory_bytes; a clone's is sealed, by go() at the latest */
+    int disk_fd;  /* of the image; -1: it has none */
+    int state_fd; /* clone: readable from its start, with an offset of its own */
 };
 
 struct orch_vmm_cb {
@@ -45,11 +45,12 @@ struct orch_vmm_backend {
     struct orch_vmm_host *(*host_new)(struct orch_loop *l, const char *cache_dir,
                                       const char *program);
     void (*host_free)(struct orch_vmm_host *h); /* pending prepares are forgotten */
-    /* Finds the files that a VMM of this acceleration needs; class ISOLATION when it is not installed.
-     * start may be called after done reported success. */
+    /* Finds the files that a VMM of this acceleration needs; class ISOLATION when it is not
+     * installed. start may be called after done reported success. */
     void (*prepare)(struct orch_vmm_host *h, bool kvm, orch_vmm_ready_fn *done, void *ud);
     void (*unprepare)(struct orch_vmm_host *h, void *ud); /* takes back what is pending for ud */
-    /* Text that changes whenever the programs change, and, with a spec, the virtual machine they build. */
+    /* Text that changes whenever the programs change, and, with a spec, the virtual machine they
+     * build. */
     int (*identity)(struct orch_vmm_host *h, bool kvm, const struct orch_vmm_spec *spec,
                     struct orch_buf *out, struct orch_err *err);
     /* agent_fd: the host's end of the guest agent's stream, the caller's from then on. */
@@ -57,7 +58,7 @@ struct orch_vmm_backend {
                               const struct orch_vmm_spec *spec, const struct orch_vmm_cb *cb,
                               int *agent_fd, struct orch_err *err);
     void (*go)(struct orch_vmm *v);
-    void (*freeze)(struct orch_vmm *v, int state_fd); /* an empty memfd, borrowed */
+    void (*freeze)(struct orch_vmm *v, int state_fd);    /* an empty memfd, borrowed */
     struct orch_cell *(*cell)(const struct orch_vmm *v); /* borrowed; NULL when it is over */
     void (*free)(struct orch_vmm *v); /* ends it; no callback follows; NULL is fine */
 };

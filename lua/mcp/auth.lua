@@ -1,6 +1,6 @@
--- OAuth for the MCP client, as the specification's authorization chapter has it: the server's metadata
--- says who issues tokens, the issuer's metadata says how, a person (or, with `follow`, nobody)
--- agrees, and the token is bound to this one server. Options (connect{ auth = … }):
+-- OAuth for the MCP client, as the specification's authorization chapter has it: the server's
+-- metadata says who issues tokens, the issuer's metadata says how, a person (or, with `follow`,
+-- nobody) agrees, and the token is bound to this one server. Options (connect{ auth = … }):
 --   client_id, client_secret     registered beforehand, with `issuer` at that one alone
 --   client_metadata_url          where the client's metadata document is (a client_id by itself)
 --   redirect_uri                 where the answer comes to; default http://127.0.0.1/callback

@@ -1,6 +1,6 @@
 -- orch.mcp.connect: manners above the C client (orch.client: core/bind/lua_client.c), which speaks
--- both eras over both transports. Here are names, lists and their pages, the answers to what servers
--- ask, and who gives tokens.
+-- both eras over both transports. Here are names, lists and their pages, the answers to what
+-- servers ask, and who gives tokens.
 local orch = require "orch"
 local http = require "http"
 local link = require "orch.client"

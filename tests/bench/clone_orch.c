@@ -1,8 +1,8 @@
-/* orch's clones: spawn → `true` (or COMMAND) ran in the guest → freed, ROUNDS times in one process, pool 0.
- * Compare with clone_raw.c, which does the same with bare QEMU. IMAGE, ACCEL and ASLR=1 (the guest's, which
- * is off under emulation otherwise) are taken from the environment.
- * NETWORK=1: behind the packet filter of a policy, with an uplink.
- * usage: clone_orch LAUNCHER AGENT CACHE_DIR RUNTIME_DIR [ROUNDS [AT_ONCE [COMMAND ARG…]]] */
+/* orch's clones: spawn → `true` (or COMMAND) ran in the guest → freed, ROUNDS times in one process,
+ * pool 0. Compare with clone_raw.c, which does the same with bare QEMU. IMAGE, ACCEL and ASLR=1
+ * (the guest's, which is off under emulation otherwise) are taken from the environment. NETWORK=1:
+ * behind the packet filter of a policy, with an uplink. usage: clone_orch LAUNCHER AGENT CACHE_DIR
+ * RUNTIME_DIR [ROUNDS [AT_ONCE [COMMAND ARG…]]] */
 #include "base/log.h"
 #include "vm/vm.h"
 
@@ -54,9 +54,10 @@ static void ready(void *ud, struct orch_vm *vm, const struct orch_err *err)
     int n = 0;
     for (const struct orch_vm_phase *p = orch_vm_phases(vm); p->name; p++)
         x->phases[n++] = *p;
-    struct orch_exec_opts o = {
-        .argv = command, .no_aslr = orch_vm_no_aslr(vm) && !getenv("ASLR"), .done = executed, .ud = x
-    };
+    struct orch_exec_opts o = { .argv = command,
+                                .no_aslr = orch_vm_no_aslr(vm) && !getenv("ASLR"),
+                                .done = executed,
+                                .ud = x };
     struct orch_err why;
     struct orch_channel *channel = orch_vm_channel(vm, &why);
     if (!channel || !orch_exec_start(channel, &o, &why)) {
@@ -83,7 +84,8 @@ static struct orch_rules *some_rules(void)
     static const struct orch_allow allow = { { 0xc6336400, 24 }, IPPROTO_TCP, &https, 1 };
     struct orch_err err = { .code = 0 };
     struct orch_rules *r =
-        orch_rules_new(&(struct orch_policy){ .allow = &allow, .n_allow = 1, .connections = 64 }, &err);
+        orch_rules_new(&(struct orch_policy){ .allow = &allow, .n_allow = 1, .connections = 64 },
+                       &err);
     if (!r) {
         fprintf(stderr, "%s\n", err.msg);
         exit(1);
@@ -94,8 +96,8 @@ static struct orch_rules *some_rules(void)
 int main(int argc, char **argv)
 {
     if (argc < 5) {
-        fprintf(stderr,
-                "usage: clone_orch LAUNCHER AGENT CACHE_DIR RUNTIME_DIR [ROUNDS [AT_ONCE [COMMAND ARG…]]]\n");
+        fprintf(stderr, "usage: clone_orch LAUNCHER AGENT CACHE_DIR RUNTIME_DIR [ROUNDS [AT_ONCE "
+                        "[COMMAND ARG…]]]\n");
         return 2;
     }
     int rounds = argc > 5 ? atoi(argv[5]) : 20, at_once = argc > 6 ? atoi(argv[6]) : 1;
@@ -128,7 +130,9 @@ int main(int argc, char **argv)
     for (int r = -1; r < rounds; r++) { /* the first is the template's: not counted */
         left = at_once;
         for (int i = 0; i < at_once; i++) {
-            struct orch_vm_opts vo = { .image = getenv("IMAGE"), .accel = getenv("ACCEL"), .ready = ready, .ud = &x[i] };
+            struct orch_vm_opts vo = {
+                .image = getenv("IMAGE"), .accel = getenv("ACCEL"), .ready = ready, .ud = &x[i]
+            };
             if (getenv("NETWORK")) {
                 vo.network = "bench";
                 vo.rules = some_rules();

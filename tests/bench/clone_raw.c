@@ -1,8 +1,8 @@
-/* The floor for clones: bare QEMU from a kept template, no launcher, no confinement, no orch. Same options,
- * same guest, same two requests (RESTORE, EXEC `true`); everything is written ahead and this process does
- * nothing but wait. Prints median and p90 of exec → control channel, → state loaded, → HELLO, → `true` ran,
- * and of `qemu-system-x86_64 -version`.
- * usage: clone_raw CACHE_DIR/templates/KEY [ROUNDS [norandmaps]] */
+/* The floor for clones: bare QEMU from a kept template, no launcher, no confinement, no orch. Same
+ * options, same guest, same two requests (RESTORE, EXEC `true`); everything is written ahead and
+ * this process does nothing but wait. Prints median and p90 of exec → control channel, → state
+ * loaded, → HELLO, → `true` ran, and of `qemu-system-x86_64 -version`. usage: clone_raw
+ * CACHE_DIR/templates/KEY [ROUNDS [norandmaps]] */
 #include "guest/wire.h"
 
 #include <errno.h>
@@ -165,7 +165,8 @@ static void clone_once(int round, unsigned mib, bool no_aslr)
     static const char commands[] =
         "{\"execute\":\"qmp_capabilities\"}\n"
         "{\"execute\":\"migrate-set-capabilities\",\"arguments\":{\"capabilities\":["
-        "{\"capability\":\"x-ignore-shared\",\"state\":true},{\"capability\":\"events\",\"state\":true}]}}\n"
+        "{\"capability\":\"x-ignore-shared\",\"state\":true},{\"capability\":\"events\",\"state\":"
+        "true}]}}\n"
         "{\"execute\":\"migrate-incoming\",\"arguments\":{\"uri\":\"fd:14\"}}\n";
     char size[32], object[128], path[64], out[1024];
     int agent[2], qmp[2];

@@ -1,12 +1,12 @@
-/* What the packet filter costs a packet: 64-byte frames are written to tap0 as a VMM would and leave by up0,
- * in a network namespace of this program's own, in turns without and with a microVM's tables. The kernel does
- * all of it inside write(2), whose time is taken.
+/* What the packet filter costs a packet: 64-byte frames are written to tap0 as a VMM would and
+ * leave by up0, in a network namespace of this program's own, in turns without and with a microVM's
+ * tables. The kernel does all of it inside write(2), whose time is taken.
  *
  *     packet [ROUNDS]     as root, or as a user that may make user namespaces and open /dev/net/tun
  *
- * Prints the 25th percentile of each and the difference, and what the tables themselves take: to read back
- * and compare all of them, to ask whether they changed, to replace the host's addresses; exit status 1 when
- * the difference is over the target. */
+ * Prints the 25th percentile of each and the difference, and what the tables themselves take: to
+ * read back and compare all of them, to ask whether they changed, to replace the host's addresses;
+ * exit status 1 when the difference is over the target. */
 #include "base/util.h"
 #include "launch/wire.h"
 #include "net/link.h"
@@ -92,18 +92,26 @@ static void enter_namespace(void)
 }
 
 /* UDP over IPv4 in Ethernet, 64 bytes. */
-static void frame(unsigned char out[64], const char *macs, uint32_t from, unsigned from_port, uint32_t to, unsigned to_port)
+static void frame(unsigned char out[64], const char *macs, uint32_t from, unsigned from_port,
+                  uint32_t to, unsigned to_port)
 {
-    struct iphdr ip = { .version = 4, .ihl = 5, .tot_len = htons(50), .ttl = 64, .protocol = IPPROTO_UDP,
-                        .saddr = htonl(from), .daddr = htonl(to) };
-    struct udphdr udp = { .source = htons((uint16_t)from_port), .dest = htons((uint16_t)to_port), .len = htons(30) };
+    struct iphdr ip = { .version = 4,
+                        .ihl = 5,
+                        .tot_len = htons(50),
+                        .ttl = 64,
+                        .protocol = IPPROTO_UDP,
+                        .saddr = htonl(from),
+                        .daddr = htonl(to) };
+    struct udphdr udp = { .source = htons((uint16_t)from_port),
+                          .dest = htons((uint16_t)to_port),
+                          .len = htons(30) };
     uint32_t sum = 0;
     uint16_t words[10];
     memcpy(words, &ip, 20);
     for (int i = 0; i < 10; i++)
         sum += words[i];
     sum = (sum & 0xffff) + (sum >> 16);
-    ip.check = (uint16_t)~(sum + (sum >> 16));
+    ip.check = (uint16_t) ~(sum + (sum >> 16));
     memset(out, 0, 64);
     memcpy(out, macs, 12);
     out[12] = 0x08;
@@ -123,7 +131,8 @@ static void drain(int fd)
         ;
 }
 
-/* Each flow gets a packet and, to the uplink's own address, its answer: from then on it is an established one. */
+/* Each flow gets a packet and, to the uplink's own address, its answer: from then on it is an
+ * established one. */
 static void answer_flows(int tap, int uplink)
 {
     unsigned char out[64];
@@ -204,7 +213,8 @@ static void measure_tables(struct orch_nft *nft, const struct orch_rules *rules)
         for (int k = 0; k < 3; k++)
             took[k][i] = t[k + 1] - t[k];
     }
-    printf("%zu rules read back and compared: %.0f us; are they changed: %.1f us; the host's addresses replaced, verified: %.0f us\n",
+    printf("%zu rules read back and compared: %.0f us; are they changed: %.1f us; the host's "
+           "addresses replaced, verified: %.0f us\n",
            rules->n_rules, median(took[0], N), median(took[1], N), median(took[2], N));
 }
 
@@ -219,15 +229,23 @@ int main(int argc, char **argv)
         return 2;
     setenv("PATH", "/usr/sbin:/usr/bin:/sbin:/bin", 1);
     enter_namespace();
-    int tap = open_tap(ORCH_NET_TAP), uplink = open_tap(ORCH_NET_UPLINK_IF), route = open_netlink(NETLINK_ROUTE);
+    int tap = open_tap(ORCH_NET_TAP), uplink = open_tap(ORCH_NET_UPLINK_IF),
+        route = open_netlink(NETLINK_ROUTE);
     struct orch_link_events ev = { 0 };
-    struct orch_rules *rules =
-        orch_rules_new(&(struct orch_policy){ .allow = &allow, .n_allow = 1, .connections = 64, .host = &host, .n_host = 1 }, &err);
+    struct orch_rules *rules = orch_rules_new(&(struct orch_policy){ .allow = &allow,
+                                                                     .n_allow = 1,
+                                                                     .connections = 64,
+                                                                     .host = &host,
+                                                                     .n_host = 1 },
+                                              &err);
     orch_nl_setup(route);
-    if (!rules || orch_link_tap(route, 0, true, &ev, &err) || orch_link_uplink(route, (int)if_nametoindex(ORCH_NET_UPLINK_IF), 0, true, &ev, &err))
+    if (!rules || orch_link_tap(route, 0, true, &ev, &err) ||
+        orch_link_uplink(route, (int)if_nametoindex(ORCH_NET_UPLINK_IF), 0, true, &ev, &err))
         die("devices");
-    run("ip address add 10.255.1.2/24 dev " ORCH_NET_UPLINK_IF " && ip link set " ORCH_NET_UPLINK_IF " up && "
-        "ip neighbour add 10.255.1.1 lladdr 02:00:00:00:00:09 dev " ORCH_NET_UPLINK_IF " && ip route add default via 10.255.1.1");
+    run("ip address add 10.255.1.2/24 dev " ORCH_NET_UPLINK_IF " && ip link set " ORCH_NET_UPLINK_IF
+        " up && "
+        "ip neighbour add 10.255.1.1 lladdr 02:00:00:00:00:09 dev " ORCH_NET_UPLINK_IF
+        " && ip route add default via 10.255.1.1");
     measure(tap, uplink);
     for (int i = 0; i < rounds; i++) {
         bare[i] = measure(tap, uplink);
@@ -244,9 +262,11 @@ int main(int argc, char **argv)
         run("nft flush ruleset");
     }
     double without = median(bare, rounds), with = median(filtered, rounds);
-    printf("a 64-byte packet from tap to uplink, 25th percentile of %d, median of %d rounds: %.2f us without tables; in %d known flows "
+    printf("a 64-byte packet from tap to uplink, 25th percentile of %d, median of %d rounds: %.2f "
+           "us without tables; in %d known flows "
            "%.2f us, %.2f more (target %.0f); in as many that nobody answered %.2f us\n",
-           PACKETS, rounds, without, FLOWS, with, with - without, TARGET_US, median(unanswered, rounds));
+           PACKETS, rounds, without, FLOWS, with, with - without, TARGET_US,
+           median(unanswered, rounds));
     orch_rules_free(rules);
     return with - without > TARGET_US;
 }

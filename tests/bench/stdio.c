@@ -1,9 +1,9 @@
-/* What an MCP client over stdio sees of orch's speed, beside the least any server could need: an echo
- * server that knows no JSON, and a relay that copies. Harness and servers share one CPU, so that a round
- * trip is work plus two switches and no wake-up of another CPU; the servers take turns, so that a noisy
- * moment meets them all; every answer is checked. The figures are the best of the rounds, medians beside
- * them. Exit status 1 when a target is missed.
- * usage: stdio ORCH ECHO_CONFIG [ROUNDS]         all rows, and the audit log afterwards
+/* What an MCP client over stdio sees of orch's speed, beside the least any server could need: an
+ * echo server that knows no JSON, and a relay that copies. Harness and servers share one CPU, so
+ * that a round trip is work plus two switches and no wake-up of another CPU; the servers take
+ * turns, so that a noisy moment meets them all; every answer is checked. The figures are the best
+ * of the rounds, medians beside them. Exit status 1 when a target is missed. usage: stdio ORCH
+ * ECHO_CONFIG [ROUNDS]         all rows, and the audit log afterwards
  *        stdio floor | stdio relay CMD [ARG…]    the two floors */
 #include <dirent.h>
 #include <errno.h>
@@ -25,10 +25,12 @@
 enum {
     FIRST_ID = 2, /* after initialize and tools/list */
     WARM = 500,
-    BLOCK = 250,  /* sequential calls of one era before the other has its turn, in the same server */
+    /* sequential calls of one era before the other has its turn, in the same server */
+    BLOCK = 250,
     BLOCKS = 16,
     WINDOW = 64,
-    FLOW_MS = 40, /* all servers the same time: then a neighbour on the CPU costs all the same share */
+    /* all servers the same time: then a neighbour on the CPU costs all the same share */
+    FLOW_MS = 40,
     FLOWS = 4,
     FLOW_MAX = 1 << 20,
     STARTS = 7,
@@ -61,13 +63,18 @@ static size_t floor_answer(char *to, const char *line)
     long n = strtol(id + 5, NULL, 10);
     method += 10;
     if (strncmp(method, "tools/call", 10) == 0) {
-        const char *text = strstr(method, "\"message\":\""), *end = text ? strchr(text + 11, '"') : NULL;
-        return (size_t)sprintf(to, "{\"jsonrpc\":\"2.0\",\"id\":%ld,\"result\":{\"content\":[{\"type\":\"text\",\"text\":\"%.*s\"}]}}\n", n,
-                               end ? (int)(end - text - 11) : 0, end ? text + 11 : "");
+        const char *text = strstr(method, "\"message\":\""),
+                   *end = text ? strchr(text + 11, '"') : NULL;
+        return (size_t)sprintf(to,
+                               "{\"jsonrpc\":\"2.0\",\"id\":%ld,\"result\":{\"content\":[{\"type\":"
+                               "\"text\",\"text\":\"%.*s\"}]}}\n",
+                               n, end ? (int)(end - text - 11) : 0, end ? text + 11 : "");
     }
     const char *result = strncmp(method, "tools/list", 10) == 0
-        ? "\"tools\":[{\"name\":\"echo\",\"description\":\"Echo\",\"inputSchema\":{\"type\":\"object\"}}]"
-        : "\"protocolVersion\":\"2025-11-25\",\"capabilities\":{\"tools\":{}},\"serverInfo\":{\"name\":\"floor\",\"version\":\"1\"}";
+                             ? "\"tools\":[{\"name\":\"echo\",\"description\":\"Echo\","
+                               "\"inputSchema\":{\"type\":\"object\"}}]"
+                             : "\"protocolVersion\":\"2025-11-25\",\"capabilities\":{\"tools\":{}},"
+                               "\"serverInfo\":{\"name\":\"floor\",\"version\":\"1\"}";
     return (size_t)sprintf(to, "{\"jsonrpc\":\"2.0\",\"id\":%ld,\"result\":{%s}}\n", n, result);
 }
 
@@ -205,13 +212,17 @@ static char *next_line(size_t *n)
 }
 
 #define META \
-    ",\"_meta\":{\"io.modelcontextprotocol/protocolVersion\":\"2026-07-28\",\"io.modelcontextprotocol/clientInfo\":" \
+    ",\"_meta\":{\"io.modelcontextprotocol/" \
+    "protocolVersion\":\"2026-07-28\",\"io.modelcontextprotocol/clientInfo\":" \
     "{\"name\":\"bench\",\"version\":\"1\"},\"io.modelcontextprotocol/clientCapabilities\":{}}"
 
 static int put_call(char *to, long id, bool modern)
 {
-    return sprintf(to, "{\"jsonrpc\":\"2.0\",\"id\":%ld,\"method\":\"tools/call\",\"params\":{\"name\":\"echo\",\"arguments\":"
-                   "{\"message\":\"text no. %08ld\"}%s}}\n", id, id, modern ? META : "");
+    return sprintf(to,
+                   "{\"jsonrpc\":\"2.0\",\"id\":%ld,\"method\":\"tools/"
+                   "call\",\"params\":{\"name\":\"echo\",\"arguments\":"
+                   "{\"message\":\"text no. %08ld\"}%s}}\n",
+                   id, id, modern ? META : "");
 }
 
 /* The id of an answer that has all it must have. */
@@ -224,15 +235,18 @@ static long check(const char *line, size_t n)
         die("not an answer", line, n);
     long id = strtol(line + sizeof head - 1, &end, 10);
     sprintf(text, "\"content\":[{\"type\":\"text\",\"text\":\"text no. %08ld\"}]", id);
-    if (strncmp(end, ",\"result\":{", 11) != 0 || !strstr(end, text) || strstr(end, "\"isError\":true") || line[n - 1] != '}')
+    if (strncmp(end, ",\"result\":{", 11) != 0 || !strstr(end, text) ||
+        strstr(end, "\"isError\":true") || line[n - 1] != '}')
         die("wrong answer", line, n);
     return id;
 }
 
 static void handshake(void)
 {
-    static const char hello[] = "{\"jsonrpc\":\"2.0\",\"id\":0,\"method\":\"initialize\",\"params\":{\"protocolVersion\":\"2025-11-25\","
-                                "\"capabilities\":{},\"clientInfo\":{\"name\":\"bench\",\"version\":\"1\"}}}\n";
+    static const char hello[] =
+        "{\"jsonrpc\":\"2.0\",\"id\":0,\"method\":\"initialize\",\"params\":{\"protocolVersion\":"
+        "\"2025-11-25\","
+        "\"capabilities\":{},\"clientInfo\":{\"name\":\"bench\",\"version\":\"1\"}}}\n";
     static const char list[] = "{\"jsonrpc\":\"2.0\",\"method\":\"notifications/initialized\"}\n"
                                "{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"tools/list\"}\n";
     size_t n;
@@ -357,7 +371,8 @@ static double best(const struct row *r, int figure)
 {
     double b = r->v[figure][0];
     for (int i = 1; i < r->n[figure]; i++)
-        if (figure == FLOW || figure == PSS ? r->v[figure][i] > b : r->v[figure][i] < b) /* memory: the largest */
+        /* memory: the largest */
+        if (figure == FLOW || figure == PSS ? r->v[figure][i] > b : r->v[figure][i] < b)
             b = r->v[figure][i];
     return b;
 }
@@ -398,14 +413,16 @@ static long measure_calls(struct row *r)
 
 static void print_row(struct row *r)
 {
-    printf("%-28s %6.1f /%6.1f  %6.1f /%6.1f  %5.0f k /%5.0f k  %6.2f /%6.2f  %5.1f\n", r->name, best(r, P50), middle(r, P50),
-           best(r, P99), middle(r, P99), best(r, FLOW) / 1e3, middle(r, FLOW) / 1e3, best(r, START_MS), middle(r, START_MS), best(r, PSS));
+    printf("%-28s %6.1f /%6.1f  %6.1f /%6.1f  %5.0f k /%5.0f k  %6.2f /%6.2f  %5.1f\n", r->name,
+           best(r, P50), middle(r, P50), best(r, P99), middle(r, P99), best(r, FLOW) / 1e3,
+           middle(r, FLOW) / 1e3, best(r, START_MS), middle(r, START_MS), best(r, PSS));
 }
 
 static bool verdict(const char *what, double value, double target, const char *unit)
 {
     bool ok = value <= target;
-    printf("%-58s %6.2f%s  target <= %g%s  %s\n", what, value, unit, target, unit, ok ? "met" : "MISSED");
+    printf("%-58s %6.2f%s  target <= %g%s  %s\n", what, value, unit, target, unit,
+           ok ? "met" : "MISSED");
     return ok;
 }
 
@@ -438,10 +455,12 @@ static bool check_audit(const char *state, const char *orch, const char *config,
     char dir[4096], command[4096];
     snprintf(dir, sizeof dir, "%s/orch/audit", state);
     snprintf(command, sizeof command, "'%s' -c '%s' audit verify >/dev/null", orch, config);
-    long decisions = audit_lines(dir, "\"event\":\"decision\""), outcomes = audit_lines(dir, "\"event\":\"outcome\"");
+    long decisions = audit_lines(dir, "\"event\":\"decision\""),
+         outcomes = audit_lines(dir, "\"event\":\"outcome\"");
     bool whole = decisions == calls && outcomes == calls, verified = system(command) == 0;
-    printf("audit: %ld calls, %ld decisions, %ld outcomes: %s; audit verify: %s\n", calls, decisions, outcomes,
-           whole ? "two lines a call" : "LINES MISSING OR TOO MANY", verified ? "done" : "FAILED");
+    printf("audit: %ld calls, %ld decisions, %ld outcomes: %s; audit verify: %s\n", calls,
+           decisions, outcomes, whole ? "two lines a call" : "LINES MISSING OR TOO MANY",
+           verified ? "done" : "FAILED");
     return whole && verified;
 }
 
@@ -472,14 +491,17 @@ int main(int argc, char **argv)
     setenv("XDG_RUNTIME_DIR", state, 1);
     snprintf(client.logs, sizeof client.logs, "%s/stderr", state);
 
-    static char c_floor[] = "floor", c_relay[] = "relay", c_c[] = "-c", c_mcp[] = "mcp", c_stdio[] = "stdio", c_end[] = "--";
+    static char c_floor[] = "floor", c_relay[] = "relay", c_c[] = "-c", c_mcp[] = "mcp",
+                c_stdio[] = "stdio", c_end[] = "--";
     enum { FLOOR, ORCH, RELAY, PROXY, ROWS };
     static struct row rows[ROWS];
     rows[FLOOR] = (struct row){ .name = "floor", .argv = { self, c_floor } };
     rows[ORCH] = (struct row){ .name = "orch", .argv = { argv[1], c_c, argv[2], c_mcp, c_stdio } };
-    rows[RELAY] = (struct row){ .name = "relay in front of the floor", .argv = { self, c_relay, self, c_floor } };
+    rows[RELAY] = (struct row){ .name = "relay in front of the floor",
+                                .argv = { self, c_relay, self, c_floor } };
     rows[PROXY] = (struct row){ .name = "orch in front of the floor",
-                                .argv = { argv[1], c_c, argv[2], c_mcp, c_stdio, c_end, self, c_floor } };
+                                .argv = { argv[1], c_c, argv[2], c_mcp, c_stdio, c_end, self,
+                                          c_floor } };
     long calls = 0;
     for (int round = 0; round < rounds; round++) {
         for (int i = 0; i < STARTS; i++)
@@ -491,18 +513,26 @@ int main(int argc, char **argv)
         }
     }
 
-    printf("echo tool, 17-byte argument, 20 rules (one with `when`), audited; one CPU (no. %d), %d rounds, best / median\n", cpu, rounds);
-    printf("%-28s %14s  %14s  %17s  %14s  %s\n", "", "p50 us", "p99 us", "64 in flight /s", "start ms", "PSS MiB");
+    printf("echo tool, 17-byte argument, 20 rules (one with `when`), audited; one CPU (no. %d), %d "
+           "rounds, best / median\n",
+           cpu, rounds);
+    printf("%-28s %14s  %14s  %17s  %14s  %s\n", "", "p50 us", "p99 us", "64 in flight /s",
+           "start ms", "PSS MiB");
     for (int r = 0; r < ROWS; r++)
         print_row(&rows[r]);
     printf("\n");
     bool ok = verdict("p50: orch / floor", best(&rows[ORCH], P50) / best(&rows[FLOOR], P50), 3, "");
-    ok &= verdict("64 in flight: floor / orch", best(&rows[FLOOR], FLOW) / best(&rows[ORCH], FLOW), 12, "");
-    ok &= verdict("start to the answer of tools/list: orch / floor", best(&rows[ORCH], START_MS) / best(&rows[FLOOR], START_MS), 6, "");
+    ok &= verdict("64 in flight: floor / orch", best(&rows[FLOOR], FLOW) / best(&rows[ORCH], FLOW),
+                  12, "");
+    ok &= verdict("start to the answer of tools/list: orch / floor",
+                  best(&rows[ORCH], START_MS) / best(&rows[FLOOR], START_MS), 6, "");
     ok &= verdict("memory before the first microVM", best(&rows[ORCH], PSS), 10, " MiB");
-    ok &= verdict("2026-07-28's _meta, p50 of the same server: more", middle(&rows[ORCH], MODERN), 1, " us");
-    printf("%-58s %6.2f\n", "proxy, p50: orch / relay", best(&rows[PROXY], P50) / best(&rows[RELAY], P50));
-    printf("%-58s %6.2f\n", "proxy, 64 in flight: relay / orch", best(&rows[RELAY], FLOW) / best(&rows[PROXY], FLOW));
+    ok &= verdict("2026-07-28's _meta, p50 of the same server: more", middle(&rows[ORCH], MODERN),
+                  1, " us");
+    printf("%-58s %6.2f\n", "proxy, p50: orch / relay",
+           best(&rows[PROXY], P50) / best(&rows[RELAY], P50));
+    printf("%-58s %6.2f\n", "proxy, 64 in flight: relay / orch",
+           best(&rows[RELAY], FLOW) / best(&rows[PROXY], FLOW));
     ok &= check_audit(state, argv[1], argv[2], calls);
     if (ok) {
         char command[64];

@@ -1,4 +1,5 @@
-/* Test cases in child processes of their own uid: what they check ends them, and the parent's case with it. */
+/* Test cases in child processes of their own uid: what they check ends them, and the parent's case
+ * with it. */
 #ifndef TESTS_CHILD_H
 #define TESTS_CHILD_H
 
@@ -37,7 +38,8 @@ static inline pid_t start_as(uid_t uid, void (*fn)(void))
     pid_t p = fork();
     if (!p) {
         if (uid)
-            CHECK(!setgroups(0, NULL) && !setresgid(uid, uid, uid) && !setresuid(uid, uid, uid), "%m");
+            CHECK(!setgroups(0, NULL) && !setresgid(uid, uid, uid) && !setresuid(uid, uid, uid),
+                  "%m");
         prctl(PR_SET_DUMPABLE, 1, 0, 0, 0);
         prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0); /* a failing test leaves nothing behind */
         fn();

@@ -272,6 +272,7 @@ static inline int child(const char *mode, const char *path)
     size_t cap = 0;
     ssize_t n;
     bool first = true;
+    cleanup_buf struct orch_buf held_probe = { 0 };
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     mark(path, "s"); /* started */
     fprintf(stderr, "about to serve\n");
@@ -290,6 +291,16 @@ static inline int child(const char *mode, const char *path)
             pause();
         if (strcmp(mode, "changing") == 0 && access(path, X_OK) == 0)
             p.mode = "modern";
+        if (is(&p, "slow") && !known && first) {
+            orch_buf_add(&held_probe, line, (size_t)n);
+            first = false;
+            continue;
+        }
+        if (is(&p, "slow")) { /* the probe is answered when both are there */
+            p.mode = "modern";
+            act(&p, (struct orch_slice){ held_probe.p, held_probe.n });
+            p.mode = strstr(mode, "strict") ? "modern" : "legacy";
+        }
         first = false;
         if (strstr(line, "\"die\"")) {
             fprintf(stderr, "boom\n");
@@ -319,11 +330,11 @@ static unsigned sessions;
 
 static void send_event(struct orch_http_reply *r, const char *data, const char *id)
 {
-    orch_http_sse_send(
-        r, &(struct orch_sse_event){ .id = id ? orch_slice_str(id) : (struct orch_slice){ 0 },
-                                     .data = orch_slice_str(data),
-                                     .has_data = true,
-                                     .retry_ms = id ? 20 : 0 });
+    orch_http_sse_send(r, &(struct orch_sse_event){ .id = id ? orch_slice_str(id)
+                                                             : (struct orch_slice){ 0 },
+                                                    .data = orch_slice_str(data),
+                                                    .has_data = true,
+                                                    .retry_ms = id ? 20 : 0 });
 }
 
 static void emit_http(struct peer *p, const char *message)
@@ -383,9 +394,9 @@ static void get_request(const struct orch_http_request *q, struct orch_http_repl
     struct orch_slice id;
     note_request(q, "GET");
     if (orch_http_header(q, "Last-Event-ID", &id) && *held_id) {
-        cleanup_free char *message = orch_xasprintf(
-            "{\"jsonrpc\":\"2.0\",\"id\":%s,\"result\":{\"resumed\":\"%.*s\"}}", held_id, (int)id.n,
-            id.p);
+        cleanup_free char *message =
+            orch_xasprintf("{\"jsonrpc\":\"2.0\",\"id\":%s,\"result\":{\"resumed\":\"%.*s\"}}",
+                           held_id, (int)id.n, id.p);
         orch_http_sse_start(r, NULL, 0);
         send_event(r, message, NULL);
         orch_http_sse_end(r);
@@ -579,12 +590,14 @@ static inline void said(void *ud)
 
 static struct orch_http_client *http;
 static struct orch_err fault;
+static struct orch_mcp_verdicts verdicts;
 
 static void make(struct owner *w, struct orch_mcp_client_opts o)
 {
     o.name = "peer";
     o.limits.bytes = LIMIT_BYTES;
     o.http = http;
+    o.verdicts = &verdicts;
     o.ready = ready;
     o.lost = lost;
     o.asked = asked;
@@ -642,14 +655,14 @@ static void fini(struct owner *w)
 
 static struct orch_mcp_client_call *start(struct owner *w, const char *tool, const char *args)
 {
-    struct orch_mcp_client_call *k = orch_mcp_client_call(
-        w->c,
-        &(struct orch_mcp_client_request){ .tool = tool,
-                                           .args = orch_slice_str(args),
-                                           .done = done,
-                                           .progress = progress,
-                                           .ud = w },
-        &fault);
+    struct orch_mcp_client_call *k = orch_mcp_client_call(w->c,
+                                                          &(struct orch_mcp_client_request){
+                                                              .tool = tool,
+                                                              .args = orch_slice_str(args),
+                                                              .done = done,
+                                                              .progress = progress,
+                                                              .ud = w },
+                                                          &fault);
     if (!k)
         fail_msg("%s: %s", tool, fault.msg);
     return k;
@@ -703,9 +716,10 @@ static int setup(void **state)
     with_get = forget_session = cut = unauthorized = false;
     web = (struct peer){ 0 };
     unlink(marks);
-    server = orch_http_server_new(
-        loop, &(struct orch_http_server_opts){ .listen = "127.0.0.1:0", .on_request = handle },
-        &fault);
+    server = orch_http_server_new(loop,
+                                  &(struct orch_http_server_opts){ .listen = "127.0.0.1:0",
+                                                                   .on_request = handle },
+                                  &fault);
     http = orch_http_client_new(loop, &fault);
     if (!server || !http)
         fail_msg("%s", fault.msg);

@@ -1,6 +1,7 @@
-/* core/guest/agent: the real program, as PID 1 of namespaces made here, driven through core/vm/channel.
- * Each test runs twice: with cgroups and without (then with the agent's supervisor); an ordinary user,
- * who owns no cgroup, has only the second. Needs busybox-static, and uidmap when not root. */
+/* core/guest/agent: the real program, as PID 1 of namespaces made here, driven through
+ * core/vm/channel. Each test runs twice: with cgroups and without (then with the agent's
+ * supervisor); an ordinary user, who owns no cgroup, has only the second. Needs busybox-static, and
+ * uidmap when not root. */
 #include "guest/wire.h"
 #include "vm/channel.h"
 
@@ -79,7 +80,8 @@ static void become_agent(int port)
     MUST(mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL));
     MUST(mount("tmpfs", dir, "tmpfs", 0, "mode=755"));
     MUST(chdir(dir));
-    const char *folders[] = { "bin", "dev", "dev/pts", "etc", "home", "home/user", "proc", "sys", "tmp", "cgroup" };
+    const char *folders[] = { "bin",       "dev",  "dev/pts", "etc", "home",
+                              "home/user", "proc", "sys",     "tmp", "cgroup" };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(folders); i++)
         MUST(mkdir(folders[i], 0755));
     MUST(chmod("tmp", 01777));
@@ -94,7 +96,8 @@ static void become_agent(int port)
     MUST(mkdir("sys/fs/cgroup", 0755));
     if (with_cgroups)
         MUST(mount("cgroup2", "sys/fs/cgroup", "cgroup2", 0, NULL));
-    write_text("etc/passwd", "root:x:0:0:root:/:/bin/sh\nuser:x:1000:1000:user:/home/user:/bin/sh\nlost:x:1001:1001::/nowhere:/bin/sh\n");
+    write_text("etc/passwd", "root:x:0:0:root:/:/bin/sh\nuser:x:1000:1000:user:/home/user:/bin/"
+                             "sh\nlost:x:1001:1001::/nowhere:/bin/sh\n");
     MUST(chroot("."));
     umask(0);
     run_program((const char *const[]){ "/bin/busybox", "--install", "-s", "/bin", NULL });
@@ -126,9 +129,11 @@ static void map_ids(pid_t pid)
         return;
     }
     char cmd[512];
-    snprintf(cmd, sizeof cmd,
-             "u=$(id -un); for k in u g; do r=$(grep \"^$u:\" /etc/sub${k}id | head -n1 | cut -d: -f2); "
-             "new${k}idmap %d 0 $(id -$k) 1 1 $r 65534 || exit 1; done", pid);
+    snprintf(
+        cmd, sizeof cmd,
+        "u=$(id -un); for k in u g; do r=$(grep \"^$u:\" /etc/sub${k}id | head -n1 | cut -d: -f2); "
+        "new${k}idmap %d 0 $(id -$k) 1 1 $r 65534 || exit 1; done",
+        pid);
     must(system(cmd) == 0, "newuidmap (package uidmap, ranges in /etc/subuid and /etc/subgid)");
 }
 
@@ -149,7 +154,8 @@ static pid_t spawn_agent(int port)
             MUST(mkdir(own, 0755));
             write_text(procs, "0");
         }
-        MUST(unshare(CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWNET | CLONE_NEWCGROUP));
+        MUST(unshare(CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWUTS |
+                     CLONE_NEWNET | CLONE_NEWCGROUP));
         must(write(sync[1], "x", 1) == 1 && read(sync[1], &c, 1) == 1, "the ids are mapped");
         pid_t init = fork();
         MUST(init);
@@ -203,7 +209,8 @@ static void rig_init(struct rig *r)
     r->loop = orch_loop_new(&err);
     assert_int_equal(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, p), 0);
     if (port_bytes)
-        assert_int_equal(setsockopt(p[1], SOL_SOCKET, SO_SNDBUF, &port_bytes, sizeof port_bytes), 0);
+        assert_int_equal(setsockopt(p[1], SOL_SOCKET, SO_SNDBUF, &port_bytes, sizeof port_bytes),
+                         0);
     r->pid = spawn_agent(p[1]);
     close(p[1]);
     r->c = orch_channel_new(r->loop, p[0], &(struct orch_channel_cb){ on_hello, on_failed, r });
@@ -299,9 +306,12 @@ static void run(struct rig *r, struct cmd *c, struct orch_exec_opts o)
 static char *sh(struct rig *r, const char *user, const char *script)
 {
     cleanup_cmd struct cmd c = { 0 };
-    run(r, &c, (struct orch_exec_opts){ .argv = (const char *const[]){ "sh", "-c", script, NULL }, .user = user });
+    run(r, &c,
+        (struct orch_exec_opts){ .argv = (const char *const[]){ "sh", "-c", script, NULL },
+                                 .user = user });
     if (c.r.fail || c.r.status)
-        fail_msg("%s: status %d signal %d fail %d errno %d: %s%s", script, c.r.status, c.r.signal, c.r.fail, c.r.sys_errno, c.out.p, c.err.p);
+        fail_msg("%s: status %d signal %d fail %d errno %d: %s%s", script, c.r.status, c.r.signal,
+                 c.r.fail, c.r.sys_errno, c.out.p, c.err.p);
     return orch_steal_ptr(&c.out.p);
 }
 
@@ -311,10 +321,20 @@ static void expect(struct rig *r, const char *user, const char *script, const ch
     assert_string_equal(out, output);
 }
 
-#define SH(script) (const char *const[]){ "sh", "-c", script, NULL }
-#define ARGV(...) (const char *const[]){ __VA_ARGS__, NULL }
+#define SH(script) \
+    (const char *const[]) \
+    { \
+        "sh", "-c", script, NULL \
+    }
+#define ARGV(...) \
+    (const char *const[]) \
+    { \
+        __VA_ARGS__, NULL \
+    }
 /* Every process but PID 1, kernel threads, the supervisors and this command itself. */
-#define OTHERS "for p in /proc/[0-9]*; do read -r c <$p/cmdline; case \"$c\" in agent*|sh-c*|'') ;; *) echo \"$c\" ;; esac; done 2>/dev/null; true"
+#define OTHERS \
+    "for p in /proc/[0-9]*; do read -r c <$p/cmdline; case \"$c\" in agent*|sh-c*|'') ;; *) echo " \
+    "\"$c\" ;; esac; done 2>/dev/null; true"
 
 static void test_results(void **state)
 {
@@ -345,7 +365,9 @@ static void test_results(void **state)
         { "true", NULL, "", ORCH_WIRE_FAIL_USER, ENOENT, 0 },
     };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(t); i++) {
-        run(&r, &c, (struct orch_exec_opts){ .argv = ARGV(t[i].argv0), .cwd = t[i].cwd, .user = t[i].user });
+        run(&r, &c,
+            (struct orch_exec_opts){
+                .argv = ARGV(t[i].argv0), .cwd = t[i].cwd, .user = t[i].user });
         assert_int_equal(c.r.fail, t[i].fail);
         assert_int_equal(c.r.sys_errno, t[i].error);
         assert_int_equal(c.r.status, t[i].status);
@@ -363,22 +385,27 @@ static void test_environment(void **state)
            "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\nUSER=user\n");
     expect(&r, "user", "id -u", "1000\n");
     expect(&r, "root", "id -u; id -G; pwd", "0\n0\n/\n");
-    expect(&r, "lost", "pwd", "/\n");          /* a home that is not there */
+    expect(&r, "lost", "pwd", "/\n"); /* a home that is not there */
     expect(&r, "4242", "id -u; id -g; pwd; echo $HOME", "4242\n4242\n/\n/\n");
     /* Nothing of the agent's: descriptors, blocked or ignored signals, session, terminal. */
-    expect(&r, NULL, "ls /proc/self/fd | head -n 3 | tr '\\n' ' '; ls /proc/self/fd | wc -l", "0 1 2 4\n");
-    expect(&r, NULL, "grep -E 'Sig(Blk|Ign|Cgt)' /proc/self/status | cut -f2 | sort -u", "0000000000000000\n");
+    expect(&r, NULL, "ls /proc/self/fd | head -n 3 | tr '\\n' ' '; ls /proc/self/fd | wc -l",
+           "0 1 2 4\n");
+    expect(&r, NULL, "grep -E 'Sig(Blk|Ign|Cgt)' /proc/self/status | cut -f2 | sort -u",
+           "0000000000000000\n");
     expect(&r, NULL, "ulimit -n", "1024\n");
     expect(&r, NULL, "cut -d' ' -f6 /proc/$$/stat | grep -q \"^$$\\$\" && echo leader", "leader\n");
     expect(&r, NULL, "readlink /proc/self/fd/0", "/dev/null\n");
 
     cleanup_cmd struct cmd c = { 0 };
-    run(&r, &c, (struct orch_exec_opts){ .argv = SH("echo $HOME,$PATH,$X,$LANG; pwd"), .cwd = "/tmp",
-                                         .env = ARGV("PATH=/bin", "HOME=/h", "X=a b", "LANG=") });
+    run(&r, &c,
+        (struct orch_exec_opts){ .argv = SH("echo $HOME,$PATH,$X,$LANG; pwd"),
+                                 .cwd = "/tmp",
+                                 .env = ARGV("PATH=/bin", "HOME=/h", "X=a b", "LANG=") });
     assert_string_equal(c.out.p, "/h,/bin,a b,\n/tmp\n");
     cmd_free(&c);
     c = (struct cmd){ 0 };
-    run(&r, &c, (struct orch_exec_opts){ .argv = ARGV("cat", "/proc/self/personality"), .no_aslr = true });
+    run(&r, &c,
+        (struct orch_exec_opts){ .argv = ARGV("cat", "/proc/self/personality"), .no_aslr = true });
     assert_string_equal(c.out.p, "00040000\n");
     rig_fini(&r);
 }
@@ -405,8 +432,10 @@ static void test_stdin(void **state)
     }
     {
         cleanup_cmd struct cmd c = { .in = data, .n_in = N };
-        run(&r, &c, (struct orch_exec_opts){ .argv = SH("exec <&-; while ! [ -e /tmp/go ]; do sleep 0.01; done; echo late"),
-                                             .timeout_ms = 200 });
+        run(&r, &c,
+            (struct orch_exec_opts){
+                .argv = SH("exec <&-; while ! [ -e /tmp/go ]; do sleep 0.01; done; echo late"),
+                .timeout_ms = 200 });
         assert_true(c.r.timed_out);
         assert_int_equal(c.n_in, 0); /* all of it was taken although nobody read it */
     }
@@ -426,13 +455,18 @@ static void test_output(void **state)
     rig_init(&r);
     {
         cleanup_cmd struct cmd c = { 0 };
-        run(&r, &c, (struct orch_exec_opts){ .argv = SH("head -c 3000000 /dev/zero; head -c 2000000 /dev/zero >&2") });
+        run(&r, &c,
+            (struct orch_exec_opts){
+                .argv = SH("head -c 3000000 /dev/zero; head -c 2000000 /dev/zero >&2") });
         assert_int_equal(c.out.n, 3000000);
         assert_int_equal(c.err.n, 2000000);
     }
     {
         cleanup_cmd struct cmd c = { 0 };
-        run(&r, &c, (struct orch_exec_opts){ .argv = SH("head -c 1000000 /dev/zero; head -c 999 /dev/zero >&2"), .max_output = 1000 });
+        run(&r, &c,
+            (struct orch_exec_opts){
+                .argv = SH("head -c 1000000 /dev/zero; head -c 999 /dev/zero >&2"),
+                .max_output = 1000 });
         assert_int_equal(c.r.status, 0);
         assert_int_equal(c.out.n, 1000);
         assert_int_equal(c.err.n, 999);
@@ -442,13 +476,20 @@ static void test_output(void **state)
     }
     { /* a host that does not read: the writer stands still, and nothing is lost */
         cleanup_cmd struct cmd c = { 0 }, probe = { 0 };
-        start(&r, &c, (struct orch_exec_opts){ .argv = SH("echo x; head -c 20000000 /dev/zero; echo done >/tmp/done") });
+        start(&r, &c,
+              (struct orch_exec_opts){
+                  .argv = SH("echo x; head -c 20000000 /dev/zero; echo done >/tmp/done") });
         while (!c.out.n)
             orch_loop_step(r.loop, 50);
         orch_channel_pause(r.c, true);
-        start(&r, &probe, (struct orch_exec_opts){ .argv = SH("sleep 0.3; ls /tmp/done >/tmp/seen 2>&-; echo >/tmp/looked; cat /tmp/seen") });
+        start(
+            &r, &probe,
+            (struct orch_exec_opts){
+                .argv = SH(
+                    "sleep 0.3; ls /tmp/done >/tmp/seen 2>&-; echo >/tmp/looked; cat /tmp/seen") });
         cleanup_free char *looked = orch_xasprintf("/proc/%d/root%s/tmp/looked", r.pid, dir);
-        for (int64_t end = orch_now_us() + WAIT_MS * 1000; access(looked, F_OK) < 0; assert_true(orch_now_us() < end))
+        for (int64_t end = orch_now_us() + WAIT_MS * 1000; access(looked, F_OK) < 0;
+             assert_true(orch_now_us() < end))
             orch_loop_step(r.loop, 10);
         assert_int_equal(c.done, 0);
         orch_channel_pause(r.c, false);
@@ -471,7 +512,8 @@ static void test_fairness(void **state)
     struct cmd flood[N] = { 0 };
     for (int i = 0; i < N; i++) {
         flood[i].discard = true;
-        start(&r, &flood[i], (struct orch_exec_opts){ .argv = i % 2 ? ARGV("yes") : SH("yes >&2") });
+        start(&r, &flood[i],
+              (struct orch_exec_opts){ .argv = i % 2 ? ARGV("yes") : SH("yes >&2") });
     }
     for (int i = 0; i < 3; i++) {
         uint64_t before[N];
@@ -505,13 +547,18 @@ static void test_timeout(void **state)
     assert_true(c.r.timed_out);
     assert_int_equal(c.r.signal, SIGTERM);
     assert_true(c.r.ms >= 100);
-    run(&r, &c, (struct orch_exec_opts){ .argv = SH("trap '' TERM; while :; do sleep 0.1; done"), .timeout_ms = 1000 });
+    run(&r, &c,
+        (struct orch_exec_opts){ .argv = SH("trap '' TERM; while :; do sleep 0.1; done"),
+                                 .timeout_ms = 1000 });
     assert_true(c.r.timed_out);
     assert_int_equal(c.r.signal, SIGKILL);
     assert_true(c.r.ms >= 3000);
-    /* TERM reaches the whole tree, and what ignores it in a session of its own is killed all the same. */
-    run(&r, &c, (struct orch_exec_opts){ .argv = SH("setsid sh -c 'trap \"\" TERM; sleep 1001 & wait; sleep 1002' & trap 'echo bye; exit 3' TERM; wait"),
-                                         .timeout_ms = 2000 });
+    /* TERM reaches the whole tree, and what ignores it in a session of its own is killed all the
+     * same. */
+    run(&r, &c,
+        (struct orch_exec_opts){ .argv = SH("setsid sh -c 'trap \"\" TERM; sleep 1001 & wait; "
+                                            "sleep 1002' & trap 'echo bye; exit 3' TERM; wait"),
+                                 .timeout_ms = 2000 });
     assert_int_equal(c.r.status, 3);
     assert_true(c.r.timed_out);
     assert_string_equal(c.out.p, "bye\n");
@@ -526,12 +573,18 @@ static void test_nothing_stays_behind(void **state)
     rig_init(&r);
     /* A background child that holds the output, and daemons that hold nothing. */
     expect(&r, NULL, "sleep 1000 & echo a", "a\n");
-    expect(&r, NULL, "(setsid sh -c 'sleep 1000; echo late' &); (trap '' TERM HUP; setsid sleep 1001 </dev/null >/dev/null 2>&1 &); echo b", "b\n");
-    expect(&r, NULL, "for i in 1 2 3 4 5 6 7 8; do (setsid sh -c 'sleep 1000 & sleep 1000' &) ; done; echo c", "c\n");
+    expect(&r, NULL,
+           "(setsid sh -c 'sleep 1000; echo late' &); (trap '' TERM HUP; setsid sleep 1001 "
+           "</dev/null >/dev/null 2>&1 &); echo b",
+           "b\n");
+    expect(&r, NULL,
+           "for i in 1 2 3 4 5 6 7 8; do (setsid sh -c 'sleep 1000 & sleep 1000' &) ; done; echo c",
+           "c\n");
     expect(&r, NULL, OTHERS, "");
     expect(&r, NULL, "ps -o stat | grep -c Z; true", "0\n");
     /* What was written before the end arrives, also from a child that dies with the command. */
-    cleanup_free char *out = sh(&r, NULL, "mkfifo /tmp/up; (echo a; echo >/tmp/up; yes) & read x </tmp/up");
+    cleanup_free char *out = sh(&r, NULL,
+                                "mkfifo /tmp/up; (echo a; echo >/tmp/up; yes) & read x </tmp/up");
     assert_true(strlen(out) > 0);
     rig_fini(&r);
 }
@@ -542,18 +595,26 @@ static void test_drop_and_signal(void **state)
     struct rig r;
     rig_init(&r);
     struct cmd c = { 0 };
-    start(&r, &c, (struct orch_exec_opts){ .argv = SH("(trap '' TERM; setsid sleep 1000 &) ; echo up; sleep 1000") });
+    start(&r, &c,
+          (struct orch_exec_opts){
+              .argv = SH("(trap '' TERM; setsid sleep 1000 &) ; echo up; sleep 1000") });
     while (!c.out.n)
         orch_loop_step(r.loop, 50);
     orch_exec_drop(c.x);
     cmd_free(&c);
-    expect(&r, NULL, "while :; do n=$(" OTHERS "); case \"$n\" in *sleep1000*) ;; *) break ;; esac; done; echo gone", "gone\n");
+    expect(&r, NULL,
+           "while :; do n=$(" OTHERS
+           "); case \"$n\" in *sleep1000*) ;; *) break ;; esac; done; echo gone",
+           "gone\n");
     assert_int_equal(c.done, 0);
 
     /* A signal goes to the whole tree. */
     cleanup_cmd struct cmd s = { 0 };
-    start(&r, &s, (struct orch_exec_opts){ .argv = SH("sh -c 'trap \"echo child; exit\" USR1; echo up; while :; do sleep 0.01; done' & "
-                                                      "trap 'echo parent' USR1; wait; wait; exit 5") });
+    start(&r, &s,
+          (struct orch_exec_opts){
+              .argv = SH(
+                  "sh -c 'trap \"echo child; exit\" USR1; echo up; while :; do sleep 0.01; done' & "
+                  "trap 'echo parent' USR1; wait; wait; exit 5") });
     while (!s.out.n)
         orch_loop_step(r.loop, 50);
     orch_exec_signal(s.x, SIGUSR1);
@@ -571,8 +632,11 @@ static void test_terminal(void **state)
     struct rig r;
     rig_init(&r);
     cleanup_cmd struct cmd c = { .in = "hello\n", .n_in = 6 };
-    start(&r, &c, (struct orch_exec_opts){ .argv = SH("tty; stty size; stty -echo; echo ready; cat; trap 'stty size; exit 4' WINCH; echo wait; while :; do sleep 0.01; done"),
-                                           .pty = true });
+    start(&r, &c,
+          (struct orch_exec_opts){
+              .argv = SH("tty; stty size; stty -echo; echo ready; cat; trap 'stty size; exit 4' "
+                         "WINCH; echo wait; while :; do sleep 0.01; done"),
+              .pty = true });
     int64_t end = orch_now_us() + WAIT_MS * 1000;
     while (!(c.out.p && strstr(c.out.p, "wait")) && orch_now_us() < end)
         orch_loop_step(r.loop, 50);
@@ -632,7 +696,8 @@ static void on_file(void *ud, struct orch_slice d, const struct orch_err *err)
     f->err = err ? *err : (struct orch_err){ 0 };
 }
 
-static int write_file(struct rig *r, struct file *f, const char *path, struct orch_slice data, mode_t mode)
+static int write_file(struct rig *r, struct file *f, const char *path, struct orch_slice data,
+                      mode_t mode)
 {
     f->done = 0;
     orch_channel_write_file(r->c, path, data, mode, on_file, f);
@@ -640,7 +705,8 @@ static int write_file(struct rig *r, struct file *f, const char *path, struct or
     return f->err.code;
 }
 
-static int read_file(struct rig *r, struct file *f, const char *path, uint64_t offset, uint64_t length)
+static int read_file(struct rig *r, struct file *f, const char *path, uint64_t offset,
+                     uint64_t length)
 {
     f->done = 0;
     orch_channel_read_file(r->c, path, offset, length, 16 << 20, on_file, f);
@@ -666,7 +732,8 @@ static void test_files(void **state)
     cleanup_free char *data = orch_xmalloc(N);
     orch_random(data, N);
     assert_int_equal(write_file(&r, &f, "/tmp/big", (struct orch_slice){ data, N }, 0640), 0);
-    expect(&r, "root", "stat -c '%a %u %g %s' /tmp/big; ls -A /tmp", "640 1000 1000 3000000\nbig\n");
+    expect(&r, "root", "stat -c '%a %u %g %s' /tmp/big; ls -A /tmp",
+           "640 1000 1000 3000000\nbig\n");
     assert_int_equal(read_file(&r, &f, "/tmp/big", 0, 0), 0);
     assert_int_equal(f.data.n, N);
     assert_memory_equal(f.data.p, data, N);
@@ -682,7 +749,8 @@ static void test_files(void **state)
     expect(&r, NULL, "stat -c '%a %s' /tmp/big", "4755 0\n");
 
     /* What is no regular file is refused, and never waited for. */
-    expect(&r, NULL, "mkfifo /tmp/fifo; mkdir /tmp/d; ln -s big /tmp/link; ln -s fifo /tmp/flink", "");
+    expect(&r, NULL, "mkfifo /tmp/fifo; mkdir /tmp/d; ln -s big /tmp/link; ln -s fifo /tmp/flink",
+           "");
     assert_int_equal(read_file(&r, &f, "/tmp/fifo", 0, 0), EINVAL);
     assert_int_equal(read_file(&r, &f, "/tmp/flink", 0, 0), EINVAL);
     assert_int_equal(read_file(&r, &f, "/dev/zero", 0, 0), EINVAL);
@@ -703,7 +771,8 @@ static void test_files(void **state)
 
     /* A link is replaced, not followed. */
     assert_int_equal(write_file(&r, &f, "/tmp/link", ORCH_SLICE("new"), 0644), 0);
-    expect(&r, NULL, "cat /tmp/link; stat -c %s /tmp/big; ls -A /tmp | tr '\\n' ' '", "new0\nbig d fifo flink link ");
+    expect(&r, NULL, "cat /tmp/link; stat -c %s /tmp/big; ls -A /tmp | tr '\\n' ' '",
+           "new0\nbig d fifo flink link ");
     expect(&r, NULL, "touch -d @1700000000 /tmp/link", "");
     assert_int_equal(list_dir(&r, &f, "/tmp"), 0);
     char lines[512] = "";
@@ -721,7 +790,9 @@ static void test_files(void **state)
     assert_int_equal(n, 5000);
 
     /* Given up half-way: nothing stays behind. */
-    struct orch_fileop *w = orch_channel_write_file(r.c, "/tmp/half", (struct orch_slice){ data, N }, 0644, on_file, &f);
+    struct orch_fileop *w = orch_channel_write_file(r.c, "/tmp/half",
+                                                    (struct orch_slice){ data, N }, 0644, on_file,
+                                                    &f);
     orch_fileop_drop(w);
     expect(&r, NULL, "ls -A /tmp | tr '\\n' ' '", "big d fifo flink link ");
     orch_buf_free(&f.data);
@@ -757,18 +828,23 @@ static void test_protocol_errors(void **state)
     } t[] = {
 #define B(s) { sizeof(s) - 1, s }
 #define ZEROS24 "\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0"
-        B("\xff\xff\xff\xff\1\0\0\0\2\0\0\0"),                 /* length */
-        B("\0\0\0\0\1\0\0\0\2\0\0\1"),                         /* reserved byte */
-        B("\0\0\0\0\1\0\0\0\0\0\0\0"),                         /* type 0 */
-        B("\0\0\0\0\1\0\0\0\x40\0\0\0"),                       /* a guest's type */
-        B("\0\0\0\0\0\0\0\0\2\0\0\0"),                         /* EXEC of id 0 */
-        B("\0\0\0\0\1\0\0\0\x0a\0\0\0"),                       /* WARM of an id */
-        B("\4\0\0\0\1\0\0\0\2\0\0\0abcd"),                     /* EXEC too short */
-        B("\x22\0\0\0\1\0\0\0\2\0\0\0" "\0\0\0\0" "\xff\xff\xff\xff" ZEROS24 "\0\0"), /* EXEC counts */
-        B("\x22\0\0\0\1\0\0\0\2\0\0\0" "\0\0\0\0" "\2\0\0\0" ZEROS24 "\0\0"), /* EXEC strings */
-        B("\4\0\0\0\0\0\0\0\1\0\0\0abcd"),                     /* RESTORE too short */
-        B("\4\0\0\0\1\0\0\0\4\0\0\0\0\0\0\0"),                 /* signal 0 */
-        B("\1\0\0\0\1\0\0\0\5\0\0\0x"),                        /* WRITE too short */
+        B("\xff\xff\xff\xff\1\0\0\0\2\0\0\0"), /* length */
+        B("\0\0\0\0\1\0\0\0\2\0\0\1"),         /* reserved byte */
+        B("\0\0\0\0\1\0\0\0\0\0\0\0"),         /* type 0 */
+        B("\0\0\0\0\1\0\0\0\x40\0\0\0"),       /* a guest's type */
+        B("\0\0\0\0\0\0\0\0\2\0\0\0"),         /* EXEC of id 0 */
+        B("\0\0\0\0\1\0\0\0\x0a\0\0\0"),       /* WARM of an id */
+        B("\4\0\0\0\1\0\0\0\2\0\0\0abcd"),     /* EXEC too short */
+        /* EXEC counts */
+        B("\x22\0\0\0\1\0\0\0\2\0\0\0"
+          "\0\0\0\0"
+          "\xff\xff\xff\xff" ZEROS24 "\0\0"),
+        B("\x22\0\0\0\1\0\0\0\2\0\0\0"
+          "\0\0\0\0"
+          "\2\0\0\0" ZEROS24 "\0\0"),          /* EXEC strings */
+        B("\4\0\0\0\0\0\0\0\1\0\0\0abcd"),     /* RESTORE too short */
+        B("\4\0\0\0\1\0\0\0\4\0\0\0\0\0\0\0"), /* signal 0 */
+        B("\1\0\0\0\1\0\0\0\5\0\0\0x"),        /* WRITE too short */
 #undef B
     };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(t); i++) {
@@ -778,7 +854,8 @@ static void test_protocol_errors(void **state)
         pid_t pid = spawn_agent(p[1]);
         close(p[1]);
         char b[256];
-        assert_int_equal(read(p[0], b, sizeof b), sizeof(struct orch_wire_head) + sizeof(struct orch_wire_hello));
+        assert_int_equal(read(p[0], b, sizeof b),
+                         sizeof(struct orch_wire_head) + sizeof(struct orch_wire_hello));
         assert_int_equal(send(p[0], t[i].bytes, t[i].n, MSG_NOSIGNAL), t[i].n);
         struct pollfd pfd = { .fd = p[0], .events = POLLIN };
         assert_int_equal(poll(&pfd, 1, WAIT_MS), 1);
@@ -805,8 +882,9 @@ static int make_cgroup(void)
     char mount_dir[80];
     snprintf(mount_dir, sizeof mount_dir, "%s-cgroup", dir);
     snprintf(cgroup_dir, sizeof cgroup_dir, "%s/orch-test-%d", mount_dir, getpid());
-    if (unshare(CLONE_NEWNS) < 0 || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0 || mkdir(mount_dir, 0755) < 0 ||
-        mount("cgroup2", mount_dir, "cgroup2", 0, NULL) < 0 || mkdir(cgroup_dir, 0755) < 0) {
+    if (unshare(CLONE_NEWNS) < 0 || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0 ||
+        mkdir(mount_dir, 0755) < 0 || mount("cgroup2", mount_dir, "cgroup2", 0, NULL) < 0 ||
+        mkdir(cgroup_dir, 0755) < 0) {
         perror("a cgroup for the test");
         return -1;
     }
@@ -817,7 +895,9 @@ static int remove_cgroup(void **state)
 {
     (void)state;
     char cmd[512];
-    snprintf(cmd, sizeof cmd, "find %s -depth -type d -exec rmdir {} + && umount %s-cgroup && rmdir %s-cgroup", cgroup_dir, dir, dir);
+    snprintf(cmd, sizeof cmd,
+             "find %s -depth -type d -exec rmdir {} + && umount %s-cgroup && rmdir %s-cgroup",
+             cgroup_dir, dir, dir);
     return system(cmd);
 }
 
@@ -829,16 +909,22 @@ int main(void)
         return 1;
     snprintf(slash, sizeof agent_path - (size_t)(slash - agent_path), "/../agent");
     if (access(agent_path, X_OK) < 0) {
-        fprintf(stderr, "%s: %s: make VARIANT=asan build/asan/agent\n", agent_path, strerror(errno));
+        fprintf(stderr, "%s: %s: make VARIANT=asan build/asan/agent\n", agent_path,
+                strerror(errno));
         return 1;
     }
     strcpy(dir, "/tmp/orch-test-agent-XXXXXX");
     if (!mkdtemp(dir))
         return 1;
-#define TEST(fn) { #fn " " KIND, fn, NULL, NULL, NULL }
-#define ALL TEST(test_results), TEST(test_environment), TEST(test_stdin), TEST(test_output), TEST(test_fairness), TEST(test_timeout), \
-            TEST(test_nothing_stays_behind), TEST(test_drop_and_signal), TEST(test_terminal), TEST(test_many), TEST(test_files), \
-            TEST(test_restore_and_warm), TEST(test_protocol_errors)
+#define TEST(fn) \
+    { \
+#fn " " KIND, fn, NULL, NULL, NULL \
+    }
+#define ALL \
+    TEST(test_results), TEST(test_environment), TEST(test_stdin), TEST(test_output), \
+        TEST(test_fairness), TEST(test_timeout), TEST(test_nothing_stays_behind), \
+        TEST(test_drop_and_signal), TEST(test_terminal), TEST(test_many), TEST(test_files), \
+        TEST(test_restore_and_warm), TEST(test_protocol_errors)
 #define KIND "with supervisor"
     const struct CMUnitTest plain[] = { cmocka_unit_test(test_refuses_elsewhere), ALL };
 #undef KIND

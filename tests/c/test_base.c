@@ -6,6 +6,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <poll.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -16,6 +17,8 @@
 #include <sys/wait.h>
 
 #include <cmocka.h>
+
+#include "odd_locale.h"
 
 static char dir[64];
 
@@ -69,6 +72,46 @@ static void test_buf(void **state)
     assert_int_equal(orch_slice_str(NULL).n, 0);
 }
 
+/* Many writers of one file, in threads: it is always one writer's, and whole. */
+
+struct writer {
+    const char *path;
+    char letter;
+    int torn, error;
+};
+
+static void *write_often(void *ud)
+{
+    struct writer *w = ud;
+    char text[8192];
+    memset(text, w->letter, sizeof text);
+    for (int i = 0; i < 300 && !w->error && !w->torn; i++) {
+        cleanup_buf struct orch_buf b = { 0 };
+        w->error = orch_write_file(AT_FDCWD, w->path, text, sizeof text, 0600);
+        if (!w->error && (w->error = orch_read_file(AT_FDCWD, w->path, sizeof text, &b)) == 0)
+            w->torn = b.n != sizeof text || memcmp(b.p, b.p + 1, b.n - 1) != 0;
+    }
+    return NULL;
+}
+
+static void test_writers(void **state)
+{
+    (void)state;
+    struct writer writers[4];
+    pthread_t threads[4];
+    cleanup_free char *path = orch_xasprintf("%s/written", dir);
+    for (int i = 0; i < 4; i++) {
+        writers[i] = (struct writer){ path, (char)('a' + i), 0, 0 };
+        assert_int_equal(pthread_create(&threads[i], NULL, write_often, &writers[i]), 0);
+    }
+    for (int i = 0; i < 4; i++)
+        assert_int_equal(pthread_join(threads[i], NULL), 0);
+    for (int i = 0; i < 4; i++) {
+        assert_int_equal(writers[i].error, 0);
+        assert_false(writers[i].torn);
+    }
+}
+
 static void test_parse(void **state)
 {
     (void)state;
@@ -76,16 +119,25 @@ static void test_parse(void **state)
         const char *text;
         int64_t ms, bytes;
     } table[] = {
-        { "250ms", 250, -1 }, { "30s", 30000, -1 },   { "5m", 300000, -1 }, { "1h", 3600000, -1 }, { "1.5s", 1500, -1 },
-        { "64K", -1, 65536 }, { "256M", -1, 1 << 28 }, { "2G", -1, INT64_C(1) << 31 }, { "12", -1, 12 }, { "0", -1, 0 },
-        { "0s", 0, -1 },      { "", -1, -1 },         { "-1s", -1, -1 },    { " 1s", -1, -1 },     { "1s ", -1, -1 },
-        { "1 s", -1, -1 },    { "s", -1, -1 },        { "0x10s", -1, -1 },  { "1e3s", -1, -1 },    { "infs", -1, -1 },
-        { "nan", -1, -1 },    { "1S", -1, -1 },       { "1k", -1, -1 },     { "99999999999999999G", -1, -1 },
-        { "+1s", -1, -1 },    { "1ss", -1, -1 },
+        { "250ms", 250, -1 },    { "30s", 30000, -1 },
+        { "5m", 300000, -1 },    { "1h", 3600000, -1 },
+        { "1.5s", 1500, -1 },    { "64K", -1, 65536 },
+        { "256M", -1, 1 << 28 }, { "2G", -1, INT64_C(1) << 31 },
+        { "12", -1, 12 },        { "0", -1, 0 },
+        { "0s", 0, -1 },         { "", -1, -1 },
+        { "-1s", -1, -1 },       { " 1s", -1, -1 },
+        { "1s ", -1, -1 },       { "1 s", -1, -1 },
+        { "s", -1, -1 },         { "0x10s", -1, -1 },
+        { "1e3s", -1, -1 },      { "infs", -1, -1 },
+        { "nan", -1, -1 },       { "1S", -1, -1 },
+        { "1k", -1, -1 },        { "99999999999999999G", -1, -1 },
+        { "+1s", -1, -1 },       { "1ss", -1, -1 },
     };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(table); i++) {
-        if (orch_parse_duration_ms(table[i].text) != table[i].ms || orch_parse_size_bytes(table[i].text) != table[i].bytes)
-            fail_msg("\"%s\": %lld ms, %lld bytes", table[i].text, (long long)orch_parse_duration_ms(table[i].text),
+        if (orch_parse_duration_ms(table[i].text) != table[i].ms ||
+            orch_parse_size_bytes(table[i].text) != table[i].bytes)
+            fail_msg("\"%s\": %lld ms, %lld bytes", table[i].text,
+                     (long long)orch_parse_duration_ms(table[i].text),
                      (long long)orch_parse_size_bytes(table[i].text));
     }
 }
@@ -205,7 +257,9 @@ static void test_log(void **state)
     orch_log_sink(&to_buf);
     orch_log(ORCH_INFO, "not shown");
     assert_int_equal(out.n, 0);
-    orch_log(ORCH_WARN, "a\nb \x1b[31m %s", "\xe2\x80\xae" "c");
+    orch_log(ORCH_WARN, "a\nb \x1b[31m %s",
+             "\xe2\x80\xae"
+             "c");
     assert_string_equal(out.p, "orch: warn: a\\nb \\x1b[31m \\xe2\\x80\\xaec\n");
     out.n = 0;
     orch_log_level(ORCH_DEBUG);
@@ -214,7 +268,8 @@ static void test_log(void **state)
     out.n = 0;
     orch_log_json(true);
     orch_log_fields(ORCH_ERROR, ORCH_SLICE("quote \" here"), ORCH_SLICE("{\"k\":1}"));
-    assert_non_null(strstr(out.p, "\"level\":\"error\",\"msg\":\"quote \\\" here\",\"fields\":{\"k\":1}}\n"));
+    assert_non_null(
+        strstr(out.p, "\"level\":\"error\",\"msg\":\"quote \\\" here\",\"fields\":{\"k\":1}}\n"));
     assert_memory_equal(out.p, "{\"ts\":\"20", 9);
     orch_log_json(false);
     orch_log_level(ORCH_WARN);
@@ -229,17 +284,18 @@ static void test_escape(void **state)
     static const struct {
         const char *in, *out;
     } table[] = {
-        { "plain \xc3\xa4 \xe2\x82\xac \xf0\x9f\x98\x80", "plain \xc3\xa4 \xe2\x82\xac \xf0\x9f\x98\x80" },
+        { "plain \xc3\xa4 \xe2\x82\xac \xf0\x9f\x98\x80",
+          "plain \xc3\xa4 \xe2\x82\xac \xf0\x9f\x98\x80" },
         { "\x1b]0;t\x07", "\\x1b]0;t\\x07" },
         { "\x7f\r\t", "\\x7f\\x0d\t" },
-        { "\xc2\x9b", "\\xc2\\x9b" },          /* C1 CSI */
-        { "\xe2\x80\x8b", "\\xe2\\x80\\x8b" }, /* zero width space */
-        { "\xe2\x80\xa8", "\\xe2\\x80\\xa8" }, /* line separator */
-        { "\xe2\x81\xa6", "\\xe2\\x81\\xa6" }, /* bidi isolate */
-        { "\xef\xbb\xbf", "\\xef\\xbb\\xbf" }, /* byte-order mark */
+        { "\xc2\x9b", "\\xc2\\x9b" },                   /* C1 CSI */
+        { "\xe2\x80\x8b", "\\xe2\\x80\\x8b" },          /* zero width space */
+        { "\xe2\x80\xa8", "\\xe2\\x80\\xa8" },          /* line separator */
+        { "\xe2\x81\xa6", "\\xe2\\x81\\xa6" },          /* bidi isolate */
+        { "\xef\xbb\xbf", "\\xef\\xbb\\xbf" },          /* byte-order mark */
         { "\xf3\xa0\x81\x81", "\\xf3\\xa0\\x81\\x81" }, /* tag */
-        { "\xff\xc3", "\\xff\\xc3" },          /* not UTF-8 */
-        { "\xed\xa0\x80", "\\xed\\xa0\\x80" }, /* surrogate */
+        { "\xff\xc3", "\\xff\\xc3" },                   /* not UTF-8 */
+        { "\xed\xa0\x80", "\\xed\\xa0\\x80" },          /* surrogate */
     };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(table); i++) {
         cleanup_buf struct orch_buf out = { 0 };
@@ -291,7 +347,7 @@ static void note_a(void *ud)
 static void post_more(void *ud)
 {
     strcat(order, ud);
-    orch_loop_post(loop, note_a, (void *)(uintptr_t)"4");
+    orch_loop_post(loop, note_a, (void *)(uintptr_t) "4");
 }
 
 static void test_post(void **state)
@@ -476,7 +532,8 @@ static void test_hmac(void **state)
 {
     (void)state;
     uint8_t k[131], data[50];
-    static const char big[] = "This is a test using a larger than block-size key and a larger than block-size data. The key "
+    static const char big[] = "This is a test using a larger than block-size key and a larger than "
+                              "block-size data. The key "
                               "needs to be hashed before being used by the HMAC algorithm.";
     struct {
         size_t n_key;
@@ -485,14 +542,18 @@ static void test_hmac(void **state)
         size_t n_text;
         const char *hex;
     } table[] = {
-        { 20, 0x0b, "Hi There", 8, "b0344c61d8db38535ca8afceaf0bf12b881dc200c9833da726e9376c2e32cff7" },
-        { 4, -1, "what do ya want for nothing?", 28, "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843" },
-        { 20, 0xaa, NULL, 0xdd, "773ea91e36800e46854db8ebd09181a72959098b3ef8c122d9635514ced565fe" },
+        { 20, 0x0b, "Hi There", 8,
+          "b0344c61d8db38535ca8afceaf0bf12b881dc200c9833da726e9376c2e32cff7" },
+        { 4, -1, "what do ya want for nothing?", 28,
+          "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843" },
+        { 20, 0xaa, NULL, 0xdd,
+          "773ea91e36800e46854db8ebd09181a72959098b3ef8c122d9635514ced565fe" },
         { 25, 0, NULL, 0xcd, "82558a389a443c0ea4cc819899f2083a85f0faa3e578f8077a2e3ff46729665b" },
         { 20, 0x0c, "Test With Truncation", 20, "a3b6167473100ee06e0c796c2955552b" },
         { 131, 0xaa, "Test Using Larger Than Block-Size Key - Hash Key First", 54,
           "60e431591ee0b67f0d8a26aacbf5b77f8e0bc6213728c5140546040f0ee37f54" },
-        { 131, 0xaa, big, sizeof big - 1, "9b09ffa71b942fcb27635fbcd5b0e944bfdc63644f0713938a7f51535c3a35e2" },
+        { 131, 0xaa, big, sizeof big - 1,
+          "9b09ffa71b942fcb27635fbcd5b0e944bfdc63644f0713938a7f51535c3a35e2" },
     };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(table); i++) {
         memset(k, table[i].fill, sizeof k);
@@ -507,7 +568,8 @@ static void test_hmac(void **state)
         for (int again = 0; again < 2; again++) { /* the saved states are not used up */
             uint8_t mac[ORCH_SHA256_BYTES];
             char text[65];
-            orch_hmac(&key, table[i].text ? table[i].text : (char *)data, table[i].text ? table[i].n_text : sizeof data, mac);
+            orch_hmac(&key, table[i].text ? table[i].text : (char *)data,
+                      table[i].text ? table[i].n_text : sizeof data, mac);
             orch_hex(mac, sizeof mac, text);
             assert_memory_equal(text, table[i].hex, strlen(table[i].hex));
         }
@@ -542,7 +604,8 @@ static const char *const path_env[] = { "PATH=/usr/bin:/bin", NULL };
 
 static struct orch_proc_opts shell(struct run *r, const char *const *argv)
 {
-    return (struct orch_proc_opts){ .argv = argv, .env = path_env, .on_exit = on_exit_call, .ud = r };
+    return (
+        struct orch_proc_opts){ .argv = argv, .env = path_env, .on_exit = on_exit_call, .ud = r };
 }
 
 static void start(struct run *r, const struct orch_proc_opts *o)
@@ -622,7 +685,8 @@ static void test_proc_stdio(void **state)
     end(&r);
 
     struct run null = { 0 };
-    o = shell(&null, SH("read x && exit 9; echo gone; [ \"$(readlink /proc/$$/fd/0)\" = /dev/null ]"));
+    o = shell(&null,
+              SH("read x && exit 9; echo gone; [ \"$(readlink /proc/$$/fd/0)\" = /dev/null ]"));
     o.null_stdio = true;
     start(&null, &o);
     assert_int_equal(orch_proc_stdin(null.p), -1);
@@ -636,7 +700,8 @@ static void test_proc_stderr(void **state)
 {
     (void)state;
     struct run r = { 0 };
-    struct orch_proc_opts o = shell(&r, SH("head -c 10000000 /dev/zero | tr '\\0' x >&2; printf end >&2; exit 3"));
+    struct orch_proc_opts o =
+        shell(&r, SH("head -c 10000000 /dev/zero | tr '\\0' x >&2; printf end >&2; exit 3"));
     o.stderr_keep = 1000;
     start(&r, &o);
     await(&r.done);
@@ -703,8 +768,9 @@ static void test_proc_group(void **state)
 
     /* A child that left its group is reached too; free of a running child calls nobody. */
     struct run s = { 0 };
-    o = shell(&s, (const char *const[]){ "perl", "-e", "setpgrp(0, getpgrp(getppid())); syswrite(STDOUT, 'x'); sleep 1000",
-                                         NULL });
+    o = shell(&s, (const char *const[]){
+                      "perl", "-e",
+                      "setpgrp(0, getpgrp(getppid())); syswrite(STDOUT, 'x'); sleep 1000", NULL });
     assert_int_equal(pipe2(p, O_CLOEXEC), 0);
     o.fds[o.n_fds++] = p[1];
     start(&s, &o);
@@ -728,7 +794,10 @@ static void test_proc_log(void **state)
     (void)state;
     struct run r = { 0 };
     cleanup_buf struct orch_buf log = { 0 };
-    struct orch_proc_opts o = shell(&r, SH("printf 'one\\ntwo' >&2; printf ' halves\\n\\n10%%\\r20%%\\r\\033[1mbold' >&2; printf '\\n%5000s' x >&2"));
+    struct orch_proc_opts o =
+        shell(&r,
+              SH("printf 'one\\ntwo' >&2; printf ' halves\\n\\n10%%\\r20%%\\r\\033[1mbold' >&2; "
+                 "printf '\\n%5000s' x >&2"));
     o.log_as = "it";
     orch_log_sink(&(struct orch_log_sink){ keep_line, &log });
     orch_log_level(ORCH_INFO);
@@ -737,13 +806,15 @@ static void test_proc_log(void **state)
     struct orch_slice last = orch_proc_stderr_line(r.p);
     assert_int_equal(last.n, 5000);
     end(&r);
-    static const char head[] = "orch: it: one\norch: it: two halves\norch: it: 10%\norch: it: 20%\norch: it: \\x1b[1mbold\norch: it:     ";
+    static const char head[] = "orch: it: one\norch: it: two halves\norch: it: 10%\norch: it: "
+                               "20%\norch: it: \\x1b[1mbold\norch: it:     ";
     assert_memory_equal(log.p, head, sizeof head - 1);
     assert_in_range(log.n, 1000, 1300); /* the last line is cut */
 
     /* Many lines at once: some, and how many more there were. */
     struct run many = { 0 };
-    o = shell(&many, SH("yes 'a line' | head -n 100000 >&2; printf '\\n  \\nlast of them \\r\\n' >&2"));
+    o = shell(&many,
+              SH("yes 'a line' | head -n 100000 >&2; printf '\\n  \\nlast of them \\r\\n' >&2"));
     o.log_as = "it";
     log.n = 0;
     start(&many, &o);
@@ -772,11 +843,17 @@ static void test_proc_end(void **state)
         bool signal; /* to us, while we wait */
     } table[] = {
         { "echo up; cat >&2; echo input ended >&3", "input ended\n", 20000, 20000, false },
-        { "echo up; cat; head -c 10000000 /dev/zero; head -c 1000000 /dev/zero >&2; echo all written >&3", "all written\n", 20000, 20000, false },
-        { "trap 'echo term >&3; exit' TERM; echo up; while :; do sleep 0.01; done", "term\n", 50, 20000, false },
-        { "trap 'echo term >&3; exit' TERM; echo up; while :; do sleep 0.01; done", "term\n", 20000, 20000, true },
+        { "echo up; cat; head -c 10000000 /dev/zero; head -c 1000000 /dev/zero >&2; echo all "
+          "written >&3",
+          "all written\n", 20000, 20000, false },
+        { "trap 'echo term >&3; exit' TERM; echo up; while :; do sleep 0.01; done", "term\n", 50,
+          20000, false },
+        { "trap 'echo term >&3; exit' TERM; echo up; while :; do sleep 0.01; done", "term\n", 20000,
+          20000, true },
         /* The wrapper goes at once, what it started has something to save. */
-        { "(trap 'sleep 0.2; echo saved >&3; exit' TERM; echo up; while :; do sleep 0.01; done) & wait", "saved\n", 50, 20000, false },
+        { "(trap 'sleep 0.2; echo saved >&3; exit' TERM; echo up; while :; do sleep 0.01; done) & "
+          "wait",
+          "saved\n", 50, 20000, false },
         { "trap '' TERM; echo up; while :; do sleep 0.01; done", "", 50, 50, false },
     };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(table); i++) {
@@ -794,11 +871,16 @@ static void test_proc_end(void **state)
             assert_int_equal(write(orch_proc_stdin(r.p), "bye\n", 4), 4);
         int64_t begun = orch_now_us();
         if (table[i].signal) {
-            assert_int_equal(sigaction(SIGALRM, &(struct sigaction){ .sa_handler = nothing, .sa_flags = SA_RESTART }, NULL), 0);
+            assert_int_equal(sigaction(SIGALRM,
+                                       &(struct sigaction){ .sa_handler = nothing,
+                                                            .sa_flags = SA_RESTART },
+                                       NULL),
+                             0);
             setitimer(ITIMER_REAL, &(struct itimerval){ .it_value = { .tv_usec = 100000 } }, NULL);
         }
         orch_proc_end(r.p, table[i].eof_ms, table[i].term_ms);
-        assert_true(orch_now_us() - begun < 15000000); /* no limit was waited for that is not the last one's */
+        /* no limit was waited for that is not the last one's */
+        assert_true(orch_now_us() - begun < 15000000);
         if (i == 0)
             assert_true(orch_slice_eq(orch_proc_stderr(r.p), "bye\n"));
         end(&r);
@@ -813,7 +895,8 @@ static void test_proc_inherits_nothing(void **state)
 {
     (void)state;
     /* As a careless embedder opens: without CLOEXEC. */
-    int leak = fcntl(open("/dev/null", O_RDONLY | O_CLOEXEC), F_DUPFD, 50), high = fcntl(leak, F_DUPFD, 500);
+    int leak = fcntl(open("/dev/null", O_RDONLY | O_CLOEXEC), F_DUPFD, 50),
+        high = fcntl(leak, F_DUPFD, 500);
     int given = fcntl(open("/etc/passwd", O_RDONLY | O_CLOEXEC), F_DUPFD_CLOEXEC, 50);
     /* The number a passed descriptor gets may be another's source. */
     assert_int_equal(dup2(given, 3), 3);
@@ -830,7 +913,8 @@ static void test_proc_inherits_nothing(void **state)
 
     struct run r = { 0 };
     static const char *const env[] = { "PATH=/usr/bin:/bin", "ONLY=this", NULL };
-    struct orch_proc_opts o = shell(&r, SH("readlink /proc/$$/fd/3 /proc/$$/fd/4; ls /proc/self/fd | tr '\\n' ' '; env | grep -v _=;"
+    struct orch_proc_opts o = shell(&r, SH("readlink /proc/$$/fd/3 /proc/$$/fd/4; ls /proc/self/fd "
+                                           "| tr '\\n' ' '; env | grep -v _=;"
                                            "pwd; grep -E 'Sig(Blk|Ign)' /proc/self/status"));
     o.env = env;
     o.cwd = "/usr";
@@ -852,8 +936,9 @@ static void test_proc_inherits_nothing(void **state)
     close(3);
     close(4);
     /* 5 is the folder that ls reads. */
-    assert_string_equal(out.p, "/dev/null\n/etc/passwd\n0 1 2 3 4 5 PATH=/usr/bin:/bin\nONLY=this\nPWD=/usr\n/usr\n"
-                               "SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n");
+    assert_string_equal(
+        out.p, "/dev/null\n/etc/passwd\n0 1 2 3 4 5 PATH=/usr/bin:/bin\nONLY=this\nPWD=/usr\n/usr\n"
+               "SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n");
 }
 
 static void write_mode(const char *name, const char *text, mode_t mode)
@@ -872,10 +957,15 @@ static void test_proc_errors(void **state)
     write_mode("fine", "#!/bin/sh\nexit 5\n", 0755);
     cleanup_free char *path = orch_xasprintf("PATH=:relative:%s:/nowhere", dir);
     cleanup_free char *plain = orch_xasprintf("%s/plain: not executable", dir);
-    cleanup_free char *none = orch_xasprintf("nosuch: program not found in PATH (:relative:%s:/nowhere)", dir);
-    cleanup_free char *noint = orch_xasprintf("%s/noint: the interpreter its first line or header names does not exist", dir);
-    cleanup_free char *data = orch_xasprintf("%s/data: not a program of this machine (a script needs a #! line)", dir);
-    cleanup_free char *away = orch_xasprintf("./nosuch: No such file or directory (working directory %s)", dir);
+    cleanup_free char *none =
+        orch_xasprintf("nosuch: program not found in PATH (:relative:%s:/nowhere)", dir);
+    cleanup_free char *noint =
+        orch_xasprintf("%s/noint: the interpreter its first line or header names does not exist",
+                       dir);
+    cleanup_free char *data =
+        orch_xasprintf("%s/data: not a program of this machine (a script needs a #! line)", dir);
+    cleanup_free char *away =
+        orch_xasprintf("./nosuch: No such file or directory (working directory %s)", dir);
     const struct {
         const char *name, *cwd, *msg;
         int code;
@@ -888,7 +978,8 @@ static void test_proc_errors(void **state)
         { "./plain", dir, "./plain: not executable", EACCES },
         { "/", NULL, "/: not executable", EACCES },
         { "", NULL, "the name of the program is empty", ENOENT },
-        { "fine", "/no/where", "fine: working directory /no/where: No such file or directory", ENOENT },
+        { "fine", "/no/where", "fine: working directory /no/where: No such file or directory",
+          ENOENT },
         { "fine", "/etc/passwd", "fine: working directory /etc/passwd: Not a directory", ENOTDIR },
     };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(table); i++) {
@@ -899,10 +990,13 @@ static void test_proc_errors(void **state)
         assert_string_equal(err.msg, table[i].msg);
         assert_int_equal(err.code, table[i].code);
     }
-    /* A relative entry of PATH is not looked through, the working directory of "./" is the child's. */
+    /* A relative entry of PATH is not looked through, the working directory of "./" is the
+     * child's. */
     struct orch_err err;
     const char *const dot[] = { "PATH=.:", NULL };
-    struct orch_proc_opts o = { .argv = (const char *const[]){ "fine", NULL }, .env = dot, .cwd = dir };
+    struct orch_proc_opts o = { .argv = (const char *const[]){ "fine", NULL },
+                                .env = dot,
+                                .cwd = dir };
     cleanup_close int home = open(".", O_PATH | O_DIRECTORY | O_CLOEXEC);
     assert_int_equal(chdir(dir), 0);
     assert_null(orch_proc_start(loop, &o, &err));
@@ -935,7 +1029,8 @@ static void test_proc_many(void **state)
         struct run r[EACH] = { 0 };
         for (int k = 0; k < EACH; k++) {
             r[k].free_inside = k & 1;
-            struct orch_proc_opts o = shell(&r[k], (const char *const[]){ k % 4 == 3 ? "false" : "true", NULL });
+            struct orch_proc_opts o = shell(&r[k], (const char *const[]){
+                                                       k % 4 == 3 ? "false" : "true", NULL });
             start(&r[k], &o);
         }
         for (int k = 0; k < EACH; k++) {
@@ -961,7 +1056,8 @@ static void test_proc_dies_with_parent(void **state)
     pid_t middle = fork();
     if (middle == 0) {
         struct orch_loop *l = orch_loop_new(NULL);
-        struct orch_proc_opts o = { .argv = (const char *const[]){ "sleep", "1000", NULL }, .env = path_env };
+        struct orch_proc_opts o = { .argv = (const char *const[]){ "sleep", "1000", NULL },
+                                    .env = path_env };
         o.fds[o.n_fds++] = alive[1];
         bool ok = l && orch_proc_start(l, &o, NULL) && write(started[1], "x", 1) == 1;
         for (;;)
@@ -984,6 +1080,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_buf),
         cmocka_unit_test(test_parse),
+        cmocka_unit_test(test_writers),
         cmocka_unit_test(test_files),
         cmocka_unit_test(test_small),
         cmocka_unit_test(test_err),
@@ -1007,5 +1104,6 @@ int main(void)
         LOOP_TEST(test_proc_many),
         LOOP_TEST(test_proc_dies_with_parent),
     };
+    odd_locale();
     return cmocka_run_group_tests(tests, make_dir, remove_dir);
 }

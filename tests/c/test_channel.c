@@ -1,4 +1,5 @@
-/* core/vm/channel: the host's end of the guest agent's protocol, against a guest that this file plays. */
+/* core/vm/channel: the host's end of the guest agent's protocol, against a guest that this file
+ * plays. */
 #include "guest/wire.h"
 #include "vm/channel.h"
 
@@ -192,7 +193,8 @@ static void guest_exit(struct rig *r, uint32_t id, int status)
     guest_frame(r, ORCH_WIRE_EXIT, id, &e, sizeof e);
 }
 
-/* The next frame the host sent; its payload (at most ORCH_WIRE_MAX) into `p` and its length as the result. */
+/* The next frame the host sent; its payload (at most ORCH_WIRE_MAX) into `p` and its length as the
+ * result. */
 static size_t guest_recv(struct rig *r, struct orch_wire_head *h, void *p)
 {
     size_t got = 0, want = sizeof *h;
@@ -238,8 +240,14 @@ static void test_exec(void **state)
     guest_hello(&r, NULL);
     run_until(&r, &r.hellos, 1);
     const char *const argv[] = { "echo", "a b", "", NULL }, *const env[] = { "A=1", "B=", NULL };
-    start(&r, (struct orch_exec_opts){ .argv = argv, .env = env, .cwd = "/x", .user = "root", .timeout_ms = 1500,
-                                       .max_output = 77, .pty = true, .no_aslr = true });
+    start(&r, (struct orch_exec_opts){ .argv = argv,
+                                       .env = env,
+                                       .cwd = "/x",
+                                       .user = "root",
+                                       .timeout_ms = 1500,
+                                       .max_output = 77,
+                                       .pty = true,
+                                       .no_aslr = true });
     struct orch_wire_head h;
     struct orch_wire_exec w;
     char b[ORCH_WIRE_MAX];
@@ -258,7 +266,9 @@ static void test_exec(void **state)
 
     guest_started(&r, 1);
     guest_frame(&r, ORCH_WIRE_STDOUT, 1, "one", 3);
-    struct orch_wire_exit e = { .status = -1, .signal = 15, .flags = ORCH_WIRE_EXIT_TIMED_OUT | ORCH_WIRE_EXIT_CUT_STDERR,
+    struct orch_wire_exit e = { .status = -1,
+                                .signal = 15,
+                                .flags = ORCH_WIRE_EXIT_TIMED_OUT | ORCH_WIRE_EXIT_CUT_STDERR,
                                 .dropped_stderr = 5 };
     guest_frame(&r, ORCH_WIRE_EXIT, 1, &e, sizeof e);
     run_until(&r, &r.done, 1);
@@ -270,7 +280,9 @@ static void test_exec(void **state)
     assert_true(r.result.ms >= 0);
 
     start(&r, (struct orch_exec_opts){ 0 });
-    e = (struct orch_wire_exit){ .fail = ORCH_WIRE_FAIL_NOT_FOUND, .sys_errno = ENOENT, .status = 127 };
+    e = (struct orch_wire_exit){ .fail = ORCH_WIRE_FAIL_NOT_FOUND,
+                                 .sys_errno = ENOENT,
+                                 .status = 127 };
     guest_frame(&r, ORCH_WIRE_EXIT, 2, &e, sizeof e);
     run_until(&r, &r.done, 2);
     assert_int_equal(r.result.fail, ORCH_WIRE_FAIL_NOT_FOUND);
@@ -293,9 +305,12 @@ static void test_one_byte_at_a_time(void **state)
         struct orch_wire_head h2;
         struct orch_wire_exit exit;
     } __attribute__((packed)) all = {
-        { .len = sizeof all.hello, .type = ORCH_WIRE_HELLO }, { .version = ORCH_WIRE_VERSION },
-        { .len = 4, .id = 1, .type = ORCH_WIRE_STARTED }, 5,
-        { .len = sizeof all.exit, .id = 1, .type = ORCH_WIRE_EXIT }, { .status = 3 },
+        { .len = sizeof all.hello, .type = ORCH_WIRE_HELLO },
+        { .version = ORCH_WIRE_VERSION },
+        { .len = 4, .id = 1, .type = ORCH_WIRE_STARTED },
+        5,
+        { .len = sizeof all.exit, .id = 1, .type = ORCH_WIRE_EXIT },
+        { .status = 3 },
     };
     for (size_t i = 0; i < sizeof all; i++) {
         assert_int_equal(r.done, 0);
@@ -493,14 +508,20 @@ static void test_refused(void **state)
     cleanup_free char *big = orch_xcalloc(1, ORCH_WIRE_MAX + 1);
     memset(big, 'a', ORCH_WIRE_MAX);
     const char *const argv[] = { "echo", big, NULL }, *const none[] = { NULL };
-    assert_null(orch_exec_start(r.c, &(struct orch_exec_opts){ .argv = argv, .done = on_done, .ud = &r }, &err));
+    assert_null(orch_exec_start(r.c,
+                                &(struct orch_exec_opts){ .argv = argv, .done = on_done, .ud = &r },
+                                &err));
     assert_int_equal(err.code, E2BIG);
-    assert_null(orch_exec_start(r.c, &(struct orch_exec_opts){ .argv = none, .done = on_done, .ud = &r }, &err));
+    assert_null(orch_exec_start(r.c,
+                                &(struct orch_exec_opts){ .argv = none, .done = on_done, .ud = &r },
+                                &err));
     assert_int_equal(err.code, EINVAL);
     for (int i = 0; i < 256; i++)
         start(&r, (struct orch_exec_opts){ 0 });
     const char *const one[] = { "true", NULL };
-    assert_null(orch_exec_start(r.c, &(struct orch_exec_opts){ .argv = one, .done = on_done, .ud = &r }, &err));
+    assert_null(orch_exec_start(r.c,
+                                &(struct orch_exec_opts){ .argv = one, .done = on_done, .ud = &r },
+                                &err));
     assert_int_equal(err.code, EBUSY);
     guest_hello(&r, NULL);
     guest_started(&r, 7);
@@ -510,7 +531,9 @@ static void test_refused(void **state)
     close(r.guest);
     run_until(&r, &r.done, 257);
     r.done_err.cls = 0;
-    assert_non_null(orch_exec_start(r.c, &(struct orch_exec_opts){ .argv = one, .done = on_done, .ud = &r }, &err));
+    assert_non_null(
+        orch_exec_start(r.c, &(struct orch_exec_opts){ .argv = one, .done = on_done, .ud = &r },
+                        &err));
     orch_channel_read_file(r.c, "/f", 0, 0, 10, on_file, &r);
     assert_int_equal(r.done + r.file_done, 257); /* never from inside the call */
     run_until(&r, &r.file_done, 1);
@@ -606,7 +629,8 @@ static void test_flood_keeps_memory(void **state)
     assert_int_equal(r.file_err.cls, ORCH_CLASS_LIMIT);
     getrusage(RUSAGE_SELF, &after);
     assert_int_equal(r.out[0].n, ORCH_WIRE_MAX);
-    assert_true(after.ru_maxrss - before.ru_maxrss < 40 * 1024); /* the list's 8 MiB, grown by doubling, under ASAN */
+    /* the list's 8 MiB, grown by doubling, under ASAN */
+    assert_true(after.ru_maxrss - before.ru_maxrss < 40 * 1024);
     assert_int_equal(r.fails, 0);
     rig_fini(&r);
 }
@@ -755,8 +779,9 @@ static void test_drop(void **state)
 
 /* ---- a hostile guest */
 
-/* Before the bytes of a case: operations 1 exec (stdin, 10 bytes sent, at most 100 bytes of output; started unless
- * FRESH), 2 exec (started), 3 read of at most 8 bytes, 4 list, 5 write of 300000 bytes, 6 exec with a terminal. */
+/* Before the bytes of a case: operations 1 exec (stdin, 10 bytes sent, at most 100 bytes of output;
+ * started unless FRESH), 2 exec (started), 3 read of at most 8 bytes, 4 list, 5 write of 300000
+ * bytes, 6 exec with a terminal. */
 enum { NO_HELLO = 1, FRESH = 2, DROPPED = 4 };
 
 struct hostile {
@@ -770,8 +795,8 @@ struct hostile {
 #define B(s) sizeof(s) - 1, s
 #define HEAD(len4, id, type) len4 id "\0\0\0" type "\0\0\0"
 #define EXIT(id, fail, status, signal, flags, sys_errno, d1, d2) \
-    "\x28\0\0\0" id "\0\0\0\x44\0\0\0" fail "\0\0\0" status signal "\0\0\0" flags "\0\0\0" sys_errno "\0\0\0\0\0\0\0" \
-    d1 "\0\0\0\0\0\0\0" d2 "\0\0\0\0\0\0\0"
+    "\x28\0\0\0" id "\0\0\0\x44\0\0\0" fail "\0\0\0" status signal "\0\0\0" flags \
+    "\0\0\0" sys_errno "\0\0\0\0\0\0\0" d1 "\0\0\0\0\0\0\0" d2 "\0\0\0\0\0\0\0"
 #define ZERO4 "\0\0\0\0"
 #define TEXT10 "0123456789"
 #define LIST(len, entry) HEAD(len "\0\0\0", "\4", "\x08") entry
@@ -784,15 +809,18 @@ static const struct hostile hostiles[] = {
     { "a host's type", 0, "unknown type 2", B(HEAD(ZERO4, "\1", "\2")) },
     { "type 71", 0, "unknown type 71", B(HEAD(ZERO4, "\1", "\x47")) },
     { "type 255", 0, "unknown type 255", B(HEAD(ZERO4, "\1", "\xff")) },
-    { "STARTED before HELLO", NO_HELLO | FRESH, "before its HELLO", B(HEAD("\4\0\0\0", "\1", "\x41") "pid ") },
+    { "STARTED before HELLO", NO_HELLO | FRESH, "before its HELLO",
+      B(HEAD("\4\0\0\0", "\1", "\x41") "pid ") },
     { "HELLO of version 2", NO_HELLO | FRESH, "version 2",
       B(HEAD("\x18\0\0\0", "\0", "\x40") "\2\0\0\0" ZERO4 ZERO4 ZERO4 ZERO4 ZERO4) },
     { "HELLO with an epoch at boot", NO_HELLO | FRESH, "not asked for",
       B(HEAD("\x18\0\0\0", "\0", "\x40") "\1\0\0\0" ZERO4 "evil" ZERO4 ZERO4 ZERO4) },
     { "HELLO with an id", NO_HELLO | FRESH, "malformed HELLO",
       B(HEAD("\x18\0\0\0", "\1", "\x40") "\1\0\0\0" ZERO4 ZERO4 ZERO4 ZERO4 ZERO4) },
-    { "HELLO too short", NO_HELLO | FRESH, "malformed HELLO", B(HEAD("\4\0\0\0", "\0", "\x40") "\1\0\0\0") },
-    { "HELLO twice", 0, "not asked for", B(HEAD("\x18\0\0\0", "\0", "\x40") "\1\0\0\0" ZERO4 ZERO4 ZERO4 ZERO4 ZERO4) },
+    { "HELLO too short", NO_HELLO | FRESH, "malformed HELLO",
+      B(HEAD("\4\0\0\0", "\0", "\x40") "\1\0\0\0") },
+    { "HELLO twice", 0, "not asked for",
+      B(HEAD("\x18\0\0\0", "\0", "\x40") "\1\0\0\0" ZERO4 ZERO4 ZERO4 ZERO4 ZERO4) },
     { "STDOUT of id 0", 0, "never used", B(HEAD("\1\0\0\0", "\0", "\x42") "x") },
     { "STDOUT of an id to come", 0, "never used", B(HEAD("\1\0\0\0", "\x07", "\x42") "x") },
     { "EXIT of the largest id", 0, "never used", B(ZERO4 "\xff\xff\xff\xff\x44\0\0\0") },
@@ -800,54 +828,85 @@ static const struct hostile hostiles[] = {
     { "STARTED too short", FRESH, "STARTED", B(HEAD("\3\0\0\0", "\1", "\x41") "pid") },
     { "STDOUT before STARTED", FRESH, "out of place", B(HEAD("\1\0\0\0", "\1", "\x42") "x") },
     { "empty STDOUT", 0, "out of place", B(HEAD(ZERO4, "\1", "\x42")) },
-    { "STDERR of a terminal", 0, "out of place", B(HEAD("\4\0\0\0", "\6", "\x41") "pid " HEAD("\1\0\0\0", "\6", "\x43") "x") },
+    { "STDERR of a terminal", 0, "out of place",
+      B(HEAD("\4\0\0\0", "\6", "\x41") "pid " HEAD("\1\0\0\0", "\6", "\x43") "x") },
     { "more output than max_output", 0, "more output than the 100",
-      B(HEAD("\x65\0\0\0", "\1", "\x42") TEXT10 TEXT10 TEXT10 TEXT10 TEXT10 TEXT10 TEXT10 TEXT10 TEXT10 TEXT10 "x") },
-    { "EXIT before STARTED", FRESH, "no sense", B(EXIT("\1", "\0", ZERO4, "\0", "\0", "\0", "\0", "\0")) },
-    { "EXIT of a failed start after STARTED", 0, "no sense", B(EXIT("\1", "\1", ZERO4, "\0", "\0", "\2", "\0", "\0")) },
-    { "EXIT of a failed start without errno", FRESH, "no sense", B(EXIT("\1", "\1", ZERO4, "\0", "\0", "\0", "\0", "\0")) },
-    { "EXIT of an unknown failure", FRESH, "no sense", B(EXIT("\1", "\x63", ZERO4, "\0", "\0", "\2", "\0", "\0")) },
+      B(HEAD("\x65\0\0\0", "\1", "\x42")
+            TEXT10 TEXT10 TEXT10 TEXT10 TEXT10 TEXT10 TEXT10 TEXT10 TEXT10 TEXT10 "x") },
+    { "EXIT before STARTED", FRESH, "no sense",
+      B(EXIT("\1", "\0", ZERO4, "\0", "\0", "\0", "\0", "\0")) },
+    { "EXIT of a failed start after STARTED", 0, "no sense",
+      B(EXIT("\1", "\1", ZERO4, "\0", "\0", "\2", "\0", "\0")) },
+    { "EXIT of a failed start without errno", FRESH, "no sense",
+      B(EXIT("\1", "\1", ZERO4, "\0", "\0", "\0", "\0", "\0")) },
+    { "EXIT of an unknown failure", FRESH, "no sense",
+      B(EXIT("\1", "\x63", ZERO4, "\0", "\0", "\2", "\0", "\0")) },
     { "EXIT too short", 0, "malformed EXIT", B(HEAD("\4\0\0\0", "\1", "\x44") ZERO4) },
-    { "EXIT with status 256", 0, "no sense", B(EXIT("\1", "\0", "\0\1\0\0", "\0", "\0", "\0", "\0", "\0")) },
-    { "EXIT with status -2", 0, "no sense", B(EXIT("\1", "\0", "\xfe\xff\xff\xff", "\0", "\0", "\0", "\0", "\0")) },
-    { "EXIT with signal 65", 0, "no sense", B(EXIT("\1", "\0", "\xff\xff\xff\xff", "\x41", "\0", "\0", "\0", "\0")) },
-    { "EXIT with signal and status", 0, "no sense", B(EXIT("\1", "\0", ZERO4, "\x09", "\0", "\0", "\0", "\0")) },
-    { "EXIT with unknown flags", 0, "no sense", B(EXIT("\1", "\0", ZERO4, "\0", "\x08", "\0", "\0", "\0")) },
-    { "EXIT that cut nothing", 0, "no sense", B(EXIT("\1", "\0", ZERO4, "\0", "\2", "\0", "\0", "\0")) },
-    { "EXIT that cut silently", 0, "no sense", B(EXIT("\1", "\0", ZERO4, "\0", "\0", "\0", "\0", "\1")) },
-    { "EXIT of a file operation", 0, "another kind", B(EXIT("\3", "\0", ZERO4, "\0", "\0", "\0", "\0", "\0")) },
+    { "EXIT with status 256", 0, "no sense",
+      B(EXIT("\1", "\0", "\0\1\0\0", "\0", "\0", "\0", "\0", "\0")) },
+    { "EXIT with status -2", 0, "no sense",
+      B(EXIT("\1", "\0", "\xfe\xff\xff\xff", "\0", "\0", "\0", "\0", "\0")) },
+    { "EXIT with signal 65", 0, "no sense",
+      B(EXIT("\1", "\0", "\xff\xff\xff\xff", "\x41", "\0", "\0", "\0", "\0")) },
+    { "EXIT with signal and status", 0, "no sense",
+      B(EXIT("\1", "\0", ZERO4, "\x09", "\0", "\0", "\0", "\0")) },
+    { "EXIT with unknown flags", 0, "no sense",
+      B(EXIT("\1", "\0", ZERO4, "\0", "\x08", "\0", "\0", "\0")) },
+    { "EXIT that cut nothing", 0, "no sense",
+      B(EXIT("\1", "\0", ZERO4, "\0", "\2", "\0", "\0", "\0")) },
+    { "EXIT that cut silently", 0, "no sense",
+      B(EXIT("\1", "\0", ZERO4, "\0", "\0", "\0", "\0", "\1")) },
+    { "EXIT of a file operation", 0, "another kind",
+      B(EXIT("\3", "\0", ZERO4, "\0", "\0", "\0", "\0", "\0")) },
     { "STDOUT of a file operation", 0, "another kind", B(HEAD("\1\0\0\0", "\3", "\x42") "x") },
     { "DATA of a command", 0, "another kind", B(HEAD("\1\0\0\0", "\1", "\x08") "x") },
-    { "CREDIT for more than was sent", 0, "CREDIT", B(HEAD("\4\0\0\0", "\1", "\x45") "\x0b\0\0\0") },
+    { "CREDIT for more than was sent", 0, "CREDIT",
+      B(HEAD("\4\0\0\0", "\1", "\x45") "\x0b\0\0\0") },
     { "CREDIT of 4 GiB - 1", 0, "CREDIT", B(HEAD("\4\0\0\0", "\1", "\x45") "\xff\xff\xff\xff") },
     { "CREDIT of nothing", 0, "CREDIT", B(HEAD("\4\0\0\0", "\1", "\x45") ZERO4) },
-    { "CREDIT twice", 0, "CREDIT", B(HEAD("\4\0\0\0", "\1", "\x45") "\x0a\0\0\0" HEAD("\4\0\0\0", "\1", "\x45") "\1\0\0\0") },
+    { "CREDIT twice", 0, "CREDIT",
+      B(HEAD("\4\0\0\0", "\1", "\x45") "\x0a\0\0\0" HEAD("\4\0\0\0", "\1", "\x45") "\1\0\0\0") },
     { "CREDIT too long", 0, "CREDIT", B(HEAD("\x08\0\0\0", "\1", "\x45") "\1\0\0\0\1\0\0\0") },
     { "CREDIT of a read", 0, "CREDIT", B(HEAD("\4\0\0\0", "\3", "\x45") "\1\0\0\0") },
-    { "DONE of a command", 0, "DONE for a command", B(HEAD("\x10\0\0\0", "\1", "\x46") ZERO4 ZERO4 ZERO4 ZERO4) },
-    { "DONE of id 0 without WARM", 0, "malformed DONE", B(HEAD("\x10\0\0\0", "\0", "\x46") ZERO4 ZERO4 ZERO4 ZERO4) },
+    { "DONE of a command", 0, "DONE for a command",
+      B(HEAD("\x10\0\0\0", "\1", "\x46") ZERO4 ZERO4 ZERO4 ZERO4) },
+    { "DONE of id 0 without WARM", 0, "malformed DONE",
+      B(HEAD("\x10\0\0\0", "\0", "\x46") ZERO4 ZERO4 ZERO4 ZERO4) },
     { "DONE too short", 0, "malformed DONE", B(HEAD("\4\0\0\0", "\3", "\x46") ZERO4) },
-    { "DONE with errno 4096", 0, "no sense", B(HEAD("\x10\0\0\0", "\3", "\x46") "\0\x10\0\0" ZERO4 ZERO4 ZERO4) },
-    { "DONE with other bytes than came", 0, "before the end", B(HEAD("\x10\0\0\0", "\3", "\x46") ZERO4 ZERO4 "\1\0\0\0" ZERO4) },
+    { "DONE with errno 4096", 0, "no sense",
+      B(HEAD("\x10\0\0\0", "\3", "\x46") "\0\x10\0\0" ZERO4 ZERO4 ZERO4) },
+    { "DONE with other bytes than came", 0, "before the end",
+      B(HEAD("\x10\0\0\0", "\3", "\x46") ZERO4 ZERO4 "\1\0\0\0" ZERO4) },
     { "DONE of a write that was not all sent", 0, "before the end",
       B(HEAD("\x10\0\0\0", "\5", "\x46") ZERO4 ZERO4 "\xe0\x93\4\0" ZERO4) },
     { "DATA of a write", 0, "DATA", B(HEAD("\1\0\0\0", "\5", "\x08") "x") },
     { "empty DATA", 0, "DATA", B(HEAD(ZERO4, "\3", "\x08")) },
-    { "DATA beyond the length asked for", 0, "more of a file", B(HEAD("\x09\0\0\0", "\3", "\x08") "123456789") },
+    { "DATA beyond the length asked for", 0, "more of a file",
+      B(HEAD("\x09\0\0\0", "\3", "\x08") "123456789") },
     { "entry of unknown type", 0, "folder entry", B(LIST("\x0d", "x 0644 1 1 a\0")) },
     { "entry without its end", 0, "folder entry", B(LIST("\x0c", "f 0644 1 1 a")) },
     { "entry without a name", 0, "folder entry", B(LIST("\x0c", "f 0644 1 1 \0")) },
     { "entry named ..", 0, "folder entry", B(LIST("\x0e", "f 0644 1 1 ..\0")) },
     { "entry with a slash", 0, "folder entry", B(LIST("\x10", "f 0644 1 1 ../x\0")) },
     { "entry with a mode that is none", 0, "folder entry", B(LIST("\x0d", "f 0648 1 1 a\0")) },
-    { "entry with a size of 21 digits", 0, "folder entry", B(LIST("\x21", "f 0644 999999999999999999999 1 a\0")) },
+    { "entry with a size of 21 digits", 0, "folder entry",
+      B(LIST("\x21", "f 0644 999999999999999999999 1 a\0")) },
     { "entry of two bytes", 0, "folder entry", B(LIST("\2", "f\0")) },
-    { "EXIT twice", 0, NULL, B(EXIT("\1", "\0", ZERO4, "\0", "\0", "\0", "\0", "\0") EXIT("\1", "\0", ZERO4, "\0", "\0", "\0", "\0", "\0")) },
-    { "STDOUT after EXIT", 0, NULL, B(EXIT("\1", "\0", ZERO4, "\0", "\0", "\0", "\0", "\0") HEAD("\1\0\0\0", "\1", "\x42") "x") },
-    { "CREDIT after EXIT", 0, NULL, B(EXIT("\1", "\0", ZERO4, "\0", "\0", "\0", "\0", "\0") HEAD("\4\0\0\0", "\1", "\x45") "\1\0\0\0") },
-    { "DONE twice", 0, NULL, B(HEAD("\x10\0\0\0", "\3", "\x46") "\2\0\0\0" ZERO4 ZERO4 ZERO4 HEAD("\x10\0\0\0", "\3", "\x46") "\2\0\0\0" ZERO4 ZERO4 ZERO4) },
+    { "EXIT twice", 0, NULL,
+      B(EXIT("\1", "\0", ZERO4, "\0", "\0", "\0", "\0", "\0")
+            EXIT("\1", "\0", ZERO4, "\0", "\0", "\0", "\0", "\0")) },
+    { "STDOUT after EXIT", 0, NULL,
+      B(EXIT("\1", "\0", ZERO4, "\0", "\0", "\0", "\0", "\0") HEAD("\1\0\0\0", "\1", "\x42") "x") },
+    { "CREDIT after EXIT", 0, NULL,
+      B(EXIT("\1", "\0", ZERO4, "\0", "\0", "\0", "\0", "\0")
+            HEAD("\4\0\0\0", "\1", "\x45") "\1\0\0\0") },
+    { "DONE twice", 0, NULL,
+      B(HEAD("\x10\0\0\0", "\3", "\x46") "\2\0\0\0" ZERO4 ZERO4 ZERO4
+            HEAD("\x10\0\0\0", "\3", "\x46") "\2\0\0\0" ZERO4 ZERO4 ZERO4) },
     { "all about a dropped command", DROPPED, NULL,
-      B(HEAD("\1\0\0\0", "\1", "\x42") "x" HEAD("\4\0\0\0", "\1", "\x45") "\1\0\0\0" EXIT("\1", "\0", ZERO4, "\0", "\0", "\0", "\0", "\0")) },
+      B(HEAD("\1\0\0\0", "\1", "\x42") "x" HEAD("\4\0\0\0", "\1",
+                                                "\x45") "\1\0\0\0" EXIT("\1", "\0", ZERO4, "\0",
+                                                                        "\0", "\0", "\0", "\0")) },
 };
 
 static void test_hostile(void **state)
@@ -859,7 +918,8 @@ static void test_hostile(void **state)
         rig_init(&r);
         if (!(t->setup & NO_HELLO))
             guest_hello(&r, NULL);
-        struct orch_exec *x = start(&r, (struct orch_exec_opts){ .stdin_open = true, .max_output = 100 });
+        struct orch_exec *x = start(&r, (struct orch_exec_opts){ .stdin_open = true,
+                                                                 .max_output = 100 });
         assert_int_equal(orch_exec_write(x, "0123456789", 10), 10);
         start(&r, (struct orch_exec_opts){ 0 });
         orch_channel_read_file(r.c, "/f", 0, 8, 1000, on_file, &r);
@@ -889,10 +949,13 @@ static void test_hostile(void **state)
             orch_loop_step(r.loop, 50);
         if (t->error)
             orch_loop_step(r.loop, 0); /* the end is told in the next turn */
-        if (t->error && (!r.fails || strncmp(r.err.msg, "protocol error: ", 16) != 0 || !strstr(r.err.msg, t->error)))
-            fail_msg("%s: expected \"protocol error: … %s\", got \"%s\"", t->name, t->error, r.fails ? r.err.msg : "nothing");
+        if (t->error && (!r.fails || strncmp(r.err.msg, "protocol error: ", 16) != 0 ||
+                         !strstr(r.err.msg, t->error)))
+            fail_msg("%s: expected \"protocol error: … %s\", got \"%s\"", t->name, t->error,
+                     r.fails ? r.err.msg : "nothing");
         if (!t->error && (r.fails || r.result.status != 42))
-            fail_msg("%s: expected to be ignored, got \"%s\"", t->name, r.fails ? r.err.msg : "nothing");
+            fail_msg("%s: expected to be ignored, got \"%s\"", t->name,
+                     r.fails ? r.err.msg : "nothing");
         if (t->error)
             assert_int_equal(r.done + r.file_done, 6); /* everyone was told, once */
         assert_int_equal(r.out[0].n, t->error ? 0 : 1);

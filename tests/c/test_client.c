@@ -83,11 +83,13 @@ static void test_meta(void **state)
                              &fault);
         UNTIL(w.done == 2);
         assert_true(holds(w.result.p, "\"got\":{\"name\":\"echo\",\"_meta\":{\"a\":1"));
-        assert_null(orch_mcp_client_call(
-            w.c,
-            &(struct orch_mcp_client_request){
-                .method = "x", .params = ORCH_SLICE("[1]"), .done = done, .ud = &w },
-            &fault));
+        assert_null(
+            orch_mcp_client_call(w.c,
+                                 &(struct orch_mcp_client_request){ .method = "x",
+                                                                    .params = ORCH_SLICE("[1]"),
+                                                                    .done = done,
+                                                                    .ud = &w },
+                                 &fault));
         assert_string_equal(fault.msg, "params must be an object");
         fini(&w);
     }
@@ -198,8 +200,9 @@ static void test_asked(void **state)
         assert_ptr_equal(w.asking, modern(y) || y->http ? k : NULL);
         if (modern(y)) {
             assert_true(holds(w.result.p, "\"requestState\":\"opaque\\u0041\""));
-            assert_true(holds(
-                w.result.p, "\"inputResponses\":{\"a\":{\"action\":\"accept\",\"n\":1.0},\"b\":{"));
+            assert_true(
+                holds(w.result.p,
+                      "\"inputResponses\":{\"a\":{\"action\":\"accept\",\"n\":1.0},\"b\":{"));
             assert_true(holds(w.result.p, "\"arguments\":{\"x\":1}"));
         }
         fini(&w);
@@ -391,6 +394,25 @@ static void test_late_is_not_silent(void **state)
     fini(&w);
 }
 
+/* It answers the probe late, when initialize is on its way: what it says to that counts, which is
+ * the last that it was told. */
+static void test_late_answer(void **state)
+{
+    (void)state;
+    for (int strict = 0; strict < 2; strict++) {
+        struct owner w = { 0 };
+        unlink(marks);
+        make_child(&w, strict ? "slow, strict" : "slow",
+                   (struct orch_mcp_client_opts){ .start_ms = 400 });
+        UNTIL(w.ready);
+        assert_int_equal(w.err.cls, 0);
+        assert_int_equal(orch_mcp_client_about(w.c).modern, strict);
+        assert_int_equal(strstr(say(&w, "echo", "{}"), "clientCapabilities") != NULL, strict);
+        assert_string_equal(marked(), "sdi");
+        fini(&w);
+    }
+}
+
 static void test_dead_is_no_evidence(void **state)
 {
     (void)state;
@@ -400,8 +422,10 @@ static void test_dead_is_no_evidence(void **state)
     assert_string_equal(w.err.msg,
                         "peer: the server ended (exit status 9); its stderr ends: about to serve");
     assert_string_equal(marked(), "s");
-    assert_null(orch_mcp_client_call(
-        w.c, &(struct orch_mcp_client_request){ .method = "ping", .done = done }, &fault));
+    assert_null(
+        orch_mcp_client_call(w.c,
+                             &(struct orch_mcp_client_request){ .method = "ping", .done = done },
+                             &fault));
     assert_string_equal(fault.msg, w.err.msg);
     assert_int_equal(w.lost, 0);
     fini(&w);
@@ -512,6 +536,7 @@ int main(int argc, char **argv)
                                         T(test_exits_at_probe),
                                         T(test_hangs_at_probe),
                                         T(test_late_is_not_silent),
+                                        T(test_late_answer),
                                         T(test_dead_is_no_evidence),
                                         T(test_verdict_outdated),
                                         T(test_pinned),

@@ -97,8 +97,8 @@ static void test_answered_elsewhere(void **state)
     UNTIL(get_stream);
     start(&w, "late", "{}");
     UNTIL(n_held);
-    cleanup_free char *message = orch_xasprintf(
-        "{\"jsonrpc\":\"2.0\",\"id\":%s,\"result\":{\"by\":\"GET\"}}", held_id);
+    cleanup_free char *message =
+        orch_xasprintf("{\"jsonrpc\":\"2.0\",\"id\":%s,\"result\":{\"by\":\"GET\"}}", held_id);
     send_event(get_stream, message, NULL);
     UNTIL(w.done && n_gone);
     assert_string_equal(w.result.p, "{\"by\":\"GET\"}");

@@ -41,7 +41,9 @@ static void say(int fd, const char *line)
     assert_int_equal(write(fd, line, strlen(line)), (ssize_t)strlen(line));
 }
 
-#define CALL(id) "{\"jsonrpc\":\"2.0\",\"id\":" id ",\"method\":\"tools/call\",\"params\":{\"name\":\"late\",\"arguments\":{}}}\n"
+#define CALL(id) \
+    "{\"jsonrpc\":\"2.0\",\"id\":" id \
+    ",\"method\":\"tools/call\",\"params\":{\"name\":\"late\",\"arguments\":{}}}\n"
 
 /* A handle with the tool `late`, which answers when the test does. */
 static struct orch *open_host(const char *configuration)
@@ -58,15 +60,23 @@ static struct orch *open_host(const char *configuration)
     put("orchestrator.lua", configuration);
     snprintf(config, sizeof config, "%s/orchestrator.lua", dir);
 
-    ssize_t length = readlink("/proc/self/exe", share, sizeof share - 1); /* build/VARIANT/tests/test_embed */
+    /* build/VARIANT/tests/test_embed */
+    ssize_t length = readlink("/proc/self/exe", share, sizeof share - 1);
     assert_true(length > 0);
     share[length] = 0;
     for (int i = 0; i < 2; i++)
         *strrchr(share, '/') = 0;
 
-    struct orch *o = orch_open(&(struct orch_options){ .size = sizeof(struct orch_options), .config = config, .share = share }, &err);
+    struct orch *o = orch_open(&(struct orch_options){ .size = sizeof(struct orch_options),
+                                                       .config = config,
+                                                       .share = share },
+                               &err);
     assert_non_null(o);
-    assert_int_equal(orch_add_tool(o, &(struct orch_tool_def){ "late", "Answers later", "{\"type\":\"object\"}", keep, NULL }, &err), 0);
+    assert_int_equal(orch_add_tool(o,
+                                   &(struct orch_tool_def){ "late", "Answers later",
+                                                            "{\"type\":\"object\"}", keep, NULL },
+                                   &err),
+                     0);
     return o;
 }
 
@@ -89,11 +99,13 @@ static void late_answer(void **state)
     dup2(in[0], 0);
     dup2(answers[1], 1);
     int served = orch_serve_stdio(o, &err);
-    say(in[1], "{\"jsonrpc\":\"2.0\",\"id\":0,\"method\":\"initialize\",\"params\":{\"protocolVersion\":\"2025-11-25\",\"capabilities\":{}}}\n");
+    say(in[1], "{\"jsonrpc\":\"2.0\",\"id\":0,\"method\":\"initialize\",\"params\":{"
+               "\"protocolVersion\":\"2025-11-25\",\"capabilities\":{}}}\n");
     say(in[1], CALL("1"));
     while (n_calls < 1)
         orch_step(o, 100);
-    say(in[1], "{\"jsonrpc\":\"2.0\",\"method\":\"notifications/cancelled\",\"params\":{\"requestId\":1}}\n");
+    say(in[1], "{\"jsonrpc\":\"2.0\",\"method\":\"notifications/"
+               "cancelled\",\"params\":{\"requestId\":1}}\n");
     say(in[1], "{\"jsonrpc\":\"2.0\",\"id\":9,\"method\":\"ping\"}\n");
     size_t n = 0;
     fcntl(answers[0], F_SETFL, O_NONBLOCK);
@@ -122,8 +134,11 @@ static void late_answer(void **state)
 
     assert_int_equal(served, 0);
     assert_null(strstr(out, "the first call's"));
-    assert_non_null(strstr(out, "\"id\":2,\"result\":{\"content\":[{\"type\":\"text\",\"text\":\"the second call's\""));
-    assert_non_null(strstr(out, "\"id\":3,\"result\":{\"content\":[{\"type\":\"text\",\"text\":\"the third call's\""));
+    assert_non_null(strstr(
+        out,
+        "\"id\":2,\"result\":{\"content\":[{\"type\":\"text\",\"text\":\"the second call's\""));
+    assert_non_null(strstr(
+        out, "\"id\":3,\"result\":{\"content\":[{\"type\":\"text\",\"text\":\"the third call's\""));
     remove_dir();
 }
 
@@ -138,11 +153,13 @@ static void no_answer(void **state)
     (void)state;
     struct orch_error err;
     char first[512] = "", second[512] = "";
-    struct orch *o = open_host("return { workspace = '.', audit = { dir = 'audit' }, vm = { timeout = '1s' } }");
+    struct orch *o = open_host(
+        "return { workspace = '.', audit = { dir = 'audit' }, vm = { timeout = '1s' } }");
     assert_int_equal(orch_call(o, "late", "{}", NULL, on_result, first, &err), 0);
     while (!*first)
         orch_step(o, 100);
-    assert_non_null(strstr(first, "1 {\"content\":[{\"type\":\"text\",\"text\":\"failed: no answer within 1 s (vm.timeout)\""));
+    assert_non_null(strstr(first, "1 {\"content\":[{\"type\":\"text\",\"text\":\"failed: no answer "
+                                  "within 1 s (vm.timeout)\""));
     assert_int_equal(orch_call(o, "late", "{}", NULL, on_result, second, &err), 0);
     while (n_calls < 2)
         orch_step(o, 100);
@@ -157,6 +174,7 @@ static void no_answer(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = { cmocka_unit_test(late_answer), cmocka_unit_test(no_answer) };
+    const struct CMUnitTest tests[] = { cmocka_unit_test(late_answer),
+                                        cmocka_unit_test(no_answer) };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

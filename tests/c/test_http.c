@@ -1,5 +1,5 @@
-/* core/http: the wire formats, the server against raw sockets, the client against the server and against
- * hostile raw servers. Everything runs in one loop. */
+/* core/http: the wire formats, the server against raw sockets, the client against the server and
+ * against hostile raw servers. Everything runs in one loop. */
 #include "base/hash.h"
 #include "base/log.h"
 #include "http/client.h"
@@ -24,6 +24,8 @@
 #include <sys/wait.h>
 
 #include <cmocka.h>
+
+#include "odd_locale.h"
 
 static struct orch_loop *loop;
 static struct orch_http_server *server;
@@ -73,7 +75,8 @@ static int connect_to(const char *address)
         close(fd);
         return -1;
     }
-    struct sockaddr_in a = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK),
+    struct sockaddr_in a = { .sin_family = AF_INET,
+                             .sin_addr.s_addr = htonl(INADDR_LOOPBACK),
                              .sin_port = htons((uint16_t)atoi(strrchr(address, ':') + 1)) };
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     assert_int_equal(connect(fd, (struct sockaddr *)&a, sizeof a), 0);
@@ -140,7 +143,8 @@ static void gone(void *ud, enum orch_http_gone why)
     n_gone++;
     last_gone = why;
     if (kept[i])
-        orch_http_reply_send(kept[i], 200, NULL, 0, ORCH_SLICE("too late")); /* no effect, ends the reply */
+        /* no effect, ends the reply */
+        orch_http_reply_send(kept[i], 200, NULL, 0, ORCH_SLICE("too late"));
     kept[i] = NULL;
 }
 
@@ -149,8 +153,9 @@ static void handle(void *ud, const struct orch_http_request *q, struct orch_http
     (void)ud;
     n_requests++;
     last_peer = *q->peer;
-    orch_buf_printf(&seen, "%.*s %.*s?%.*s %.*s;", (int)q->method.n, q->method.p, (int)q->path.n, q->path.p, (int)q->query.n,
-                    q->query.p, q->body.n < 100 ? (int)q->body.n : 100, q->body.p);
+    orch_buf_printf(&seen, "%.*s %.*s?%.*s %.*s;", (int)q->method.n, q->method.p, (int)q->path.n,
+                    q->path.p, (int)q->query.n, q->query.p, q->body.n < 100 ? (int)q->body.n : 100,
+                    q->body.p);
     if (orch_slice_eq(q->path, "/later") || orch_slice_eq(q->path, "/sse")) {
         assert_true(n_kept < ORCH_ARRAY_LEN(kept));
         orch_http_reply_on_gone(r, gone, (void *)(uintptr_t)n_kept);
@@ -275,7 +280,8 @@ static const struct {
     { 400, ORCH_SLICE("GET /a#b HTTP/1.1\r\nHost: h\r\n\r\n") },
     { 400, ORCH_SLICE("GET /\xc3\xa4 HTTP/1.1\r\nHost: h\r\n\r\n") },
     { 400, ORCH_SLICE("GET /\0 HTTP/1.1\r\nHost: h\r\n\r\n") },
-    { 400, ORCH_SLICE("\x16\x03\x01\x02\x00\x01\x00\x01\xfc") }, /* TLS: at once, nothing more will come */
+    { 400, ORCH_SLICE(
+               "\x16\x03\x01\x02\x00\x01\x00\x01\xfc") }, /* TLS: at once, nothing more will come */
     /* line ends */
     { 400, ORCH_SLICE("GET / HTTP/1.1\nHost: h\n\n") },
     { 400, ORCH_SLICE("GET / HTTP/1.1\r\nHost: h\n\r\n") },
@@ -320,12 +326,14 @@ static const struct {
     { 413, ORCH_SLICE(P "Content-Length: 999999999999999999\r\n\r\n") },
     { 400, ORCH_SLICE(P "Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n") },
     { 400, ORCH_SLICE(P "Transfer-Encoding: chunked\r\nContent-Length: 0\r\n\r\n0\r\n\r\n") },
-    { 400, ORCH_SLICE(P "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n") },
+    { 400,
+      ORCH_SLICE(P "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n") },
     { 501, ORCH_SLICE(P "Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n") },
     { 501, ORCH_SLICE(P "Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n") },
     { 501, ORCH_SLICE(P "Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n") },
     { 501, ORCH_SLICE(P "Transfer-Encoding:\r\n\r\n0\r\n\r\n") },
-    { 400, ORCH_SLICE("POST / HTTP/1.0\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n") },
+    { 400,
+      ORCH_SLICE("POST / HTTP/1.0\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n") },
     { 417, ORCH_SLICE(P "Expect: 200-ok\r\nContent-Length: 3\r\n\r\nabc") },
 #define C P "Transfer-Encoding: chunked\r\n\r\n"
     { 400, ORCH_SLICE(C "g\r\n") },
@@ -355,8 +363,10 @@ static void test_malformed(void **state)
         raw_send(&k, malformed[i].bytes.p, malformed[i].bytes.n);
         UNTIL(k.eof);
         snprintf(want, sizeof want, "HTTP/1.1 %d ", malformed[i].status);
-        if (!k.in.n || strncmp(k.in.p, want, strlen(want)) != 0 || n_requests || count(&k, "Date: ") != 1)
-            fail_msg("case %zu: want %d, one answer and no handler; got %s", i, malformed[i].status, k.in.n ? k.in.p : "nothing");
+        if (!k.in.n || strncmp(k.in.p, want, strlen(want)) != 0 || n_requests ||
+            count(&k, "Date: ") != 1)
+            fail_msg("case %zu: want %d, one answer and no handler; got %s", i, malformed[i].status,
+                     k.in.n ? k.in.p : "nothing");
         assert_true(has(&k, "Connection: close\r\n"));
         raw_close(&k);
     }
@@ -385,8 +395,10 @@ static const struct {
 } wellformed[] = {
     { GET, "GET /? ;" },
     { "get /a/../b?x=1&y=%41?z HTTP/1.1\r\nHost: h\r\n\r\n", "get /a/../b?x=1&y=%41?z ;" },
-    { "GET /a;b=c,d@e:f!$&'()*+~_-. HTTP/1.1\r\nhOST:\th:80 \t\r\n\r\n", "GET /a;b=c,d@e:f!$&'()*+~_-.? ;" },
-    { "GET / HTTP/1.1\r\nHost: [::1]:80\r\nA:\r\nB: \xc3\xa4 \t c\r\nA: again\r\n\r\n", "GET /? ;" },
+    { "GET /a;b=c,d@e:f!$&'()*+~_-. HTTP/1.1\r\nhOST:\th:80 \t\r\n\r\n",
+      "GET /a;b=c,d@e:f!$&'()*+~_-.? ;" },
+    { "GET / HTTP/1.1\r\nHost: [::1]:80\r\nA:\r\nB: \xc3\xa4 \t c\r\nA: again\r\n\r\n",
+      "GET /? ;" },
     { P "Content-Length: 3\r\n\r\nabc", "POST /? abc;" },
     { P "Content-Length: 003\r\n\r\nabc", "POST /? abc;" },
     { P "Content-Length: 0\r\n\r\n", "POST /? ;" },
@@ -432,7 +444,8 @@ static void test_answer(void **state)
     raw_open(&k);
     say(&k, "GET / HTTP/1.1\r\nHost: h\r\nX-Echo: v a l\r\n\r\n");
     UNTIL(has(&k, "hello"));
-    assert_true(has(&k, "\r\nContent-Length: 5\r\n\r\nhello") && has(&k, "\r\nX-Echo: v a l\r\n") && has(&k, " GMT\r\n"));
+    assert_true(has(&k, "\r\nContent-Length: 5\r\n\r\nhello") && has(&k, "\r\nX-Echo: v a l\r\n") &&
+                has(&k, " GMT\r\n"));
     assert_false(has(&k, "Connection"));
     forget(&k);
     say(&k, "HEAD / HTTP/1.1\r\nHost: h\r\n\r\n" HEAD_OF("GET", "/empty") "\r\n");
@@ -486,7 +499,8 @@ static void test_limits(void **state)
     char long_line[10000], many[4000] = "GET / HTTP/1.1\r\nHost: h\r\n";
     memset(long_line, 'x', sizeof long_line - 1);
     long_line[sizeof long_line - 1] = 0;
-    serve((struct orch_http_limits){ .head_bytes = 9000, .headers = 10, .body_bytes = 8, .memory_bytes = 600 << 10 });
+    serve((struct orch_http_limits){
+        .head_bytes = 9000, .headers = 10, .body_bytes = 8, .memory_bytes = 600 << 10 });
     static const char *const starts[] = { "GET /", "GET / HTTP/1.1\r\nHost: h\r\nA: " };
     for (size_t i = 0; i < 2; i++) {
         raw_open(&k);
@@ -509,8 +523,10 @@ static void test_limits(void **state)
     static const struct {
         const char *text, *status;
     } bodies[] = {
-        { P "Content-Length: 8\r\n\r\n12345678", "HTTP/1.1 200" }, { P "Content-Length: 9\r\n\r\n", "HTTP/1.1 413" },
-        { C "4\r\n1234\r\n4\r\n5678\r\n0\r\n\r\n", "HTTP/1.1 200" }, { C "4\r\n1234\r\n5\r\n", "HTTP/1.1 413" },
+        { P "Content-Length: 8\r\n\r\n12345678", "HTTP/1.1 200" },
+        { P "Content-Length: 9\r\n\r\n", "HTTP/1.1 413" },
+        { C "4\r\n1234\r\n4\r\n5678\r\n0\r\n\r\n", "HTTP/1.1 200" },
+        { C "4\r\n1234\r\n5\r\n", "HTTP/1.1 413" },
     };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(bodies); i++) {
         raw_open(&k);
@@ -557,8 +573,16 @@ static void test_pipelining(void **state)
     struct raw k;
     serve((struct orch_http_limits){ 0 });
     raw_open(&k);
-    say(&k, GET HEAD_OF("POST", "/a") "Content-Length: 1\r\n\r\n1" HEAD_OF("GET", "/later") "\r\n"
-        HEAD_OF("POST", "/b") "Transfer-Encoding: chunked\r\n\r\n1\r\n2\r\n0\r\n\r\n" HEAD_OF("GET", "/later") "\r\n" HEAD_OF("POST", "/c") "Content-Length: 1\r\n\r\n3");
+    say(&k, GET HEAD_OF("POST", "/a") "Content-Length: 1\r\n\r\n1" HEAD_OF(
+                "GET", "/later") "\r\n" HEAD_OF("POST",
+                                                "/b") "Transfer-Encoding: "
+                                                      "chunked\r\n\r\n1\r\n2\r\n0\r\n\r"
+                                                      "\n" HEAD_OF("GET", "/later") "\r\n" HEAD_OF(
+                                                          "PO"
+                                                          "S"
+                                                          "T",
+                                                          "/"
+                                                          "c") "Content-Length: 1\r\n\r\n3");
     UNTIL(n_kept == 1);
     assert_string_equal(seen.p, "GET /? ;POST /a? 1;GET /later? ;"); /* one in hand at a time */
     orch_http_reply_send(kept[0], 200, NULL, 0, ORCH_SLICE("first"));
@@ -568,7 +592,8 @@ static void test_pipelining(void **state)
     orch_http_reply_send(kept[1], 200, NULL, 0, ORCH_SLICE("second"));
     kept[1] = NULL;
     UNTIL(count(&k, "HTTP/1.1 200 OK") == 6);
-    const char *at = k.in.p, *const order[] = { "\r\n\r\nhello", "\r\n\r\n1", "\r\n\r\nfirst", "\r\n\r\n2", "\r\n\r\nsecond", "\r\n\r\n3" };
+    const char *at = k.in.p, *const order[] = { "\r\n\r\nhello", "\r\n\r\n1",      "\r\n\r\nfirst",
+                                                "\r\n\r\n2",     "\r\n\r\nsecond", "\r\n\r\n3" };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(order); i++) {
         at = strstr(at, order[i]);
         assert_non_null(at);
@@ -669,7 +694,8 @@ static void test_gone(void **state)
     struct raw k, other;
     serve((struct orch_http_limits){ 0 });
     raw_open(&other);
-    for (int i = 0; i < 4; i++) { /* before the answer and in the middle of a stream, closed and reset */
+    /* before the answer and in the middle of a stream, closed and reset */
+    for (int i = 0; i < 4; i++) {
         raw_open(&k);
         say(&k, i & 1 ? HEAD_OF("GET", "/sse") "\r\n" : HEAD_OF("GET", "/later") "\r\n");
         UNTIL(n_kept == (size_t)i + 1);
@@ -700,9 +726,13 @@ static void test_gone(void **state)
 
 /* ---- back-pressure */
 
-static int event(struct orch_http_reply *r, const char *id, const char *type, struct orch_slice data)
+static int event(struct orch_http_reply *r, const char *id, const char *type,
+                 struct orch_slice data)
 {
-    struct orch_sse_event e = { .id = orch_slice_str(id), .event = orch_slice_str(type), .data = data, .has_data = data.p != NULL };
+    struct orch_sse_event e = { .id = orch_slice_str(id),
+                                .event = orch_slice_str(type),
+                                .data = data,
+                                .has_data = data.p != NULL };
     return orch_http_sse_send(r, &e);
 }
 
@@ -714,8 +744,9 @@ static void test_sse(void **state)
     raw_open(&k);
     say(&k, HEAD_OF("GET", "/sse") "\r\n");
     UNTIL(has(&k, "\r\n\r\n"));
-    assert_true(has(&k, "Content-Type: text/event-stream\r\n") && has(&k, "Mcp-Session-Id: s1\r\n") &&
-                has(&k, "X-Accel-Buffering: no\r\n") && has(&k, "Cache-Control: no-cache") && has(&k, "Transfer-Encoding: chunked"));
+    assert_true(has(&k, "Content-Type: text/event-stream\r\n") &&
+                has(&k, "Mcp-Session-Id: s1\r\n") && has(&k, "X-Accel-Buffering: no\r\n") &&
+                has(&k, "Cache-Control: no-cache") && has(&k, "Transfer-Encoding: chunked"));
     assert_int_equal(stats().streams, 1);
     forget(&k);
     assert_int_equal(event(kept[0], "1", NULL, ORCH_SLICE("")), 0);
@@ -725,7 +756,8 @@ static void test_sse(void **state)
     assert_int_equal(event(kept[0], "", "e\rdata: x", ORCH_SLICE("")), -EINVAL);
     UNTIL(has(&k, "retry: 500\n\n"));
     assert_string_equal(k.in.p, "e\r\nid: 1\ndata: \n\n\r\n"
-                                "36\r\nid: 2\nevent: message\ndata: a\ndata: b\ndata: c\ndata: d\n\n\r\nc\r\nretry: 500\n\n\r\n");
+                                "36\r\nid: 2\nevent: message\ndata: a\ndata: b\ndata: c\ndata: "
+                                "d\n\n\r\nc\r\nretry: 500\n\n\r\n");
     forget(&k);
     UNTIL(has(&k, "3\r\n:\n\n\r\n")); /* by itself */
     forget(&k);
@@ -937,8 +969,16 @@ static void refused(const char *listen, int code, const char *part)
 static void test_listen(void **state)
 {
     (void)state;
-    static const char *const bad[] = { "", "127.0.0.1", "127.0.0.1:", ":80", "127.0.0.1:65536", "127.0.0.1:8x", "[::1:80", "::1:80",
-                                       "example.com:80", "[127.0.0.1]:80" };
+    static const char *const bad[] = { "",
+                                       "127.0.0.1",
+                                       "127.0.0.1:",
+                                       ":80",
+                                       "127.0.0.1:65536",
+                                       "127.0.0.1:8x",
+                                       "[::1:80",
+                                       "::1:80",
+                                       "example.com:80",
+                                       "[127.0.0.1]:80" };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(bad); i++)
         refused(bad[i], EINVAL, "give ADDRESS:PORT");
     serve_at("localhost:0", (struct orch_http_limits){ 0 });
@@ -975,7 +1015,8 @@ static void test_unix(void **state)
     assert_int_equal(bind(left, (struct sockaddr *)&a, sizeof a), 0);
     close(left);
     serve_at(where, (struct orch_http_limits){ 0 });
-    assert_int_equal(unlink(path), 0); /* and another's socket of the same name survives this one's end */
+    /* and another's socket of the same name survives this one's end */
+    assert_int_equal(unlink(path), 0);
     left = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     assert_int_equal(bind(left, (struct sockaddr *)&a, sizeof a), 0);
     orch_http_server_free(server);
@@ -1074,27 +1115,48 @@ static bool parse(const char *text, struct orch_http_request *q)
 static void test_names(void **state)
 {
     (void)state;
-    static const char *const allow[] = { "localhost", "127.0.0.1", "[::1]", "agent.example:8443", "https://app.example.com", NULL };
+    static const char *const allow[] = {
+        "localhost", "127.0.0.1", "[::1]", "agent.example:8443", "https://app.example.com", NULL
+    };
     static const struct {
         const char *host, *origin;
         bool good;
     } cases[] = {
-        { "localhost", NULL, true }, { "LOCALHOST:1234", NULL, true }, { "127.0.0.1:8700", NULL, true }, { "[::1]:8700", NULL, true },
-        { "agent.example:8443", NULL, true }, { "agent.example", NULL, false }, { "agent.example:443", NULL, false },
-        { "evil.example", NULL, false }, { "localhost.evil.example", NULL, false }, { "127.0.0.1.evil.example", NULL, false },
-        { "localhost.", NULL, false }, { "app.example.com", NULL, false },
-        { "localhost", "http://localhost:3000", true }, { "localhost", "https://127.0.0.1", true }, { "localhost", "http://[::1]:80", true },
-        { "localhost", "https://app.example.com", true }, { "localhost", "https://app.example.com:444", false },
-        { "localhost", "http://app.example.com", false }, { "localhost", "http://evil.example", false }, { "localhost", "null", false },
-        { "localhost", "", false }, { "localhost", "localhost", false }, { "localhost", "file://localhost", false },
-        { "localhost", "http://localhost@evil.example", false }, { "localhost", "http://localhost:80/", false },
-        { "localhost", "http://localhost, http://evil.example", false }, { "evil.example", "http://localhost", false },
+        { "localhost", NULL, true },
+        { "LOCALHOST:1234", NULL, true },
+        { "127.0.0.1:8700", NULL, true },
+        { "[::1]:8700", NULL, true },
+        { "agent.example:8443", NULL, true },
+        { "agent.example", NULL, false },
+        { "agent.example:443", NULL, false },
+        { "evil.example", NULL, false },
+        { "localhost.evil.example", NULL, false },
+        { "127.0.0.1.evil.example", NULL, false },
+        { "localhost.", NULL, false },
+        { "app.example.com", NULL, false },
+        { "localhost", "http://localhost:3000", true },
+        { "localhost", "https://127.0.0.1", true },
+        { "localhost", "http://[::1]:80", true },
+        { "localhost", "https://app.example.com", true },
+        { "localhost", "https://app.example.com:444", false },
+        { "localhost", "http://app.example.com", false },
+        { "localhost", "http://evil.example", false },
+        { "localhost", "null", false },
+        { "localhost", "", false },
+        { "localhost", "localhost", false },
+        { "localhost", "file://localhost", false },
+        { "localhost", "http://localhost@evil.example", false },
+        { "localhost", "http://localhost:80/", false },
+        { "localhost", "http://localhost, http://evil.example", false },
+        { "evil.example", "http://localhost", false },
         { "localhost", "http://localhost\r\nOrigin: http://evil.example", false }, /* two */
     };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(cases); i++) {
         struct orch_http_request q;
-        cleanup_free char *text = orch_xasprintf("GET / HTTP/1.1\r\nHost: %s\r\n%s%s%s\r\n", cases[i].host, cases[i].origin ? "Origin: " : "",
-                                                 cases[i].origin ? cases[i].origin : "", cases[i].origin ? "\r\n" : "");
+        cleanup_free char *text = orch_xasprintf("GET / HTTP/1.1\r\nHost: %s\r\n%s%s%s\r\n",
+                                                 cases[i].host, cases[i].origin ? "Origin: " : "",
+                                                 cases[i].origin ? cases[i].origin : "",
+                                                 cases[i].origin ? "\r\n" : "");
         assert_true(parse(text, &q));
         if ((orch_http_name_refused(&q, allow) == NULL) != cases[i].good)
             fail_msg("case %zu: %s %s", i, cases[i].host, cases[i].origin);
@@ -1110,15 +1172,22 @@ static void test_bearer(void **state)
         const char *lines;
         bool good;
     } cases[] = {
-        { "Authorization: Bearer s3cret\r\n", true }, { "authorization: bearer  s3cret \r\n", true }, { "", false },
-        { "Authorization: Bearer s3cre\r\n", false }, { "Authorization: Bearer s3crets\r\n", false },
-        { "Authorization: Bearer S3cret\r\n", false }, { "Authorization: Bearer\r\n", false }, { "Authorization: Basic s3cret\r\n", false },
-        { "Authorization: s3cret\r\n", false }, { "Authorization: Bearer s3cret\r\nAuthorization: Bearer s3cret\r\n", false },
+        { "Authorization: Bearer s3cret\r\n", true },
+        { "authorization: bearer  s3cret \r\n", true },
+        { "", false },
+        { "Authorization: Bearer s3cre\r\n", false },
+        { "Authorization: Bearer s3crets\r\n", false },
+        { "Authorization: Bearer S3cret\r\n", false },
+        { "Authorization: Bearer\r\n", false },
+        { "Authorization: Basic s3cret\r\n", false },
+        { "Authorization: s3cret\r\n", false },
+        { "Authorization: Bearer s3cret\r\nAuthorization: Bearer s3cret\r\n", false },
         { "Authorization: Bearer s3cret, Bearer x\r\n", false },
     };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(cases); i++) {
         struct orch_http_request q;
-        cleanup_free char *text = orch_xasprintf("GET / HTTP/1.1\r\nHost: h\r\n%s\r\n", cases[i].lines);
+        cleanup_free char *text = orch_xasprintf("GET / HTTP/1.1\r\nHost: h\r\n%s\r\n",
+                                                 cases[i].lines);
         assert_true(parse(text, &q));
         assert_int_equal(orch_http_bearer_ok(&q, digest), cases[i].good);
     }
@@ -1130,8 +1199,9 @@ static struct orch_buf heard; /* "id|event|data;" */
 
 static int note_event(void *ud, const struct orch_sse_event *e)
 {
-    orch_buf_printf(&heard, "%.*s|%.*s|%.*s;", (int)e->id.n, e->id.p ? e->id.p : "", (int)e->event.n, e->event.p ? e->event.p : "",
-                    (int)e->data.n, e->data.p ? e->data.p : "");
+    orch_buf_printf(&heard, "%.*s|%.*s|%.*s;", (int)e->id.n, e->id.p ? e->id.p : "",
+                    (int)e->event.n, e->event.p ? e->event.p : "", (int)e->data.n,
+                    e->data.p ? e->data.p : "");
     return ud ? 7 : 0;
 }
 
@@ -1144,11 +1214,15 @@ static void test_sse_reader(void **state)
         int64_t retry_ms;
     } cases[] = {
         { ORCH_SLICE("data: a\n\n"), "||a;", 0 },
-        { ORCH_SLICE("\xef\xbb\xbf" "data:a\r\rdata:b\r\n\r\ndata:c\n"), "||a;||b;", 0 },
-        { ORCH_SLICE("id: 1\nevent: x\ndata: a\ndata:\ndata:  b\n\ndata: c\n\n"), "1|x|a\n\n b;1||c;", 0 },
+        { ORCH_SLICE("\xef\xbb\xbf"
+                     "data:a\r\rdata:b\r\n\r\ndata:c\n"),
+          "||a;||b;", 0 },
+        { ORCH_SLICE("id: 1\nevent: x\ndata: a\ndata:\ndata:  b\n\ndata: c\n\n"),
+          "1|x|a\n\n b;1||c;", 0 },
         { ORCH_SLICE("id: 1\ndata: \n\n"), "1||;", 0 },
         { ORCH_SLICE("id: 1\n\nid: 2\nretry: 50\n\n:comment\nfield: x\ndata\n\n"), "2||;", 50 },
-        { ORCH_SLICE("id: 1\nid: a\0b\nretry: 5x\nretry: -1\ndata: a\n\nid\ndata: b\n\n"), "1||a;||b;", 0 },
+        { ORCH_SLICE("id: 1\nid: a\0b\nretry: 5x\nretry: -1\ndata: a\n\nid\ndata: b\n\n"),
+          "1||a;||b;", 0 },
         { ORCH_SLICE("event: x\n\ndata: a\n\n"), "||a;", 0 },
         { ORCH_SLICE("data: never ended"), "", 0 },
         { ORCH_SLICE(" data: x\nDATA: y\n\n\n\r\n\r"), "", 0 },
@@ -1159,7 +1233,9 @@ static void test_sse_reader(void **state)
             heard.n = 0;
             orch_buf_str(&heard, "");
             for (size_t b = 0; split && b < cases[i].bytes.n; b++)
-                assert_int_equal(orch_sse_feed(&r, (struct orch_slice){ cases[i].bytes.p + b, 1 }, note_event, NULL), 0);
+                assert_int_equal(orch_sse_feed(&r, (struct orch_slice){ cases[i].bytes.p + b, 1 },
+                                               note_event, NULL),
+                                 0);
             if (!split)
                 assert_int_equal(orch_sse_feed(&r, cases[i].bytes, note_event, NULL), 0);
             assert_string_equal(heard.p, cases[i].events);
@@ -1170,7 +1246,8 @@ static void test_sse_reader(void **state)
     assert_int_equal(orch_sse_feed(&r, ORCH_SLICE("data: 12345"), note_event, NULL), -EMSGSIZE);
     orch_sse_reader_fini(&r);
     r = (struct orch_sse_reader){ .max_line_bytes = 100, .max_event_bytes = 10 };
-    assert_int_equal(orch_sse_feed(&r, ORCH_SLICE("data: 1234\ndata: 123456\n"), note_event, NULL), -EMSGSIZE);
+    assert_int_equal(orch_sse_feed(&r, ORCH_SLICE("data: 1234\ndata: 123456\n"), note_event, NULL),
+                     -EMSGSIZE);
     orch_sse_reader_fini(&r);
     r = (struct orch_sse_reader){ 0 };
     heard.n = 0;
@@ -1202,8 +1279,8 @@ static void got_head(void *ud, const struct orch_http_response *r)
     t->status = r->status;
     t->location = orch_xstrdup(r->location);
     for (size_t i = 0; i < r->n_headers; i++)
-        orch_buf_printf(&t->headers, "%.*s=%.*s;", (int)r->headers[i].name.n, r->headers[i].name.p, (int)r->headers[i].value.n,
-                        r->headers[i].value.p);
+        orch_buf_printf(&t->headers, "%.*s=%.*s;", (int)r->headers[i].name.n, r->headers[i].name.p,
+                        (int)r->headers[i].value.n, r->headers[i].value.p);
     assert_int_equal(t->body.n, 0);
     if (t->cancel_on_head)
         orch_http_call_cancel(t->call);
@@ -1246,7 +1323,9 @@ static void result_free(struct result *t)
 
 static void start(struct result *t, struct orch_http_call_opts o, bool stream)
 {
-    *t = (struct result){ .pause_on_data = t->pause_on_data, .cancel_on_head = t->cancel_on_head, .cancel_on_data = t->cancel_on_data,
+    *t = (struct result){ .pause_on_data = t->pause_on_data,
+                          .cancel_on_head = t->cancel_on_head,
+                          .cancel_on_data = t->cancel_on_data,
                           .cancel_on_done = t->cancel_on_done };
     o.on_head = got_head;
     o.on_data = stream ? got_data : NULL;
@@ -1285,8 +1364,10 @@ static void test_client(void **state)
     (void)state;
     struct result t = { 0 };
     serve((struct orch_http_limits){ 0 });
-    struct orch_http_header h[] = { { ORCH_SLICE("X-Echo"), ORCH_SLICE("v; w") }, { ORCH_SLICE("X-Empty"), ORCH_SLICE("") } };
-    start(&t, (struct orch_http_call_opts){ .url = url_of("/?q"), .headers = h, .n_headers = 2 }, false);
+    struct orch_http_header h[] = { { ORCH_SLICE("X-Echo"), ORCH_SLICE("v; w") },
+                                    { ORCH_SLICE("X-Empty"), ORCH_SLICE("") } };
+    start(&t, (struct orch_http_call_opts){ .url = url_of("/?q"), .headers = h, .n_headers = 2 },
+          false);
     assert_int_equal(t.heads + t.dones, 0);
     UNTIL(t.dones);
     assert_true(t.cls == 0 && t.status == 200 && t.heads == 1);
@@ -1296,12 +1377,18 @@ static void test_client(void **state)
     static const struct {
         const char *method, *body, *seen;
     } cases[] = {
-        { NULL, "b", "POST /? b;" }, { "POST", "", "POST /? ;" }, { "PUT", "b", "PUT /? b;" }, { "DELETE", "", "DELETE /? ;" },
-        { "DELETE", "b", "DELETE /? b;" }, { "GET", "", "GET /? ;" }, { "OPTIONS", "", "OPTIONS /? ;" }, { "HEAD", "", "HEAD /? ;" },
+        { NULL, "b", "POST /? b;" },       { "POST", "", "POST /? ;" },
+        { "PUT", "b", "PUT /? b;" },       { "DELETE", "", "DELETE /? ;" },
+        { "DELETE", "b", "DELETE /? b;" }, { "GET", "", "GET /? ;" },
+        { "OPTIONS", "", "OPTIONS /? ;" }, { "HEAD", "", "HEAD /? ;" },
     };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(cases); i++) {
         seen.n = 0;
-        start(&t, (struct orch_http_call_opts){ .url = url_of("/"), .method = cases[i].method, .body = orch_slice_str(cases[i].body) }, i & 1);
+        start(&t,
+              (struct orch_http_call_opts){ .url = url_of("/"),
+                                            .method = cases[i].method,
+                                            .body = orch_slice_str(cases[i].body) },
+              i & 1);
         UNTIL(t.dones);
         assert_int_equal(t.cls, 0);
         assert_string_equal(seen.p, cases[i].seen);
@@ -1313,7 +1400,8 @@ static void test_client(void **state)
 
     static char large[3 << 20];
     memset(large, 'x', sizeof large);
-    start(&t, (struct orch_http_call_opts){ .url = url_of("/"), .body = { large, sizeof large } }, false);
+    start(&t, (struct orch_http_call_opts){ .url = url_of("/"), .body = { large, sizeof large } },
+          false);
     UNTIL(t.dones);
     assert_int_equal(t.body.n, sizeof large);
     result_free(&t);
@@ -1326,7 +1414,8 @@ static void test_client_unix(void **state)
     char where[128];
     snprintf(where, sizeof where, "unix:%s/sub/http.sock", dir);
     serve_at(where, (struct orch_http_limits){ 0 });
-    start(&t, (struct orch_http_call_opts){ .url = "http://orch/there", .unix_path = where + 5 }, false);
+    start(&t, (struct orch_http_call_opts){ .url = "http://orch/there", .unix_path = where + 5 },
+          false);
     UNTIL(t.dones);
     assert_int_equal(t.cls, 0);
     assert_string_equal(seen.p, "GET /there? ;");
@@ -1359,7 +1448,10 @@ static void test_client_pause(void **state)
     (void)state;
     struct result t = { .pause_on_data = true };
     serve((struct orch_http_limits){ 0 });
-    start(&t, (struct orch_http_call_opts){ .url = url_of("/big?20000000"), .max_body_bytes = 1 << 30, .idle_ms = 800 }, true);
+    start(&t,
+          (struct orch_http_call_opts){
+              .url = url_of("/big?20000000"), .max_body_bytes = 1 << 30, .idle_ms = 800 },
+          true);
     UNTIL(t.body.n);
     assert_true(t.body.n <= 64 << 10);
     size_t before = t.body.n;
@@ -1386,7 +1478,11 @@ static void test_client_pause(void **state)
 static void test_client_cancel(void **state)
 {
     (void)state;
-    struct result t[5] = { { 0 }, { .cancel_on_head = true }, { .cancel_on_data = true }, { .cancel_on_done = true }, { 0 } };
+    struct result t[5] = { { 0 },
+                           { .cancel_on_head = true },
+                           { .cancel_on_data = true },
+                           { .cancel_on_done = true },
+                           { 0 } };
     serve((struct orch_http_limits){ 0 });
     for (size_t i = 0; i < 5; i++)
         start(&t[i], (struct orch_http_call_opts){ .url = url_of("/big?300000") }, i != 4);
@@ -1394,7 +1490,8 @@ static void test_client_cancel(void **state)
     UNTIL(t[1].heads && t[2].body.n && t[3].dones && t[4].dones);
     for (int i = 0; i < 20; i++)
         orch_loop_step(loop, 2);
-    assert_true(!t[0].heads && !t[0].dones && !t[1].body.n && !t[1].dones && !t[2].dones && t[3].dones == 1);
+    assert_true(!t[0].heads && !t[0].dones && !t[1].body.n && !t[1].dones && !t[2].dones &&
+                t[3].dones == 1);
     assert_int_equal(t[4].body.n, 300000);
     for (size_t i = 0; i < 5; i++)
         result_free(&t[i]);
@@ -1476,8 +1573,13 @@ static void hostile_open(struct hostile *s, struct orch_slice answer, enum then 
 {
     struct sockaddr_in a = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
     socklen_t len = sizeof a;
-    *s = (struct hostile){ .fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), .peer = -1, .answer = answer, .then = then };
-    assert_int_equal(bind(s->fd, (struct sockaddr *)&a, len) | listen(s->fd, 1) | getsockname(s->fd, (struct sockaddr *)&a, &len), 0);
+    *s = (struct hostile){ .fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0),
+                           .peer = -1,
+                           .answer = answer,
+                           .then = then };
+    assert_int_equal(bind(s->fd, (struct sockaddr *)&a, len) | listen(s->fd, 1) |
+                         getsockname(s->fd, (struct sockaddr *)&a, &len),
+                     0);
     snprintf(s->url, sizeof s->url, "http://127.0.0.1:%u/secret?token=abc", ntohs(a.sin_port));
     s->accepting = orch_watch_new(loop, s->fd, ORCH_READ, hostile_accept, s);
 }
@@ -1501,8 +1603,11 @@ static const struct {
 } hostiles[] = {
     { ORCH_SLICE(OK "Content-Length: 2\r\n\r\nok"), STALL, 0, "ok" },
     { ORCH_SLICE(OK "\r\nuntil the end"), CLOSE, 0, "until the end" },
-    { ORCH_SLICE("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nA: b\r\n\r\n" OK "Content-Length: 2\r\n\r\nok"), STALL, 0, "ok" },
-    { ORCH_SLICE(OK "Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nTrailer: x\r\n\r\n"), STALL, 0, "ok" },
+    { ORCH_SLICE("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nA: b\r\n\r\n" OK
+                 "Content-Length: 2\r\n\r\nok"),
+      STALL, 0, "ok" },
+    { ORCH_SLICE(OK "Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nTrailer: x\r\n\r\n"), STALL,
+      0, "ok" },
     { ORCH_SLICE(""), CLOSE, ORCH_CLASS_CLOSED, NULL },
     { ORCH_SLICE(""), STALL, ORCH_CLASS_TIMEOUT, NULL },
     { ORCH_SLICE("garbage\r\n\r\n"), CLOSE, ORCH_CLASS_UPSTREAM, NULL },
@@ -1512,13 +1617,20 @@ static const struct {
     { ORCH_SLICE(OK "Content-Length: 5\r\n\r\nok"), STALL, ORCH_CLASS_TIMEOUT, NULL },
     { ORCH_SLICE(OK "Content-Length: -5\r\n\r\nok"), STALL, ORCH_CLASS_UPSTREAM, NULL },
     { ORCH_SLICE(OK "Content-Length: 99999\r\n\r\nok"), STALL, ORCH_CLASS_TIMEOUT, NULL },
-    { ORCH_SLICE(OK "Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n"), CLOSE, ORCH_CLASS_CLOSED, NULL },
-    { ORCH_SLICE(OK "Transfer-Encoding: chunked\r\n\r\nxyz\r\nok\r\n"), STALL, ORCH_CLASS_CLOSED, NULL },
-    { ORCH_SLICE(OK "Transfer-Encoding: chunked\r\n\r\nfffffffffffffffffff\r\nok\r\n"), STALL, ORCH_CLASS_CLOSED, NULL },
-    { ORCH_SLICE(OK "X-Nul: a\0b\r\nContent-Length: 2\r\n\r\nok"), STALL, ORCH_CLASS_UPSTREAM, NULL },
+    { ORCH_SLICE(OK "Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n"), CLOSE, ORCH_CLASS_CLOSED,
+      NULL },
+    { ORCH_SLICE(OK "Transfer-Encoding: chunked\r\n\r\nxyz\r\nok\r\n"), STALL, ORCH_CLASS_CLOSED,
+      NULL },
+    { ORCH_SLICE(OK "Transfer-Encoding: chunked\r\n\r\nfffffffffffffffffff\r\nok\r\n"), STALL,
+      ORCH_CLASS_CLOSED, NULL },
+    { ORCH_SLICE(OK "X-Nul: a\0b\r\nContent-Length: 2\r\n\r\nok"), STALL, ORCH_CLASS_UPSTREAM,
+      NULL },
     { ORCH_SLICE(OK), ENDLESS, ORCH_CLASS_LIMIT, NULL },
-    { ORCH_SLICE(OK "Transfer-Encoding: chunked\r\n\r\n100000\r\n"), ENDLESS, ORCH_CLASS_LIMIT, NULL },
-    { ORCH_SLICE("HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 2\r\n\r\nok"), STALL, 0, "ok" },
+    { ORCH_SLICE(OK "Transfer-Encoding: chunked\r\n\r\n100000\r\n"), ENDLESS, ORCH_CLASS_LIMIT,
+      NULL },
+    { ORCH_SLICE(
+          "HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 2\r\n\r\nok"),
+      STALL, 0, "ok" },
 };
 
 static void test_client_hostile(void **state)
@@ -1529,11 +1641,16 @@ static void test_client_hostile(void **state)
             struct hostile s;
             struct result t = { 0 };
             hostile_open(&s, hostiles[i].answer, hostiles[i].then);
-            start(&t, (struct orch_http_call_opts){ .url = s.url, .max_body_bytes = 20000,
-                                                    .idle_ms = hostiles[i].cls == ORCH_CLASS_TIMEOUT ? 150 : 0 }, stream);
+            start(&t,
+                  (struct orch_http_call_opts){
+                      .url = s.url,
+                      .max_body_bytes = 20000,
+                      .idle_ms = hostiles[i].cls == ORCH_CLASS_TIMEOUT ? 150 : 0 },
+                  stream);
             UNTIL(t.dones);
             if (t.cls != hostiles[i].cls || (!t.cls && strcmp(t.body.p, hostiles[i].body) != 0))
-                fail_msg("case %zu: class %d (%s), body %s", i, (int)t.cls, t.msg, t.body.n ? t.body.p : "");
+                fail_msg("case %zu: class %d (%s), body %s", i, (int)t.cls, t.msg,
+                         t.body.n ? t.body.p : "");
             assert_true(t.body.n <= 20000);
             assert_null(strstr(t.msg, "token")); /* the query may be a secret */
             assert_true(!t.cls || strncmp(t.msg, "GET http://127.0.0.1:", 21) == 0);
@@ -1549,7 +1666,9 @@ static void test_client_time(void **state)
     struct hostile s;
     serve((struct orch_http_limits){ .keep_alive_ms = 50 });
     /* The total time, though bytes come all the while. */
-    start(&t, (struct orch_http_call_opts){ .url = url_of("/sse"), .total_ms = 2000, .idle_ms = 1000 }, true);
+    start(&t,
+          (struct orch_http_call_opts){ .url = url_of("/sse"), .total_ms = 2000, .idle_ms = 1000 },
+          true);
     int64_t started = orch_now_us();
     UNTIL(t.dones);
     assert_int_equal(t.cls, ORCH_CLASS_TIMEOUT);
@@ -1562,7 +1681,8 @@ static void test_client_time(void **state)
     orch_watch_set(s.accepting, 0);
     int fill[8];
     for (size_t i = 0; i < ORCH_ARRAY_LEN(fill); i++) {
-        struct sockaddr_in a = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK),
+        struct sockaddr_in a = { .sin_family = AF_INET,
+                                 .sin_addr.s_addr = htonl(INADDR_LOOPBACK),
                                  .sin_port = htons((uint16_t)atoi(s.url + 17)) };
         fill[i] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
         assert_true(connect(fill[i], (struct sockaddr *)&a, sizeof a) < 0);
@@ -1587,8 +1707,10 @@ static void test_client_redirects(void **state)
     struct result t = { 0 };
     serve((struct orch_http_limits){ 0 });
     char path[300];
-    snprintf(path, sizeof path, "/redirect?http://%s/redirect?/end", orch_http_server_address(server));
-    start(&t, (struct orch_http_call_opts){ .url = url_of(path) }, false); /* off unless asked for */
+    snprintf(path, sizeof path, "/redirect?http://%s/redirect?/end",
+             orch_http_server_address(server));
+    /* off unless asked for */
+    start(&t, (struct orch_http_call_opts){ .url = url_of(path) }, false);
     UNTIL(t.dones);
     assert_int_equal(t.status, 302);
     assert_string_equal(t.body.p, "elsewhere");
@@ -1598,11 +1720,15 @@ static void test_client_redirects(void **state)
     assert_true(t.cls == 0 && t.status == 200 && t.heads == 1);
     assert_string_equal(t.body.p, "hello");
     result_free(&t);
-    start(&t, (struct orch_http_call_opts){ .url = url_of("/redirect?/redirect"), .max_redirects = 5 }, false);
+    start(&t,
+          (struct orch_http_call_opts){ .url = url_of("/redirect?/redirect"), .max_redirects = 5 },
+          false);
     UNTIL(t.dones);
-    assert_int_equal(t.status, 302); /* "/redirect" without a query says an empty Location: no redirect */
+    /* "/redirect" without a query says an empty Location: no redirect */
+    assert_int_equal(t.status, 302);
     result_free(&t);
-    static const char *const bad[] = { "/redirect?file:///etc/passwd", "/redirect?ftp://127.0.0.1/", "/redirect?http://user:pw@127.0.0.1/" };
+    static const char *const bad[] = { "/redirect?file:///etc/passwd", "/redirect?ftp://127.0.0.1/",
+                                       "/redirect?http://user:pw@127.0.0.1/" };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(bad); i++) {
         start(&t, (struct orch_http_call_opts){ .url = url_of(bad[i]), .max_redirects = 5 }, false);
         UNTIL(t.dones);
@@ -1618,7 +1744,11 @@ static void test_client_redirect_loop(void **state)
     struct result t = { 0 };
     serve((struct orch_http_limits){ 0 });
     /* Each hop takes one "/redirect?" off; more of them than are allowed. */
-    start(&t, (struct orch_http_call_opts){ .url = url_of("/redirect?/redirect?/redirect?/redirect?/redirect?/end"), .max_redirects = 3 }, false);
+    start(&t,
+          (struct orch_http_call_opts){
+              .url = url_of("/redirect?/redirect?/redirect?/redirect?/redirect?/end"),
+              .max_redirects = 3 },
+          false);
     UNTIL(t.dones);
     assert_int_equal(t.cls, ORCH_CLASS_LIMIT);
     assert_int_equal(n_requests, 4);
@@ -1631,11 +1761,15 @@ static void test_client_pinned(void **state)
     struct result t = { 0 };
     char url[128];
     serve((struct orch_http_limits){ 0 });
-    snprintf(url, sizeof url, "http://pinned.invalid:%s/", strrchr(orch_http_server_address(server), ':') + 1);
+    snprintf(url, sizeof url, "http://pinned.invalid:%s/",
+             strrchr(orch_http_server_address(server), ':') + 1);
     for (int i = 0; i < 2; i++) {
-        start(&t, (struct orch_http_call_opts){ .url = url, .address = i ? "127.0.0.2" : "127.0.0.1" }, false);
+        start(&t,
+              (struct orch_http_call_opts){ .url = url, .address = i ? "127.0.0.2" : "127.0.0.1" },
+              false);
         UNTIL(t.dones);
-        assert_int_equal(t.cls, i ? ORCH_CLASS_UPSTREAM : 0); /* a kept connection to another address is not used */
+        /* a kept connection to another address is not used */
+        assert_int_equal(t.cls, i ? ORCH_CLASS_UPSTREAM : 0);
         result_free(&t);
     }
     assert_int_equal(n_requests, 1);
@@ -1647,7 +1781,8 @@ static int n_asked;
 static bool only_first(void *ud, const struct sockaddr *to, struct orch_err *why)
 {
     (void)ud;
-    if (!n_asked++ && to->sa_family == AF_INET && ((const struct sockaddr_in *)(const void *)to)->sin_addr.s_addr == htonl(INADDR_LOOPBACK))
+    if (!n_asked++ && to->sa_family == AF_INET &&
+        ((const struct sockaddr_in *)(const void *)to)->sin_addr.s_addr == htonl(INADDR_LOOPBACK))
         return true;
     orch_err_setc(why, ORCH_CLASS_DENIED, EACCES, "not there");
     return false;
@@ -1660,14 +1795,16 @@ static void test_client_judged(void **state)
     serve((struct orch_http_limits){ 0 });
     n_asked = 0;
     for (int i = 0; i < 2; i++) { /* the first one's connection is not kept */
-        start(&t, (struct orch_http_call_opts){ .url = url_of("/"), .may_connect = only_first }, false);
+        start(&t, (struct orch_http_call_opts){ .url = url_of("/"), .may_connect = only_first },
+              false);
         UNTIL(t.dones);
         assert_int_equal(t.cls, i ? ORCH_CLASS_DENIED : 0);
         result_free(&t);
     }
     assert_int_equal(n_requests, 1);
     assert_int_equal(n_asked, 2);
-    start(&t, (struct orch_http_call_opts){ .url = url_of("/") }, false); /* nor is an unjudged one's used */
+    /* nor is an unjudged one's used */
+    start(&t, (struct orch_http_call_opts){ .url = url_of("/") }, false);
     UNTIL(t.dones);
     result_free(&t);
     start(&t, (struct orch_http_call_opts){ .url = url_of("/"), .may_connect = only_first }, false);
@@ -1675,7 +1812,10 @@ static void test_client_judged(void **state)
     assert_int_equal(t.cls, ORCH_CLASS_DENIED);
     result_free(&t);
     err = (struct orch_err){ 0 };
-    assert_null(orch_http_call_start(client, &(struct orch_http_call_opts){ .url = "http://localhost/", .may_connect = only_first }, &err));
+    assert_null(orch_http_call_start(client,
+                                     &(struct orch_http_call_opts){ .url = "http://localhost/",
+                                                                    .may_connect = only_first },
+                                     &err));
     assert_int_equal(err.cls, ORCH_CLASS_DENIED);
     assert_int_equal(n_asked, 3);
 }
@@ -1683,15 +1823,20 @@ static void test_client_judged(void **state)
 static void test_client_location(void **state)
 {
     (void)state;
-    static const char *const cases[][2] = { { "/redirect?/end", "/end" }, { "/redirect?//other.invalid/x", "http://other.invalid/x" },
-                                            { "/redirect?https://a.invalid/%20", "https://a.invalid/%20" }, { "/", NULL } };
+    static const char *const cases[][2] = {
+        { "/redirect?/end", "/end" },
+        { "/redirect?//other.invalid/x", "http://other.invalid/x" },
+        { "/redirect?https://a.invalid/%20", "https://a.invalid/%20" },
+        { "/", NULL }
+    };
     struct result t = { 0 };
     serve((struct orch_http_limits){ 0 });
     for (size_t i = 0; i < ORCH_ARRAY_LEN(cases); i++) {
         start(&t, (struct orch_http_call_opts){ .url = url_of(cases[i][0]) }, false);
         UNTIL(t.dones);
         if (cases[i][1])
-            assert_string_equal(t.location, cases[i][1][0] == '/' ? url_of(cases[i][1]) : cases[i][1]);
+            assert_string_equal(t.location,
+                                cases[i][1][0] == '/' ? url_of(cases[i][1]) : cases[i][1]);
         else
             assert_null(t.location);
         result_free(&t);
@@ -1701,12 +1846,21 @@ static void test_client_location(void **state)
 static void test_client_options(void **state)
 {
     (void)state;
-    struct orch_http_header split = { ORCH_SLICE("A"), ORCH_SLICE("b\r\nC: d") }, name = { ORCH_SLICE("A B"), ORCH_SLICE("c") };
+    struct orch_http_header split = { ORCH_SLICE("A"), ORCH_SLICE("b\r\nC: d") },
+                            name = { ORCH_SLICE("A B"), ORCH_SLICE("c") };
     const struct orch_http_call_opts bad[] = {
-        { .url = "ftp://h/" }, { .url = "file:///etc/passwd" }, { .url = "" }, { .url = NULL }, { .url = "http://" },
-        { .url = "http://user:pw@h/" }, { .url = "http://h/", .method = "GE T" }, { .url = "http://h/", .method = "" },
-        { .url = "http://h/", .headers = &split, .n_headers = 1 }, { .url = "http://h/", .headers = &name, .n_headers = 1 },
-        { .url = "http://h/", .address = "localhost" }, { .url = "http://h/", .address = "127.0.0.1", .max_redirects = 1 },
+        { .url = "ftp://h/" },
+        { .url = "file:///etc/passwd" },
+        { .url = "" },
+        { .url = NULL },
+        { .url = "http://" },
+        { .url = "http://user:pw@h/" },
+        { .url = "http://h/", .method = "GE T" },
+        { .url = "http://h/", .method = "" },
+        { .url = "http://h/", .headers = &split, .n_headers = 1 },
+        { .url = "http://h/", .headers = &name, .n_headers = 1 },
+        { .url = "http://h/", .address = "localhost" },
+        { .url = "http://h/", .address = "127.0.0.1", .max_redirects = 1 },
         { .url = "http://h/", .address = "127.0.0.1", .unix_path = "/x" },
         { .url = "http://127.0.0.1/", .may_connect = only_first, .max_redirects = 1 },
         { .url = "http://127.0.0.1/", .may_connect = only_first, .address = "127.0.0.1" },
@@ -1720,10 +1874,15 @@ static void test_client_options(void **state)
     }
     struct orch_http_call *last = NULL;
     for (size_t i = 0; i < 1024; i++) {
-        last = orch_http_call_start(client, &(struct orch_http_call_opts){ .url = "http://127.0.0.1:1/", .on_done = got_all }, &err);
+        last = orch_http_call_start(client,
+                                    &(struct orch_http_call_opts){ .url = "http://127.0.0.1:1/",
+                                                                   .on_done = got_all },
+                                    &err);
         assert_non_null(last);
     }
-    assert_null(orch_http_call_start(client, &(struct orch_http_call_opts){ .url = "http://127.0.0.1:1/" }, &err));
+    assert_null(orch_http_call_start(client,
+                                     &(struct orch_http_call_opts){ .url = "http://127.0.0.1:1/" },
+                                     &err));
     assert_int_equal(err.code, EAGAIN);
 }
 
@@ -1733,13 +1892,15 @@ static void make_certificate(const char *path)
     EVP_PKEY *key = EVP_EC_gen("P-256");
     X509 *x = X509_new();
     X509_NAME *subject = X509_get_subject_name(x);
-    X509_EXTENSION *alt = X509V3_EXT_conf_nid(NULL, NULL, NID_subject_alt_name, "DNS:tls.orch.test,IP:127.0.0.1");
+    X509_EXTENSION *alt = X509V3_EXT_conf_nid(NULL, NULL, NID_subject_alt_name,
+                                              "DNS:tls.orch.test,IP:127.0.0.1");
     FILE *f = fopen(path, "w");
     X509_set_version(x, 2);
     ASN1_INTEGER_set(X509_get_serialNumber(x), 1);
     X509_gmtime_adj(X509_getm_notBefore(x), -3600);
     X509_gmtime_adj(X509_getm_notAfter(x), 3600);
-    X509_NAME_add_entry_by_txt(subject, "CN", MBSTRING_ASC, (const unsigned char *)"tls.orch.test", -1, -1, 0);
+    X509_NAME_add_entry_by_txt(subject, "CN", MBSTRING_ASC, (const unsigned char *)"tls.orch.test",
+                               -1, -1, 0);
     X509_set_issuer_name(x, subject);
     X509_set_pubkey(x, key);
     X509_add_ext(x, alt, -1);
@@ -1762,8 +1923,10 @@ static void test_client_tls(void **state)
         "  k,_=s.accept()\n"
         "  try:\n"
         "    t=c.wrap_socket(k,server_side=True); q=t.recv(4096)\n"
-        "    t.sendall(b'HTTP/1.1 302 Found\\r\\nLocation: '+q.split()[1][2:] if b'?' in q else b'HTTP/1.1 200 OK')\n"
-        "    t.sendall(b'\\r\\nContent-Length: 2\\r\\nConnection: close\\r\\n\\r\\nok'); t.close()\n"
+        "    t.sendall(b'HTTP/1.1 302 Found\\r\\nLocation: '+q.split()[1][2:] if b'?' in q else "
+        "b'HTTP/1.1 200 OK')\n"
+        "    t.sendall(b'\\r\\nContent-Length: 2\\r\\nConnection: close\\r\\n\\r\\nok'); "
+        "t.close()\n"
         "  except (ssl.SSLError, OSError): k.close()\n";
     char pem[96], url[64], wrong[64];
     int out[2];
@@ -1788,9 +1951,14 @@ static void test_client_tls(void **state)
     const struct {
         const char *url, *ca;
         enum orch_class cls;
-    } cases[] = { { url, NULL, ORCH_CLASS_UPSTREAM }, { wrong, pem, ORCH_CLASS_UPSTREAM }, { url, pem, 0 } };
+    } cases[] = { { url, NULL, ORCH_CLASS_UPSTREAM },
+                  { wrong, pem, ORCH_CLASS_UPSTREAM },
+                  { url, pem, 0 } };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(cases); i++) {
-        start(&t, (struct orch_http_call_opts){ .url = cases[i].url, .address = "127.0.0.1", .ca_file = cases[i].ca }, false);
+        start(&t,
+              (struct orch_http_call_opts){
+                  .url = cases[i].url, .address = "127.0.0.1", .ca_file = cases[i].ca },
+              false);
         UNTIL(t.dones);
         if (t.cls != cases[i].cls)
             fail_msg("case %zu: %s", i, t.msg);
@@ -1800,8 +1968,10 @@ static void test_client_tls(void **state)
     serve((struct orch_http_limits){ 0 });
     for (int down = 0; down < 2; down++) {
         char from[128];
-        snprintf(from, sizeof from, "https://127.0.0.1:%d/?%s", atoi(port), down ? url_of("/") : "/there");
-        start(&t, (struct orch_http_call_opts){ .url = from, .ca_file = pem, .max_redirects = 1 }, false);
+        snprintf(from, sizeof from, "https://127.0.0.1:%d/?%s", atoi(port),
+                 down ? url_of("/") : "/there");
+        start(&t, (struct orch_http_call_opts){ .url = from, .ca_file = pem, .max_redirects = 1 },
+              false);
         UNTIL(t.dones);
         if (t.cls != (down ? ORCH_CLASS_UPSTREAM : 0) || t.status != (down ? 0 : 200))
             fail_msg("%d: %d %s", down, t.status, t.msg);
@@ -1817,16 +1987,48 @@ int main(void)
     orch_log_level(ORCH_ERROR);
     static const struct CMUnitTest tests[] = {
 #define S(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
-        S(test_malformed), S(test_malformed_second), S(test_wellformed), S(test_answer), S(test_continue), S(test_limits),
-        S(test_memory), S(test_pipelining), S(test_slow_request), S(test_half_closed), S(test_gone), S(test_sse),
-        S(test_sse_slow), S(test_slow_reader), S(test_flood), S(test_connection_limits), S(test_thousand),
-        S(test_no_descriptors), S(test_listen), S(test_unix), S(test_unix_other_user), S(test_drain_and_free), S(test_names),
-        S(test_bearer), S(test_sse_reader),
+        S(test_malformed),
+        S(test_malformed_second),
+        S(test_wellformed),
+        S(test_answer),
+        S(test_continue),
+        S(test_limits),
+        S(test_memory),
+        S(test_pipelining),
+        S(test_slow_request),
+        S(test_half_closed),
+        S(test_gone),
+        S(test_sse),
+        S(test_sse_slow),
+        S(test_slow_reader),
+        S(test_flood),
+        S(test_connection_limits),
+        S(test_thousand),
+        S(test_no_descriptors),
+        S(test_listen),
+        S(test_unix),
+        S(test_unix_other_user),
+        S(test_drain_and_free),
+        S(test_names),
+        S(test_bearer),
+        S(test_sse_reader),
 #undef S
 #define S(name) cmocka_unit_test_setup_teardown(name, client_setup, client_teardown)
-        S(test_client), S(test_client_unix), S(test_client_stream), S(test_client_pause), S(test_client_cancel),
-        S(test_client_hostile), S(test_client_time), S(test_client_redirects), S(test_client_redirect_loop), S(test_client_pinned), S(test_client_judged), S(test_client_location),
-        S(test_client_options), S(test_client_tls),
+        S(test_client),
+        S(test_client_unix),
+        S(test_client_stream),
+        S(test_client_pause),
+        S(test_client_cancel),
+        S(test_client_hostile),
+        S(test_client_time),
+        S(test_client_redirects),
+        S(test_client_redirect_loop),
+        S(test_client_pinned),
+        S(test_client_judged),
+        S(test_client_location),
+        S(test_client_options),
+        S(test_client_tls),
     };
+    odd_locale();
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,7 +1,10 @@
-/* core/vm/image: unpacking kernels, and building the base image from made-up kernels and packages (the
- * real one is built and booted by the end-to-end tests). Needs root, busybox-static, lz4, xz-utils, zstd, dpkg. */
+/* core/image: unpacking kernels, and building the base image from made-up kernels and packages (the
+ * real one is built and booted by the end-to-end tests). Needs root, busybox-static, lz4, xz-utils,
+ * zstd, dpkg. */
 #include "base/hash.h"
-#include "vm/image.h"
+#include "image/image.h"
+#include "image/kernel.h"
+#include "image/tar.h"
 
 #include <dirent.h>
 #include <elf.h>
@@ -59,11 +62,18 @@ static void put(const char *path, const void *p, size_t n)
 /* An ELF with the PVH note and a banner, about 100 kB, that compresses. */
 static void make_elf(struct orch_buf *b, const char *release, uint32_t note_type, const char *more)
 {
-    Elf64_Ehdr e = { .e_ident = { 0x7f, 'E', 'L', 'F', ELFCLASS64, ELFDATA2LSB, 1 }, .e_type = ET_EXEC, .e_machine = EM_X86_64,
-                     .e_phoff = sizeof e, .e_phentsize = sizeof(Elf64_Phdr), .e_phnum = 2 };
+    Elf64_Ehdr e = { .e_ident = { 0x7f, 'E', 'L', 'F', ELFCLASS64, ELFDATA2LSB, 1 },
+                     .e_type = ET_EXEC,
+                     .e_machine = EM_X86_64,
+                     .e_phoff = sizeof e,
+                     .e_phentsize = sizeof(Elf64_Phdr),
+                     .e_phnum = 2 };
     Elf64_Phdr ph[2] = { { .p_type = PT_LOAD },
-                         { .p_type = PT_NOTE, .p_offset = sizeof e + sizeof ph, .p_filesz = 2 * (sizeof(Elf64_Nhdr) + 12) } };
-    Elf64_Nhdr other = { .n_namesz = 4, .n_descsz = 6, .n_type = 3 }, pvh = { .n_namesz = 4, .n_descsz = 8, .n_type = note_type };
+                         { .p_type = PT_NOTE,
+                           .p_offset = sizeof e + sizeof ph,
+                           .p_filesz = 2 * (sizeof(Elf64_Nhdr) + 12) } };
+    Elf64_Nhdr other = { .n_namesz = 4, .n_descsz = 6, .n_type = 3 },
+               pvh = { .n_namesz = 4, .n_descsz = 8, .n_type = note_type };
     orch_buf_add(b, &e, sizeof e);
     orch_buf_add(b, ph, sizeof ph);
     orch_buf_add(b, &other, sizeof other);
@@ -77,7 +87,8 @@ static void make_elf(struct orch_buf *b, const char *release, uint32_t note_type
 }
 
 /* Packs `data` the way the kernel's build does, and puts the boot header before it. */
-static void make_bzimage(struct orch_buf *out, const struct orch_buf *data, const char *command, bool suffix)
+static void make_bzimage(struct orch_buf *out, const struct orch_buf *data, const char *command,
+                         bool suffix)
 {
     cleanup_free char *plain = in_dir("plain"), *packed = in_dir("packed");
     cleanup_buf struct orch_buf payload = { 0 };
@@ -102,7 +113,9 @@ static void make_bzimage(struct orch_buf *out, const struct orch_buf *data, cons
 static const struct {
     const char *command;
     bool suffix;
-} packers[] = { { "lz4 -l -9 -c", true }, { "gzip -9c", false }, { "xz --check=crc32 --x86 --lzma2=dict=1MiB -c", true },
+} packers[] = { { "lz4 -l -9 -c", true },
+                { "gzip -9c", false },
+                { "xz --check=crc32 --x86 --lzma2=dict=1MiB -c", true },
                 { "zstd -22 --ultra -c", true } };
 
 static void test_unpack(void **state)
@@ -162,6 +175,112 @@ static void test_unpack_damaged(void **state)
     }
 }
 
+static void test_unpack_plain(void **state)
+{
+    (void)state;
+    cleanup_buf struct orch_buf out = { 0 };
+    struct orch_err err;
+    assert_int_equal(orch_unpack(ORCH_SLICE("\x7f"
+                                            "ELF and nothing else"),
+                                 1 << 20, &out, &err),
+                     0);
+    assert_int_equal(orch_unpack((struct orch_slice){ "", 0 }, 1 << 20, &out, &err), 0);
+    assert_int_equal(out.n, 0);
+    cleanup_free char *packed = in_dir("packed-plain");
+    cleanup_buf struct orch_buf in = { 0 };
+    shell("echo 0123456789 | gzip -c >%s", packed);
+    assert_int_equal(orch_read_file(AT_FDCWD, packed, 1 << 20, &in), 0);
+    assert_int_equal(orch_unpack(orch_slice_of(&in), 10, &out, &err), -EFBIG);
+    assert_int_equal(orch_unpack(orch_slice_of(&in), 11, &out, &err), 1);
+    assert_string_equal(out.p, "0123456789\n");
+}
+
+/* ---- tar */
+
+struct unpacked {
+    struct orch_buf names, bytes;
+};
+
+/* What is called "want…" is. */
+static struct orch_buf *want(void *ud, const char *path, uint64_t size)
+{
+    struct unpacked *u = ud;
+    const char *slash = strrchr(path, '/');
+    orch_buf_printf(&u->names, "%s %llu\n", path, (unsigned long long)size);
+    return slash && strncmp(slash, "/want", 5) == 0 ? &u->bytes : NULL;
+}
+
+static void feed(struct orch_tar *t, struct orch_slice s, size_t chunk)
+{
+    for (size_t at = 0; at < s.n; at += chunk) {
+        size_t n = s.n - at < chunk ? s.n - at : chunk;
+        cleanup_free char *exact = orch_xmalloc(n); /* a read beyond it is seen */
+        memcpy(exact, s.p + at, n);
+        orch_tar_feed(t, exact, n);
+    }
+}
+
+static void test_tar(void **state)
+{
+    (void)state;
+    cleanup_free char *gnu_path = in_dir("gnu.tar"), *ustar_path = in_dir("ustar.tar");
+    cleanup_buf struct orch_buf gnu = { 0 }, ustar = { 0 }, names = { 0 };
+    char deep[121], deeper[121];
+    memset(deep, 'd', 120);
+    memset(deeper, 'e', 120);
+    deep[120] = deeper[120] = 0;
+    /* One name for the header's prefix (ustar), one that GNU's tar writes before the file. */
+    shell("cd %s && mkdir -p t/%.60s/%.60s t/%s/%s && printf 512-%%0508d 1 >t/want-a && printf xyz "
+          ">t/%.60s/%.60s/want-b && "
+          "printf gnu >t/%s/%s/want-c && : >t/want-d && printf no >t/other && ln t/want-a "
+          "t/want-hard && ln -s want-a t/want-soft && "
+          "tar -cf gnu.tar --format=gnu --sort=name t/%s t/other t/want-a t/want-d t/want-hard "
+          "t/want-soft && "
+          "tar -cf ustar.tar --format=ustar t/%.60s/%.60s/want-b && rm -r t",
+          dir, deep, deep, deep, deeper, deep, deep, deep, deeper, deep, deep, deep);
+    assert_int_equal(orch_read_file(AT_FDCWD, gnu_path, 1 << 20, &gnu), 0);
+    assert_int_equal(orch_read_file(AT_FDCWD, ustar_path, 1 << 20, &ustar), 0);
+    orch_buf_printf(
+        &names, "t/%.60s/%.60s/want-b 3\nt/%s/%s/want-c 3\nt/other 2\nt/want-a 512\nt/want-d 0\n",
+        deep, deep, deep, deeper);
+
+    static const size_t chunks[] = { 1, 7, 511, 512, 513, 1 << 20 };
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(chunks); i++) {
+        struct unpacked u = { 0 };
+        struct orch_tar t = { .into = want, .ud = &u };
+        feed(&t, (struct orch_slice){ gnu.p, 600 }, chunks[i]); /* cut off in a long name */
+        orch_tar_restart(&t);
+        feed(&t, (struct orch_slice){ ustar.p, ustar.n - 100 }, chunks[i]);
+        orch_tar_restart(&t);
+        feed(&t, orch_slice_of(&gnu), chunks[i]);
+        assert_false(t.failed);
+        assert_string_equal(u.names.p, names.p);
+        assert_int_equal(u.bytes.n, 3 + 512 + 3);
+        assert_memory_equal(u.bytes.p, "xyzgnu512-0000", 14);
+        orch_tar_fini(&t);
+        orch_buf_free(&u.names);
+        orch_buf_free(&u.bytes);
+    }
+
+    /* Not a tar, one with a damaged head, and sizes that are none: nothing is taken from there
+     * on. */
+    static const struct {
+        size_t at;
+        const char *bytes;
+    } damages[] = { { 0, "X" }, { 130, "9" }, { 124, "\x80" }, { 148, "0000000" } };
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(damages); i++) {
+        struct unpacked u = { 0 };
+        struct orch_tar t = { .into = want, .ud = &u };
+        cleanup_buf struct orch_buf bad = { 0 };
+        orch_buf_slice(&bad, orch_slice_of(&gnu));
+        memcpy(bad.p + damages[i].at, damages[i].bytes, strlen(damages[i].bytes));
+        feed(&t, orch_slice_of(&bad), 4096);
+        assert_true(t.failed);
+        assert_int_equal(u.names.n, 0);
+        orch_tar_fini(&t);
+    }
+}
+
 /* ---- building */
 
 struct build {
@@ -206,9 +325,12 @@ static void build_init(struct build *b, const char *cache, const char *kernel, c
     struct orch_err err;
     *b = (struct build){ 0 };
     b->loop = orch_loop_new(&err);
-    b->o = (struct orch_image_opts){ .cache_dir = in_dir(cache), .agent_path = in_dir("agent"),
-                                     .kernel = kernel ? in_dir(kernel) : NULL, .modules = modules ? in_dir(modules) : NULL,
-                                     .progress = on_progress, .ud = b };
+    b->o = (struct orch_image_opts){ .cache_dir = in_dir(cache),
+                                     .agent_path = in_dir("agent"),
+                                     .kernel = kernel ? in_dir(kernel) : NULL,
+                                     .modules = modules ? in_dir(modules) : NULL,
+                                     .progress = on_progress,
+                                     .ud = b };
 }
 
 static void build_fini(struct build *b)
@@ -244,7 +366,10 @@ static void make_modules(const char *name, const char *release, const char *cons
         cleanup_buf struct orch_buf b = { 0 };
         char file[64], deps[128] = "";
         assert_true(sscanf(*list, "%63s %127s", file, deps) >= 1);
-        orch_buf_add(&b, "\x7f" "ELFmodule\0license=GPL\0depends=", 31);
+        orch_buf_add(&b,
+                     "\x7f"
+                     "ELFmodule\0license=GPL\0depends=",
+                     31);
         orch_buf_add(&b, deps, strlen(deps) + 1);
         orch_buf_printf(&b, "vermagic=%s SMP preempt mod_unload ", release);
         orch_buf_add(&b, "\0rest", 5);
@@ -253,13 +378,23 @@ static void make_modules(const char *name, const char *release, const char *cons
     }
 }
 
-static const char *const modules[] = { "virtio", "virtio_ring other-dep", "virtio_mmio virtio,virtio_ring", "other-dep", "virtio_console virtio",
-                                       "virtio-rng virtio", "unwanted", "virtio_net virtio,failover", "failover", "erofs virtio", NULL };
+static const char *const modules[] = { "virtio",
+                                       "virtio_ring other-dep",
+                                       "virtio_mmio virtio,virtio_ring",
+                                       "other-dep",
+                                       "virtio_console virtio",
+                                       "virtio-rng virtio",
+                                       "unwanted",
+                                       "virtio_net virtio,failover",
+                                       "failover",
+                                       "erofs virtio",
+                                       NULL };
 
 static void make_inputs(void)
 {
     cleanup_buf struct orch_buf elf = { 0 }, bz = { 0 };
-    cleanup_free char *agent = in_dir("agent"), *vmlinuz = in_dir("vmlinuz"), *vmlinux = in_dir("vmlinux"), *own = in_dir("own");
+    cleanup_free char *agent = in_dir("agent"), *vmlinuz = in_dir("vmlinuz"),
+                      *vmlinux = in_dir("vmlinux"), *own = in_dir("own");
     make_elf(&elf, "6.1.0-test", 18, "");
     make_bzimage(&bz, &elf, packers[0].command, true);
     put(vmlinux, elf.p, elf.n);
@@ -267,11 +402,15 @@ static void make_inputs(void)
     elf.n = 0;
     make_elf(&elf, "6.9.0-own", 18, "virtio_mmio.device");
     put(own, elf.p, elf.n);
-    put(agent, "\x7f" "ELF the agent", 14);
+    put(agent,
+        "\x7f"
+        "ELF the agent",
+        14);
     make_modules("modules", "6.1.0-test", modules);
 }
 
-/* What the cpio holds under `path`: "mode uid gid mtime size|text"; NULL: nothing. Checks the order. */
+/* What the cpio holds under `path`: "mode uid gid mtime size|text"; NULL: nothing. Checks the
+ * order. */
 static char *cpio_get(const struct orch_buf *b, const char *path)
 {
     char *found = NULL, *before = NULL;
@@ -321,22 +460,33 @@ static void test_base(void **state)
     static const struct {
         const char *path, *is;
     } t[] = {
-        { "bin", "40755 0 0 " },          { "home/user", "40755 1000 1000 " },  { "tmp", "41777 0 0 " },
-        { "root", "40700 0 0 " },         { "init", "100755 0 0 \x7f" "ELF the agent" },
-        { "bin/sh", "120777 0 0 /bin/busybox" },  { "etc/hostname", "100644 0 0 orch\n" },
+        { "bin", "40755 0 0 " },
+        { "home/user", "40755 1000 1000 " },
+        { "tmp", "41777 0 0 " },
+        { "root", "40700 0 0 " },
+        { "init", "100755 0 0 \x7f"
+                  "ELF the agent" },
+        { "bin/sh", "120777 0 0 /bin/busybox" },
+        { "etc/hostname", "100644 0 0 orch\n" },
         { "etc/resolv.conf", "100644 0 0 " },
-        { "etc/passwd", "100644 0 0 root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000:user:/home/user:/bin/sh\n" },
+        { "etc/passwd",
+          "100644 0 0 root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000:user:/home/user:/bin/sh\n" },
         { "etc/orch/modules",
-          "100644 0 0 /lib/modules/6.1.0-test/other_dep.ko\n/lib/modules/6.1.0-test/virtio_ring.ko\n/lib/modules/6.1.0-test/virtio.ko\n"
-          "/lib/modules/6.1.0-test/virtio_mmio.ko\n/lib/modules/6.1.0-test/virtio_console.ko\n/lib/modules/6.1.0-test/virtio_rng.ko\n"
-          "/lib/modules/6.1.0-test/failover.ko 1\n/lib/modules/6.1.0-test/virtio_net.ko 1\n/lib/modules/6.1.0-test/erofs.ko 2\n" },
+          "100644 0 0 "
+          "/lib/modules/6.1.0-test/other_dep.ko\n/lib/modules/6.1.0-test/virtio_ring.ko\n/lib/"
+          "modules/6.1.0-test/virtio.ko\n"
+          "/lib/modules/6.1.0-test/virtio_mmio.ko\n/lib/modules/6.1.0-test/virtio_console.ko\n/lib/"
+          "modules/6.1.0-test/virtio_rng.ko\n"
+          "/lib/modules/6.1.0-test/failover.ko 1\n/lib/modules/6.1.0-test/virtio_net.ko "
+          "1\n/lib/modules/6.1.0-test/erofs.ko 2\n" },
     };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(t); i++) {
         cleanup_free char *is = cpio_get(&initrd, t[i].path);
         assert_non_null(is);
         assert_string_equal(is, t[i].is);
     }
-    cleanup_free char *module = cpio_get(&initrd, "lib/modules/6.1.0-test/virtio_mmio.ko"), *none = cpio_get(&initrd, "lib/modules/6.1.0-test/unwanted.ko");
+    cleanup_free char *module = cpio_get(&initrd, "lib/modules/6.1.0-test/virtio_mmio.ko"),
+                      *none = cpio_get(&initrd, "lib/modules/6.1.0-test/unwanted.ko");
     assert_non_null(module);
     assert_null(none);
 
@@ -356,7 +506,10 @@ static void test_base(void **state)
     orch_image_fini(&found);
     assert_int_equal(orch_image_find("../nope", &a.o, &found, &err), -EINVAL);
     assert_int_equal(orch_image_find("nope", &a.o, &found, &err), -ENOENT);
-    put(a.o.agent_path, "\x7f" "ELF other", 10);
+    put(a.o.agent_path,
+        "\x7f"
+        "ELF other",
+        10);
     assert_int_equal(orch_image_find("base", &a.o, &found, &err), -ESTALE);
     assert_non_null(strstr(err.msg, "another guest agent"));
     char old[65];
@@ -393,7 +546,9 @@ static int count_modes(const char *folder, mode_t mode)
     int n = 0;
     DIR *d = opendir(folder);
     for (struct dirent *e; d && (e = readdir(d));)
-        if (e->d_name[0] != '.' && ++n && (fstatat(dirfd(d), e->d_name, &st, AT_SYMLINK_NOFOLLOW) < 0 || st.st_mode != (S_IFREG | mode)))
+        if (e->d_name[0] != '.' && ++n &&
+            (fstatat(dirfd(d), e->d_name, &st, AT_SYMLINK_NOFOLLOW) < 0 ||
+             st.st_mode != (S_IFREG | mode)))
             fail_msg("%s has mode %o", e->d_name, st.st_mode);
     closedir(d);
     return n;
@@ -419,7 +574,8 @@ static void test_modes(void **state)
     assert_int_equal(count_modes(folder, 0444), 3);
     set_modes(folder, 0666);
     int fd = orch_image_open(AT_FDCWD, b.image.kernel, &err);
-    assert_true(fd >= 0 && fcntl(fd, F_GETFL) != -1 && (fcntl(fd, F_GETFL) & O_ACCMODE) == O_RDONLY);
+    assert_true(fd >= 0 && fcntl(fd, F_GETFL) != -1 &&
+                (fcntl(fd, F_GETFL) & O_ACCMODE) == O_RDONLY);
     close(fd);
     struct stat st;
     assert_int_equal(stat(b.image.kernel, &st), 0);
@@ -440,7 +596,8 @@ static void expect_open(const char *const *parts)
 {
     struct orch_err err = { 0 };
     int fd = orch_image_open(AT_FDCWD, kept, &err);
-    CHECK(*parts ? fd == -EPERM && err.cls == ORCH_CLASS_ISOLATION : fd >= 0, "%d: %s", fd, err.msg);
+    CHECK(*parts ? fd == -EPERM && err.cls == ORCH_CLASS_ISOLATION : fd >= 0, "%d: %s", fd,
+          err.msg);
     for (; *parts; parts++)
         CHECK(strstr(err.msg, *parts), "no `%s` in: %s", *parts, err.msg);
 }
@@ -465,8 +622,10 @@ static void fine(void)
 
 static void on_read_only(void)
 {
-    CHECK(!unshare(CLONE_NEWNS) && !mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) && !mount(kept, kept, NULL, MS_BIND, NULL) &&
-              !mount(NULL, kept, NULL, MS_REMOUNT | MS_BIND | MS_RDONLY, NULL), "%m");
+    CHECK(!unshare(CLONE_NEWNS) && !mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) &&
+              !mount(kept, kept, NULL, MS_BIND, NULL) &&
+              !mount(NULL, kept, NULL, MS_REMOUNT | MS_BIND | MS_RDONLY, NULL),
+          "%m");
     EXPECT_OPEN();
 }
 
@@ -515,7 +674,8 @@ static void expect_error(const char *kernel, const char *mods, const char *error
     build_init(&b, "cache-bad", kernel, mods);
     build(&b);
     if (!b.err.code || !strstr(b.err.msg, error))
-        fail_msg("%s, %s: expected \"%s\", got \"%s\"", kernel ? kernel : "apt", mods ? mods : "none", error, b.err.msg);
+        fail_msg("%s, %s: expected \"%s\", got \"%s\"", kernel ? kernel : "apt",
+                 mods ? mods : "none", error, b.err.msg);
     DIR *d = opendir(b.o.cache_dir); /* nothing is left but the lock */
     for (struct dirent *e; d && (e = readdir(d));)
         if (strcmp(e->d_name, ".") != 0 && strcmp(e->d_name, "..") != 0)
@@ -529,7 +689,8 @@ static void test_refused(void **state)
 {
     (void)state;
     cleanup_buf struct orch_buf elf = { 0 };
-    cleanup_free char *bad = in_dir("bad"), *agent = in_dir("agent"), *list = in_dir("partial/modules.builtin");
+    cleanup_free char *bad = in_dir("bad"), *agent = in_dir("agent"),
+                      *list = in_dir("partial/modules.builtin");
     make_inputs();
     expect_error("none", NULL, "none: No such file");
     put(bad, "text", 4);
@@ -546,18 +707,21 @@ static void test_refused(void **state)
     expect_error("bad", NULL, "does not say its version");
 
     expect_error("vmlinuz", "none", "No such file");
-    make_modules("partial", "6.1.0-test", (const char *const[]){ "virtio", "virtio_console virtio", NULL });
+    make_modules("partial", "6.1.0-test",
+                 (const char *const[]){ "virtio", "virtio_console virtio", NULL });
     expect_error("vmlinuz", "partial", "module virtio_mmio is missing");
     put(list, "kernel/drivers/virtio/virtio_mmio.ko\n", 37);
     make_modules("strange", "6.2.0-test", modules);
     expect_error("vmlinuz", "strange", "was built for kernel 6.2.0-test");
     make_modules("strange", "6.1.0-testing", modules);
     expect_error("vmlinuz", "strange", "was built for kernel 6.1.0-testing");
-    make_modules("lost", "6.1.0-test", (const char *const[]){ "virtio_mmio lost", "virtio_console", NULL });
+    make_modules("lost", "6.1.0-test",
+                 (const char *const[]){ "virtio_mmio lost", "virtio_console", NULL });
     expect_error("vmlinuz", "lost", "module lost is missing");
     /* In the kernel itself is as good; a circle of dependencies ends. */
     struct build b;
-    make_modules("circle", "6.1.0-test", (const char *const[]){ "virtio_console a", "a b", "b a", NULL });
+    make_modules("circle", "6.1.0-test",
+                 (const char *const[]){ "virtio_console a", "a b", "b a", NULL });
     cleanup_free char *builtin = in_dir("circle/modules.builtin");
     put(builtin, "kernel/drivers/virtio/virtio-mmio.ko\n", 37);
     build_init(&b, "cache-circle", "vmlinuz", "circle");
@@ -660,19 +824,25 @@ static void test_apt(void **state)
     (void)state;
     struct build b;
     make_inputs();
-    cleanup_free char *path = orch_xasprintf("%s/bin:%s", dir, getenv("PATH")), *before = orch_xstrdup(getenv("PATH"));
+    cleanup_free char *path = orch_xasprintf("%s/bin:%s", dir, getenv("PATH")),
+                      *before = orch_xstrdup(getenv("PATH"));
     char deep[200];
     memset(deep, 'd', sizeof deep - 1);
     deep[sizeof deep - 1] = 0;
-    shell("cd %s && mkdir -p bin p/DEBIAN p/boot p/lib/modules/6.1.0-test p/usr/share/%s && "
-          "printf 'Package: linux-image-6.1.0-test\\nVersion: 1\\nArchitecture: amd64\\nMaintainer: m\\nDescription: d\\n' >p/DEBIAN/control && "
-          "cp vmlinuz p/boot/vmlinuz-6.1.0-test && cp -r modules/kernel p/lib/modules/6.1.0-test && : >p/usr/share/%s/file && "
-          ": >p/lib/modules/6.1.0-test/modules.builtin && ln -s vmlinuz-6.1.0-test p/boot/vmlinuz && "
-          "dpkg-deb --build --root-owner-group p real.deb >/dev/null && "
-          "printf '#!/bin/sh\\necho \"linux-image-cloud-amd64\\n  Depends: linux-image-6.1.0-test\"' >bin/apt-cache && "
-          "printf '#!/bin/sh\\n[ \"$2\" = --print-uris ] && { echo \"'\"'http://x/real.deb'\"' real.deb 1234567 SHA256:00\"; exit; }\\n"
-          "echo \"$*\" >>%s/calls; cp %s/real.deb .' >bin/apt-get && chmod +x bin/*",
-          dir, deep, deep, dir, dir);
+    shell(
+        "cd %s && mkdir -p bin p/DEBIAN p/boot p/lib/modules/6.1.0-test p/usr/share/%s && "
+        "printf 'Package: linux-image-6.1.0-test\\nVersion: 1\\nArchitecture: amd64\\nMaintainer: "
+        "m\\nDescription: d\\n' >p/DEBIAN/control && "
+        "cp vmlinuz p/boot/vmlinuz-6.1.0-test && cp -r modules/kernel p/lib/modules/6.1.0-test && "
+        ": >p/usr/share/%s/file && "
+        ": >p/lib/modules/6.1.0-test/modules.builtin && ln -s vmlinuz-6.1.0-test p/boot/vmlinuz && "
+        "dpkg-deb --build --root-owner-group p real.deb >/dev/null && "
+        "printf '#!/bin/sh\\necho \"linux-image-cloud-amd64\\n  Depends: linux-image-6.1.0-test\"' "
+        ">bin/apt-cache && "
+        "printf '#!/bin/sh\\n[ \"$2\" = --print-uris ] && { echo \"'\"'http://x/real.deb'\"' "
+        "real.deb 1234567 SHA256:00\"; exit; }\\n"
+        "echo \"$*\" >>%s/calls; cp %s/real.deb .' >bin/apt-get && chmod +x bin/*",
+        dir, deep, deep, dir, dir);
     setenv("PATH", path, 1);
     build_init(&b, "cache-apt", NULL, NULL);
     must_build(&b);
@@ -689,7 +859,10 @@ static void test_apt(void **state)
     shell("[ $(wc -l <%s/calls) = 1 ]", dir);
     char old[65];
     memcpy(old, b.image.id, 65);
-    put(b.o.agent_path, "\x7f" "ELF other", 10);
+    put(b.o.agent_path,
+        "\x7f"
+        "ELF other",
+        10);
     orch_image_fini(&b.image);
     b.done = 0;
     must_build(&b);
@@ -708,10 +881,13 @@ static void test_apt(void **state)
         expect_error(NULL, NULL, t[i].error);
     }
     shell("printf '#!/bin/sh\\necho \"  Depends: linux-image-6.1.0-test\"' >%s/bin/apt-cache; "
-          "printf '#!/bin/sh\\n[ \"$2\" = --print-uris ] && { echo \"u real.deb 1 h\"; exit; }\\necho \"Temporary failure resolving\" >&2; exit 100' >%s/bin/apt-get",
+          "printf '#!/bin/sh\\n[ \"$2\" = --print-uris ] && { echo \"u real.deb 1 h\"; exit; "
+          "}\\necho \"Temporary failure resolving\" >&2; exit 100' >%s/bin/apt-get",
           dir, dir);
     expect_error(NULL, NULL, "Temporary failure resolving");
-    shell("printf '#!/bin/sh\\n[ \"$2\" = --print-uris ] && { echo \"u real.deb 1 h\"; exit; }\\nhead -c 1000 %s/real.deb >real.deb' >%s/bin/apt-get", dir, dir);
+    shell("printf '#!/bin/sh\\n[ \"$2\" = --print-uris ] && { echo \"u real.deb 1 h\"; exit; "
+          "}\\nhead -c 1000 %s/real.deb >real.deb' >%s/bin/apt-get",
+          dir, dir);
     expect_error(NULL, NULL, "dpkg-deb failed");
     cleanup_free char *empty = in_dir("empty");
     setenv("PATH", empty, 1);
@@ -731,9 +907,12 @@ static void test_apt(void **state)
 
 static void say_disk(const char *text)
 {
-    shell("mkdir -p %s/fakes && cd %s/fakes && for p in mmdebstrap mkfs.erofs fakechroot fakeroot; do "
-          "printf '#!/bin/sh\n' >$p; done && printf '#!/bin/sh\n[ \"$3\" = true ] && exit\necho made >>%s/count\n"
-          "%s\n' >unshare && chmod 755 *", dir, dir, dir, text);
+    shell("mkdir -p %s/fakes && cd %s/fakes && for p in mmdebstrap mkfs.erofs fakechroot fakeroot; "
+          "do "
+          "printf '#!/bin/sh\n' >$p; done && printf '#!/bin/sh\n[ \"$3\" = true ] && exit\necho "
+          "made >>%s/count\n"
+          "%s\n' >unshare && chmod 755 *",
+          dir, dir, dir, text);
 }
 
 static int disks_made(void)
@@ -743,7 +922,8 @@ static int disks_made(void)
     return orch_read_file(AT_FDCWD, path, 4096, &b) == 0 ? (int)(b.n / 5) : 0;
 }
 
-static void build_named(struct build *b, const char *name, const struct orch_recipe *recipe, bool fresh)
+static void build_named(struct build *b, const char *name, const struct orch_recipe *recipe,
+                        bool fresh)
 {
     orch_image_fini(&b->image);
     b->done = 0;
@@ -755,7 +935,8 @@ static void build_named(struct build *b, const char *name, const struct orch_rec
 }
 
 static const char *const none[] = { NULL }, *const jq[] = { "--include=jq", NULL };
-static const struct orch_recipe some = { "bookworm", jq, none }, others = { "bookworm", none, none };
+static const struct orch_recipe some = { "bookworm", jq, none },
+                                others = { "bookworm", none, none };
 
 static void test_disk(void **state)
 {
@@ -766,11 +947,13 @@ static void test_disk(void **state)
     make_inputs();
     make_modules("modules", "6.1.0-test", modules);
     say_disk("echo the disk >disk");
-    cleanup_free char *before = orch_xstrdup(getenv("PATH")), *path = orch_xasprintf("%s/fakes:%s", dir, before);
+    cleanup_free char *before = orch_xstrdup(getenv("PATH")),
+                      *path = orch_xasprintf("%s/fakes:%s", dir, before);
     setenv("PATH", path, 1);
     build_init(&b, "cache-disk", "vmlinuz", NULL);
 
-    build_named(&b, "toolbox", NULL, false); /* nobody asked for its disk: it is not made by the way */
+    /* nobody asked for its disk: it is not made by the way */
+    build_named(&b, "toolbox", NULL, false);
     assert_int_equal(b.err.cls, ORCH_CLASS_ISOLATION);
     assert_non_null(strstr(b.err.msg, "orch image build toolbox.lua"));
     build_named(&b, "base", &some, false);
@@ -794,7 +977,12 @@ static void test_disk(void **state)
     for (int i = 0; i < 2; i++) {
         char old[65];
         memcpy(old, b.image.id, 65);
-        put(b.o.agent_path, i ? "\x7f" "ELF third" : "\x7f" "ELF other", 10);
+        put(b.o.agent_path,
+            i ? "\x7f"
+                "ELF third"
+              : "\x7f"
+                "ELF other",
+            10);
         assert_int_equal(orch_image_find("toolbox", &b.o, &found, &err), -ESTALE);
         build_named(&b, "toolbox", i ? &some : NULL, false);
         assert_int_equal(b.err.code, 0);
@@ -805,8 +993,11 @@ static void test_disk(void **state)
         assert_int_equal(count_entries(b.o.cache_dir, old), 0); /* nobody needs it any more */
         assert_int_equal(count_entries(b.o.cache_dir, b.image.id), 1);
     }
-    /* Another recipe, and another day: another disk. The servers they come from are all the same. */
-    const struct orch_recipe mirror = { "bookworm", jq, (const char *const[]){ "deb http://mirror bookworm main", NULL } };
+    /* Another recipe, and another day: another disk. The servers they come from are all the
+     * same. */
+    const struct orch_recipe mirror = {
+        "bookworm", jq, (const char *const[]){ "deb http://mirror bookworm main", NULL }
+    };
     build_named(&b, "toolbox", &mirror, false);
     assert_int_equal(disks_made(), 1);
     build_named(&b, "toolbox", &others, false);
@@ -843,7 +1034,9 @@ static void test_disk(void **state)
 static void test_recipe(void **state)
 {
     (void)state;
-    static const char *const options[] = { "--a", "b c", "", NULL }, *const more[] = { "--a", "b", "c", "", NULL };
+    static const char *const options[] = { "--a", "b c", "", NULL }, *const more[] = { "--a", "b",
+                                                                                       "c", "",
+                                                                                       NULL };
     static const char *const sources[] = { "deb x y z", NULL };
     const struct orch_recipe r = { "sid", options, sources }, other = { "sid", more, none };
     cleanup_free struct orch_recipe *copy = orch_recipe_dup(&r);
@@ -860,8 +1053,12 @@ static void test_recipe(void **state)
         while (argv[n])
             n++;
         assert_string_equal(argv[0], "unshare");
-        assert_string_equal(argv[n - 7], way == ORCH_DISK_FAKE ? "--mode=fakechroot" : "--mode=root");
-        const char *const end[] = { "--a", "b c", "", "sid", way == ORCH_DISK_FAKE ? "work/root.tar" : "work/root", "deb x y z" };
+        assert_string_equal(argv[n - 7],
+                            way == ORCH_DISK_FAKE ? "--mode=fakechroot" : "--mode=root");
+        const char *const end[] = {
+            "--a",      "b c", "", "sid", way == ORCH_DISK_FAKE ? "work/root.tar" : "work/root",
+            "deb x y z"
+        };
         for (size_t i = 0; i < 6; i++)
             assert_string_equal(argv[n - 6 + i], end[i]);
     }
@@ -870,11 +1067,14 @@ static void test_recipe(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_unpack),   cmocka_unit_test(test_unpack_damaged), cmocka_unit_test(test_base),
-        cmocka_unit_test(test_own_kernel), cmocka_unit_test(test_refused),      cmocka_unit_test(test_two_builders),
-        cmocka_unit_test(test_cancel),   cmocka_unit_test(test_kill_9),         cmocka_unit_test(test_apt),
-        cmocka_unit_test(test_recipe),   cmocka_unit_test(test_disk),           cmocka_unit_test(test_modes),
-        cmocka_unit_test(test_owners),
+        cmocka_unit_test(test_unpack),  cmocka_unit_test(test_unpack_damaged),
+        cmocka_unit_test(test_base),    cmocka_unit_test(test_own_kernel),
+        cmocka_unit_test(test_refused), cmocka_unit_test(test_two_builders),
+        cmocka_unit_test(test_cancel),  cmocka_unit_test(test_kill_9),
+        cmocka_unit_test(test_apt),     cmocka_unit_test(test_recipe),
+        cmocka_unit_test(test_disk),    cmocka_unit_test(test_modes),
+        cmocka_unit_test(test_owners),  cmocka_unit_test(test_unpack_plain),
+        cmocka_unit_test(test_tar),
     };
     return cmocka_run_group_tests(tests, make_dir, remove_dir);
 }

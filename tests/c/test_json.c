@@ -1,5 +1,5 @@
-/* JSON: the scanner's rules with their byte offsets, values, the canonical form, the builder, and the
- * conversions to and from Lua. */
+/* JSON: the scanner's rules with their byte offsets, values, the canonical form, the builder, and
+ * the conversions to and from Lua. */
 #include "base/json.h"
 #include "script/jsonlib.h"
 #include "script/state.h"
@@ -7,6 +7,8 @@
 #include <setjmp.h>
 
 #include <cmocka.h>
+
+#include "odd_locale.h"
 #include <errno.h>
 #include <lauxlib.h>
 #include <math.h>
@@ -15,15 +17,16 @@
 #include <time.h>
 
 /* A text in memory of exactly its size, so that the sanitizer sees a read past its end. */
-static int scan_bytes(struct orch_json_doc *d, const char *p, size_t n, const struct orch_json_limits *lim,
-                      struct orch_json_fault *f, char **copy)
+static int scan_bytes(struct orch_json_doc *d, const char *p, size_t n,
+                      const struct orch_json_limits *lim, struct orch_json_fault *f, char **copy)
 {
     *copy = orch_xmalloc(n ? n : 1);
     memcpy(*copy, p, n);
     return orch_json_scan(d, (struct orch_slice){ *copy, n }, lim, f);
 }
 
-#define SCAN(d, s) assert_int_equal(orch_json_scan(d, orch_slice_str(s), NULL, &(struct orch_json_fault){ 0 }), 0)
+#define SCAN(d, s) \
+    assert_int_equal(orch_json_scan(d, orch_slice_str(s), NULL, &(struct orch_json_fault){ 0 }), 0)
 
 /* ---- the scanner */
 
@@ -113,7 +116,8 @@ static const struct bad bad[] = {
     { "-1e309", 0, "number out of range", 0 },
     { "1.8e308", 0, "number out of range", 0 },
     { "1e99999999999999999999", 0, "number out of range", 0 },
-    { " 12345678901234567890123456789012345678901234567890123456789012345", 65, "number too long", 0 },
+    { " 12345678901234567890123456789012345678901234567890123456789012345", 65, "number too long",
+      0 },
     { "{\"a\":1,\"a\":2}", 7, "duplicate key", 0 },
     { "{\"\":1,\"\":2}", 6, "duplicate key", 0 },
     { "{\"a\":1,\"\\u0061\":2}", 7, "duplicate key", 0 },
@@ -177,13 +181,17 @@ static void limits_are_refused_at_the_byte(void **state)
     memset(deep, '[', 2000);
     memset(deep + 2000, ']', 2000);
     assert_int_equal(orch_json_scan(&d, (struct orch_slice){ deep + 2000 - 64, 128 }, NULL, &f), 0);
-    assert_int_equal(orch_json_scan(&d, (struct orch_slice){ deep + 2000 - 65, 130 }, NULL, &f), -EMSGSIZE);
+    assert_int_equal(orch_json_scan(&d, (struct orch_slice){ deep + 2000 - 65, 130 }, NULL, &f),
+                     -EMSGSIZE);
     assert_int_equal(f.byte, 64);
     const struct orch_json_limits any = { .depth = 100000, .bytes = SIZE_MAX };
-    assert_int_equal(orch_json_scan(&d, (struct orch_slice){ deep + 2000 - 1024, 2048 }, &any, &f), 0);
-    assert_int_equal(orch_json_scan(&d, (struct orch_slice){ deep + 2000 - 1025, 2050 }, &any, &f), -EMSGSIZE);
+    assert_int_equal(orch_json_scan(&d, (struct orch_slice){ deep + 2000 - 1024, 2048 }, &any, &f),
+                     0);
+    assert_int_equal(orch_json_scan(&d, (struct orch_slice){ deep + 2000 - 1025, 2050 }, &any, &f),
+                     -EMSGSIZE);
     /* Over 4 GiB offsets would not fit; refused before a byte is read. */
-    assert_int_equal(orch_json_scan(&d, (struct orch_slice){ deep, (size_t)5 << 30 }, &any, &f), -EMSGSIZE);
+    assert_int_equal(orch_json_scan(&d, (struct orch_slice){ deep, (size_t)5 << 30 }, &any, &f),
+                     -EMSGSIZE);
     assert_string_equal(f.rule, "text too long");
     orch_json_doc_free(&d);
     (void)state;
@@ -191,48 +199,242 @@ static void limits_are_refused_at_the_byte(void **state)
 
 /* In the manner of JSONTestSuite: 'y' must be accepted, 'n' refused. */
 static const char *const suite[] = {
-    "y[]", "y{}", "y[[]   ]", "y[\"\"]", "y[\"a\"]", "y[false]", "ynull", "ytrue", "yfalse", "y42", "y-0.1",
-    "y\"asd\"", "y\"\"", "y\" \"", "y[]\n", "y \n\t\r[1] \n", "y[1,null,\"1\",{}]", "y[null,1,{\"2\":null}]",
-    "y[2] ", "y[0]", "y[-0]", "y[-0.0]", "y[0e1]", "y[0e+1]", "y[0E-1]", "y[1E22]", "y[1E-2]", "y[1E+2]",
-    "y[1e-400]", "y[123e65]", "y[123.456e78]", "y[1.7976931348623157e308]", "y[5e-324]", "y[2e-324]",
-    "y[-123]", "y[-1]", "y[123.456789]", "y[20e1]", "y[9007199254740993]", "y[18446744073709551616]",
-    "y[-237462374673276894279832749832423479823246327846]", "y[0.4e006]", "y[1e00308]", "y[0e99999999]",
-    "y[-9223372036854775809]", "y[1.0000000000000000000000000000000000000000000000000000000001]",
-    "y[1234567890123456789012345678901234567890123456789012345678901234]", "y[0.000e-999999]",
-    "y{\"asd\":\"sdf\"}", "y{\"a\":\"b\",\"c\":\"d\"}", "y{\"\":0}", "y{\"foo\\u0000bar\":42}",
-    "y{\"min\":-1.0e+28,\"max\":1.0e+28}", "y{\"a\":[]}", "y{\n\"a\": \"b\"\n}", "y{\"a\":{\"a\":{\"a\":1}}}",
-    "y{\"a\":1,\"A\":2,\"\\u00e1\":3}", "y{\"title\":\"\\u041f\\u043e\\u043b\"}", "y[[[[[[]]]]],{}]",
-    "y[\"\\u0060\\u012a\\u12AB\"]", "y[\"\\uD801\\udc37\"]", "y[\"\\ud83d\\ude39\\ud83d\\udc8d\"]",
-    "y[\"\\\"\\\\\\/\\b\\f\\n\\r\\t\"]", "y[\"\\\\u0000\"]", "y[\"\\\"\"]", "y[\"a/*b*/c/*d//e\"]",
-    "y[\"\\\\a\"]", "y[\"\\\\n\"]", "y[\"\\u0012\"]", "y[\"\\uFFFF\"]", "y[\"\\uDBFF\\uDFFE\"]",
-    "y[\"new\\u00A0line\"]", "y[\"\xF4\x8F\xBF\xBF\"]", "y[\"\xEF\xBF\xBF\"]", "y[\"\xEF\xBB\xBF\"]",
-    "y[\"\\u0000\"]", "y[\"\\u002c\"]", "y[\"\xCF\x80\"]", "y[\"\xE2\x82\xAC\xE2\x82\xAC\"]", "y[\"asd \"]",
-    "y[\"\\u200B\\u2064\"]", "y[\"\xE2\x80\xA8\xE2\x80\xA9\"]", "y[\"\\u0821\"]", "y[\"\x7F\"]",
-    "y[\"\xF0\x9B\xBF\xBF\"]", "y[\"\xED\x9F\xBF\xEE\x80\x80\"]", "y[\"\xC2\x80\xDF\xBF\xE0\xA0\x80\"]",
-    "y[\"0123456\xC3\xA9\"]", "y[\"01234567\xC3\xA9 01234567\\n01234567\"]", "y[\"12345678\\\"12345678\"]",
-    "n[1 true]", "n[\"\": 1]", "n[\"\"],", "n[,1]", "n[1,,2]", "n[\"x\",,]", "n[\"x\"]]", "n[\"\",]", "n[\"x\"",
-    "n[3[4]]", "n[:1]", "n[,]", "n[-]", "n[   , \"\"]", "n[1,\n1\n,1", "n[1,]", "n[1,,]", "n[\"\x0B\"]", "n[*]",
-    "n[1,\n", "n[{}", "n[fals]", "n[nul]", "n[tru]", "n[++1234]", "n[+1]", "n[-01]", "n[-1.0.]", "n[-2.]",
-    "n[-NaN]", "n[.-1]", "n[.2e-3]", "n[0.1.2]", "n[0.3e+]", "n[0.3e]", "n[0.e1]", "n[0E+]", "n[0E]", "n[0e]",
-    "n[1.0e+]", "n[1.0e-]", "n[1.0e]", "n[1 000.0]", "n[1eE2]", "n[2.e+3]", "n[2.e3]", "n[9.e+]", "n[Inf]",
-    "n[NaN]", "n[1+2]", "n[0x1]", "n[0x42]", "n[Infinity]", "n[-Infinity]", "n[-foo]", "n[- 1]", "n[-012]",
-    "n[-.123]", "n[1ea]", "n[1.8011670033376514H-308]", "n[012]", "n[00]", "n[1e1e1]", "n[1e1000]",
-    "n{\"x\", null}", "n{\"x\"::\"b\"}", "n{\"a\":\"a\" 123}", "n{key: 'value'}", "n{\"a\" \"b\"}", "n{:\"b\"}",
-    "n{\"a\"", "n{1:1}", "n{9999E9999:1}", "n{null:null}", "n{\"id\":0,,,,,}", "n{'a':0}", "n{\"id\":0,}",
-    "n{\"a\":\"b\"}/**/", "n{\"a\":\"b\"}//", "n{\"a\":\"b\",,\"c\":\"d\"}",
-    "n{a: \"b\"}", "n{\"a\":\"a", "n{ \"a\" : 1",
-    "n{\"a\":\"b\"}#", "n ", "n[\"\\uD800\\u\"]", "n[\"\\uD800\\u1\"]", "n[\"\\uD800\\u1x\"]", "n[\\u0020]",
-    "n[\"\\x00\"]", "n[\"\\\\\\\"]", "n[\"\\\t\"]", "n[\"\\\xF0\x9F\x8C\x80\"]", "n[\"\\\"]", "n[\"\\u00A\"]",
-    "n[\"\\uD834\\uDd\"]", "n[\"\\uD800\\uD800\\x\"]", "n[\"\\a\"]",
-    "n[\"\\uqqqq\"]", "n[\"\\u\xC3\xA9\"]", "n[\xC3\xA9]",
-    "n[\"", "n['single quote']", "nabc", "n[\"\\", "n[\"new\nline\"]", "n[\"\t\"]", "n\"\\UA66D\"", "n\"\"x", "n<.>",
-    "n[<null>]", "n[1]x", "n[1]]", "n[\"asd]", "na\xC3\xA5", "n[True]", "n1]", "n{\"x\": true,", "n[][]", "n]",
-    "n\xEF\xBB\xBF[]", "n\xE2\x81\xA0", "n[", "n{\"a\":{\"b\":1}", "n{}}", "n{\"\":", "n{[", "n*", "n[a",
-    "n{\"a\":\"b\"}#{}", "n[\"a\" b]", "n{\"a\":1,\"a\":1}",
-    "n{\"a\":{},\"b\":{},\"a\":{}}", "n[\x0C]", "n[\xE2\x80\x83]",
-    "n[\"\xFF\"]", "n[\"\xE0\xFF\"]", "n[\"\xFC\x80\x80\x80\x80\x80\"]",
-    "n[\"\xE9\"]", "n[\"\x81\"]", "n[\"\xC0\xAF\"]",
-    "n[\"\xED\xA0\x80\xED\xB0\x80\"]", "n[\"\xF0\x9F\x98\"]", "n[\"01234567\x01\"]", "n\x01", "n[\"a\x00\"]",
+    "y[]",
+    "y{}",
+    "y[[]   ]",
+    "y[\"\"]",
+    "y[\"a\"]",
+    "y[false]",
+    "ynull",
+    "ytrue",
+    "yfalse",
+    "y42",
+    "y-0.1",
+    "y\"asd\"",
+    "y\"\"",
+    "y\" \"",
+    "y[]\n",
+    "y \n\t\r[1] \n",
+    "y[1,null,\"1\",{}]",
+    "y[null,1,{\"2\":null}]",
+    "y[2] ",
+    "y[0]",
+    "y[-0]",
+    "y[-0.0]",
+    "y[0e1]",
+    "y[0e+1]",
+    "y[0E-1]",
+    "y[1E22]",
+    "y[1E-2]",
+    "y[1E+2]",
+    "y[1e-400]",
+    "y[123e65]",
+    "y[123.456e78]",
+    "y[1.7976931348623157e308]",
+    "y[5e-324]",
+    "y[2e-324]",
+    "y[-123]",
+    "y[-1]",
+    "y[123.456789]",
+    "y[20e1]",
+    "y[9007199254740993]",
+    "y[18446744073709551616]",
+    "y[-237462374673276894279832749832423479823246327846]",
+    "y[0.4e006]",
+    "y[1e00308]",
+    "y[0e99999999]",
+    "y[-9223372036854775809]",
+    "y[1.0000000000000000000000000000000000000000000000000000000001]",
+    "y[1234567890123456789012345678901234567890123456789012345678901234]",
+    "y[0.000e-999999]",
+    "y{\"asd\":\"sdf\"}",
+    "y{\"a\":\"b\",\"c\":\"d\"}",
+    "y{\"\":0}",
+    "y{\"foo\\u0000bar\":42}",
+    "y{\"min\":-1.0e+28,\"max\":1.0e+28}",
+    "y{\"a\":[]}",
+    "y{\n\"a\": \"b\"\n}",
+    "y{\"a\":{\"a\":{\"a\":1}}}",
+    "y{\"a\":1,\"A\":2,\"\\u00e1\":3}",
+    "y{\"title\":\"\\u041f\\u043e\\u043b\"}",
+    "y[[[[[[]]]]],{}]",
+    "y[\"\\u0060\\u012a\\u12AB\"]",
+    "y[\"\\uD801\\udc37\"]",
+    "y[\"\\ud83d\\ude39\\ud83d\\udc8d\"]",
+    "y[\"\\\"\\\\\\/\\b\\f\\n\\r\\t\"]",
+    "y[\"\\\\u0000\"]",
+    "y[\"\\\"\"]",
+    "y[\"a/*b*/c/*d//e\"]",
+    "y[\"\\\\a\"]",
+    "y[\"\\\\n\"]",
+    "y[\"\\u0012\"]",
+    "y[\"\\uFFFF\"]",
+    "y[\"\\uDBFF\\uDFFE\"]",
+    "y[\"new\\u00A0line\"]",
+    "y[\"\xF4\x8F\xBF\xBF\"]",
+    "y[\"\xEF\xBF\xBF\"]",
+    "y[\"\xEF\xBB\xBF\"]",
+    "y[\"\\u0000\"]",
+    "y[\"\\u002c\"]",
+    "y[\"\xCF\x80\"]",
+    "y[\"\xE2\x82\xAC\xE2\x82\xAC\"]",
+    "y[\"asd \"]",
+    "y[\"\\u200B\\u2064\"]",
+    "y[\"\xE2\x80\xA8\xE2\x80\xA9\"]",
+    "y[\"\\u0821\"]",
+    "y[\"\x7F\"]",
+    "y[\"\xF0\x9B\xBF\xBF\"]",
+    "y[\"\xED\x9F\xBF\xEE\x80\x80\"]",
+    "y[\"\xC2\x80\xDF\xBF\xE0\xA0\x80\"]",
+    "y[\"0123456\xC3\xA9\"]",
+    "y[\"01234567\xC3\xA9 01234567\\n01234567\"]",
+    "y[\"12345678\\\"12345678\"]",
+    "n[1 true]",
+    "n[\"\": 1]",
+    "n[\"\"],",
+    "n[,1]",
+    "n[1,,2]",
+    "n[\"x\",,]",
+    "n[\"x\"]]",
+    "n[\"\",]",
+    "n[\"x\"",
+    "n[3[4]]",
+    "n[:1]",
+    "n[,]",
+    "n[-]",
+    "n[   , \"\"]",
+    "n[1,\n1\n,1",
+    "n[1,]",
+    "n[1,,]",
+    "n[\"\x0B\"]",
+    "n[*]",
+    "n[1,\n",
+    "n[{}",
+    "n[fals]",
+    "n[nul]",
+    "n[tru]",
+    "n[++1234]",
+    "n[+1]",
+    "n[-01]",
+    "n[-1.0.]",
+    "n[-2.]",
+    "n[-NaN]",
+    "n[.-1]",
+    "n[.2e-3]",
+    "n[0.1.2]",
+    "n[0.3e+]",
+    "n[0.3e]",
+    "n[0.e1]",
+    "n[0E+]",
+    "n[0E]",
+    "n[0e]",
+    "n[1.0e+]",
+    "n[1.0e-]",
+    "n[1.0e]",
+    "n[1 000.0]",
+    "n[1eE2]",
+    "n[2.e+3]",
+    "n[2.e3]",
+    "n[9.e+]",
+    "n[Inf]",
+    "n[NaN]",
+    "n[1+2]",
+    "n[0x1]",
+    "n[0x42]",
+    "n[Infinity]",
+    "n[-Infinity]",
+    "n[-foo]",
+    "n[- 1]",
+    "n[-012]",
+    "n[-.123]",
+    "n[1ea]",
+    "n[1.8011670033376514H-308]",
+    "n[012]",
+    "n[00]",
+    "n[1e1e1]",
+    "n[1e1000]",
+    "n{\"x\", null}",
+    "n{\"x\"::\"b\"}",
+    "n{\"a\":\"a\" 123}",
+    "n{key: 'value'}",
+    "n{\"a\" \"b\"}",
+    "n{:\"b\"}",
+    "n{\"a\"",
+    "n{1:1}",
+    "n{9999E9999:1}",
+    "n{null:null}",
+    "n{\"id\":0,,,,,}",
+    "n{'a':0}",
+    "n{\"id\":0,}",
+    "n{\"a\":\"b\"}/**/",
+    "n{\"a\":\"b\"}//",
+    "n{\"a\":\"b\",,\"c\":\"d\"}",
+    "n{a: \"b\"}",
+    "n{\"a\":\"a",
+    "n{ \"a\" : 1",
+    "n{\"a\":\"b\"}#",
+    "n ",
+    "n[\"\\uD800\\u\"]",
+    "n[\"\\uD800\\u1\"]",
+    "n[\"\\uD800\\u1x\"]",
+    "n[\\u0020]",
+    "n[\"\\x00\"]",
+    "n[\"\\\\\\\"]",
+    "n[\"\\\t\"]",
+    "n[\"\\\xF0\x9F\x8C\x80\"]",
+    "n[\"\\\"]",
+    "n[\"\\u00A\"]",
+    "n[\"\\uD834\\uDd\"]",
+    "n[\"\\uD800\\uD800\\x\"]",
+    "n[\"\\a\"]",
+    "n[\"\\uqqqq\"]",
+    "n[\"\\u\xC3\xA9\"]",
+    "n[\xC3\xA9]",
+    "n[\"",
+    "n['single quote']",
+    "nabc",
+    "n[\"\\",
+    "n[\"new\nline\"]",
+    "n[\"\t\"]",
+    "n\"\\UA66D\"",
+    "n\"\"x",
+    "n<.>",
+    "n[<null>]",
+    "n[1]x",
+    "n[1]]",
+    "n[\"asd]",
+    "na\xC3\xA5",
+    "n[True]",
+    "n1]",
+    "n{\"x\": true,",
+    "n[][]",
+    "n]",
+    "n\xEF\xBB\xBF[]",
+    "n\xE2\x81\xA0",
+    "n[",
+    "n{\"a\":{\"b\":1}",
+    "n{}}",
+    "n{\"\":",
+    "n{[",
+    "n*",
+    "n[a",
+    "n{\"a\":\"b\"}#{}",
+    "n[\"a\" b]",
+    "n{\"a\":1,\"a\":1}",
+    "n{\"a\":{},\"b\":{},\"a\":{}}",
+    "n[\x0C]",
+    "n[\xE2\x80\x83]",
+    "n[\"\xFF\"]",
+    "n[\"\xE0\xFF\"]",
+    "n[\"\xFC\x80\x80\x80\x80\x80\"]",
+    "n[\"\xE9\"]",
+    "n[\"\x81\"]",
+    "n[\"\xC0\xAF\"]",
+    "n[\"\xED\xA0\x80\xED\xB0\x80\"]",
+    "n[\"\xF0\x9F\x98\"]",
+    "n[\"01234567\x01\"]",
+    "n\x01",
+    "n[\"a\x00\"]",
 };
 
 static void suite_is_judged(void **state)
@@ -302,10 +504,10 @@ static void tokens_describe_the_text(void **state)
     assert_int_equal(d.nul_flag, 1);
     for (size_t i = 0; i < ORCH_ARRAY_LEN(want); i++) {
         const struct orch_json_tok *t = &d.toks[i], *w = &want[i];
-        if (t->start != w->start || t->end != w->end || t->next != w->next || t->count != w->count ||
-            t->type != w->type || t->flags != w->flags)
-            fail_msg("token %zu: %u..%u next %u count %u type %u flags %u", i, t->start, t->end, t->next, t->count,
-                     t->type, t->flags);
+        if (t->start != w->start || t->end != w->end || t->next != w->next ||
+            t->count != w->count || t->type != w->type || t->flags != w->flags)
+            fail_msg("token %zu: %u..%u next %u count %u type %u flags %u", i, t->start, t->end,
+                     t->next, t->count, t->type, t->flags);
     }
 
     uint32_t a = orch_json_get(&d, 0, "a"), c = orch_json_get(&d, 0, "c");
@@ -332,7 +534,8 @@ static void strings_are_unescaped(void **state)
 {
     cleanup_json struct orch_json_doc d = { 0 };
     cleanup_buf struct orch_buf b = { 0 };
-    SCAN(&d, "[\"\\\"\\\\\\/\\b\\f\\n\\r\\t|\\u0041\\u00e9\\u20AC\\uD83D\\uDE00z\",\"plain\",\"a\\u0000b\",1]");
+    SCAN(&d, "[\"\\\"\\\\\\/"
+             "\\b\\f\\n\\r\\t|\\u0041\\u00e9\\u20AC\\uD83D\\uDE00z\",\"plain\",\"a\\u0000b\",1]");
     assert_int_equal(orch_json_string(&d, 1, &b), 0);
     assert_string_equal(b.p, "\"\\/\b\f\n\r\t|A\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80z");
     assert_true(orch_json_string_eq(&d, 1, b.p));
@@ -364,8 +567,10 @@ static void numbers_are_read_exactly(void **state)
         { "0", 0, ORCH_JSON_INTEGER, true, 0 },
         { "-0", -0.0, ORCH_JSON_INTEGER, true, 0 },
         { "-17", -17, ORCH_JSON_INTEGER, true, -17 },
-        { "9007199254740992", 9007199254740992.0, ORCH_JSON_INTEGER, true, INT64_C(9007199254740992) },
-        { "9007199254740993", 9007199254740992.0, ORCH_JSON_INTEGER | ORCH_JSON_BIG, true, INT64_C(9007199254740993) },
+        { "9007199254740992", 9007199254740992.0, ORCH_JSON_INTEGER, true,
+          INT64_C(9007199254740992) },
+        { "9007199254740993", 9007199254740992.0, ORCH_JSON_INTEGER | ORCH_JSON_BIG, true,
+          INT64_C(9007199254740993) },
         { "-9007199254740993", -9007199254740992.0, ORCH_JSON_INTEGER | ORCH_JSON_BIG, true,
           -INT64_C(9007199254740993) },
         { "9223372036854775807", 0x1p63, ORCH_JSON_INTEGER | ORCH_JSON_BIG, true, INT64_MAX },
@@ -385,8 +590,10 @@ static void numbers_are_read_exactly(void **state)
         { "17976931348623157e292", 1.7976931348623157e308, 0, false, 0 },
         { "1e23", 1e23, 0, false, 0 },
         { "123456789012345678901234567890.5", 123456789012345678901234567890.5, 0, false, 0 },
-        { "9007199254740993.0000000000000000000000000000000000000000000000", 9007199254740992.0, 0, false, 0 },
-        { "9007199254740993.0000000000000000000000000000000000000000000001", 9007199254740994.0, 0, false, 0 },
+        { "9007199254740993.0000000000000000000000000000000000000000000000", 9007199254740992.0, 0,
+          false, 0 },
+        { "9007199254740993.0000000000000000000000000000000000000000000001", 9007199254740994.0, 0,
+          false, 0 },
         { "0.0000000000000000000000000000000000000000000000000000000001e60", 100, 0, false, 0 },
     };
     cleanup_json struct orch_json_doc d = { 0 };
@@ -423,7 +630,8 @@ static double scan_keys(struct orch_buf *b, int keys, size_t *last)
     orch_buf_consume(b, b->n);
     orch_buf_char(b, '{');
     for (int i = 0; i < keys; i++)
-        orch_buf_printf(b, "\"%s a long prefix that all keys share %06d\":%d,", i & 1 ? "\\u006b" : "k", i, i);
+        orch_buf_printf(b, "\"%s a long prefix that all keys share %06d\":%d,",
+                        i & 1 ? "\\u006b" : "k", i, i);
     *last = b->n;
     orch_buf_str(b, "\"last\":0}");
     double start = cpu_seconds();
@@ -464,9 +672,11 @@ static void duplicates_are_found_at_every_distance(void **state)
             for (int j = i + 1; j < n; j++) {
                 cleanup_buf struct orch_buf b = { 0 };
                 for (int k = 0; k < n; k++)
-                    orch_buf_printf(&b, "%c\"%c\":[{\"a\":1}]", k ? ',' : '{', 'a' + (k == j ? i : k));
+                    orch_buf_printf(&b, "%c\"%c\":[{\"a\":1}]", k ? ',' : '{',
+                                    'a' + (k == j ? i : k));
                 orch_buf_char(&b, '}');
-                assert_int_equal(orch_json_scan(&d, (struct orch_slice){ b.p, b.n }, NULL, &f), -EBADMSG);
+                assert_int_equal(orch_json_scan(&d, (struct orch_slice){ b.p, b.n }, NULL, &f),
+                                 -EBADMSG);
                 assert_string_equal(f.rule, "duplicate key");
                 assert_int_equal(f.byte, 1 + j * 14);
             }
@@ -513,11 +723,16 @@ static void quote_escapes_and_repairs(void **state)
         { "\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80", 9, "\"\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80\"" },
         { "x\xFFy", 3, "\"x\xEF\xBF\xBDy\"" },
         { "\x80\x80", 2, "\"\xEF\xBF\xBD\xEF\xBF\xBD\"" },
-        { "\xE2\x82", 2, "\"\xEF\xBF\xBD\"" },             /* a cut sequence is one */
+        { "\xE2\x82", 2, "\"\xEF\xBF\xBD\"" }, /* a cut sequence is one */
         { "\xF0\x9F\x98z", 4, "\"\xEF\xBF\xBDz\"" },
-        { "\xE0\x80\x80", 3, "\"\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD\"" }, /* an overlong one is none */
+        { "\xE0\x80\x80", 3,
+          "\"\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD\"" }, /* an overlong one is none */
         { "\xED\xA0\x80", 3, "\"\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD\"" },
-        { "0123456789\n0123456789\xC3\xA9""0123456789", 33, "\"0123456789\\n0123456789\xC3\xA9""0123456789\"" },
+        { "0123456789\n0123456789\xC3\xA9"
+          "0123456789",
+          33,
+          "\"0123456789\\n0123456789\xC3\xA9"
+          "0123456789\"" },
     };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(cases); i++) {
         cleanup_buf struct orch_buf b = { 0 };
@@ -610,26 +825,31 @@ static void canonical_form_follows_rfc_8785(void **state)
     } cases[] = {
         /* section 3.2.2 and 3.2.4 */
         { "{\"numbers\":[333333333.33333329,1E30,4.50,2e-3,0.000000000000000000000000001],\n"
-          "\"string\":\"\\u20ac$\\u000F\\u000aA'\\u0042\\u0022\\u005c\\\\\\\"\\/\",\"literals\":[null,true,false]}",
+          "\"string\":\"\\u20ac$\\u000F\\u000aA'\\u0042\\u0022\\u005c\\\\\\\"\\/"
+          "\",\"literals\":[null,true,false]}",
           "{\"literals\":[null,true,false],\"numbers\":[333333333.3333333,1e+30,4.5,0.002,1e-27],"
           "\"string\":\"\xE2\x82\xAC$\\u000f\\nA'B\\\"\\\\\\\\\\\"/\"}" },
         /* section 3.2.3: by UTF-16 code units */
-        { "{\"\\u20ac\":\"Euro Sign\",\"\\r\":\"Carriage Return\",\"\\ufb33\":\"Hebrew Letter Dalet With Dagesh\","
+        { "{\"\\u20ac\":\"Euro Sign\",\"\\r\":\"Carriage Return\",\"\\ufb33\":\"Hebrew Letter "
+          "Dalet With Dagesh\","
           "\"1\":\"One\",\"\\ud83d\\ude00\":\"Emoji: Grinning Face\",\"\\u0080\":\"Control\","
           "\"\\u00f6\":\"Latin Small Letter O With Diaeresis\"}",
           "{\"\\r\":\"Carriage Return\",\"1\":\"One\",\"\xC2\x80\":\"Control\","
           "\"\xC3\xB6\":\"Latin Small Letter O With Diaeresis\",\"\xE2\x82\xAC\":\"Euro Sign\","
-          "\"\xF0\x9F\x98\x80\":\"Emoji: Grinning Face\",\"\xEF\xAC\xB3\":\"Hebrew Letter Dalet With Dagesh\"}" },
+          "\"\xF0\x9F\x98\x80\":\"Emoji: Grinning Face\",\"\xEF\xAC\xB3\":\"Hebrew Letter Dalet "
+          "With Dagesh\"}" },
         { "{\"\xEF\xAC\xB3\":1,\"\xF0\x9F\x98\x80\":2,\"\xEE\x80\x80\":3,\"\xED\x9F\xBF\":4}",
           "{\"\xED\x9F\xBF\":4,\"\xF0\x9F\x98\x80\":2,\"\xEE\x80\x80\":3,\"\xEF\xAC\xB3\":1}" },
         { " { } ", "{}" },
         { "[ ]", "[]" },
         { "{ \"a\" : 1 }", "{\"a\":1}" },
         { "[-0, -0.0, 0e5, 10, -10, 1.0, 100e-2]", "[0,0,0,10,-10,1,1]" },
-        { "[9007199254740993, 1e21, 123456789012345678901]", "[9007199254740992,1e+21,123456789012345680000]" },
+        { "[9007199254740993, 1e21, 123456789012345678901]",
+          "[9007199254740992,1e+21,123456789012345680000]" },
         { "{\"b\":{\"z\":1,\"y\":[{\"d\":1,\"c\":2}]},\"a\":\"\\/\"}",
           "{\"a\":\"/\",\"b\":{\"y\":[{\"c\":2,\"d\":1}],\"z\":1}}" },
-        { "{\"aa\":1,\"a\":2,\"\":3,\"a\\u0000\":4,\"B\":5}", "{\"\":3,\"B\":5,\"a\":2,\"a\\u0000\":4,\"aa\":1}" },
+        { "{\"aa\":1,\"a\":2,\"\":3,\"a\\u0000\":4,\"B\":5}",
+          "{\"\":3,\"B\":5,\"a\":2,\"a\\u0000\":4,\"aa\":1}" },
         { "{\"q\":1,\"p\":2,\"o\":3,\"n\":4,\"m\":5,\"l\":6,\"k\":7,\"j\":8,\"i\":9,"
           "\"h\":10,\"g\":11,\"f\":12,\"e\":13,"
           "\"\\u0064\":14,\"c\":15,\"b\":16,\"a\":17}",
@@ -669,8 +889,10 @@ static void builder_composes_documents(void **state)
     orch_json_add_take(a, in);
     orch_json_set_take(o, "list", a);
     orch_json_print(o, false, &b);
-    assert_string_equal(b.p, "{\"s\":\"a\\\"\xEF\xBF\xBD\",\"none\":null,\"n\":1000000000000000,\"f\":0.1,\"bad\":null,"
-                             "\"yes\":true,\"no\":false,\"list\":[\"x\",{\"k\":2}]}");
+    assert_string_equal(
+        b.p,
+        "{\"s\":\"a\\\"\xEF\xBF\xBD\",\"none\":null,\"n\":1000000000000000,\"f\":0.1,\"bad\":null,"
+        "\"yes\":true,\"no\":false,\"list\":[\"x\",{\"k\":2}]}");
     size_t before = b.n;
     orch_json_print(o, true, &b);
     assert_true(b.n > 2 * before);
@@ -685,10 +907,13 @@ static void builder_composes_documents(void **state)
 static struct orch_state *new_state(enum orch_context ctx)
 {
     struct orch_err err;
-    struct orch_state *s = orch_state_new(
-        &(struct orch_state_opts){ .ctx = ctx, .lua_dir = "lua",
-                                   .memory_bytes = ctx == ORCH_CTX_SCRIPT ? 0 : 64 << 20 },
-        &err);
+    struct orch_state *s =
+        orch_state_new(&(struct orch_state_opts){ .ctx = ctx,
+                                                  .lua_dir = "lua",
+                                                  .memory_bytes = ctx == ORCH_CTX_SCRIPT
+                                                                      ? 0
+                                                                      : 64 << 20 },
+                       &err);
     if (!s)
         fail_msg("%s", err.msg);
     lua_State *L = orch_state_lua(s);
@@ -710,46 +935,63 @@ static int run(struct orch_state *s, const char *text, int nresults, struct orch
 static const char *const scripts[] = {
     /* values */
     "local v = json.decode('{\"a\":[1,2.5,\"x\",true,false,null],\"b\":{}}')\n"
-    "assert(v.a[1] == 1 and v.a[2] == 2.5 and v.a[3] == 'x' and v.a[4] == true and v.a[5] == false)\n"
+    "assert(v.a[1] == 1 and v.a[2] == 2.5 and v.a[3] == 'x' and v.a[4] == true and v.a[5] == "
+    "false)\n"
     "assert(v.a[6] == json.null and #v.a == 6 and next(v.b) == nil)",
     "local n = 0 for i, e in ipairs(json.decode('[5,6,7]')) do n = n + i * e end assert(n == 38)",
-    "assert(json.decode('null') == json.null and json.decode('\"\\\\u00e9\\\\u0000\"') == '\\195\\169\\0')",
+    "assert(json.decode('null') == json.null and json.decode('\"\\\\u00e9\\\\u0000\"') == "
+    "'\\195\\169\\0')",
     "assert(json.decode(' -0 ') == 0 and 1 / json.decode('-0') < 0 and json.decode('1e-400') == 0)",
     "local t = json.decode('{\"a\":null,\"b\":1}') assert(t.a == json.null and t.b == 1)",
     /* malformed text is the world's fault, a wrong type the caller's */
-    "local v, m, c = json.decode('[1,]') assert(v == nil and m == 'expected a value at byte 3' and c == 'failed')",
-    "local v, m = json.decode('{\"a\":1,\"a\":1}') assert(v == nil and m == 'duplicate key at byte 7')",
-    "local v, m = json.decode(('['):rep(65)) assert(v == nil and m == 'nested too deeply at byte 64')",
+    "local v, m, c = json.decode('[1,]') assert(v == nil and m == 'expected a value at byte 3' and "
+    "c == 'failed')",
+    "local v, m = json.decode('{\"a\":1,\"a\":1}') assert(v == nil and m == 'duplicate key at byte "
+    "7')",
+    "local v, m = json.decode(('['):rep(65)) assert(v == nil and m == 'nested too deeply at byte "
+    "64')",
     "assert(not pcall(json.decode, 12) and not pcall(json.decode) and not pcall(json.decode, {}))",
     "assert(not pcall(json.encode) and not pcall(json.array, 1) and not pcall(json.array))",
     /* [] and {} */
     "assert(json.encode(json.decode('[]')) == '[]' and json.encode(json.decode('{}')) == '{}')",
-    "assert(json.encode({}) == '{}' and json.encode(json.array{}) == '[]' and json.encode({1,2}) == '[1,2]')",
-    "local t = {} assert(json.array(t) == t and json.array(t) == t) t[1] = 'x' assert(json.encode(t) == '[\"x\"]')",
+    "assert(json.encode({}) == '{}' and json.encode(json.array{}) == '[]' and json.encode({1,2}) "
+    "== '[1,2]')",
+    "local t = {} assert(json.array(t) == t and json.array(t) == t) t[1] = 'x' "
+    "assert(json.encode(t) == '[\"x\"]')",
     "local t = {} for i = 100, 1, -1 do t[i] = i end assert(#json.decode(json.encode(t)) == 100)",
     "assert(getmetatable(json.decode('[]')) == 'orch.json.array')",
-    "assert(not pcall(setmetatable, json.decode('[]'), {}) and not pcall(json.array, setmetatable({}, {})))",
+    "assert(not pcall(setmetatable, json.decode('[]'), {}) and not pcall(json.array, "
+    "setmetatable({}, {})))",
     "assert(tostring(json.null) == 'null' and json.encode(json.null) == 'null')\n"
     "assert(json.encode({json.null}) == '[null]')",
     "assert(json.encode({a = json.null}) == '{\"a\":null}' and type(json.null) == 'userdata')",
-    "assert(not pcall(function() return json.null.x end) and not pcall(function() json.null.x = 1 end))",
+    "assert(not pcall(function() return json.null.x end) and not pcall(function() json.null.x = 1 "
+    "end))",
     /* numbers */
-    "assert(json.encode(0.1) == '0.1' and json.encode(1e300) == '1e+300' and json.encode(2^53) == '9007199254740992')",
-    "local v = json.decode('[9007199254740993,9007199254740993,-9007199254740994,9007199254740992]')\n"
-    "assert(type(v[1]) == 'userdata' and tostring(v[1]) == '9007199254740993' and v[1] == v[2] and v[1] ~= v[3])\n"
+    "assert(json.encode(0.1) == '0.1' and json.encode(1e300) == '1e+300' and json.encode(2^53) == "
+    "'9007199254740992')",
+    "local v = "
+    "json.decode('[9007199254740993,9007199254740993,-9007199254740994,9007199254740992]')\n"
+    "assert(type(v[1]) == 'userdata' and tostring(v[1]) == '9007199254740993' and v[1] == v[2] and "
+    "v[1] ~= v[3])\n"
     "assert(v[4] == 2^53 and v[1] ~= json.null and v[1] ~= v[4])\n"
-    "assert(json.encode(v) == '[9007199254740993,9007199254740993,-9007199254740994,9007199254740992]')\n"
-    "assert(not pcall(function() return v[1] + 1 end) and not pcall(function() return v[1] < v[2] end))\n"
+    "assert(json.encode(v) == "
+    "'[9007199254740993,9007199254740993,-9007199254740994,9007199254740992]')\n"
+    "assert(not pcall(function() return v[1] + 1 end) and not pcall(function() return v[1] < v[2] "
+    "end))\n"
     "assert(getmetatable(v[1]) == 'orch.json.integer')",
     "local s = ('7'):rep(64) assert(json.encode(json.decode(s)) == s)",
     /* strings */
-    "local s = '' for i = 0, 127 do s = s .. string.char(i) end s = s .. '\\195\\169\\240\\159\\152\\128'\n"
+    "local s = '' for i = 0, 127 do s = s .. string.char(i) end s = s .. "
+    "'\\195\\169\\240\\159\\152\\128'\n"
     "assert(json.decode(json.encode(s)) == s and json.decode(json.encode({[s] = s}))[s] == s)",
     "assert(json.encode('\\n\"\\\\\\1/') == [[\"\\n\\\"\\\\\\u0001/\"]])",
     /* depth: 64 is the most */
-    "local t = {} for i = 1, 63 do t = {t} end assert(json.decode(json.encode(t))) assert(not pcall(json.encode, {t}))",
+    "local t = {} for i = 1, 63 do t = {t} end assert(json.decode(json.encode(t))) assert(not "
+    "pcall(json.encode, {t}))",
     "local s = ('['):rep(64) .. (']'):rep(64) assert(json.encode(json.decode(s)) == s)",
-    "local t = {a = {b = {1, {c = 'd'}}}} assert(json.encode(json.decode(json.encode(t))) == json.encode(t))",
+    "local t = {a = {b = {1, {c = 'd'}}}} assert(json.encode(json.decode(json.encode(t))) == "
+    "json.encode(t))",
 };
 
 static void lua_scripts_hold(void **state)
@@ -795,9 +1037,11 @@ static void encode_names_what_it_refuses(void **state)
         { "{1,2,nil,4}", "value: mixed keys (they must be strings, or 1 to n)" },
         { "{1,2,nil,4,x=1}", "value: mixed keys (they must be strings, or 1 to n)" },
         { "json.array{x=1}", "value: mixed keys (they must be strings, or 1 to n)" },
-        { "{p=setmetatable({},{__index={x=1}})}", "p: an empty table with a metatable cannot be JSON" },
+        { "{p=setmetatable({},{__index={x=1}})}",
+          "p: an empty table with a metatable cannot be JSON" },
         { "(function() local t={} t.t=t return t end)()",
-          "t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t."
+          "t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t."
+          "t.t.t.t.t.t.t.t."
           "t.t.t.t.t.t.t.t.t.t.t.t: nested deeper than 64 levels, or inside itself" },
         { "(function() local s=('x'):rep(2^20) local t={} for i=1,65 do t[i]=s end return t end)()",
           "[64]: more than 64 MiB of JSON" },
@@ -872,15 +1116,19 @@ static void what_a_value_lost_is_left_out_of_its_json(void **state)
     cleanup_json struct orch_json_doc d = { 0 };
     cleanup_buf struct orch_buf out = { 0 };
 
-    SCAN(&d, "{ \"z\" : 1.0, \"n\":null, \"\\u0061\":9007199254740993, \"l\":[ {\"x\":null, \"y\":1e2},null ,[]], \"o\":{}, \"p\":{\"q\":null} }");
+    SCAN(&d, "{ \"z\" : 1.0, \"n\":null, \"\\u0061\":9007199254740993, \"l\":[ {\"x\":null, "
+             "\"y\":1e2},null ,[]], \"o\":{}, \"p\":{\"q\":null} }");
     orch_lua_push_json(L, &d, 0, ORCH_LUA_JSON_KEEP_NULL);
     orch_lua_json_less(L, -1, &d, 0, &out);
-    assert_string_equal(out.p, "{\"z\":1.0,\"n\":null,\"\\u0061\":9007199254740993,\"l\":[{\"x\":null,\"y\":1e2},null,[]],\"o\":{},\"p\":{\"q\":null}}");
+    assert_string_equal(out.p, "{\"z\":1.0,\"n\":null,\"\\u0061\":9007199254740993,\"l\":[{\"x\":"
+                               "null,\"y\":1e2},null,[]],\"o\":{},\"p\":{\"q\":null}}");
     lua_setglobal(L, "v");
     assert_int_equal(luaL_dostring(L, "v.n = nil v.l[1].x = nil v.p.q = nil return v"), 0);
     out.n = 0;
     orch_lua_json_less(L, 1, &d, 0, &out);
-    assert_string_equal(out.p, "{\"z\":1.0,\"\\u0061\":9007199254740993,\"l\":[{\"y\":1e2},null,[]],\"o\":{},\"p\":{}}");
+    assert_string_equal(
+        out.p,
+        "{\"z\":1.0,\"\\u0061\":9007199254740993,\"l\":[{\"y\":1e2},null,[]],\"o\":{},\"p\":{}}");
     assert_int_equal(luaL_dostring(L, "v.a = nil return v"), 0);
     out.n = 0;
     orch_lua_json_less(L, -1, &d, 0, &out);
@@ -919,7 +1167,8 @@ static void deep_documents_become_lua(void **state)
     memset(text, '[', 1024);
     memset(text + 1024, ']', 1024);
     assert_int_equal(orch_json_scan(&d, (struct orch_slice){ text, sizeof text },
-                                    &(struct orch_json_limits){ .depth = 1024 }, &f), 0);
+                                    &(struct orch_json_limits){ .depth = 1024 }, &f),
+                     0);
     orch_lua_push_json(L, &d, 0, 0);
     orch_lua_strip_nulls(L, -1);
     assert_int_equal(lua_gettop(L), 2);
@@ -931,7 +1180,8 @@ static void exercise(lua_State *L, void *ud)
 {
     cleanup_json struct orch_json_doc d = { 0 };
     cleanup_buf struct orch_buf out = { 0 };
-    SCAN(&d, "{\"list\":[1,\"\\u00e9scaped\",null,{\"k\":null},12345678901234567890],\"o\":{\"p\":{\"q\":[[]]}}}");
+    SCAN(&d, "{\"list\":[1,\"\\u00e9scaped\",null,{\"k\":null},12345678901234567890],\"o\":{\"p\":{"
+             "\"q\":[[]]}}}");
     orch_luaopen_json(L);
     int json = lua_gettop(L);
     orch_lua_push_json(L, &d, 0, ORCH_LUA_JSON_KEEP_NULL);
@@ -950,15 +1200,16 @@ static void exercise(lua_State *L, void *ud)
     (void)ud;
 }
 
-/* Memory ends a little later each time, until it suffices: nothing leaks (the sanitizer looks at the C
- * side) and the state goes on. */
+/* Memory ends a little later each time, until it suffices: nothing leaks (the sanitizer looks at
+ * the C side) and the state goes on. */
 static void memory_may_end_anywhere(void **state)
 {
     struct orch_err err;
     int failed = 0;
     for (size_t more = 0;; more += 16) {
-        struct orch_state *s = orch_state_new(
-            &(struct orch_state_opts){ .ctx = ORCH_CTX_SCRIPT, .lua_dir = "lua" }, &err);
+        struct orch_state *s = orch_state_new(&(struct orch_state_opts){ .ctx = ORCH_CTX_SCRIPT,
+                                                                         .lua_dir = "lua" },
+                                              &err);
         assert_non_null(s);
         /* The allocator's limit has a reserve of 1/16. */
         orch_state_set_limits(s, (orch_state_memory(s) + more) * 16 / 17, 0, 0);
@@ -980,11 +1231,13 @@ static void memory_may_end_anywhere(void **state)
 /* What is done in C counts: no loop around these calls outlasts the budget. */
 static void work_is_charged(void **state)
 {
-    static const char script[] = "local big = json.decode('[' .. string.rep('[],', 5000) .. '0]')\n"
-                                 "local blank = string.rep(' ', 100000) local bad = blank .. '\\255'\n"
-                                 "for i = 1, 1000 do %s end";
-    static const char *const work[] = { "json.encode(big)", "pcall(json.encode, bad)", "json.decode(blank)",
-                                        "pcall(json.encode, {[bad] = 1})", "json.decode(json.encode(big))" };
+    static const char script[] =
+        "local big = json.decode('[' .. string.rep('[],', 5000) .. '0]')\n"
+        "local blank = string.rep(' ', 100000) local bad = blank .. '\\255'\n"
+        "for i = 1, 1000 do %s end";
+    static const char *const work[] = { "json.encode(big)", "pcall(json.encode, bad)",
+                                        "json.decode(blank)", "pcall(json.encode, {[bad] = 1})",
+                                        "json.decode(json.encode(big))" };
     struct orch_err err;
     for (size_t i = 0; i < ORCH_ARRAY_LEN(work); i++) {
         cleanup_buf struct orch_buf text = { 0 };
@@ -1005,7 +1258,8 @@ static void one_line_for_every_reader(void **state)
         { "{\"a\":1}", "{\"a\":1}" },
         { "{\r\n\"a\":\r1\n}", "{  \"a\": 1 }" },
         { "[\"\xc2\x85 \xe2\x80\xa8\xe2\x80\xa9\"]", "[\"\\u0085 \\u2028\\u2029\"]" },
-        { "[\"\xc3\xa9\xe2\x82\xac\xe2\x80\xaa\xc2\x84\xc2\xa0\"]", "[\"\xc3\xa9\xe2\x82\xac\xe2\x80\xaa\xc2\x84\xc2\xa0\"]" },
+        { "[\"\xc3\xa9\xe2\x82\xac\xe2\x80\xaa\xc2\x84\xc2\xa0\"]",
+          "[\"\xc3\xa9\xe2\x82\xac\xe2\x80\xaa\xc2\x84\xc2\xa0\"]" },
         { "\xe2\x80", "\xe2\x80" },
         { "\xc2", "\xc2" },
     };
@@ -1050,5 +1304,6 @@ int main(void)
         cmocka_unit_test(work_is_charged),
         cmocka_unit_test(one_line_for_every_reader),
     };
+    odd_locale();
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

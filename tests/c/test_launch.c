@@ -1,5 +1,6 @@
-/* Drives core/launch/launch.c against the built launcher, with the escape probe as the VMM. Needs root,
- * since every case runs as root and as an ordinary user; each case is a child process of its own uid. */
+/* Drives core/launch/launch.c against the built launcher, with the escape probe as the VMM. Needs
+ * root, since every case runs as root and as an ordinary user; each case is a child process of its
+ * own uid. */
 #include <errno.h>
 #include <fcntl.h>
 #include <dirent.h>
@@ -45,8 +46,8 @@ static char state_of(pid_t pid, pid_t *parent)
     return sscanf(text, "%*d (%*[^)]) %c %d", &state, parent) == 2 ? state : 0;
 }
 
-/* Processes whose command line holds our mark: launchers, inits, VMMs. The first argument that starts
- * with `first` filters (NULL: any). */
+/* Processes whose command line holds our mark: launchers, inits, VMMs. The first argument that
+ * starts with `first` filters (NULL: any). */
 static int find_processes(const char *first, pid_t *out, int max)
 {
     int n = 0;
@@ -55,7 +56,8 @@ static int find_processes(const char *first, pid_t *out, int max)
         pid_t pid = atoi(e->d_name);
         char text[1024];
         size_t len = pid > 0 ? read_proc(pid, "cmdline", text, sizeof text) : 0;
-        if (!len || !memmem(text, len, dir, strlen(dir)) || (first && strncmp(text, first, strlen(first))))
+        if (!len || !memmem(text, len, dir, strlen(dir)) ||
+            (first && strncmp(text, first, strlen(first))))
             continue;
         out[n++] = pid;
     }
@@ -68,7 +70,8 @@ struct spaces {
     int n;
 };
 
-static const char *const kinds[] = { "user", "pid_for_children", "mnt", "net", "ipc", "uts", "cgroup" };
+static const char *const kinds[] = { "user",  "pid_for_children", "mnt", "net", "ipc", "uts",
+                                     "cgroup" };
 
 static ino_t space_of(pid_t pid, const char *kind)
 {
@@ -89,9 +92,9 @@ static void note_spaces(struct spaces *s, const pid_t *pids, int n)
         }
 }
 
-/* In how many of them something of ours still runs. A process that is ending has no command line any more;
- * one that has ended and waits for the system's init is none of ours. Others may have been given the
- * number of a namespace that was freed. */
+/* In how many of them something of ours still runs. A process that is ending has no command line
+ * any more; one that has ended and waits for the system's init is none of ours. Others may have
+ * been given the number of a namespace that was freed. */
 static int count_spaces(const struct spaces *s)
 {
     int n = 0;
@@ -117,7 +120,8 @@ static void wait_gone(int left, const char *what)
 {
     pid_t pids[256];
     int n;
-    for (int64_t end = orch_now_us() + WAIT_US; (n = find_processes(NULL, pids, 256)) > left; poll(NULL, 0, 1))
+    for (int64_t end = orch_now_us() + WAIT_US; (n = find_processes(NULL, pids, 256)) > left;
+         poll(NULL, 0, 1))
         CHECK(orch_now_us() < end, "%s: %d processes remain, e.g. %d", what, n, pids[0]);
 }
 
@@ -228,9 +232,9 @@ static void end_cell(struct cell *t)
         close(t->log);
 }
 
-#define WAIT(cond)                                                                                 \
-    for (int64_t end_ = orch_now_us() + WAIT_US; !(cond); orch_loop_step(loop, 100))               \
-        CHECK(orch_now_us() < end_, "waited in vain")
+#define WAIT(cond) \
+    for (int64_t end_ = orch_now_us() + WAIT_US; !(cond); orch_loop_step(loop, 100)) \
+    CHECK(orch_now_us() < end_, "waited in vain")
 
 static void read_log(struct cell *t, char *out, size_t n)
 {
@@ -254,7 +258,8 @@ static void start_sleeper(struct cell *t)
     WAIT(t->started || t->failed || t->exited);
     CHECK(t->started, "%s", t->err.msg);
     struct pollfd pf = { t->log, POLLIN, 0 };
-    CHECK(poll(&pf, 1, WAIT_MS) > 0 && read(t->log, text, 3) == 3 && !strcmp(text, "up\n"), "%s", text);
+    CHECK(poll(&pf, 1, WAIT_MS) > 0 && read(t->log, text, 3) == 3 && !strcmp(text, "up\n"), "%s",
+          text);
 }
 
 static void expect(const struct orch_err *err, const char *const *parts)
@@ -275,7 +280,8 @@ static int sealed_memfd(const char *name)
     return fd;
 }
 
-/* A file of an image, as it is when it is finished (core/vm/image.c): of the VMM's own uid, without a write bit. */
+/* A file of an image, as it is when it is finished (core/image): of the VMM's own uid, without a
+ * write bit. */
 static int image_file(void)
 {
     char path[] = "/tmp/orch-launch-file-XXXXXX";
@@ -288,59 +294,161 @@ static int image_file(void)
 }
 
 /* The sealed memory and the files that nobody may write to differ in who says no. */
-#define DESCRIPTOR(f, reopen, truncated, written, mapped)                                          \
-    f ": reopen: " reopen "\n" f ": reopen to truncate: " truncated "\n" f ": reopen below: ENOTDIR\n" \
-    f ": read: ok\n" f ": write: " written "\n" f ": shared map: " mapped "\n" f ": private map: ok\n" \
-    f ": map made writable: EACCES\n" f ": hole in the map: EACCES\n" f ": truncate: EPERM\n"      \
-    f ": truncate by link: EPERM\n" f ": allocate: EPERM\n" f ": copy into: EPERM\n"               \
-    f ": chmod: EPERM\n" f ": chmod by link: EPERM\n" f ": chmod by path: EPERM\n" f ": chown: EPERM\n" \
-    f ": xattr: EPERM\n" f ": xattr by link: EPERM\n" f ": xattr removed: EPERM\n" f ": times: EPERM\n" \
-    f ": flags: EPERM\n" f ": link: EPERM\n" f ": rename: EPERM\n" f ": lock: EPERM\n"             \
-    f ": lock of a range: EPERM\n" f ": lease: EPERM\n" f ": lease to write: EPERM\n"              \
-    f ": signals: EPERM\n" f ": seal: EPERM\n" f ": mount: EPERM\n"
+#define DESCRIPTOR(f, reopen, truncated, written, mapped) \
+    f ": reopen: " reopen "\n" f ": reopen to truncate: " truncated "\n" f \
+      ": reopen below: ENOTDIR\n" f ": read: ok\n" f ": write: " written "\n" f \
+      ": shared map: " mapped "\n" f ": private map: ok\n" f ": map made writable: EACCES\n" f \
+      ": hole in the map: EACCES\n" f ": truncate: EPERM\n" f ": truncate by link: EPERM\n" f \
+      ": allocate: EPERM\n" f ": copy into: EPERM\n" f ": chmod: EPERM\n" f \
+      ": chmod by link: EPERM\n" f ": chmod by path: EPERM\n" f ": chown: EPERM\n" f \
+      ": xattr: EPERM\n" f ": xattr by link: EPERM\n" f ": xattr removed: EPERM\n" f \
+      ": times: EPERM\n" f ": flags: EPERM\n" f ": link: EPERM\n" f ": rename: EPERM\n" f \
+      ": lock: EPERM\n" f ": lock of a range: EPERM\n" f ": lease: EPERM\n" f \
+      ": lease to write: EPERM\n" f ": signals: EPERM\n" f ": seal: EPERM\n" f ": mount: EPERM\n"
 
 static const char escape[] =
-    "pid: 1\n" "parent: 0\n" "uid: 65534 65534 gid: 65534 65534\n" "environment: PATH=/ -\n"
-    "capabilities in the bounding set: 0\n" "capget: EPERM\n" "setuid: EPERM\n" "setgroups: EPERM\n"
-    "unlock securebits: EPERM\n" "clear parent-death signal: EPERM\n" "no_new_privs off: EINVAL\n"
-    "descriptors: 0 1 2 11 12 13 14 15 16 17\n" "open /etc/passwd: ENOENT\n" "open /proc: ENOENT\n"
-    "open /proc/self/mem: ENOENT\n" "open /sys: ENOENT\n" "open /dev: ENOENT\n" "open /dev/kvm: ENOENT\n"
-    "open /dev/net/tun: ENOENT\n" "open /tmp: ENOENT\n" "open /usr: ENOENT\n" "open /root: ENOENT\n"
-    "open /../etc/passwd: ENOENT\n" "open /fd/../../proc/1/root: ENOENT\n" "open /: ok\n" "list /: EPERM\n"
-    "create a file: EROFS\n" "create an unnamed file: EROFS\n" "own file for writing: ETXTBSY\n"
-    "own file for reading: ok\n" "bound file for reading: ok\n" "bound file for writing: EROFS\n"
-    "bound file: truncate: EROFS\n" "mkdir: EPERM\n" "unlink: EPERM\n" "rename: EPERM\n" "link: EPERM\n"
-    "chmod: EPERM\n" "mknod: EPERM\n" "chdir: EPERM\n" "open by handle: EPERM\n" "mount tmpfs: EPERM\n"
-    "remount for writing: EPERM\n" "umount: EPERM\n" "umount /fd: EPERM\n" "chroot: EPERM\n"
-    "pivot_root: EPERM\n" "open_tree: EPERM\n" "move_mount: EPERM\n" "mount_setattr: EPERM\n"
-    "fsopen: EPERM\n" "setns: EPERM\n" "unshare user: EPERM\n" "unshare net: EPERM\n"
-    "unshare mounts: EPERM\n" "sethostname: EPERM\n" "socket inet: EPERM\n" "socket inet6: EPERM\n"
-    "socket unix: EPERM\n" "socket netlink: EPERM\n" "socket nftables: EPERM\n" "socket packet: EPERM\n"
-    "socket vsock: EPERM\n" "socket alg: EPERM\n" "socketpair: EPERM\n" "connect: EPERM\n" "bind: EPERM\n"
-    "listen: EPERM\n" "accept: EPERM\n" "namespace of a socket: EPERM\n" "own socket: send: ok\n"
-    "bpf: EPERM\n" "perf_event_open: EPERM\n" "io_uring_setup: ENOSYS\n" "userfaultfd: EPERM\n"
-    "keyctl session: EPERM\n" "keyctl read: EPERM\n" "add_key: EPERM\n" "request_key: EPERM\n"
-    "memfd_create: EPERM\n" "memfd_secret: EPERM\n" "shmget: EPERM\n" "mq_open: EPERM\n" "syslog: EPERM\n"
-    "personality: EPERM\n" "modify_ldt: EPERM\n" "iopl: EPERM\n" "kexec_load: EPERM\n" "init_module: EPERM\n"
-    "setpriority: EPERM\n" "clock_settime: EPERM\n" "inject into a terminal: EPERM\n" "KVM's ioctl: EPERM\n"
-    DESCRIPTOR("memory", "ok", "EPERM", "EPERM", "EPERM") DESCRIPTOR("state", "ok", "EPERM", "EPERM", "EPERM")
-    DESCRIPTOR("disk", "EACCES", "EACCES", "EBADF", "EACCES") DESCRIPTOR("kernel", "EACCES", "EACCES", "EBADF", "EACCES")
-    DESCRIPTOR("initrd", "EACCES", "EACCES", "EBADF", "EACCES")
-    "log: reopen to read: EACCES\n" "log: size: EPERM\n" "log: chmod: EPERM\n" "log: below: ENOTDIR\n"
-    "socket: reopen: ENXIO\n" "control socket: reopen: ENXIO\n" "socket: chmod: EPERM\n" "socket: below: ENOTDIR\n"
-    "no input: reopen: ok\n" "descriptors: list: EPERM\n" "descriptors: beside: ENOENT\n"
-    "descriptors: above: ENOENT\n" "descriptors: create: ENOENT\n"
-    "limit core: 1 1\n" "limit nofile: 64 64\n" "limit fsize: 16777216 16777216\n"
-    "limit memlock: 0 0\n" "limit nproc: 16 16\n" "limit msgqueue: 0 0\n" "limit sigpending: 64 64\n"
-    "limit as: 536870912 536870912\n" "raise nofile: EPERM\n" "lower core: EPERM\n" "map beyond as: ENOMEM\n"
-    "mlock: EPERM\n" "kill all: EPERM\n" "kill 2: EPERM\n" "tgkill of another: ESRCH\n" "fork: EPERM\n"
-    "fork sharing memory: EPERM\n" "clone into a user namespace: EPERM\n" "clone3: ENOSYS\n" "wait: EPERM\n"
-    "ptrace traceme: EPERM\n" "ptrace attach: EPERM\n" "pidfd_open: EPERM\n" "process_vm_readv: EPERM\n"
-    "execve of a shell: ENOENT\n" "execve of data: EACCES\n" "execve by descriptor: EPERM\n"
-    "threads until EAGAIN: 16\n" "end\n";
+    "pid: 1\n"
+    "parent: 0\n"
+    "uid: 65534 65534 gid: 65534 65534\n"
+    "environment: PATH=/ -\n"
+    "capabilities in the bounding set: 0\n"
+    "capget: EPERM\n"
+    "setuid: EPERM\n"
+    "setgroups: EPERM\n"
+    "unlock securebits: EPERM\n"
+    "clear parent-death signal: EPERM\n"
+    "no_new_privs off: EINVAL\n"
+    "descriptors: 0 1 2 11 12 13 14 15 16 17\n"
+    "open /etc/passwd: ENOENT\n"
+    "open /proc: ENOENT\n"
+    "open /proc/self/mem: ENOENT\n"
+    "open /sys: ENOENT\n"
+    "open /dev: ENOENT\n"
+    "open /dev/kvm: ENOENT\n"
+    "open /dev/net/tun: ENOENT\n"
+    "open /tmp: ENOENT\n"
+    "open /usr: ENOENT\n"
+    "open /root: ENOENT\n"
+    "open /../etc/passwd: ENOENT\n"
+    "open /fd/../../proc/1/root: ENOENT\n"
+    "open /: ok\n"
+    "list /: EPERM\n"
+    "create a file: EROFS\n"
+    "create an unnamed file: EROFS\n"
+    "own file for writing: ETXTBSY\n"
+    "own file for reading: ok\n"
+    "bound file for reading: ok\n"
+    "bound file for writing: EROFS\n"
+    "bound file: truncate: EROFS\n"
+    "mkdir: EPERM\n"
+    "unlink: EPERM\n"
+    "rename: EPERM\n"
+    "link: EPERM\n"
+    "chmod: EPERM\n"
+    "mknod: EPERM\n"
+    "chdir: EPERM\n"
+    "open by handle: EPERM\n"
+    "mount tmpfs: EPERM\n"
+    "remount for writing: EPERM\n"
+    "umount: EPERM\n"
+    "umount /fd: EPERM\n"
+    "chroot: EPERM\n"
+    "pivot_root: EPERM\n"
+    "open_tree: EPERM\n"
+    "move_mount: EPERM\n"
+    "mount_setattr: EPERM\n"
+    "fsopen: EPERM\n"
+    "setns: EPERM\n"
+    "unshare user: EPERM\n"
+    "unshare net: EPERM\n"
+    "unshare mounts: EPERM\n"
+    "sethostname: EPERM\n"
+    "socket inet: EPERM\n"
+    "socket inet6: EPERM\n"
+    "socket unix: EPERM\n"
+    "socket netlink: EPERM\n"
+    "socket nftables: EPERM\n"
+    "socket packet: EPERM\n"
+    "socket vsock: EPERM\n"
+    "socket alg: EPERM\n"
+    "socketpair: EPERM\n"
+    "connect: EPERM\n"
+    "bind: EPERM\n"
+    "listen: EPERM\n"
+    "accept: EPERM\n"
+    "namespace of a socket: EPERM\n"
+    "own socket: send: ok\n"
+    "bpf: EPERM\n"
+    "perf_event_open: EPERM\n"
+    "io_uring_setup: ENOSYS\n"
+    "userfaultfd: EPERM\n"
+    "keyctl session: EPERM\n"
+    "keyctl read: EPERM\n"
+    "add_key: EPERM\n"
+    "request_key: EPERM\n"
+    "memfd_create: EPERM\n"
+    "memfd_secret: EPERM\n"
+    "shmget: EPERM\n"
+    "mq_open: EPERM\n"
+    "syslog: EPERM\n"
+    "personality: EPERM\n"
+    "modify_ldt: EPERM\n"
+    "iopl: EPERM\n"
+    "kexec_load: EPERM\n"
+    "init_module: EPERM\n"
+    "setpriority: EPERM\n"
+    "clock_settime: EPERM\n"
+    "inject into a terminal: EPERM\n"
+    "KVM's ioctl: EPERM\n" DESCRIPTOR("memory", "ok", "EPERM", "EPERM", "EPERM")
+        DESCRIPTOR("state", "ok", "EPERM", "EPERM", "EPERM")
+            DESCRIPTOR("disk", "EACCES", "EACCES", "EBADF", "EACCES")
+                DESCRIPTOR("kernel", "EACCES", "EACCES", "EBADF", "EACCES")
+                    DESCRIPTOR("initrd", "EACCES", "EACCES", "EBADF",
+                               "EACCES") "log: reopen to read: EACCES\n"
+                                         "log: size: EPERM\n"
+                                         "log: chmod: EPERM\n"
+                                         "log: below: ENOTDIR\n"
+                                         "socket: reopen: ENXIO\n"
+                                         "control socket: reopen: ENXIO\n"
+                                         "socket: chmod: EPERM\n"
+                                         "socket: below: ENOTDIR\n"
+                                         "no input: reopen: ok\n"
+                                         "descriptors: list: EPERM\n"
+                                         "descriptors: beside: ENOENT\n"
+                                         "descriptors: above: ENOENT\n"
+                                         "descriptors: create: ENOENT\n"
+                                         "limit core: 1 1\n"
+                                         "limit nofile: 64 64\n"
+                                         "limit fsize: 16777216 16777216\n"
+                                         "limit memlock: 0 0\n"
+                                         "limit nproc: 16 16\n"
+                                         "limit msgqueue: 0 0\n"
+                                         "limit sigpending: 64 64\n"
+                                         "limit as: 536870912 536870912\n"
+                                         "raise nofile: EPERM\n"
+                                         "lower core: EPERM\n"
+                                         "map beyond as: ENOMEM\n"
+                                         "mlock: EPERM\n"
+                                         "kill all: EPERM\n"
+                                         "kill 2: EPERM\n"
+                                         "tgkill of another: ESRCH\n"
+                                         "fork: EPERM\n"
+                                         "fork sharing memory: EPERM\n"
+                                         "clone into a user namespace: EPERM\n"
+                                         "clone3: ENOSYS\n"
+                                         "wait: EPERM\n"
+                                         "ptrace traceme: EPERM\n"
+                                         "ptrace attach: EPERM\n"
+                                         "pidfd_open: EPERM\n"
+                                         "process_vm_readv: EPERM\n"
+                                         "execve of a shell: ENOENT\n"
+                                         "execve of data: EACCES\n"
+                                         "execve by descriptor: EPERM\n"
+                                         "threads until EAGAIN: 16\n"
+                                         "end\n";
 
-/* Whoever starts it, the VMM gets the same answers, but for its own log pipe: that belongs to orch's
- * uid, which is the VMM's own only when orch is no root. */
+/* Whoever starts it, the VMM gets the same answers, but for its own log pipe: that belongs to
+ * orch's uid, which is the VMM's own only when orch is no root. */
 static void compare(const char *got, bool root)
 {
     char expected[sizeof escape];
@@ -371,7 +479,8 @@ static void escape_case(void)
     open_launcher();
     struct orch_cell_opts o = options(&t, argv);
     CHECK(!pipe2(p, O_CLOEXEC) && !socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, q) &&
-              !socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, c), "%m");
+              !socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, c),
+          "%m");
     o.fds[ORCH_LAUNCH_FD_LOG] = p[1];
     o.fds[ORCH_LAUNCH_FD_AGENT] = q[1];
     o.fds[ORCH_LAUNCH_FD_MEM] = sealed_memfd("memory");
@@ -381,7 +490,8 @@ static void escape_case(void)
     o.fds[ORCH_LAUNCH_FD_INITRD] = image_file();
     o.fds[ORCH_LAUNCH_FD_QMP] = c[1];
     o.as_bytes = (uint64_t)512 << 20;
-    o.flags = ORCH_VMM_FREEZING; /* else the limit of file sizes would answer in place of the seals */
+    /* else the limit of file sizes would answer in place of the seals */
+    o.flags = ORCH_VMM_FREEZING;
     t.c = orch_cell_new(la, &o, &err);
     CHECK(t.c, "%s", err.msg);
     close(p[1]);
@@ -410,9 +520,15 @@ static void test_escape(void **state)
 static void outside_case(void)
 {
     static const char *const lines[] = {
-        "CapInh:\t0000000000000000\n", "CapPrm:\t0000000000000000\n", "CapEff:\t0000000000000000\n",
-        "CapBnd:\t0000000000000000\n", "CapAmb:\t0000000000000000\n", "NoNewPrivs:\t1\n",
-        "Seccomp:\t2\n", "SigBlk:\t0000000000000000\n", SIGIGN,
+        "CapInh:\t0000000000000000\n",
+        "CapPrm:\t0000000000000000\n",
+        "CapEff:\t0000000000000000\n",
+        "CapBnd:\t0000000000000000\n",
+        "CapAmb:\t0000000000000000\n",
+        "NoNewPrivs:\t1\n",
+        "Seccomp:\t2\n",
+        "SigBlk:\t0000000000000000\n",
+        SIGIGN,
     };
     struct cell t;
     pid_t pid;
@@ -429,7 +545,8 @@ static void outside_case(void)
     CHECK(strstr(text, path), "%s", text);
     CHECK(read_proc(pid, "uid_map", text, sizeof text) == 0, "ids are mapped: %s", text);
     for (size_t i = 0; i < ORCH_ARRAY_LEN(kinds); i++)
-        CHECK(space_of(pid, kinds[i]) && space_of(pid, kinds[i]) != space_of(getpid(), kinds[i]), "same %s", kinds[i]);
+        CHECK(space_of(pid, kinds[i]) && space_of(pid, kinds[i]) != space_of(getpid(), kinds[i]),
+              "same %s", kinds[i]);
     read_proc(pid, "mountinfo", text, sizeof text);
     int n = 0;
     for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n"), n++)
@@ -480,11 +597,14 @@ static void kvm_case(void)
         EXPECT(&t.err, "bind of /dev/kvm: No such file", "tcg");
     } else {
         /* The launcher gives root's VMM the device's group, unless that is root's. */
-        bool may = (st.st_mode & 06) == 06 || ((st.st_mode & 060) == 060 && st.st_gid && geteuid() == 0);
+        bool may = (st.st_mode & 06) == 06 ||
+                   ((st.st_mode & 060) == 060 && st.st_gid && geteuid() == 0);
         CHECK(t.exited, "%s", t.err.msg);
         read_log(&t, out, sizeof out);
-        CHECK(!strcmp(out, may ? "open /dev/kvm: ok\nKVM's ioctl: ok\nanother ioctl: EPERM\n"
-                               : "open /dev/kvm: EACCES\nKVM's ioctl: ENOTTY\nanother ioctl: EPERM\n"), "%s", out);
+        CHECK(!strcmp(out,
+                      may ? "open /dev/kvm: ok\nKVM's ioctl: ok\nanother ioctl: EPERM\n"
+                          : "open /dev/kvm: EACCES\nKVM's ioctl: ENOTTY\nanother ioctl: EPERM\n"),
+              "%s", out);
     }
     end_cell(&t);
     close_launcher();
@@ -502,13 +622,15 @@ static void exit_case(void)
     open_launcher();
     start_cell(&t, "exit", "7");
     WAIT(t.exited || t.failed);
-    CHECK(t.started == 1 && t.exited == 1 && !t.failed && WIFEXITED(t.status) && WEXITSTATUS(t.status) == 7, "%x %s",
-          t.status, t.err.msg);
+    CHECK(t.started == 1 && t.exited == 1 && !t.failed && WIFEXITED(t.status) &&
+              WEXITSTATUS(t.status) == 7,
+          "%x %s", t.status, t.err.msg);
     end_cell(&t);
 #ifdef __x86_64__
     start_cell(&t, "x32", NULL);
     WAIT(t.exited || t.failed);
-    CHECK(t.exited && WIFSIGNALED(t.status) && WTERMSIG(t.status) == SIGSYS, "%x %s", t.status, t.err.msg);
+    CHECK(t.exited && WIFSIGNALED(t.status) && WTERMSIG(t.status) == SIGSYS, "%x %s", t.status,
+          t.err.msg);
     end_cell(&t);
 #endif
     start_sleeper(&t);
@@ -516,7 +638,8 @@ static void exit_case(void)
     CHECK(find_processes(PROBE_PATH, &pid, 1) == 1, "the VMM is not found");
     kill(pid, SIGKILL);
     WAIT(t.exited || t.failed);
-    CHECK(t.exited && WIFSIGNALED(t.status) && WTERMSIG(t.status) == SIGKILL, "%x %s", t.status, t.err.msg);
+    CHECK(t.exited && WIFSIGNALED(t.status) && WTERMSIG(t.status) == SIGKILL, "%x %s", t.status,
+          t.err.msg);
     end_cell(&t);
     close_launcher();
 }
@@ -542,7 +665,8 @@ static void expect_failure(const struct orch_cell_opts *o, struct cell *t)
 
 static void errors_case(void)
 {
-    static const char *const nothing[] = { "/nothing", NULL }, *const sleep_[] = { PROBE_PATH, "sleep", NULL },
+    static const char *const nothing[] = { "/nothing", NULL },
+                             *const sleep_[] = { PROBE_PATH, "sleep", NULL },
                              *const data_[] = { "/data/file", NULL };
     const struct orch_cell_bind missing[] = { { probe, PROBE_PATH }, { "/no/such/file", "/x" } };
     const struct orch_cell_bind twice[] = { { probe, PROBE_PATH }, { probe, PROBE_PATH } };
@@ -708,9 +832,11 @@ static void fake_case(void)
         const char *name, *part, *part2;
     } fakes[] = {
         { "fake-uid_map-1", "uid_map: Operation not permitted", "/etc/apparmor.d/orch-launcher" },
-        { "fake-setgroups file-13", "setgroups file: Permission denied", "/fake-setgroups file-13 flags=(unconfined)" },
+        { "fake-setgroups file-13", "setgroups file: Permission denied",
+          "/fake-setgroups file-13 flags=(unconfined)" },
         { "fake-tmpfs-1", "tmpfs: Operation not permitted", "userns," },
-        { "fake-clone of init-1", "user namespaces are refused", "kernel.unprivileged_userns_clone=1" },
+        { "fake-clone of init-1", "user namespaces are refused",
+          "kernel.unprivileged_userns_clone=1" },
         { "fake-pivot_root-22", "initramfs", "chroot" },
         { "fake-version-0", "another version of orch", "reinstall" },
         { "fake-dead-0", "ended with exit status 4 before it was ready", "by hand" },
@@ -729,8 +855,9 @@ static void test_fakes(void **state)
 {
     (void)state;
     char path[128];
-    static const char *const names[] = { "fake-uid_map-1",       "fake-setgroups file-13", "fake-tmpfs-1",
-                                         "fake-clone of init-1", "fake-pivot_root-22",     "fake-version-0",
+    static const char *const names[] = { "fake-uid_map-1",     "fake-setgroups file-13",
+                                         "fake-tmpfs-1",       "fake-clone of init-1",
+                                         "fake-pivot_root-22", "fake-version-0",
                                          "fake-dead-0" };
     char self[256];
     ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
@@ -746,7 +873,8 @@ static void test_fakes(void **state)
 
 static int n_released;
 
-static int via_refused(const struct orch_proc_via *v, const struct orch_proc_report *r, struct orch_err *err)
+static int via_refused(const struct orch_proc_via *v, const struct orch_proc_report *r,
+                       struct orch_err *err)
 {
     return orch_launch_unprotected(v->words[0], r, err);
 }
@@ -770,22 +898,31 @@ static void via_case(void)
     snprintf(protected, sizeof protected, "r%s", data);
     snprintf(pinned, sizeof pinned, "p%s", dir);
     snprintf(garbage, sizeof garbage, "%s/garbage", dir);
-    char *words[] = { launcher, (char *)(uintptr_t)"protect", pinned, protected, (char *)(uintptr_t)"--", NULL };
-    char *nowhere[] = { launcher, (char *)(uintptr_t)"protect", (char *)(uintptr_t)"r/nowhere", (char *)(uintptr_t)"--", NULL };
-    char *silent[] = { (char *)(uintptr_t)"/bin/true", NULL };
+    char *words[] = { launcher,  (char *)(uintptr_t) "protect", pinned,
+                      protected, (char *)(uintptr_t) "--",      NULL };
+    char *nowhere[] = { launcher, (char *)(uintptr_t) "protect", (char *)(uintptr_t) "r/nowhere",
+                        (char *)(uintptr_t) "--", NULL };
+    char *silent[] = { (char *)(uintptr_t) "/bin/true", NULL };
     struct orch_err err = { .code = 0 };
     int before = count_fds(getpid()), status = -1;
     loop = orch_loop_new(&err);
 
     /* 7 when the file is as it was and all that was tried failed. */
-    snprintf(script, sizeof script, "(echo x >>%s; mv %s %s.away; mv %s %s.away) 2>/dev/null; test \"$(cat %s)\" = data && test -d %s && exit 7",
+    snprintf(script, sizeof script,
+             "(echo x >>%s; mv %s %s.away; mv %s %s.away) 2>/dev/null; test \"$(cat %s)\" = data "
+             "&& test -d %s && exit 7",
              data, data, data, dir, dir, data, dir);
     const char *argv[] = { "/bin/sh", "-c", script, NULL };
-    struct orch_proc_via via = { .words = words, .root = -1, .refused = via_refused, .release = via_release };
-    struct orch_proc_opts o = { .argv = argv, .null_stdio = true, .on_exit = proc_exited, .ud = &status, .via = &via };
+    struct orch_proc_via via = {
+        .words = words, .root = -1, .refused = via_refused, .release = via_release
+    };
+    struct orch_proc_opts o = {
+        .argv = argv, .null_stdio = true, .on_exit = proc_exited, .ud = &status, .via = &via
+    };
     struct orch_proc *p = orch_proc_start(loop, &o, &err);
     CHECK(p, "%s", err.msg);
-    CHECK(via.root >= 0 && !n_released && getpgid(orch_proc_pid(p)) == orch_proc_pid(p), "%d", via.root);
+    CHECK(via.root >= 0 && !n_released && getpgid(orch_proc_pid(p)) == orch_proc_pid(p), "%d",
+          via.root);
     WAIT(status != -1);
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 7, "%x", status);
     orch_proc_free(p);
@@ -800,7 +937,9 @@ static void via_case(void)
     CHECK(!orch_write_file(AT_FDCWD, garbage, "\x01\x02", 2, 0755), "%m");
     argv[0] = garbage;
     CHECK(!orch_proc_start(loop, &o, &err), "it runs");
-    CHECK(strstr(err.msg, garbage) && strstr(err.msg, "not a program of this machine") && err.cls != ORCH_CLASS_ISOLATION, "%s", err.msg);
+    CHECK(strstr(err.msg, garbage) && strstr(err.msg, "not a program of this machine") &&
+              err.cls != ORCH_CLASS_ISOLATION,
+          "%s", err.msg);
     argv[0] = "/bin/true";
     via.words = silent;
     CHECK(!orch_proc_start(loop, &o, &err), "it runs");
@@ -815,15 +954,22 @@ static void via_case(void)
 
 static void no_via_case(void)
 {
-    char *words[] = { launcher, (char *)(uintptr_t)"protect", (char *)(uintptr_t)"--", NULL };
+    char *words[] = { launcher, (char *)(uintptr_t) "protect", (char *)(uintptr_t) "--", NULL };
     static const char *const argv[] = { "/bin/true", NULL };
     struct orch_err err = { .code = 0 };
-    struct orch_proc_via via = { .words = words, .root = -1, .refused = via_refused, .release = via_release };
+    struct orch_proc_via via = {
+        .words = words, .root = -1, .refused = via_refused, .release = via_release
+    };
     loop = orch_loop_new(&err);
     enter_userns("1000 1000 1", "1000 1000 1");
-    for (const char *limit = "0"; limit; limit = *limit == '0' ? "1" : NULL) { /* one is enough for the first alone */
+    /* one is enough for the first alone */
+    for (const char *limit = "0"; limit; limit = *limit == '0' ? "1" : NULL) {
         write_text("/proc/sys/user/max_user_namespaces", limit);
-        CHECK(!orch_proc_start(loop, &(struct orch_proc_opts){ .argv = argv, .null_stdio = true, .via = &via }, &err), "it runs");
+        CHECK(!orch_proc_start(loop,
+                               &(struct orch_proc_opts){
+                                   .argv = argv, .null_stdio = true, .via = &via },
+                               &err),
+              "it runs");
         EXPECT(&err, "unshare of the user namespace: No space", "user.max_user_namespaces=");
     }
     orch_loop_free(loop);
@@ -924,11 +1070,14 @@ static void protocol_case(void)
     close(ctl);
     ctl = raw_new(sock, uid);
     m = (struct orch_launch_msg){ .op = ORCH_LAUNCH_VMM, .blob_len = ORCH_LAUNCH_BLOB + 1 };
-    CHECK(send(ctl, &m, sizeof m, MSG_NOSIGNAL) == (ssize_t)sizeof m && raw_answer(ctl, &m) == 0, "blob_len");
+    CHECK(send(ctl, &m, sizeof m, MSG_NOSIGNAL) == (ssize_t)sizeof m && raw_answer(ctl, &m) == 0,
+          "blob_len");
     close(ctl);
     ctl = raw_new(sock, uid);
     static char big[sizeof m + 1];
-    CHECK(send(ctl, big, sizeof big, MSG_NOSIGNAL) == (ssize_t)sizeof big && raw_answer(ctl, &m) == 0, "long");
+    CHECK(send(ctl, big, sizeof big, MSG_NOSIGNAL) == (ssize_t)sizeof big &&
+              raw_answer(ctl, &m) == 0,
+          "long");
     close(ctl);
     ctl = raw_new(sock, uid);
     m = (struct orch_launch_msg){ .op = ORCH_LAUNCH_NEW };
@@ -939,9 +1088,13 @@ static void protocol_case(void)
     char control[CMSG_SPACE(sizeof many)] __attribute__((aligned(8))) = { 0 };
     m = (struct orch_launch_msg){ .op = ORCH_LAUNCH_VMM };
     struct iovec iov = { &m, ORCH_LAUNCH_HEAD };
-    struct msghdr h = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control };
+    struct msghdr h = {
+        .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control
+    };
     struct cmsghdr *k = CMSG_FIRSTHDR(&h);
-    *k = (struct cmsghdr){ .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS, .cmsg_len = CMSG_LEN(sizeof many) };
+    *k = (struct cmsghdr){ .cmsg_level = SOL_SOCKET,
+                           .cmsg_type = SCM_RIGHTS,
+                           .cmsg_len = CMSG_LEN(sizeof many) };
     memcpy(CMSG_DATA(k), many, sizeof many);
     CHECK(sendmsg(ctl, &h, MSG_NOSIGNAL) > 0 && raw_answer(ctl, &m) == 0, "descriptors");
     close(ctl);
@@ -953,18 +1106,27 @@ static void protocol_case(void)
         const char *blob;
         uint32_t blob_len;
     } bad[] = {
-        { 0, ORCH_LAUNCH_BINDS + 1, 0, E2BIG, "", 0 },      { ORCH_LAUNCH_ARGV + 1, 0, 0, E2BIG, "", 0 },
-        { UINT32_MAX, UINT32_MAX, 0, E2BIG, "", 0 },        { 2, 0, 0, EINVAL, "/vmm", 5 },
-        { 1, 0, 0, EINVAL, "/vmm\0x", 7 },                  { 0, 1, 0, EINVAL, "/vmm", 5 },
-        { 1, 0, 1, EINVAL, "/vmm", 5 },                     { 1, 0, 1 << ORCH_LAUNCH_FDS, EINVAL, "/vmm", 5 },
+        { 0, ORCH_LAUNCH_BINDS + 1, 0, E2BIG, "", 0 },
+        { ORCH_LAUNCH_ARGV + 1, 0, 0, E2BIG, "", 0 },
+        { UINT32_MAX, UINT32_MAX, 0, E2BIG, "", 0 },
+        { 2, 0, 0, EINVAL, "/vmm", 5 },
+        { 1, 0, 0, EINVAL, "/vmm\0x", 7 },
+        { 0, 1, 0, EINVAL, "/vmm", 5 },
+        { 1, 0, 1, EINVAL, "/vmm", 5 },
+        { 1, 0, 1 << ORCH_LAUNCH_FDS, EINVAL, "/vmm", 5 },
     };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(bad); i++) {
         ctl = raw_new(sock, uid);
-        m = (struct orch_launch_msg){ .op = ORCH_LAUNCH_VMM, .n_argv = bad[i].n_argv, .n_binds = bad[i].n_binds,
-                                      .fd_mask = bad[i].fd_mask, .blob_len = bad[i].blob_len };
+        m = (struct orch_launch_msg){ .op = ORCH_LAUNCH_VMM,
+                                      .n_argv = bad[i].n_argv,
+                                      .n_binds = bad[i].n_binds,
+                                      .fd_mask = bad[i].fd_mask,
+                                      .blob_len = bad[i].blob_len };
         memcpy(m.blob, bad[i].blob, bad[i].blob_len);
-        CHECK(!orch_launch_send(ctl, &m, NULL, 0) && raw_answer(ctl, &m) == ORCH_LAUNCH_ERROR, "%zu", i);
-        CHECK(m.sys_errno == bad[i].code && !strcmp(m.step, "message"), "%zu: %s %d", i, m.step, m.sys_errno);
+        CHECK(!orch_launch_send(ctl, &m, NULL, 0) && raw_answer(ctl, &m) == ORCH_LAUNCH_ERROR,
+              "%zu", i);
+        CHECK(m.sys_errno == bad[i].code && !strcmp(m.step, "message"), "%zu: %s %d", i, m.step,
+              m.sys_errno);
         CHECK(raw_answer(ctl, &m) == 0, "the cell goes on");
         close(ctl);
     }
@@ -996,7 +1158,9 @@ static void protocol_case(void)
     for (int i = 0; i < ORCH_LAUNCH_CELLS; i++)
         all[i] = raw_new(sock, uid);
     ctl = raw_new(sock, uid);
-    CHECK(raw_answer(ctl, &m) == ORCH_LAUNCH_ERROR && !strcmp(m.step, "cells") && m.sys_errno == EUSERS, "%s", m.step);
+    CHECK(raw_answer(ctl, &m) == ORCH_LAUNCH_ERROR && !strcmp(m.step, "cells") &&
+              m.sys_errno == EUSERS,
+          "%s", m.step);
     close(ctl);
     close(all[5]);
     for (int64_t end = orch_now_us() + WAIT_US;;) {
@@ -1056,7 +1220,8 @@ static void free_on_lost(void *ud, const char *why)
     la = NULL;
 }
 
-/* Sees its launcher die under two cells: both fail, then on_lost; each callback frees what it is about. */
+/* Sees its launcher die under two cells: both fail, then on_lost; each callback frees what it is
+ * about. */
 static void lose_launcher(void)
 {
     static const char *const argv[] = { PROBE_PATH, "sleep", dir, NULL };
@@ -1098,7 +1263,8 @@ static void test_kill(void **state)
         bool kill_launcher = run % 3, kill_holder = run % 3 != 1;
         int delay_ms = 1 + (int)((random = random * 1664525 + 1013904223) >> 16) % 60;
         early = run >= 6;
-        pid_t holder = start_as(run & 1 ? 0 : USER, kill_holder ? hold_two : lose_launcher), pids[64];
+        pid_t holder = start_as(run & 1 ? 0 : USER, kill_holder ? hold_two : lose_launcher),
+              pids[64];
         int status;
         struct spaces spaces = { .n = 0 };
         for (int64_t end = orch_now_us() + WAIT_US; find_processes(launcher, pids, 64) < 1;)
@@ -1131,7 +1297,8 @@ static void test_kill(void **state)
         int left, inside;
         while ((left = find_processes(NULL, pids, 64)) + (inside = count_spaces(&spaces)))
             if (orch_now_us() - t0 > WAIT_US)
-                fail_msg("run %d: after the kill %d processes, %d namespaces remain", run, left, inside);
+                fail_msg("run %d: after the kill %d processes, %d namespaces remain", run, left,
+                         inside);
     }
     read_proc(getpid(), "mountinfo", after, sizeof after);
     assert_string_equal(before, after);
@@ -1186,10 +1353,12 @@ static void sequence_case(void)
     }
     wait_gone(1, "after 200 cells");
     CHECK(count_fds(getpid()) == own, "%d descriptors, %d before", count_fds(getpid()), own);
-    CHECK(count_fds(orch_launcher_pid(la)) == its, "%d descriptors, %d before", count_fds(orch_launcher_pid(la)), its);
+    CHECK(count_fds(orch_launcher_pid(la)) == its, "%d descriptors, %d before",
+          count_fds(orch_launcher_pid(la)), its);
     char path[64];
     snprintf(path, sizeof path, "task/%d/children", orch_launcher_pid(la));
-    for (int64_t end = orch_now_us() + WAIT_US; read_proc(orch_launcher_pid(la), path, after, sizeof after);)
+    for (int64_t end = orch_now_us() + WAIT_US;
+         read_proc(orch_launcher_pid(la), path, after, sizeof after);)
         CHECK(orch_now_us() < end, "children remain: %s", after);
     read_proc(getpid(), "mountinfo", after, sizeof after);
     CHECK(!strcmp(before, after), "mounts remain");
@@ -1208,7 +1377,8 @@ static void test_sequence(void **state)
 static void copy(const char *from, const char *to, mode_t mode)
 {
     struct orch_buf b = { 0 };
-    if (orch_read_file(AT_FDCWD, from, 64 << 20, &b) || orch_write_file(AT_FDCWD, to, b.p, b.n, mode)) {
+    if (orch_read_file(AT_FDCWD, from, 64 << 20, &b) ||
+        orch_write_file(AT_FDCWD, to, b.p, b.n, mode)) {
         perror(from);
         exit(1);
     }
@@ -1257,11 +1427,12 @@ int main(int argc, char **argv)
     if (!strncmp(basename(argv[0]), "fake-", 5))
         return fake_launcher(basename(argv[0]));
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_escape),     cmocka_unit_test(test_outside),    cmocka_unit_test(test_kvm),
-        cmocka_unit_test(test_exit),
-        cmocka_unit_test(test_errors),     cmocka_unit_test(test_namespaces), cmocka_unit_test(test_fakes),
-        cmocka_unit_test(test_protocol),   cmocka_unit_test(test_kill),    cmocka_unit_test(test_restart),
-        cmocka_unit_test(test_sequence),   cmocka_unit_test(test_via),
+        cmocka_unit_test(test_escape),   cmocka_unit_test(test_outside),
+        cmocka_unit_test(test_kvm),      cmocka_unit_test(test_exit),
+        cmocka_unit_test(test_errors),   cmocka_unit_test(test_namespaces),
+        cmocka_unit_test(test_fakes),    cmocka_unit_test(test_protocol),
+        cmocka_unit_test(test_kill),     cmocka_unit_test(test_restart),
+        cmocka_unit_test(test_sequence), cmocka_unit_test(test_via),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }

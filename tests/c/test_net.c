@@ -121,8 +121,9 @@ static void test_bandwidth(void **state)
         const char *text;
         uint64_t bits;
     } good[] = { { "8kbit", 8000 }, { "10mbit", 10000000 }, { "100gbit", UINT64_C(100000000000) } };
-    static const char *const bad[] = { "",       "10",      "7kbit",   "101gbit", "10 mbit", "10Mbit",
-                                       "1.5mbit", "-1mbit", "10mbits", "0x9mbit", "mbit",    "99999999999kbit" };
+    static const char *const bad[] = { "",        "10",      "7kbit",   "101gbit",
+                                       "10 mbit", "10Mbit",  "1.5mbit", "-1mbit",
+                                       "10mbits", "0x9mbit", "mbit",    "99999999999kbit" };
     (void)state;
     struct orch_err err = { .code = 0 };
     uint64_t bits;
@@ -341,8 +342,11 @@ static void test_explain(void **state)
         p.n_host = pick(&seed, 4);
         for (size_t i = 0; i < p.n_permit; i++)
             permit[i] = cidr(near[pick(&seed, ORCH_ARRAY_LEN(near))]);
-        for (size_t i = 0; i < p.n_host; i++)
-            host[i] = (struct orch_cidr){ cidr(near[pick(&seed, ORCH_ARRAY_LEN(near))]).addr, 32 };
+        for (size_t i = 0; i < p.n_host; i++) { /* an address, or a network that is its link's */
+            host[i] = cidr(near[pick(&seed, ORCH_ARRAY_LEN(near))]);
+            if (pick(&seed, 2))
+                host[i].bits = 32;
+        }
         struct orch_rules *r = rules_of(&p);
         for (size_t i = 0; i < ORCH_ARRAY_LEN(near); i++) {
             char text[ORCH_CIDR_TEXT], why[128];
@@ -387,14 +391,13 @@ static void check_structure(const struct orch_rules *r)
             assert_true(rule->chain >= r->rules[i - 1].chain);
         for (size_t k = 0; k < i; k++)
             assert_string_not_equal(rule->label, r->rules[k].label);
-        last_drops[rule->chain] =
-            (rule->verdict == ORCH_VERDICT_DROP || rule->verdict == ORCH_VERDICT_DENY) &&
-            !rule->n_match;
+        last_drops[rule->chain] = (rule->verdict == ORCH_VERDICT_DROP ||
+                                   rule->verdict == ORCH_VERDICT_DENY) &&
+                                  !rule->n_match;
         /* Rules that drop without a word: there is no listener, nothing of the guest's, nothing. */
         if (rule->verdict == ORCH_VERDICT_DROP && !is_denied_chain(rule->chain))
             assert_true(!strcmp(rule->label, "forward: orch is gone") ||
-                        !strcmp(rule->label, "output: IPv6") ||
-                        !strcmp(rule->label, "nat: rest"));
+                        !strcmp(rule->label, "output: IPv6") || !strcmp(rule->label, "nat: rest"));
         if (rule->verdict == ORCH_VERDICT_DENY) {
             assert_true(is_denied_chain(rule->target) && !is_denied_chain(rule->chain));
             assert_string_equal(orch_chain_family(rule->target), orch_chain_family(rule->chain));
@@ -402,7 +405,8 @@ static void check_structure(const struct orch_rules *r)
         }
         bool own = rule->chain == ORCH_CHAIN_GUEST || rule->chain == ORCH_CHAIN_ALLOW ||
                    rule->chain == ORCH_CHAIN_FLOW || rule->chain == ORCH_CHAIN_HOST;
-        /* The only way into the last chain is the first thing that a packet of the guest's meets. */
+        /* The only way into the last chain is the first thing that a packet of the guest's
+         * meets. */
         if (rule->verdict == ORCH_VERDICT_JUMP)
             assert_true(rule->target == ORCH_CHAIN_HOST && rule->chain == ORCH_CHAIN_GUEST &&
                         !rule->n_match && rule[-1].chain != ORCH_CHAIN_GUEST);
@@ -472,8 +476,9 @@ static void test_structure(void **state)
 static void test_rehost(void **state)
 {
     (void)state;
-    static const struct orch_cidr other[] = { { 0x7f000000, 8 }, { 0xc0a80105, 32 },
-                                              { 0xc6336407, 32 }, { 0xc6336407, 32 } };
+    static const struct orch_cidr other[] = {
+        { 0x7f000000, 8 }, { 0xc0a80105, 32 }, { 0xc6336407, 32 }, { 0xc6336407, 32 }
+    };
     static struct orch_cidr many[ORCH_RULES_MAX];
     struct orch_err err = { .code = 0 };
     struct orch_policy p = sample_policy;
@@ -538,8 +543,9 @@ static void test_bad(void **state)
     static struct orch_ports one[ORCH_ALLOW_MAX + 1];
     for (size_t i = 0; i <= ORCH_ALLOW_MAX; i++) {
         one[i] = (struct orch_ports){ (uint16_t)(i + 1), (uint16_t)(i + 1) };
-        flood[i] =
-            (struct orch_allow){ { 0xc6336400 + (uint32_t)i * 2, 32 }, IPPROTO_TCP, &one[i], 1 };
+        flood[i] = (struct orch_allow){
+            { 0xc6336400 + (uint32_t)i * 2, 32 }, IPPROTO_TCP, &one[i], 1
+        };
     }
     refused(&(struct orch_policy){ .allow = flood, .n_allow = ORCH_ALLOW_MAX + 1 },
             "more than 1024");
@@ -550,8 +556,8 @@ static void test_bad(void **state)
     /* As many as fit: one port list, all networks apart. */
     for (size_t i = 0; i < ORCH_ALLOW_MAX; i++)
         flood[i].ports = web;
-    struct orch_rules *r =
-        rules_of(&(struct orch_policy){ .allow = flood, .n_allow = ORCH_ALLOW_MAX });
+    struct orch_rules *r = rules_of(
+        &(struct orch_policy){ .allow = flood, .n_allow = ORCH_ALLOW_MAX });
     assert_int_equal(r->sets[0].n, ORCH_ALLOW_MAX);
     orch_rules_free(r);
 }
@@ -682,8 +688,8 @@ static void put_logged(struct orch_buf *b, uint16_t type, uint32_t mark, const v
     struct nfulnl_msg_packet_hdr hdr = { .hw_protocol = htons(type) };
     mark = htonl(mark);
     b->n = 0;
-    size_t m =
-        orch_nl_begin(b, NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_PACKET, 0, 0, &head, sizeof head);
+    size_t m = orch_nl_begin(b, NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_PACKET, 0, 0, &head,
+                             sizeof head);
     orch_nl_put(b, NFULA_PACKET_HDR, &hdr, sizeof hdr);
     orch_nl_put(b, NFULA_MARK, &mark, sizeof mark);
     orch_nl_put(b, NFULA_PAYLOAD, packet, n);
@@ -694,9 +700,9 @@ static void test_denied(void **state)
 {
     (void)state;
     /* 10.255.0.2 to 198.51.100.10, UDP 40000 to 5300, behind 4 bytes of options */
-    static const uint8_t packet[] = { 0x46, 0, 0,    40, 0, 0,   0x40, 0,   64,   17, 0, 0,
-                                      10,   255, 0,  2,  198, 51, 100, 10,  1,    1,  1, 0,
-                                      0x9c, 0x40, 0x14, 0xb4, 0, 16, 0, 0 };
+    static const uint8_t packet[] = { 0x46, 0,  0,    40,   0,    0,    0x40, 0,   64, 17, 0,
+                                      0,    10, 255,  0,    2,    198,  51,   100, 10, 1,  1,
+                                      1,    0,  0x9c, 0x40, 0x14, 0xb4, 0,    16,  0,  0 };
     cleanup_buf struct orch_buf b = { 0 };
     struct orch_denied d;
     /* As much as there is of it. */
@@ -717,11 +723,11 @@ static void test_denied(void **state)
         uint8_t value;
         bool ip, port;
     } bent[] = {
-        { 0, 0x66, false, false },  /* version 6 */
-        { 0, 0x44, false, false },  /* a header of 16 bytes */
-        { 0, 0x4f, true, false },   /* of 60, which are not there */
-        { 6, 0x20, true, true },    /* a first fragment */
-        { 7, 1, true, false },      /* a later one */
+        { 0, 0x66, false, false }, /* version 6 */
+        { 0, 0x44, false, false }, /* a header of 16 bytes */
+        { 0, 0x4f, true, false },  /* of 60, which are not there */
+        { 6, 0x20, true, true },   /* a first fragment */
+        { 7, 1, true, false },     /* a later one */
         { 9, IPPROTO_ICMP, true, false },
         { 9, IPPROTO_TCP, true, true },
     };
@@ -736,8 +742,8 @@ static void test_denied(void **state)
     }
     put_logged(&b, ETHERTYPE_ARP, 9, packet, sizeof packet);
     assert_true(orch_denied_parse((const void *)b.p, &d) && !d.has_ip && d.type == ETHERTYPE_ARP);
-    /* Every message that is cut short, and every byte of one that is not what it was: no more is read
-     * than is there, which the sanitizer sees. */
+    /* Every message that is cut short, and every byte of one that is not what it was: no more is
+     * read than is there, which the sanitizer sees. */
     put_logged(&b, ETHERTYPE_IP, 9, packet, sizeof packet);
     for (size_t n = NLMSG_HDRLEN; n < b.n; n++) {
         struct nlmsghdr *cut = orch_xmalloc(n);
@@ -768,12 +774,13 @@ int main(int argc, char **argv)
     snprintf(golden_path, sizeof golden_path, "%s/../../../tests/c/net_golden.hex",
              dirname(argv[0]));
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_cidr),      cmocka_unit_test(test_ports),      cmocka_unit_test(test_bandwidth),
-        cmocka_unit_test(test_sets),      cmocka_unit_test(test_never),      cmocka_unit_test(test_explain),
+        cmocka_unit_test(test_cidr),      cmocka_unit_test(test_ports),
+        cmocka_unit_test(test_bandwidth), cmocka_unit_test(test_sets),
+        cmocka_unit_test(test_never),     cmocka_unit_test(test_explain),
         cmocka_unit_test(test_structure), cmocka_unit_test(test_rehost),
-        cmocka_unit_test(test_bad),
-        cmocka_unit_test(test_golden),    cmocka_unit_test(test_batch),
-        cmocka_unit_test(test_fault),     cmocka_unit_test(test_denied),
+        cmocka_unit_test(test_bad),       cmocka_unit_test(test_golden),
+        cmocka_unit_test(test_batch),     cmocka_unit_test(test_fault),
+        cmocka_unit_test(test_denied),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

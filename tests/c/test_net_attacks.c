@@ -1,9 +1,9 @@
 /* What gets out of a real microVM, in which the attacker is root (tests/e2e/attack.c).
  *
- * The machine is played by namespaces: H, in which this test and all of orch run, with one device to W,
- * the internet, which is the default route's way and answers for every address the attacks are about.
- * Judged by captures: of what arrives in W, of H's loopback, and, before pasta can hide anything, of
- * what leaves the microVM's own namespace on either side.
+ * The machine is played by namespaces: H, in which this test and all of orch run, with one device
+ * to W, the internet, which is the default route's way and answers for every address the attacks
+ * are about. Judged by captures: of what arrives in W, of H's loopback, and, before pasta can hide
+ * anything, of what leaves the microVM's own namespace on either side.
  *
  *   test_net_attacks            the cases and the rest of the tests
  *   test_net_attacks --mutate   each case against a filter without the rule that stops it: red
@@ -47,8 +47,8 @@ static int broker, in_world, in_loopback, world_if;
 
 /* ---- the cases */
 
-/* What is done to the filter so that the case shows: a rule goes, or accepts, or one match (or all) of a
- * rule that accepts goes. */
+/* What is done to the filter so that the case shows: a rule goes, or accepts, or one match (or all)
+ * of a rule that accepts goes. */
 enum how { NOTHING, GONE, ACCEPTS, WITHOUT, ACCEPTS_ALL };
 struct change {
     const char *label;
@@ -98,14 +98,20 @@ static const struct attack attacks[] = {
     { "IPv4 as another type", UDP "type=9000", FRAME },
     { "IPv4 as IPv6", UDP "type=86dd", FRAME },
     { "IPv6 echo to all nodes",
-      "frame " IPV6_HEAD "3a:ff:" LOCAL6 GROUP6 "80:00:00:00:00:01:00:01:00:00:00:00:00:00:00:00", ANY_FRAME },
+      "frame " IPV6_HEAD "3a:ff:" LOCAL6 GROUP6 "80:00:00:00:00:01:00:01:00:00:00:00:00:00:00:00",
+      ANY_FRAME },
     { "IPv6 UDP to the world",
-      "frame " IPV6_HEAD "11:40:" LOCAL6 GLOBAL6 "9c:40:14:b4:00:10:00:00:00:00:00:00:00:00:00:00", ANY_FRAME },
+      "frame " IPV6_HEAD "11:40:" LOCAL6 GLOBAL6 "9c:40:14:b4:00:10:00:00:00:00:00:00:00:00:00:00",
+      ANY_FRAME },
     { "IPv6 router advertisement",
-      "frame " IPV6_HEAD "3a:ff:" LOCAL6 GROUP6 "86:00:00:00:40:08:07:08:00:00:00:00:00:00:00:00", ANY_FRAME },
-    { "spanning tree", "frame 01:80:c2:00:00:00:" MAC ":00:26:42:42:03:00:00:00:00:00:00:00:00:00:00", ANY_FRAME },
-    { "link layer discovery", "frame 01:80:c2:00:00:0e:" MAC ":88:cc:02:07:04:00:00:00:00:00:00", ANY_FRAME },
-    { "PPPoE discovery", "frame ff:ff:ff:ff:ff:ff:" MAC ":88:63:11:09:00:00:00:04:01:01:00:00", ANY_FRAME },
+      "frame " IPV6_HEAD "3a:ff:" LOCAL6 GROUP6 "86:00:00:00:40:08:07:08:00:00:00:00:00:00:00:00",
+      ANY_FRAME },
+    { "spanning tree",
+      "frame 01:80:c2:00:00:00:" MAC ":00:26:42:42:03:00:00:00:00:00:00:00:00:00:00", ANY_FRAME },
+    { "link layer discovery", "frame 01:80:c2:00:00:0e:" MAC ":88:cc:02:07:04:00:00:00:00:00:00",
+      ANY_FRAME },
+    { "PPPoE discovery", "frame ff:ff:ff:ff:ff:ff:" MAC ":88:63:11:09:00:00:00:04:01:01:00:00",
+      ANY_FRAME },
     { "a frame of 15 bytes", "frame 02:00:00:00:00:01:" MAC ":08:00:45", ANY_FRAME },
     /* ARP */
     { "ARP probe without an address", "arp 1 " MAC " 0.0.0.0 10.255.0.1", ARP(2) },
@@ -126,8 +132,14 @@ static const struct attack attacks[] = {
     { "IP option: router alert", UDP "opts=94040000", VERSION },
     { "IP option: source route", UDP "opts=830704c633640a00", VERSION },
     { "ICMP echo", "1 " SERVER " 0 body=0800000000010001", ALLOW },
-    { "ICMP about a flow", "1 " SERVER " 0 body=0303000000000000450000240000400040110000c633640a0aff000214b44e2000100000", ALLOW },
-    { "ICMP redirect", "1 " SERVER " 0 body=05010000c63364014500002400004000401100000aff0002c633640a4e2014b400100000", ALLOW },
+    { "ICMP about a flow",
+      "1 " SERVER
+      " 0 body=0303000000000000450000240000400040110000c633640a0aff000214b44e2000100000",
+      ALLOW },
+    { "ICMP redirect",
+      "1 " SERVER
+      " 0 body=05010000c63364014500002400004000401100000aff0002c633640a4e2014b400100000",
+      ALLOW },
     { "IP in IP", "4 " SERVER " 0", ALLOW },
     { "GRE", "47 " SERVER " 0", ALLOW },
     { "ESP", "50 " SERVER " 0", ALLOW },
@@ -136,7 +148,8 @@ static const struct attack attacks[] = {
     { "UDP-Lite", "136 " SERVER " 0 body=4e2014b400000000", ALLOW },
     { "protocol 255", "255 " SERVER " 0", ALLOW },
     { "TTL 1", UDP "ttl=1", ITSELF("output: rest") },
-    { "back to itself", "udp 10.255.0.2 5300", STOPS("forward: rest", { "forward: rest", ACCEPTS, 0 }, { "nat: rest", ACCEPTS, 0 }) },
+    { "back to itself", "udp 10.255.0.2 5300",
+      STOPS("forward: rest", { "forward: rest", ACCEPTS, 0 }, { "nat: rest", ACCEPTS, 0 }) },
     /* ports and networks */
     { "UDP to another port", "udp " SERVER " 5301", ALLOW },
     { "UDP to a TCP port", "udp " SERVER " 80", ALLOW },
@@ -182,7 +195,9 @@ static const struct attack attacks[] = {
     { "all flags", TCP "flags=3f", FLOW },
     { "no flags", TCP "flags=00", FLOW },
     { "reset", TCP "flags=04", FLOW },
-    { "more flows than allowed", UDP "count=80 sport=30000", STOPS("flow: more than 64 connections", { "flow: more than 64 connections", GONE, 0 }), .permitted = LIMIT },
+    { "more flows than allowed", UDP "count=80 sport=30000",
+      STOPS("flow: more than 64 connections", { "flow: more than 64 connections", GONE, 0 }),
+      .permitted = LIMIT },
 };
 
 struct control {
@@ -206,12 +221,15 @@ static const struct control controls[] = {
 
 /* ---- the policy */
 
-static const struct orch_ports tcp_ports[] = { { 80, 80 }, { 8000, 8010 } }, udp_ports[] = { { 5300, 5300 } };
-/* The attacks' targets are allowed by it as far as it can: what stops them is not that nobody named them. */
+static const struct orch_ports tcp_ports[] = { { 80, 80 }, { 8000, 8010 } },
+                               udp_ports[] = { { 5300, 5300 } };
+/* The attacks' targets are allowed by it as far as it can: what stops them is not that nobody named
+ * them. */
 static const uint32_t networks[][2] = {
-    { 0xc6336400, 24 }, { 0x00000000, 8 },  { 0x0a000000, 8 },  { 0x64400000, 10 }, { 0x7f000000, 8 },
-    { 0xa83f8110, 32 }, { 0xa9fe0000, 16 }, { 0xac100000, 12 }, { 0xc00000c0, 32 }, { 0xc0a80000, 16 },
-    { 0xc6120000, 15 }, { 0xcb007100, 24 }, { 0xe0000000, 4 },  { 0xf0000000, 4 },
+    { 0xc6336400, 24 }, { 0x00000000, 8 },  { 0x0a000000, 8 },  { 0x64400000, 10 },
+    { 0x7f000000, 8 },  { 0xa83f8110, 32 }, { 0xa9fe0000, 16 }, { 0xac100000, 12 },
+    { 0xc00000c0, 32 }, { 0xc0a80000, 16 }, { 0xc6120000, 15 }, { 0xcb007100, 24 },
+    { 0xe0000000, 4 },  { 0xf0000000, 4 },
 };
 
 static struct orch_rules *policy(void)
@@ -245,16 +263,22 @@ static void apply(struct orch_rules *r, const struct change *c)
     CHECK(i < r->n_rules, "no rule %s", c->label);
     struct orch_rule *rule = &r->rules[i];
     switch (c->how) {
-    case NOTHING: break;
+    case NOTHING:
+        break;
     case GONE:
         memmove(rule, rule + 1, (--r->n_rules - i) * sizeof *rule);
         break;
-    case ACCEPTS: rule->verdict = ORCH_VERDICT_ACCEPT; break;
+    case ACCEPTS:
+        rule->verdict = ORCH_VERDICT_ACCEPT;
+        break;
     case WITHOUT:
         CHECK(c->match < rule->n_match, "%s has no match %u", c->label, c->match);
-        memmove(rule->match + c->match, rule->match + c->match + 1, (--rule->n_match - c->match) * sizeof *rule->match);
+        memmove(rule->match + c->match, rule->match + c->match + 1,
+                (--rule->n_match - c->match) * sizeof *rule->match);
         break;
-    case ACCEPTS_ALL: rule->n_match = 0; break;
+    case ACCEPTS_ALL:
+        rule->n_match = 0;
+        break;
     }
 }
 
@@ -289,7 +313,8 @@ static void on_lost(void *ud, struct orch_vm *vm, const struct orch_err *err)
 }
 
 #define WAIT(cond) \
-    for (int64_t end_ = orch_now_us() + START_MS * INT64_C(1000); !(cond); orch_loop_step(loop, 50)) \
+    for (int64_t end_ = orch_now_us() + START_MS * INT64_C(1000); !(cond); \
+         orch_loop_step(loop, 50)) \
     CHECK(orch_now_us() < end_, "waited in vain")
 
 static void show(void *ud, const char *line)
@@ -316,9 +341,14 @@ static void open_vms(void)
     char run_dir[96];
     orch_log_level(ORCH_ERROR);
     snprintf(run_dir, sizeof run_dir, "%s/run-%d", dir, getpid());
-    struct orch_vms_opts o = { .launcher_path = launcher, .agent_path = agent, .cache_dir = cache,
-                               .runtime_dir = run_dir,    .max = 8,            .progress = show,
-                               .event = on_event,           .ud = &denied_lines };
+    struct orch_vms_opts o = { .launcher_path = launcher,
+                               .agent_path = agent,
+                               .cache_dir = cache,
+                               .runtime_dir = run_dir,
+                               .max = 8,
+                               .progress = show,
+                               .event = on_event,
+                               .ud = &denied_lines };
     loop = orch_loop_new(&err);
     vms = orch_vms_new(loop, &o, &err);
     CHECK(vms, "%s", err.msg);
@@ -334,11 +364,9 @@ static void spawn(struct guest *g, struct orch_rules *r)
 {
     struct orch_err err = { .code = 0 };
     *g = (struct guest){ .capture = -1 };
-    struct orch_vm_opts o = { .network = r ? "attacked" : "none",
-                              .rules = r,
-                              .ready = on_ready,
-                              .lost = on_lost,
-                              .ud = g };
+    struct orch_vm_opts o = {
+        .network = r ? "attacked" : "none", .rules = r, .ready = on_ready, .lost = on_lost, .ud = g
+    };
     g->vm = orch_vm_spawn(vms, &o, &err);
     CHECK(g->vm, "%s", err.msg);
 }
@@ -387,7 +415,9 @@ static void begin(struct guest *g, struct command *c, const char *args, const ch
     snprintf(text, sizeof text, "%s", args);
     for (char *save, *word = strtok_r(text, " ", &save); word; word = strtok_r(NULL, " ", &save))
         argv[n++] = word;
-    struct orch_exec_opts o = { .argv = argv, .user = user, .no_aslr = true, .output = on_output, .done = on_done, .ud = c };
+    struct orch_exec_opts o = {
+        .argv = argv, .user = user, .no_aslr = true, .output = on_output, .done = on_done, .ud = c
+    };
     *c = (struct command){ .done = false };
     struct orch_channel *channel = orch_vm_channel(g->vm, &err);
     CHECK(channel && orch_exec_start(channel, &o, &err), "%s", err.msg);
@@ -415,8 +445,8 @@ static void put_attack(struct guest *g)
     struct orch_err err;
     struct orch_channel *channel = orch_vm_channel(g->vm, &err);
     CHECK(channel, "%s", err.msg);
-    orch_channel_write_file(channel, "/tmp/attack", (struct orch_slice){ attack.p, attack.n }, 0755, on_written,
-                            &done);
+    orch_channel_write_file(channel, "/tmp/attack", (struct orch_slice){ attack.p, attack.n }, 0755,
+                            on_written, &done);
     WAIT(done);
 }
 
@@ -429,7 +459,8 @@ static int children(pid_t pid, pid_t *v, int max)
     snprintf(path, sizeof path, "/proc/%d/task/%d/children", pid, pid);
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd >= 0 && read(fd, text, sizeof text - 1) > 0)
-        for (char *save, *word = strtok_r(text, " ", &save); word && n < max; word = strtok_r(NULL, " ", &save))
+        for (char *save, *word = strtok_r(text, " ", &save); word && n < max;
+             word = strtok_r(NULL, " ", &save))
             v[n++] = atoi(word);
     if (fd >= 0)
         close(fd);
@@ -523,7 +554,10 @@ static void run_broker(int fd)
             struct cmsghdr align;
         } control = { { 0 } };
         struct iovec iov = { &a, sizeof a };
-        struct msghdr m = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control };
+        struct msghdr m = { .msg_iov = &iov,
+                            .msg_iovlen = 1,
+                            .msg_control = &control,
+                            .msg_controllen = sizeof control };
         struct cmsghdr *k = CMSG_FIRSTHDR(&m);
         k->cmsg_level = SOL_SOCKET;
         k->cmsg_type = SCM_RIGHTS;
@@ -545,7 +579,9 @@ static bool open_look(struct guest *g, pid_t init)
         struct cmsghdr align;
     } control;
     struct iovec iov = { &a, sizeof a };
-    struct msghdr m = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control };
+    struct msghdr m = {
+        .msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control
+    };
     CHECK(send(broker, &q, sizeof q, 0) > 0 && recvmsg(broker, &m, MSG_CMSG_CLOEXEC) > 0, "%m");
     memcpy(&g->capture, CMSG_DATA(CMSG_FIRSTHDR(&m)), sizeof g->capture);
     g->tap = a.tap;
@@ -572,8 +608,8 @@ static ssize_t next_frame(int fd, uint8_t *buf, size_t n, struct sockaddr_ll *fr
 static void describe(const uint8_t *p, ssize_t n, char *out, size_t size)
 {
     if (n >= 48 && p[12] == 8 && !p[13])
-        snprintf(out, size, "protocol %u, port %u to %u.%u.%u.%u port %u, TCP flags %02x", p[23], p[34] << 8 | p[35], p[30], p[31],
-                 p[32], p[33], p[36] << 8 | p[37], p[47]);
+        snprintf(out, size, "protocol %u, port %u to %u.%u.%u.%u port %u, TCP flags %02x", p[23],
+                 p[34] << 8 | p[35], p[30], p[31], p[32], p[33], p[36] << 8 | p[37], p[47]);
     else
         snprintf(out, size, "%zd bytes of type %02x%02x", n, p[12], p[13]);
 }
@@ -584,7 +620,8 @@ static void look(struct guest *g, struct seen *s, bool arp)
     static uint8_t buf[65536];
     struct sockaddr_ll from;
     while (next_frame(in_world, buf, sizeof buf, &from) > 0)
-        s->world += from.sll_ifindex == world_if && from.sll_pkttype != PACKET_OUTGOING && from.sll_protocol != htons(ETH_P_ARP);
+        s->world += from.sll_ifindex == world_if && from.sll_pkttype != PACKET_OUTGOING &&
+                    from.sll_protocol != htons(ETH_P_ARP);
     while (next_frame(in_loopback, buf, sizeof buf, &from) > 0)
         s->loopback++;
     for (ssize_t n; (n = next_frame(g->capture, buf, sizeof buf, &from)) > 0;) {
@@ -679,7 +716,8 @@ static struct outcome strike(struct guest *g, const struct attack *a, int wait_m
                             : o.seen.world || o.seen.loopback || o.seen.uplink || o.seen.guest;
     for (size_t i = 0; i < after.n; i++)
         if (after.v[i].packets > counted(&before, after.v[i].label))
-            snprintf(o.by + strlen(o.by), sizeof o.by - strlen(o.by), "%s%s", *o.by ? ", " : "", after.v[i].label);
+            snprintf(o.by + strlen(o.by), sizeof o.by - strlen(o.by), "%s%s", *o.by ? ", " : "",
+                     after.v[i].label);
     return o;
 }
 
@@ -709,17 +747,22 @@ static void attacks_case(void)
         }
         struct outcome o = strike(&g, a, a->rule ? WAIT_MS : 20);
         if (o.leaked)
-            fprintf(stderr, "LEAK: %s: in W %u, on the host's loopback %u, to the uplink %u (%s), to the guest %u\n", a->name,
-                    o.seen.world, o.seen.loopback, o.seen.uplink, o.seen.what, o.seen.guest);
+            fprintf(stderr,
+                    "LEAK: %s: in W %u, on the host's loopback %u, to the uplink %u (%s), to the "
+                    "guest %u\n",
+                    a->name, o.seen.world, o.seen.loopback, o.seen.uplink, o.seen.what,
+                    o.seen.guest);
         if (a->rule && !o.by_rule)
-            fprintf(stderr, "NOT BY ITS RULE: %s: %s; counted: %s\n", a->name, a->rule, *o.by ? o.by : "nothing");
+            fprintf(stderr, "NOT BY ITS RULE: %s: %s; counted: %s\n", a->name, a->rule,
+                    *o.by ? o.by : "nothing");
         leaks += o.leaked;
         wrong += a->rule && !o.by_rule;
     }
     CHECK(!leaks && !wrong, "%u leaks, %u not stopped by their rule", leaks, wrong);
     end(&g);
     close_vms();
-    printf("as uid %u: %zu attacks, 0 leaks; %zu controls\n", getuid(), ORCH_ARRAY_LEN(attacks), ORCH_ARRAY_LEN(controls));
+    printf("as uid %u: %zu attacks, 0 leaks; %zu controls\n", getuid(), ORCH_ARRAY_LEN(attacks),
+           ORCH_ARRAY_LEN(controls));
 }
 
 /* ---- each case without its rule */
@@ -735,7 +778,8 @@ static int mutate(void)
         struct orch_rules *r = policy();
         if (!a->rule) {
             without++;
-            printf("%-36s %-46s %s\n", a->name, "-", "the kernel has no route for it; no rule sees it");
+            printf("%-36s %-46s %s\n", a->name, "-",
+                   "the kernel has no route for it; no rule sees it");
             orch_rules_free(r);
             continue;
         }
@@ -753,15 +797,16 @@ static int mutate(void)
         held += is_red && !o.leaked;
         printf("%-36s %-46s ", a->name, a->rule);
         if (o.leaked)
-            printf("red: leaks: W %u, host %u, uplink %u, guest %u\n", o.seen.world, o.seen.loopback, o.seen.uplink, o.seen.guest);
+            printf("red: leaks: W %u, host %u, uplink %u, guest %u\n", o.seen.world,
+                   o.seen.loopback, o.seen.uplink, o.seen.guest);
         else
             printf("%s: past it, then stopped; counted: %s\n", is_red ? "red" : "GREEN", o.by);
         fflush(stdout);
         end(&g);
     }
     close_vms();
-    printf("%zu cases: %u red (%u leak, %u are stopped by what lies behind), %u have no rule\n", ORCH_ARRAY_LEN(attacks), red,
-           leaked, held, without);
+    printf("%zu cases: %u red (%u leak, %u are stopped by what lies behind), %u have no rule\n",
+           ORCH_ARRAY_LEN(attacks), red, leaked, held, without);
     return red + without == ORCH_ARRAY_LEN(attacks) ? 0 : 1;
 }
 
@@ -776,7 +821,8 @@ static void no_route_case(void)
     CHECK(g.failed && g.err.cls == ORCH_CLASS_ISOLATION && strstr(g.err.msg, "no network: pasta") &&
               strstr(g.err.msg, "ip -4 route"),
           "%s", g.err.msg);
-    for (const struct orch_vm_phase *p = orch_vm_phases(g.vm); p->name; p++) /* pasta failed: no VMM was there */
+    /* pasta failed: no VMM was there */
+    for (const struct orch_vm_phase *p = orch_vm_phases(g.vm); p->name; p++)
         CHECK(!strcmp(p->name, "template") || !strcmp(p->name, "filter"), "phase %s", p->name);
     end(&g);
     close_vms();
@@ -788,10 +834,12 @@ static void no_pasta_case(void)
     open_vms();
     spawn(&g, policy());
     WAIT(g.ready || g.failed);
-    CHECK(g.failed && g.err.cls == ORCH_CLASS_ISOLATION && strstr(g.err.msg, "no network: pasta program") &&
+    CHECK(g.failed && g.err.cls == ORCH_CLASS_ISOLATION &&
+              strstr(g.err.msg, "no network: pasta program") &&
               strstr(g.err.msg, "install the package passt"),
           "%s", g.err.msg);
-    CHECK(!orch_vm_phases(g.vm)[1].name, "a phase behind the template: %s", orch_vm_phases(g.vm)[1].name);
+    CHECK(!orch_vm_phases(g.vm)[1].name, "a phase behind the template: %s",
+          orch_vm_phases(g.vm)[1].name);
     end(&g);
     close_vms();
 }
@@ -807,14 +855,20 @@ static void pasta_dies_case(void)
     int n = children(newest_init(), v, 4);
     CHECK(n == 2 && is_called(v[0], "pas"), "%d children", n);
     CHECK(!orch_vm_usage(g.vm, &u, &err), "%s", err.msg);
-    CHECK(u.vmm_bytes > 20 << 20 && u.uplink_bytes > 1 << 20 && u.uplink_bytes < 40 << 20, "VMM %llu, pasta %llu",
-          (unsigned long long)u.vmm_bytes, (unsigned long long)u.uplink_bytes);
+    CHECK(u.vmm_bytes > 20 << 20 && u.uplink_bytes > 1 << 20 && u.uplink_bytes < 40 << 20,
+          "VMM %llu, pasta %llu", (unsigned long long)u.vmm_bytes,
+          (unsigned long long)u.uplink_bytes);
     start(&none, NULL);
-    CHECK(!orch_vm_usage(none.vm, &u, &err) && u.vmm_bytes > 20 << 20 && !u.uplink_bytes && !u.connections, "%s", err.msg);
-    CHECK(!strcmp(orch_vm_network(g.vm), "attacked") && !strcmp(orch_vm_network(none.vm), "none"), "names");
+    CHECK(!orch_vm_usage(none.vm, &u, &err) && u.vmm_bytes > 20 << 20 && !u.uplink_bytes &&
+              !u.connections,
+          "%s", err.msg);
+    CHECK(!strcmp(orch_vm_network(g.vm), "attacked") && !strcmp(orch_vm_network(none.vm), "none"),
+          "names");
     kill(v[0], SIGKILL);
     WAIT(g.lost);
-    CHECK(g.err.cls == ORCH_CLASS_CLOSED && strstr(g.err.msg, "no network: pasta (killed by signal 9)"), "%s", g.err.msg);
+    CHECK(g.err.cls == ORCH_CLASS_CLOSED &&
+              strstr(g.err.msg, "no network: pasta (killed by signal 9)"),
+          "%s", g.err.msg);
     CHECK(!none.lost, "the other is lost too");
     end(&g);
     end(&none);
@@ -834,12 +888,14 @@ static void run_prepared(uid_t uid, void (*prepare)(void), void (*fn)(void))
     if (!p) {
         prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
         if (prepare) {
-            CHECK(!unshare(CLONE_NEWNS) && !mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL), "%m");
+            CHECK(!unshare(CLONE_NEWNS) && !mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL),
+                  "%m");
             prepare();
         }
         if (uid) {
             snprintf(cache, sizeof cache, "%s/cache", dir);
-            CHECK(!setgroups(0, NULL) && !setresgid(uid, uid, uid) && !setresuid(uid, uid, uid), "%m");
+            CHECK(!setgroups(0, NULL) && !setresgid(uid, uid, uid) && !setresuid(uid, uid, uid),
+                  "%m");
             prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
         }
         prctl(PR_SET_DUMPABLE, 1, 0, 0, 0);
@@ -871,7 +927,9 @@ static void without_route(void)
 
 static void without_pasta(void)
 {
-    sh("touch " "/tmp/orch-attacks-no-pasta && mount --bind /tmp/orch-attacks-no-pasta /usr/bin/pasta && rm -f "
+    sh("touch "
+       "/tmp/orch-attacks-no-pasta && mount --bind /tmp/orch-attacks-no-pasta /usr/bin/pasta && rm "
+       "-f "
        "/tmp/orch-attacks-no-pasta");
 }
 
@@ -891,22 +949,28 @@ static void test_pasta_dies(void **state)
     run_prepared(USER, NULL, pasta_dies_case);
 }
 
-/* The same from outside: policies/network.lua, the command line, Lua. The guest closes when it has its
- * answer: pasta of 2023 often stalls a connection whose FIN comes right behind its first data. */
+/* The same from outside: policies/network.lua, the command line, Lua. The guest closes when it has
+ * its answer: pasta of 2023 often stalls a connection whose FIN comes right behind its first
+ * data. */
 #define ASK(n) \
-    "mkfifo /tmp/f; nc " SERVER " 80 </tmp/f | (exec 3>/tmp/f; printf '\\0\\0\\0\\0\\" #n "\\0\\0\\0' >&3; head -c " #n " | wc -c)"
+    "mkfifo /tmp/f; nc " SERVER " 80 </tmp/f | (exec 3>/tmp/f; printf '\\0\\0\\0\\0\\" #n \
+    "\\0\\0\\0' >&3; head -c " #n " | wc -c)"
 static void command_case(void)
 {
     static const char *const files[][2] = {
         { "orchestrator.lua", "return {}\n" },
         { "policies/tools.lua", "return { rules = {} }\n" },
-        { "policies/network.lua", "return { open = { allow = { { cidr = '198.51.100.0/24', ports = { 80 } } }, connections = 8 } }\n" },
+        { "policies/network.lua", "return { open = { allow = { { cidr = '198.51.100.0/24', ports = "
+                                  "{ 80 } } }, connections = 8 } }\n" },
         { "s.lua", "local vm = assert(orch.vm.spawn { network = 'open' })\n"
-                   "local r = vm:exec { 'sh', '-c', [[" ASK(5) "]] }\n"
-                   "local s = assert(vm:stats())\n"
-                   "for _, rule in ipairs(s.rules) do s[rule.label] = rule.packets end\n"
-                   "io.write(vm:network(), ' ', tonumber(r.stdout) or r.stderr, ' ', s.connections, ' ', s['flow: new tcp'], ' ',\n"
-                   "  s['allow: rest'], ' ', s['tap: rest'], ' ', tostring(s.memory.vmm > 20e6 and s.memory.uplink > 1e6))\n" },
+                   "local r = vm:exec { 'sh', '-c', [[" ASK(
+                       5) "]] }\n"
+                          "local s = assert(vm:stats())\n"
+                          "for _, rule in ipairs(s.rules) do s[rule.label] = rule.packets end\n"
+                          "io.write(vm:network(), ' ', tonumber(r.stdout) or r.stderr, ' ', "
+                          "s.connections, ' ', s['flow: new tcp'], ' ',\n"
+                          "  s['allow: rest'], ' ', s['tap: rest'], ' ', tostring(s.memory.vmm > "
+                          "20e6 and s.memory.uplink > 1e6))\n" },
     };
     char path[200], command[6000];
     static char out[4096];
@@ -917,8 +981,10 @@ static void command_case(void)
         CHECK(!orch_write_file(AT_FDCWD, path, files[i][1], strlen(files[i][1]), 0644), "%s", path);
     }
 #define ORCH(args) \
-    snprintf(command, sizeof command, "cd %s/conf && mkdir -p ../xdg && ln -sfn %s ../xdg/orch && " \
-             "XDG_CACHE_HOME=%s/xdg XDG_RUNTIME_DIR=%s/xdg XDG_STATE_HOME=%s/xdg/state timeout 300 %s --config %s/conf/orchestrator.lua " args " 2>&1; echo \" $?\"", \
+    snprintf(command, sizeof command, \
+             "cd %s/conf && mkdir -p ../xdg && ln -sfn %s ../xdg/orch && " \
+             "XDG_CACHE_HOME=%s/xdg XDG_RUNTIME_DIR=%s/xdg XDG_STATE_HOME=%s/xdg/state timeout " \
+             "300 %s --config %s/conf/orchestrator.lua " args " 2>&1; echo \" $?\"", \
              dir, cache, dir, dir, dir, orch, dir)
     ORCH("s.lua");
     FILE *f = popen(command, "re");
@@ -926,7 +992,8 @@ static void command_case(void)
     out[n] = 0;
     pclose(f);
     CHECK(!strcmp(out, "open 5 1 1 0 0 true 0\n"), "%s", out);
-    ORCH("vm run --network open -- sh -c \"" ASK(7) "; nc -w 1 " SERVER " 81 </dev/null; echo \\$?\"");
+    ORCH("vm run --network open -- sh -c \"" ASK(7) "; nc -w 1 " SERVER
+                                                    " 81 </dev/null; echo \\$?\"");
     f = popen(command, "re");
     n = fread(out, 1, sizeof out - 1, f);
     out[n] = 0;
@@ -939,7 +1006,8 @@ static void command_case(void)
     out[n] = 0;
     pclose(f);
     CHECK(strstr(out, "\"event\":\"net_deny\",\"vm\":\"vm-") &&
-              strstr(out, "\"rule\":\"allow: rest\",\"dst\":\"" SERVER "\",\"proto\":\"tcp\",\"port\":81"),
+              strstr(out, "\"rule\":\"allow: rest\",\"dst\":\"" SERVER
+                          "\",\"proto\":\"tcp\",\"port\":81"),
           "%s", out);
 }
 
@@ -952,7 +1020,8 @@ static void test_command(void **state)
 static void host_state(struct orch_buf *b)
 {
     static char text[262144];
-    FILE *f = popen("nft list ruleset; ip rule; ip route show table all; ip -6 route show table all; ip -br link; "
+    FILE *f = popen("nft list ruleset; ip rule; ip route show table all; ip -6 route show table "
+                    "all; ip -br link; "
                     "sysctl -a 2>/dev/null | grep ^net | grep -v -e conntrack_count -e bytes_",
                     "re");
     CHECK(f, "%m");
@@ -1002,12 +1071,17 @@ static int64_t last_packet_us(int fd, int device, bool out)
         char buf[256], control[256];
         struct sockaddr_ll from;
         struct iovec iov = { buf, sizeof buf };
-        struct msghdr m = { .msg_name = &from, .msg_namelen = sizeof from, .msg_iov = &iov, .msg_iovlen = 1,
-                            .msg_control = control, .msg_controllen = sizeof control };
+        struct msghdr m = { .msg_name = &from,
+                            .msg_namelen = sizeof from,
+                            .msg_iov = &iov,
+                            .msg_iovlen = 1,
+                            .msg_control = control,
+                            .msg_controllen = sizeof control };
         if (recvmsg(fd, &m, MSG_DONTWAIT) < 0)
             return last;
         for (struct cmsghdr *k = CMSG_FIRSTHDR(&m); k; k = CMSG_NXTHDR(&m, k))
-            if (k->cmsg_type == SCM_TIMESTAMPNS && from.sll_ifindex == device && (from.sll_pkttype == PACKET_OUTGOING) == out &&
+            if (k->cmsg_type == SCM_TIMESTAMPNS && from.sll_ifindex == device &&
+                (from.sll_pkttype == PACKET_OUTGOING) == out &&
                 from.sll_protocol != htons(ETH_P_ARP)) {
                 struct timespec t;
                 memcpy(&t, CMSG_DATA(k), sizeof t);
@@ -1056,7 +1130,8 @@ static void address_case(void)
         set_address("add", SERVER);
         WAIT(denies(&g, label));
         /* Lines of its answers to what it got before come in between. */
-        WAIT(strstr(denied_lines.last, "\"rule\":\"never: " SERVER " (host)\",\"dst\":\"" SERVER "\",\"proto\":\"udp\",\"port\":5300"));
+        WAIT(strstr(denied_lines.last, "\"rule\":\"never: " SERVER " (host)\",\"dst\":\"" SERVER
+                                       "\",\"proto\":\"udp\",\"port\":5300"));
         last_packet_us(g.capture, g.up, true);
         for (int64_t end_us = orch_now_us() + 20000; orch_now_us() < end_us;)
             orch_loop_step(loop, 5);
@@ -1113,10 +1188,13 @@ static void address_race_case(void)
     sh(command);
     set_address("add", "203.0.113.99");
     WAIT(g.lost);
-    CHECK(g.err.cls == ORCH_CLASS_CLOSED && strstr(g.err.msg, "the packet filter could not follow") && strstr(g.err.msg, "table \"other\""), "%s",
-          g.err.msg);
+    CHECK(g.err.cls == ORCH_CLASS_CLOSED &&
+              strstr(g.err.msg, "the packet filter could not follow") &&
+              strstr(g.err.msg, "table \"other\""),
+          "%s", g.err.msg);
     CHECK(c.done && !strcmp(c.out.p, g.err.msg), "under way: %s", c.out.p ? c.out.p : "nothing");
-    CHECK(!orch_vm_channel(g.vm, &later) && !strcmp(later.msg, g.err.msg) && later.cls == g.err.cls, "later: %s", later.msg);
+    CHECK(!orch_vm_channel(g.vm, &later) && !strcmp(later.msg, g.err.msg) && later.cls == g.err.cls,
+          "later: %s", later.msg);
     orch_buf_free(&c.out);
     set_address("del", "203.0.113.99");
     end(&g);
@@ -1132,8 +1210,8 @@ static void test_addresses(void **state)
     run_prepared(0, NULL, address_race_case);
 }
 
-/* ---- orch is killed while traffic flows. Namespace, tap and tables have no owner but processes of the
- * launcher's session, and orch's sockets. */
+/* ---- orch is killed while traffic flows. Namespace, tap and tables have no owner but processes of
+ * the launcher's session, and orch's sockets. */
 
 static void hold(void)
 {
@@ -1207,14 +1285,17 @@ static void kill_case(void)
         left_us = last_us ? last_us : left_us;
         with_traffic += last_packet_us(in_world, world_if, false) || came;
         n_left += left_us != 0;
-        CHECK(left_us <= dead_wall_us, "round %d: a packet left the microVM's namespace %.1f ms after orch's end", i,
+        CHECK(left_us <= dead_wall_us,
+              "round %d: a packet left the microVM's namespace %.1f ms after orch's end", i,
               (double)(left_us - dead_wall_us) / 1000);
         if (g.capture >= 0)
             close(g.capture);
         poll(NULL, 0, 20);
-        CHECK(!last_packet_us(in_world, world_if, false), "round %d: packets after everything ended", i);
+        CHECK(!last_packet_us(in_world, world_if, false),
+              "round %d: packets after everything ended", i);
     }
-    CHECK(with_traffic > N / 3 && n_left > N / 6, "traffic in %d, %d rounds only", with_traffic, n_left);
+    CHECK(with_traffic > N / 3 && n_left > N / 6, "traffic in %d, %d rounds only", with_traffic,
+          n_left);
     printf("as uid %u: %d killed, %d with traffic\n", getuid(), N, with_traffic);
 }
 
@@ -1229,16 +1310,21 @@ static void test_killed(void **state)
 
 static int serve_tcp(const char *addr, uint16_t port)
 {
-    struct sockaddr_in sa = { .sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = inet_addr(addr) };
+    struct sockaddr_in sa = { .sin_family = AF_INET,
+                              .sin_port = htons(port),
+                              .sin_addr.s_addr = inet_addr(addr) };
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), on = 1;
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-    CHECK(!bind(fd, (const struct sockaddr *)&sa, sizeof sa) && !listen(fd, 128), "%s %u: %m", addr, port);
+    CHECK(!bind(fd, (const struct sockaddr *)&sa, sizeof sa) && !listen(fd, 128), "%s %u: %m", addr,
+          port);
     return fd;
 }
 
 static int serve_udp(const char *addr, uint16_t port)
 {
-    struct sockaddr_in sa = { .sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = inet_addr(addr) };
+    struct sockaddr_in sa = { .sin_family = AF_INET,
+                              .sin_port = htons(port),
+                              .sin_addr.s_addr = inet_addr(addr) };
     int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     CHECK(!bind(fd, (const struct sockaddr *)&sa, sizeof sa), "%s %u: %m", addr, port);
     return fd;
@@ -1308,7 +1394,8 @@ static void serve(bool world)
             char buf[2048];
             struct sockaddr_in from;
             socklen_t len = sizeof from;
-            ssize_t got = recvfrom(pf[i].fd, buf, sizeof buf, MSG_DONTWAIT, (struct sockaddr *)&from, &len);
+            ssize_t got = recvfrom(pf[i].fd, buf, sizeof buf, MSG_DONTWAIT,
+                                   (struct sockaddr *)&from, &len);
             if (got >= 0)
                 sendto(pf[i].fd, buf, (size_t)got, MSG_DONTWAIT, (struct sockaddr *)&from, len);
         }
@@ -1317,7 +1404,9 @@ static void serve(bool world)
 
 static int open_capture(int device)
 {
-    struct sockaddr_ll sa = { .sll_family = AF_PACKET, .sll_protocol = htons(ETH_P_ALL), .sll_ifindex = device };
+    struct sockaddr_ll sa = { .sll_family = AF_PACKET,
+                              .sll_protocol = htons(ETH_P_ALL),
+                              .sll_ifindex = device };
     int fd = socket(AF_PACKET, SOCK_RAW | SOCK_CLOEXEC, 0), room = 16 << 20;
     CHECK(fd >= 0 && !bind(fd, (const struct sockaddr *)&sa, sizeof sa), "%m");
     setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &room, sizeof room);
@@ -1351,7 +1440,9 @@ static void image_case(void)
 static void copy(const char *from, const char *to)
 {
     cleanup_buf struct orch_buf b = { 0 };
-    CHECK(!orch_read_file(AT_FDCWD, from, 64 << 20, &b) && !orch_write_file(AT_FDCWD, to, b.p, b.n, 0755), "%s", from);
+    CHECK(!orch_read_file(AT_FDCWD, from, 64 << 20, &b) &&
+              !orch_write_file(AT_FDCWD, to, b.p, b.n, 0755),
+          "%s", from);
 }
 
 static int set_up(void **state)
@@ -1379,24 +1470,34 @@ static int set_up(void **state)
         snprintf(path, sizeof path, "%s/../../test-cache/orch", tests);
     CHECK(!orch_mkdir_p(path, 0700) && realpath(path, cache), "%s: %m", path);
     run_prepared(0, NULL, image_case); /* while there is a network */
-    snprintf(command, sizeof command, "mkdir '%s/cache' && cp -rL '%s/images' '%s/cache/' && chown -R 1000:1000 '%s/cache' && chmod 1777 '%s'",
+    snprintf(command, sizeof command,
+             "mkdir '%s/cache' && cp -rL '%s/images' '%s/cache/' && chown -R 1000:1000 '%s/cache' "
+             "&& chmod 1777 '%s'",
              dir, cache, dir, dir, dir);
     sh(command);
 
-    CHECK(!unshare(CLONE_NEWNET | CLONE_NEWNS) && !mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL), "%m");
+    CHECK(!unshare(CLONE_NEWNET | CLONE_NEWNS) &&
+              !mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL),
+          "%m");
     /* For everyone, as udev makes it. */
     snprintf(path, sizeof path, "%s/tun", dir);
     umask(0);
-    CHECK(!mknod(path, S_IFCHR | 0666, makedev(10, 200)) && !mount(path, "/dev/net/tun", NULL, MS_BIND, NULL), "%m");
+    CHECK(!mknod(path, S_IFCHR | 0666, makedev(10, 200)) &&
+              !mount(path, "/dev/net/tun", NULL, MS_BIND, NULL),
+          "%m");
     umask(022);
-    CHECK(!pipe2(pipe_fds, O_CLOEXEC) && !socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, sv), "%m");
+    CHECK(!pipe2(pipe_fds, O_CLOEXEC) && !socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, sv),
+          "%m");
     pid_t world = helper();
     if (!world) {
-        CHECK(!unshare(CLONE_NEWNET) && write(pipe_fds[1], "", 1) == 1 && read(sv[1], &ready, 1) == 1, "%m");
+        CHECK(!unshare(CLONE_NEWNET) && write(pipe_fds[1], "", 1) == 1 &&
+                  read(sv[1], &ready, 1) == 1,
+              "%m");
         serve(true);
     }
     CHECK(read(pipe_fds[0], &ready, 1) == 1, "%m");
-    sh("ip link set lo up && ip link add h0 type veth peer name w0 && ip link add h1 type veth peer name h2 && "
+    sh("ip link set lo up && ip link add h0 type veth peer name w0 && ip link add h1 type veth "
+       "peer name h2 && "
        "ip link set h0 addrgenmode none && ip link set w0 addrgenmode none");
     snprintf(command, sizeof command, "ip link set w0 netns %d", world);
     sh(command);
@@ -1406,8 +1507,10 @@ static int set_up(void **state)
     snprintf(path, sizeof path, "/proc/%d/ns/net", world);
     int there = open(path, O_RDONLY | O_CLOEXEC);
     CHECK(!setns(there, CLONE_NEWNET), "%m");
-    sh("ip link set lo up && ip link set w0 addrgenmode none && ip addr add 203.0.113.1/24 dev w0 && ip link set w0 up && "
-       "for net in 198.51.100.0/23 8.8.8.8 10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 169.254.0.0/16 100.64.0.0/10 198.18.0.0/15 "
+    sh("ip link set lo up && ip link set w0 addrgenmode none && ip addr add 203.0.113.1/24 dev w0 "
+       "&& ip link set w0 up && "
+       "for net in 198.51.100.0/23 8.8.8.8 10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 169.254.0.0/16 "
+       "100.64.0.0/10 198.18.0.0/15 "
        "168.63.129.16 192.0.0.192 240.0.0.0/4; do ip route add local $net dev lo; done");
     world_if = (int)if_nametoindex("w0");
     in_world = open_capture(0);
@@ -1441,8 +1544,9 @@ static int tear_down(void **state)
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_attacks_as_root), cmocka_unit_test(test_attacks_as_user), cmocka_unit_test(test_refusals),
-        cmocka_unit_test(test_pasta_dies),      cmocka_unit_test(test_command),         cmocka_unit_test(test_host_untouched),
+        cmocka_unit_test(test_attacks_as_root), cmocka_unit_test(test_attacks_as_user),
+        cmocka_unit_test(test_refusals),        cmocka_unit_test(test_pasta_dies),
+        cmocka_unit_test(test_command),         cmocka_unit_test(test_host_untouched),
         cmocka_unit_test(test_addresses),       cmocka_unit_test(test_killed),
     };
     if (argc == 2 && !strcmp(argv[1], "--mutate")) {

@@ -335,8 +335,8 @@ static void verify_case(void)
             CHECK(orch_nft_verify(nft, r, &err) == -EBADE && strstr(err.msg, bend[i].label),
                   "%s: %s", bend[i].label, err.msg);
             r->rules[k] = keep;
-            r->rules[k].verdict =
-                keep.verdict == ORCH_VERDICT_DROP ? ORCH_VERDICT_ACCEPT : ORCH_VERDICT_DROP;
+            r->rules[k].verdict = keep.verdict == ORCH_VERDICT_DROP ? ORCH_VERDICT_ACCEPT
+                                                                    : ORCH_VERDICT_DROP;
             CHECK(orch_nft_verify(nft, r, &err) == -EBADE && strstr(err.msg, bend[i].label),
                   "verdict of %s", bend[i].label);
             r->rules[k] = keep;
@@ -362,7 +362,8 @@ static void verify_case(void)
     CHECK(!orch_nft_verify(nft, r, &err), "%s", err.msg);
 
     /* A second batch is refused whole, with the object and the kernel's words. */
-    CHECK(orch_nft_commit(nft, r, &err) == -EEXIST && strstr(err.msg, "table inet orch_alive: File exists"),
+    CHECK(orch_nft_commit(nft, r, &err) == -EEXIST &&
+              strstr(err.msg, "table inet orch_alive: File exists"),
           "%s", err.msg);
     CHECK(!orch_nft_verify(nft, r, &err), "%s", err.msg);
     end(&t);
@@ -437,7 +438,8 @@ static int netlink_fd(enum orch_net_fd which)
         int domain = -1, protocol = -1;
         socklen_t n = sizeof domain, m = sizeof protocol;
         if (!getsockopt(i, SOL_SOCKET, SO_DOMAIN, &domain, &n) && domain == AF_NETLINK &&
-            !getsockopt(i, SOL_SOCKET, SO_PROTOCOL, &protocol, &m) && protocol == wanted && !before--)
+            !getsockopt(i, SOL_SOCKET, SO_PROTOCOL, &protocol, &m) && protocol == wanted &&
+            !before--)
             return i;
     }
     CHECK(false, "no socket");
@@ -540,18 +542,22 @@ static void listing_case(void)
           NULL, NULL },
         { "", "tap: rest", "o_tap_denied" },
         { "type filter hook forward priority filter - 1; policy accept;", NULL, NULL },
-        { "counter packets 0 bytes 0 meta mark set 0x00000001 comment \"alive: orch\"", NULL, NULL },
+        { "counter packets 0 bytes 0 meta mark set 0x00000001 comment \"alive: orch\"", NULL,
+          NULL },
         { "type filter hook forward priority filter; policy drop;", NULL, NULL },
-        { "meta mark != 0x00000001 counter packets 0 bytes 0 drop comment \"forward: orch is gone\"",
+        { "meta mark != 0x00000001 counter packets 0 bytes 0 drop comment \"forward: orch is "
+          "gone\"",
           NULL, NULL },
         { "iifname \"up0\" oifname \"tap0\" meta nfproto ipv4 ct state established,related counter "
           "packets 0 bytes 0 accept",
           NULL, NULL },
-        { "counter packets 0 bytes 0 jump o_host comment \"guest: the host's addresses\"", NULL, NULL },
+        { "counter packets 0 bytes 0 jump o_host comment \"guest: the host's addresses\"", NULL,
+          NULL },
         { "@nh,128,8 0xa ", "never: 10.0.0.0/8 (private)", "o_denied" },
         { "@nh,128,32 0xcb007102 ", "never: 203.0.113.2 (host)", "o_denied" },
         { "elements = { 198.51.100.0/24 }", NULL, NULL },
-        { "tcp dport 8000-8010 @nh,128,32 @o_set2 counter packets 0 bytes 0 goto o_flow", NULL, NULL },
+        { "tcp dport 8000-8010 @nh,128,32 @o_set2 counter packets 0 bytes 0 goto o_flow", NULL,
+          NULL },
         { "ct state new ct count over 64 ", "flow: more than 64 connections", "o_denied" },
         { "oifname \"up0\" meta nfproto ipv4 counter packets 0 bytes 0 masquerade", NULL, NULL },
         { "", "output: rest", "o_denied" },
@@ -679,19 +685,21 @@ static void drain_capture(void)
         ;
 }
 
-/* Datagrams to this port that came to W since it was drained, until `want` of them, or for 20 ms when
- * none is wanted. Other packets of the host, about flows that ended before, are none of the guest's. */
+/* Datagrams to this port that came to W since it was drained, until `want` of them, or for 20 ms
+ * when none is wanted. Other packets of the host, about flows that ended before, are none of the
+ * guest's. */
 static int came_to(uint16_t port, int want)
 {
     uint8_t buf[2048];
     struct sockaddr_ll from;
     int n = 0;
-    for (int64_t end_us = orch_now_us() + (want ? WAIT_US : 20000); orch_now_us() < end_us && (!want || n < want);) {
+    for (int64_t end_us = orch_now_us() + (want ? WAIT_US : 20000);
+         orch_now_us() < end_us && (!want || n < want);) {
         struct pollfd pf = { capture, POLLIN, 0 };
         socklen_t len = sizeof from;
         poll(&pf, 1, 1);
-        ssize_t got =
-            recvfrom(capture, buf, sizeof buf, MSG_DONTWAIT, (struct sockaddr *)&from, &len);
+        ssize_t got = recvfrom(capture, buf, sizeof buf, MSG_DONTWAIT, (struct sockaddr *)&from,
+                               &len);
         n += got >= 42 && from.sll_pkttype != PACKET_OUTGOING && buf[12] == 8 && buf[13] == 0 &&
              buf[23] == IPPROTO_UDP && (buf[36] << 8 | buf[37]) == port;
     }
@@ -703,7 +711,8 @@ static int came_to(uint16_t port, int want)
 static int arrived(int ms, bool want)
 {
     int n = 0;
-    for (int64_t end_us = orch_now_us() + ms * INT64_C(1000); orch_now_us() < end_us && !(want && n);) {
+    for (int64_t end_us = orch_now_us() + ms * INT64_C(1000);
+         orch_now_us() < end_us && !(want && n);) {
         struct pollfd pf[2] = { { capture, POLLIN, 0 }, { echo_udp, POLLIN, 0 } };
         uint8_t buf[2048];
         orch_loop_step(loop, 0);
@@ -711,16 +720,16 @@ static int arrived(int ms, bool want)
         if (pf[0].revents) {
             struct sockaddr_ll from;
             socklen_t len = sizeof from;
-            ssize_t got =
-                recvfrom(capture, buf, sizeof buf, MSG_DONTWAIT, (struct sockaddr *)&from, &len);
+            ssize_t got = recvfrom(capture, buf, sizeof buf, MSG_DONTWAIT, (struct sockaddr *)&from,
+                                   &len);
             if (got > 0 && from.sll_pkttype != PACKET_OUTGOING && buf[12] == 8 && buf[13] != 6)
                 n++;
         }
         if (pf[1].revents) {
             struct sockaddr_in from;
             socklen_t len = sizeof from;
-            ssize_t got =
-                recvfrom(echo_udp, buf, sizeof buf, MSG_DONTWAIT, (struct sockaddr *)&from, &len);
+            ssize_t got = recvfrom(echo_udp, buf, sizeof buf, MSG_DONTWAIT,
+                                   (struct sockaddr *)&from, &len);
             for (int i = 0; got > 0 && i < echo_copies; i++)
                 sendto(echo_udp, buf, (size_t)got, 0, (struct sockaddr *)&from, len);
         }
@@ -965,7 +974,8 @@ static void rehost_case(void)
         drain_capture();
         send_frame(&t, &f);
         WAIT(t.denied == lines + 1);
-        CHECK(!strcmp(t.rule, "never: 198.51.100.10 (host)") && counted(&t, t.rule) == 1, "%s", t.rule);
+        CHECK(!strcmp(t.rule, "never: 198.51.100.10 (host)") && counted(&t, t.rule) == 1, "%s",
+              t.rule);
         CHECK(counted(&t, "flow: known") == known && came_to(ECHO_PORT, 0) == 0, "it passed");
         send_frame(&t, &other);
         CHECK(came_to(ECHO_PORT, 1) == 1, "another server is cut off");
@@ -1080,7 +1090,8 @@ static void watch_case(void)
         WAIT(changes);
     }
     orch_link_watch_free(w);
-    /* What was lost may have been an address; nor is one lost that comes while that is found out. */
+    /* What was lost may have been an address; nor is one lost that comes while that is found
+     * out. */
     changes = -1;
     w = orch_link_watch_new(loop, on_loss, &changes, &err);
     CHECK(w, "%s", err.msg);
@@ -1089,7 +1100,8 @@ static void watch_case(void)
     WAIT(changes >= 0);
     WAIT(changes > 0);
     CHECK(host_has(0xcb00714f), "it is not there");
-    sh("for i in 1 2 3 4 5 6 7 8 9; do ip route del 198.18.$i.0/24; done; ip route del 192.0.2.0/25; "
+    sh("for i in 1 2 3 4 5 6 7 8 9; do ip route del 198.18.$i.0/24; done; ip route del "
+       "192.0.2.0/25; "
        "ip addr del 203.0.113.79/32 dev h1");
     orch_link_watch_free(w);
     orch_loop_free(loop);
@@ -1224,8 +1236,8 @@ static void flood_case(void)
     CHECK(counted(&t, "allow: rest") == ORCH_LOG_BURST + N, "other rules");
     uint64_t lines = counted(&t, "denied: to the log") - ORCH_LOG_BURST;
     /* What was saved up before the flood counts too. */
-    CHECK(lines <= ORCH_LOG_BURST + ORCH_LOG_RATE * (uint64_t)(us / 1000000 + 1), "%llu lines in %lld us",
-          (unsigned long long)lines, (long long)us);
+    CHECK(lines <= ORCH_LOG_BURST + ORCH_LOG_RATE * (uint64_t)(us / 1000000 + 1),
+          "%llu lines in %lld us", (unsigned long long)lines, (long long)us);
 
     cleanup_buf struct orch_buf b = { 0 };
     struct orch_nl_fault fault;
@@ -1263,12 +1275,13 @@ static void test_denied(void **state)
 static void spoil(int fd)
 {
     const struct sockaddr_nl kernel = { .nl_family = AF_NETLINK };
-    struct nfgenmsg head = { .res_id = htons(NFNL_SUBSYS_NFTABLES) }, inet = { .nfgen_family = NFPROTO_INET };
+    struct nfgenmsg head = { .res_id = htons(NFNL_SUBSYS_NFTABLES) },
+                    inet = { .nfgen_family = NFPROTO_INET };
     cleanup_buf struct orch_buf b = { 0 };
     orch_nl_end(&b, orch_nl_begin(&b, NFNL_MSG_BATCH_BEGIN, 0, 1, &head, sizeof head));
     for (int i = 0; i < 64; i++) {
-        size_t m = orch_nl_begin(&b, NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_DELRULE, NLM_F_ACK, 1, &inet,
-                                 sizeof inet);
+        size_t m = orch_nl_begin(&b, NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_DELRULE, NLM_F_ACK, 1,
+                                 &inet, sizeof inet);
         orch_nl_put(&b, NFTA_RULE_TABLE, "orch", 5);
         orch_nl_put(&b, NFTA_RULE_CHAIN, "absent", 7);
         orch_nl_end(&b, m);
@@ -1332,7 +1345,8 @@ static void run_in(pid_t pid, const char *script)
     sh(command);
 }
 
-#define ROUTES(what) "for i in 1 2 3 4 5 6 7 8 9; do ip route " what " 198.18.$i.0/24 dev tap0 || exit 1; done"
+#define ROUTES(what) \
+    "for i in 1 2 3 4 5 6 7 8 9; do ip route " what " 198.18.$i.0/24 dev tap0 || exit 1; done"
 
 /* The route's announcement is lost: it was there before, or comes among others. */
 static void lose_route(struct net *t)
@@ -1373,11 +1387,13 @@ static void full_tap_case(void)
 {
     struct orch_err err = { .code = 0 };
     struct orch_link_events ev = { .uplink = 0 };
-    struct sockaddr_nl sa = { .nl_family = AF_NETLINK, .nl_groups = RTMGRP_LINK | RTMGRP_IPV4_ROUTE };
+    struct sockaddr_nl sa = { .nl_family = AF_NETLINK,
+                              .nl_groups = RTMGRP_LINK | RTMGRP_IPV4_ROUTE };
     CHECK(!unshare(CLONE_NEWNET), "%m");
     int large = 1 << 20, fd = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE);
     CHECK(fd >= 0 && !bind(fd, (const struct sockaddr *)&sa, sizeof sa), "%m");
-    sh("ip tuntap add tap0 mode tap && ip link add up0 type veth peer name up1 && ip link set up0 up");
+    sh("ip tuntap add tap0 mode tap && ip link add up0 type veth peer name up1 && ip link set up0 "
+       "up");
     narrow(ORCH_NET_FD_ROUTE);
     sh("ip addr add 203.0.113.9/24 dev up0 && ip route add default via 203.0.113.1 dev up0");
     CHECK(!setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &large, sizeof large), "%m");
@@ -1385,7 +1401,8 @@ static void full_tap_case(void)
     CHECK(ev.lost && !ev.uplink, "%u, %d", ev.lost, ev.uplink);
     CHECK(!orch_link_catch_up(fd, &ev, &err), "%s", err.msg);
     CHECK(!ev.lost && ev.uplink > 1, "%u, %d", ev.lost, ev.uplink);
-    sh("ip link show tap0 | grep -q UP && ip addr show tap0 | grep -q 10.255.0.1 && ip link set tap0 down");
+    sh("ip link show tap0 | grep -q UP && ip addr show tap0 | grep -q 10.255.0.1 && ip link set "
+       "tap0 down");
     narrow(ORCH_NET_FD_ROUTE);
     int e = orch_link_tap(fd, 8000000, true, &ev, &err);
     CHECK(e == -ENOBUFS && err.cls == ORCH_CLASS_ISOLATION, "%d: %s", e, err.msg);
@@ -1454,8 +1471,8 @@ static void test_loopback(void **state)
     run_as_both(loopback_case);
 }
 
-/* 8 Mbit/s, a megabyte a second: what passes in some time is at most that and the burst; the same for
- * what comes back, which is four times as much. */
+/* 8 Mbit/s, a megabyte a second: what passes in some time is at most that and the burst; the same
+ * for what comes back, which is four times as much. */
 static void bandwidth_case(void)
 {
     struct net t;
@@ -1493,20 +1510,39 @@ static void test_bandwidth(void **state)
 
 /* ---- the tap in the VMM's hands */
 
-/* What tests/e2e/probe.c may find. The device behind it can be opened anew, as by everyone on the host. */
-static const char tap_answers[] =
-    "reopen: ok\n" "reopened: write: EBADFD\n" "reopened: attach: EPERM\n" "map: ENODEV\n" "attach: EPERM\n"
-    "queue: EPERM\n" "persist: EPERM\n" "owner: EPERM\n" "link type: EPERM\n" "carrier: EPERM\n" "debug: EPERM\n"
-    "filter: EPERM\n" "address: EPERM\n" "namespace: EPERM\n" "chmod: EPERM\n" "chmod by link: EPERM\n"
-    "xattr: EPERM\n" "below: ENOTDIR\n" "end\n";
+/* What tests/e2e/probe.c may find. The device behind it can be opened anew, as by everyone on the
+ * host. */
+static const char tap_answers[] = "reopen: ok\n"
+                                  "reopened: write: EBADFD\n"
+                                  "reopened: attach: EPERM\n"
+                                  "map: ENODEV\n"
+                                  "attach: EPERM\n"
+                                  "queue: EPERM\n"
+                                  "persist: EPERM\n"
+                                  "owner: EPERM\n"
+                                  "link type: EPERM\n"
+                                  "carrier: EPERM\n"
+                                  "debug: EPERM\n"
+                                  "filter: EPERM\n"
+                                  "address: EPERM\n"
+                                  "namespace: EPERM\n"
+                                  "chmod: EPERM\n"
+                                  "chmod by link: EPERM\n"
+                                  "xattr: EPERM\n"
+                                  "below: ENOTDIR\n"
+                                  "end\n";
 
 static void tap_case(void)
 {
     static const char *const argv[] = { PROBE_PATH, "tap", NULL };
     static const struct orch_cell_bind bind = { probe, PROBE_PATH };
     struct orch_err err = { .code = 0 };
-    struct orch_cell_opts o = { .argv = argv, .binds = &bind, .n_binds = 1, .on_started = on_started,
-                                .on_exit = on_exit_, .on_error = on_failed };
+    struct orch_cell_opts o = { .argv = argv,
+                                .binds = &bind,
+                                .n_binds = 1,
+                                .on_started = on_started,
+                                .on_exit = on_exit_,
+                                .on_error = on_failed };
     struct orch_rules *r = rules_with(0, 0);
     cleanup_buf struct orch_buf said = { 0 };
     struct net t;
@@ -1924,8 +1960,9 @@ static void gone_case(void)
     for (int i = 0; i < N; i++)
         send_frame(&t, &f);
     snprintf(command, sizeof command, ENTER "nft list ruleset", h.init, HOW);
-    snprintf(count, sizeof count, "counter packets %d bytes %zu drop comment \"forward: orch is gone\"",
-             N, N * (f.n - 14));
+    snprintf(count, sizeof count,
+             "counter packets %d bytes %zu drop comment \"forward: orch is gone\"", N,
+             N * (f.n - 14));
     int64_t end_us = orch_now_us() + WAIT_US;
     do
         read_text(command, text, sizeof text);
@@ -1963,8 +2000,8 @@ static void hold_many(void)
     orch_loop_run(loop);
 }
 
-/* The end of many filters takes the kernel longer than the launcher needs to hear of orch's; when it
- * gets a processor, which on a busy machine it does not each time. */
+/* The end of many filters takes the kernel longer than the launcher needs to hear of orch's; when
+ * it gets a processor, which on a busy machine it does not each time. */
 static void many_case(void)
 {
     int64_t launcher_us, orch_us, end_us = orch_now_us() + WAIT_US;
@@ -2131,10 +2168,10 @@ int main(void)
         cmocka_unit_test(test_packets),   cmocka_unit_test(test_denied),
         cmocka_unit_test(test_rehost),    cmocka_unit_test(test_watch),
         cmocka_unit_test(test_full),      cmocka_unit_test(test_loopback),
-        cmocka_unit_test(test_tap),
-        cmocka_unit_test(test_bandwidth), cmocka_unit_test(test_refusals),
-        cmocka_unit_test(test_read_only), cmocka_unit_test(test_ends),
-        cmocka_unit_test(test_gone),      cmocka_unit_test(test_untouched),
+        cmocka_unit_test(test_tap),       cmocka_unit_test(test_bandwidth),
+        cmocka_unit_test(test_refusals),  cmocka_unit_test(test_read_only),
+        cmocka_unit_test(test_ends),      cmocka_unit_test(test_gone),
+        cmocka_unit_test(test_untouched),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }

@@ -4,6 +4,8 @@
 #include <stdint.h>
 #include <cmocka.h>
 
+#include "odd_locale.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <lauxlib.h>
@@ -62,7 +64,9 @@ static void test_replace_keeps_nul(void **state)
     (void)state;
     struct orch_regex *re = must("b");
     struct orch_buf out = { 0 };
-    assert_int_equal(orch_regex_replace(re, (struct orch_slice){ "a\0b\0c", 5 }, ORCH_SLICE("X"), &out), 1);
+    assert_int_equal(orch_regex_replace(re, (struct orch_slice){ "a\0b\0c", 5 }, ORCH_SLICE("X"),
+                                        &out),
+                     1);
     assert_int_equal(out.n, 5);
     assert_memory_equal(out.p, "a\0X\0c", 5);
     orch_buf_free(&out);
@@ -75,9 +79,12 @@ static void test_replace_refuses(void **state)
     struct orch_buf out = { 0 };
     orch_buf_str(&out, "kept");
     struct orch_regex *re = must("^(a+)+$");
-    assert_int_equal(orch_regex_replace(re, str("aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaab"), ORCH_SLICE("X"), &out), -EOVERFLOW);
+    assert_int_equal(orch_regex_replace(re, str("aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaab"),
+                                        ORCH_SLICE("X"), &out),
+                     -EOVERFLOW);
     assert_int_equal(orch_regex_replace(re, str("aaa\xff"), ORCH_SLICE("X"), &out), -EILSEQ);
-    assert_int_equal(orch_regex_replace(re, str("aaa"), ORCH_SLICE("X"), &out), 1); /* usable afterwards */
+    /* usable afterwards */
+    assert_int_equal(orch_regex_replace(re, str("aaa"), ORCH_SLICE("X"), &out), 1);
     assert_string_equal(out.p, "keptX");
     orch_regex_free(re);
 
@@ -85,7 +92,9 @@ static void test_replace_refuses(void **state)
     re = must("x|(a+)+c$");
     out.n = 0;
     orch_buf_str(&out, "kept");
-    assert_int_equal(orch_regex_replace(re, str("xaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaac!"), ORCH_SLICE("Y"), &out), -EOVERFLOW);
+    assert_int_equal(orch_regex_replace(re, str("xaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaac!"),
+                                        ORCH_SLICE("Y"), &out),
+                     -EOVERFLOW);
     assert_string_equal(out.p, "kept");
     orch_regex_free(re);
     orch_buf_free(&out);
@@ -102,7 +111,9 @@ static void test_deadline(void **state)
         orch_buf_char(&in, 'a');
     for (size_t i = 0; i < ORCH_ARRAY_LEN(patterns); i++) {
         struct orch_regex *re = must(patterns[i]);
-        assert_int_equal(orch_regex_replace(re, (struct orch_slice){ in.p, in.n }, ORCH_SLICE("X"), &out), -EOVERFLOW);
+        assert_int_equal(orch_regex_replace(re, (struct orch_slice){ in.p, in.n }, ORCH_SLICE("X"),
+                                            &out),
+                         -EOVERFLOW);
         orch_regex_free(re);
     }
     orch_buf_free(&in);
@@ -142,7 +153,9 @@ static void test_deadline_is_of_work(void **state)
 static void test_compile_refuses(void **state)
 {
     (void)state;
-    static const struct { const char *pattern, *want; } cases[] = {
+    static const struct {
+        const char *pattern, *want;
+    } cases[] = {
         { "a(b", "missing closing parenthesis at offset 3" },
         { "[a-", "missing terminating ] for character class at offset 3" },
         { "*a", "quantifier does not follow a repeatable item at offset 0" },
@@ -167,10 +180,14 @@ static void test_compile_refuses(void **state)
 static struct orch_state *new_state(enum orch_context ctx, uint64_t steps)
 {
     struct orch_err err;
-    struct orch_state *s = orch_state_new(
-        &(struct orch_state_opts){ .ctx = ctx, .lua_dir = "lua", .steps = steps,
-                                   .memory_bytes = ctx == ORCH_CTX_SCRIPT ? 0 : 64 << 20 },
-        &err);
+    struct orch_state *s =
+        orch_state_new(&(struct orch_state_opts){ .ctx = ctx,
+                                                  .lua_dir = "lua",
+                                                  .steps = steps,
+                                                  .memory_bytes = ctx == ORCH_CTX_SCRIPT
+                                                                      ? 0
+                                                                      : 64 << 20 },
+                       &err);
     if (!s)
         fail_msg("%s", err.msg);
     lua_State *L = orch_state_lua(s);
@@ -183,7 +200,8 @@ static struct orch_state *new_state(enum orch_context ctx, uint64_t steps)
     return s;
 }
 
-static void must_run(struct orch_state *s, const char *name, struct orch_slice code, int nargs, int nresults)
+static void must_run(struct orch_state *s, const char *name, struct orch_slice code, int nargs,
+                     int nresults)
 {
     struct orch_err err;
     if (orch_state_load(s, name, code, &err) < 0)
@@ -204,7 +222,8 @@ static void test_lua(void **state)
 {
     (void)state;
     run_lua("local m = assert(compile('^a+$'))\n"
-            "assert(m('aaa') == true and m('aab') == false and m('') == false and m('aaa\\n') == false)\n"
+            "assert(m('aaa') == true and m('aab') == false and m('') == false and m('aaa\\n') == "
+            "false)\n"
             "assert(compile('b')('abc') == true and compile('')('') == true)\n"
             "assert(compile([[^\\u00e9\\x41$]])('\\195\\169A'))\n"
             "assert(compile('^.$')('\\195\\169') and not compile([[^\\w$]])('\\195\\169'))\n"
@@ -241,7 +260,8 @@ static void test_lua_errors(void **state)
             "raises('', function() m.find = 1 end)\n");
 }
 
-/* Both the bytes and the work of a match are steps of the state; the sanitizer sees what is not freed. */
+/* Both the bytes and the work of a match are steps of the state; the sanitizer sees what is not
+ * freed. */
 static void test_lua_charges(void **state)
 {
     (void)state;
@@ -270,7 +290,8 @@ static void test_lua_collects(void **state)
             "local most = 0\n"
             "for i = 1, 20000 do\n"
             "  alive[compile('(abc|def){1,60}' .. i)] = true\n"
-            "  if i % 1000 == 0 then local n = 0 for _ in pairs(alive) do n = n + 1 end most = math.max(most, n) end\n"
+            "  if i % 1000 == 0 then local n = 0 for _ in pairs(alive) do n = n + 1 end most = "
+            "math.max(most, n) end\n"
             "end\n"
             "assert(most < 10000, most)\n");
 }
@@ -287,12 +308,26 @@ static int is_bigint(lua_State *L)
     return 1;
 }
 
-/* lua/schema.lua with the real patterns and JSON, in a bounded state. */
+/* Pushes the schema module of lua/policy. */
+static void load_schema(struct orch_state *s)
+{
+    cleanup_buf struct orch_buf values = { 0 }, schema = { 0 };
+    assert_int_equal(orch_read_file(AT_FDCWD, "lua/policy/values.lua", 1 << 20, &values), 0);
+    assert_int_equal(orch_read_file(AT_FDCWD, "lua/policy/schema.lua", 1 << 20, &schema), 0);
+    must_run(
+        s, "deps",
+        str("return { json = json, regex = compile, is_array = is_array, is_bigint = is_bigint }"),
+        0, 1);
+    lua_pushvalue(orch_state_lua(s), -1);
+    must_run(s, "lua/policy/values.lua", (struct orch_slice){ values.p, values.n }, 1, 1);
+    lua_setfield(orch_state_lua(s), -2, "values");
+    must_run(s, "lua/policy/schema.lua", (struct orch_slice){ schema.p, schema.n }, 1, 1);
+}
+
+/* lua/policy/schema.lua with the real patterns and JSON, in a bounded state. */
 static void test_schema(void **state)
 {
     (void)state;
-    struct orch_buf text = { 0 };
-    assert_int_equal(orch_read_file(AT_FDCWD, "lua/schema.lua", 1 << 20, &text), 0);
     struct orch_state *s = new_state(ORCH_CTX_TOOL, 0);
     lua_State *L = orch_state_lua(s);
     lua_pushliteral(L, "is_array");
@@ -301,47 +336,57 @@ static void test_schema(void **state)
     lua_pushliteral(L, "is_bigint");
     lua_pushcfunction(L, is_bigint);
     lua_rawset(L, LUA_GLOBALSINDEX);
-    must_run(s, "deps", str("return { json = json, regex = compile, is_array = is_array, is_bigint = is_bigint }"), 0, 1);
-    must_run(s, "lua/schema.lua", (struct orch_slice){ text.p, text.n }, 1, 1);
-    must_run(s, "test", str(
-        "local schema = ...\n"
-        "local function try(s, v, want)\n"
-        "  local ok, got = assert(schema.compile(json.decode(s)))(json.decode(v))\n"
-        "  assert(got == want and (ok == true) == (want == nil), tostring(got))\n"
-        "end\n"
-        "local object = '{\"type\":\"object\",\"properties\":{\"a\":{\"type\":\"array\",\"items\":{\"type\":\"string\",\"pattern\":\"^[a-z]+$\"}},'\n"
-        "  .. '\"n\":{\"const\":null},\"i\":{\"type\":\"integer\",\"maximum\":9223372036854775807}},\"additionalProperties\":false}'\n"
-        "try(object, '{\"a\":[],\"n\":null,\"i\":9223372036854775807}')\n"
-        "try(object, '{\"a\":[\"abc\"]}')\n"
-        "try(object, '{\"a\":[\"abc\",\"abc\\\\n\"]}', 'arguments.a[1]: must match \"^[a-z]+$\" (pattern)')\n"
-        "try(object, '{\"a\":{}}', 'arguments.a: expected array, got object (type)')\n"
-        "try(object, '[]', 'arguments: expected object, got array (type)')\n"
-        "try(object, '{\"n\":1}', 'arguments.n: must be null (const)')\n"
-        "try(object, '{\"i\":9223372036854775808}', 'arguments.i: must be at most 9223372036854775807 (maximum)')\n"
-        "try(object, '{\"i\":null}', 'arguments.i: expected integer, got null (type)')\n"
-        "try(object, '{\"b\":1}', 'arguments: unknown property \"b\" (additionalProperties)')\n"
-        "try('{\"not\":{\"pattern\":\"^(a+)+$\"}}', '\"' .. ('a'):rep(40) .. 'b\"', 'arguments: pattern match limit')\n"
-        "try('{\"multipleOf\":0.01}', '4.35')\n"
-        "try('{\"maxLength\":2}', '\"äö\"')\n"
-        "local bad, why = schema.compile({ pattern = 'a(' })\n"
-        "assert(not bad and why == '#/pattern: bad pattern: missing closing parenthesis at offset 2', why)\n"
-        "local nested = {} for i = 1, 1000 do nested = { items = nested } end\n"
-        "assert(not schema.compile(nested))\n"), 1, 0);
+    load_schema(s);
+    must_run(
+        s, "test",
+        str("local schema = ...\n"
+            "local function try(s, v, want)\n"
+            "  local ok, got = assert(schema.compile(json.decode(s)))(json.decode(v))\n"
+            "  assert(got == want and (ok == true) == (want == nil), tostring(got))\n"
+            "end\n"
+            "local object = "
+            "'{\"type\":\"object\",\"properties\":{\"a\":{\"type\":\"array\",\"items\":{\"type\":"
+            "\"string\",\"pattern\":\"^[a-z]+$\"}},'\n"
+            "  .. "
+            "'\"n\":{\"const\":null},\"i\":{\"type\":\"integer\",\"maximum\":9223372036854775807}},"
+            "\"additionalProperties\":false}'\n"
+            "try(object, '{\"a\":[],\"n\":null,\"i\":9223372036854775807}')\n"
+            "try(object, '{\"a\":[\"abc\"]}')\n"
+            "try(object, '{\"a\":[\"abc\",\"abc\\\\n\"]}', 'arguments.a[1]: must match "
+            "\"^[a-z]+$\" (pattern)')\n"
+            "try(object, '{\"a\":{}}', 'arguments.a: expected array, got object (type)')\n"
+            "try(object, '[]', 'arguments: expected object, got array (type)')\n"
+            "try(object, '{\"n\":1}', 'arguments.n: must be null (const)')\n"
+            "try(object, '{\"i\":9223372036854775808}', 'arguments.i: must be at most "
+            "9223372036854775807 (maximum)')\n"
+            "try(object, '{\"i\":null}', 'arguments.i: expected integer, got null (type)')\n"
+            "try(object, '{\"b\":1}', 'arguments: unknown property \"b\" (additionalProperties)')\n"
+            "try('{\"not\":{\"pattern\":\"^(a+)+$\"}}', '\"' .. ('a'):rep(40) .. 'b\"', "
+            "'arguments: pattern match limit')\n"
+            "try('{\"multipleOf\":0.01}', '4.35')\n"
+            "try('{\"maxLength\":2}', '\"äö\"')\n"
+            "local bad, why = schema.compile({ pattern = 'a(' })\n"
+            "assert(not bad and why == '#/pattern: bad pattern: missing closing parenthesis at "
+            "offset 2', why)\n"
+            "local nested = {} for i = 1, 1000 do nested = { items = nested } end\n"
+            "assert(not schema.compile(nested))\n"),
+        1, 0);
 
     /* A check that would take for ever ends by the budget, whatever pcall does. */
     orch_state_set_limits(s, 64 << 20, 2000000, 0);
-    must_run(s, "deps", str("return { json = json, regex = compile, is_array = is_array, is_bigint = is_bigint }"), 0, 1);
-    must_run(s, "lua/schema.lua", (struct orch_slice){ text.p, text.n }, 1, 1);
+    load_schema(s);
     struct orch_err err;
-    assert_int_equal(orch_state_load(s, "test", str(
-        "local schema = ...\n"
-        "local s = { type = 'null' } for i = 1, 40 do s = { anyOf = { { allOf = { s } }, { allOf = { s, s } } } } end\n"
-        "schema.compile(s)(1)"), &err), 0);
+    assert_int_equal(orch_state_load(s, "test",
+                                     str("local schema = ...\n"
+                                         "local s = { type = 'null' } for i = 1, 40 do s = { anyOf "
+                                         "= { { allOf = { s } }, { allOf = { s, s } } } } end\n"
+                                         "schema.compile(s)(1)"),
+                                     &err),
+                     0);
     lua_insert(orch_state_lua(s), -2);
     assert_true(orch_state_pcall(s, 1, 0, &err) < 0);
     assert_int_equal(err.cls, ORCH_CLASS_LIMIT);
     orch_state_free(s);
-    orch_buf_free(&text);
 }
 
 int main(void)
@@ -359,5 +404,6 @@ int main(void)
         cmocka_unit_test(test_lua_collects),
         cmocka_unit_test(test_schema),
     };
+    odd_locale();
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,4 +1,5 @@
-/* core/script: bounded and trusted states, string and table functions with a step budget, tasks, reload. */
+/* core/script: bounded and trusted states, string and table functions with a step budget, tasks,
+ * reload. */
 #include "base/log.h"
 #include "base/dirwatch.h"
 #include "script/task.h"
@@ -13,6 +14,8 @@
 #include <time.h>
 
 #include <cmocka.h>
+
+#include "odd_locale.h"
 
 static struct orch_loop *loop;
 
@@ -30,10 +33,13 @@ static int free_loop(void **state)
     return 0;
 }
 
-static struct orch_state *state_with(enum orch_context ctx, size_t memory, uint64_t steps, int64_t cpu_ms)
+static struct orch_state *state_with(enum orch_context ctx, size_t memory, uint64_t steps,
+                                     int64_t cpu_ms)
 {
     struct orch_err err = { 0 };
-    struct orch_state_opts o = { .ctx = ctx, .memory_bytes = memory, .steps = steps, .cpu_ms = cpu_ms, .lua_dir = "lua" };
+    struct orch_state_opts o = {
+        .ctx = ctx, .memory_bytes = memory, .steps = steps, .cpu_ms = cpu_ms, .lua_dir = "lua"
+    };
     struct orch_state *s = orch_state_new(&o, &err);
     if (!s)
         fail_msg("orch_state_new: %s", err.msg);
@@ -78,28 +84,38 @@ static void expect_error(struct orch_state *s, const char *code, const char *exp
     assert_int_equal(lua_gettop(orch_state_lua(s)), top);
 }
 
-/* ---- Contexts ------------------------------------------------------------------------------------ */
+/* ---- Contexts
+ * ------------------------------------------------------------------------------------ */
 
 /* The exact surface of a bounded state: what appears here was thought about. */
 static const char bounded_surface[] =
-    "_VERSION assert bit.arshift bit.band bit.bnot bit.bor bit.bswap bit.bxor bit.lshift bit.rol bit.ror bit.rshift bit.tobit "
-    "bit.tohex coroutine.create coroutine.isyieldable coroutine.resume coroutine.running coroutine.status coroutine.wrap "
-    "coroutine.yield error getmetatable ipairs math.abs math.acos math.asin math.atan math.atan2 math.ceil math.cos math.cosh "
-    "math.deg math.exp math.floor math.fmod math.frexp math.huge math.ldexp math.log math.log10 math.max math.min math.modf "
-    "math.pi math.pow math.rad math.random math.randomseed math.sin math.sinh math.sqrt math.tan math.tanh next os.clock "
-    "os.date os.time pairs pcall print rawequal rawget rawset select setmetatable string.byte string.char string.find "
-    "string.format string.gmatch string.gsub string.len string.lower string.match string.rep string.reverse string.sub "
-    "string.upper table.concat table.insert table.remove table.sort table.unpack tonumber tostring type unpack xpcall";
+    "_VERSION assert bit.arshift bit.band bit.bnot bit.bor bit.bswap bit.bxor bit.lshift bit.rol "
+    "bit.ror bit.rshift bit.tobit "
+    "bit.tohex coroutine.create coroutine.isyieldable coroutine.resume coroutine.running "
+    "coroutine.status coroutine.wrap "
+    "coroutine.yield error getmetatable ipairs math.abs math.acos math.asin math.atan math.atan2 "
+    "math.ceil math.cos math.cosh "
+    "math.deg math.exp math.floor math.fmod math.frexp math.huge math.ldexp math.log math.log10 "
+    "math.max math.min math.modf "
+    "math.pi math.pow math.rad math.random math.randomseed math.sin math.sinh math.sqrt math.tan "
+    "math.tanh next os.clock "
+    "os.date os.time pairs pcall print rawequal rawget rawset select setmetatable string.byte "
+    "string.char string.find "
+    "string.format string.gmatch string.gsub string.len string.lower string.match string.rep "
+    "string.reverse string.sub "
+    "string.upper table.concat table.insert table.remove table.sort table.unpack tonumber tostring "
+    "type unpack xpcall";
 
-static const char list_surface[] = "local g = ...\n"
-                                   "local names = {}\n"
-                                   "for name, v in pairs(g) do\n"
-                                   "  if type(v) == 'table' then\n"
-                                   "    for sub in pairs(v) do names[#names + 1] = name .. '.' .. sub end\n"
-                                   "  else names[#names + 1] = name end\n"
-                                   "end\n"
-                                   "table.sort(names)\n"
-                                   "return table.concat(names, ' ')";
+static const char list_surface[] =
+    "local g = ...\n"
+    "local names = {}\n"
+    "for name, v in pairs(g) do\n"
+    "  if type(v) == 'table' then\n"
+    "    for sub in pairs(v) do names[#names + 1] = name .. '.' .. sub end\n"
+    "  else names[#names + 1] = name end\n"
+    "end\n"
+    "table.sort(names)\n"
+    "return table.concat(names, ' ')";
 
 static void test_surface(void **state)
 {
@@ -123,14 +139,17 @@ static void test_trusted(void **state)
     (void)state;
     struct orch_err err = { 0 };
     setenv("LUA_CPATH", "./?.so;/usr/lib/x/?.so;lib/?.so", 1);
-    struct orch_state_opts o = { .ctx = ORCH_CTX_SCRIPT, .lua_dir = "lua", .script_dir = "/srv/scripts", .host = &err };
+    struct orch_state_opts o = {
+        .ctx = ORCH_CTX_SCRIPT, .lua_dir = "lua", .script_dir = "/srv/scripts", .host = &err
+    };
     struct orch_state *s = orch_state_new(&o, &err);
     unsetenv("LUA_CPATH");
     assert_non_null(s);
     assert_ptr_equal(orch_state_host(orch_state_lua(s)), &err);
     expect_text(s, "return package.path", "lua/?.lua;/srv/scripts/?.lua");
     expect_text(s, "return package.cpath", "/usr/lib/x/?.so");
-    expect_text(s, "return tostring(io and debug and jit.status() and require 'ffi' and true)", "true");
+    expect_text(s, "return tostring(io and debug and jit.status() and require 'ffi' and true)",
+                "true");
     expect_text(s, "undefined_name = 1 return tostring(undefined_name) .. tostring(other)", "1nil");
     expect_error(s, "error('x')", "test.lua:1: x\nstack traceback:");
     orch_state_free(s);
@@ -158,12 +177,16 @@ static void test_strict(void **state)
     expect_error(s, "getmetatable('').__index = {}", "");
     expect_text(s, "return tostring(getmetatable(''))", "false");
     expect_text(s, "return ('x'):upper() .. ('%d'):format(3)", "X3");
-    expect_text(s, "string = { rep = 1 } return string.rep", "1"); /* its own global, nobody else's */
+    /* its own global, nobody else's */
+    expect_text(s, "string = { rep = 1 } return string.rep", "1");
     expect_text(s, "return string.rep('x', 2)", "xx");
     expect_text(s, "local n = 0 for k, v in pairs(string) do n = n + 1 end return n", "13");
-    expect_text(s, "local t = {} for k, v in pairs { a = 1, 2 } do t[#t + 1] = tostring(k) end return #t", "2");
+    expect_text(
+        s, "local t = {} for k, v in pairs { a = 1, 2 } do t[#t + 1] = tostring(k) end return #t",
+        "2");
     expect_error(s, "pairs(nil)", "bad argument #1 to 'pairs'");
-    expect_text(s, "return type(os.time()) .. type(os.clock()) .. #os.date('!%Y-%m-%d')", "numbernumber10");
+    expect_text(s, "return type(os.time()) .. type(os.clock()) .. #os.date('!%Y-%m-%d')",
+                "numbernumber10");
     expect_error(s, "os.date('%Y')", "UTC only here: write os.date(\"!%Y\")");
     expect_error(s, "return x.y.z +", "test.lua:1:");
     struct orch_err err;
@@ -174,7 +197,8 @@ static void test_strict(void **state)
     assert_non_null(strstr(err.msg, "bytecode is not accepted"));
     cleanup_free char *big = orch_xcalloc(1, (1 << 20) + 1);
     memset(big, ' ', (1 << 20) + 1);
-    assert_int_equal(orch_state_load(s, "big.lua", (struct orch_slice){ big, (1 << 20) + 1 }, &err), -EFBIG);
+    assert_int_equal(orch_state_load(s, "big.lua", (struct orch_slice){ big, (1 << 20) + 1 }, &err),
+                     -EFBIG);
     assert_int_equal(orch_state_load(s, "big.lua", (struct orch_slice){ big, 1 << 20 }, &err), 0);
     orch_state_free(s);
 }
@@ -196,12 +220,14 @@ static void test_frozen_environment(void **state)
     assert_int_equal(orch_state_load(s, "tool.lua",
                                      ORCH_SLICE("count, list = 0, { 1, 2, 3 }\n"
                                                 "return function(how)\n"
-                                                "  if how == 'read' then list[4] = 4 return count .. #list .. string.upper('x') end\n"
+                                                "  if how == 'read' then list[4] = 4 return count "
+                                                ".. #list .. string.upper('x') end\n"
                                                 "  if how == 'undefined' then return typo end\n"
                                                 "  if how == 'new' then fresh = 1 end\n"
                                                 "  count = count + 1\n"
                                                 "end"),
-                                     &err), 0);
+                                     &err),
+                     0);
     lua_pushvalue(L, -1);
     lua_rawseti(L, LUA_REGISTRYINDEX, 4242);
     assert_int_equal(orch_state_pcall(s, 0, 1, &err), 0);
@@ -244,7 +270,10 @@ static void test_print(void **state)
     orch_log_sink(&sink);
     orch_log_level(ORCH_INFO);
     struct orch_state *s = policy_state();
-    expect_text(s, "print('a', 1, nil, setmetatable({}, { __tostring = function() return 'T' end })) return ''", "");
+    expect_text(s,
+                "print('a', 1, nil, setmetatable({}, { __tostring = function() return 'T' end })) "
+                "return ''",
+                "");
     assert_string_equal(logged, "orch: policy: a\t1\tnil\tT\n");
     expect_text(s, "print(('x'):rep(1e6)) return ''", "");
     orch_log_level(ORCH_WARN);
@@ -256,21 +285,30 @@ static void test_errors(void **state)
 {
     (void)state;
     struct orch_state *s = policy_state();
-    expect_error(s, "local function f() error('here') end\nf()", "test.lua:1: here\nstack traceback:\n");
+    expect_error(s, "local function f() error('here') end\nf()",
+                 "test.lua:1: here\nstack traceback:\n");
     expect_error(s, "error({})", "table: 0x");
-    expect_error(s, "error(setmetatable({}, { __tostring = function() return 'mine' end }))", "mine");
-    expect_error(s, "error(setmetatable({}, { __tostring = function() error('again') end }))", "text cannot be had");
+    expect_error(s, "error(setmetatable({}, { __tostring = function() return 'mine' end }))",
+                 "mine");
+    expect_error(s, "error(setmetatable({}, { __tostring = function() error('again') end }))",
+                 "text cannot be had");
     expect_error(s, "error()", "nil");
     expect_error(s, "error(('x'):rep(1e5))", "xxxx");
     expect_text(s, "local ok, e = pcall(error, 'x', 0) return tostring(ok) .. e", "falsex");
-    expect_text(s, "local ok, e = xpcall(function() error('x', 0) end, function(m) return m .. '!' end) return e", "x!");
-    expect_text(s, "return select('#', xpcall(function(...) return ... end, print, 1, nil, nil))", "4");
-    expect_text(s, "local ok, e = xpcall(error, function(m) error('worse', 0) end) return e", "worse");
+    expect_text(s,
+                "local ok, e = xpcall(function() error('x', 0) end, function(m) return m .. '!' "
+                "end) return e",
+                "x!");
+    expect_text(s, "return select('#', xpcall(function(...) return ... end, print, 1, nil, nil))",
+                "4");
+    expect_text(s, "local ok, e = xpcall(error, function(m) error('worse', 0) end) return e",
+                "worse");
     expect_text(s, "return select('#', pcall(function() end))", "1");
     orch_state_free(s);
 }
 
-/* ---- Budgets ------------------------------------------------------------------------------------- */
+/* ---- Budgets
+ * ------------------------------------------------------------------------------------- */
 
 static int64_t cpu_ms(void)
 {
@@ -292,14 +330,21 @@ static const struct {
     { "local function f() return f() end f()", 0 },
     { "local t = setmetatable({}, { __index = function() while true do end end }) return t.x", 0 },
     { "local t = setmetatable({}, { __newindex = function() while true do end end }) t.x = 1", 0 },
-    { "local m = { __eq = function() while true do end end } return setmetatable({}, m) == setmetatable({}, m)", 0 },
-    { "local m = { __lt = function() while true do end end } return setmetatable({}, m) < setmetatable({}, m)", 0 },
-    { "local m = { __lt = function() while true do end end } table.sort { setmetatable({}, m), setmetatable({}, m) }", 0 },
+    { "local m = { __eq = function() while true do end end } return setmetatable({}, m) == "
+      "setmetatable({}, m)",
+      0 },
+    { "local m = { __lt = function() while true do end end } return setmetatable({}, m) < "
+      "setmetatable({}, m)",
+      0 },
+    { "local m = { __lt = function() while true do end end } table.sort { setmetatable({}, m), "
+      "setmetatable({}, m) }",
+      0 },
     { "return setmetatable({}, { __concat = function() while true do end end }) .. 'x'", 0 },
     { "setmetatable({}, { __call = function() while true do end end })()", 0 },
     { "return -setmetatable({}, { __unm = function() while true do end end })", 0 },
     { "return tostring(setmetatable({}, { __tostring = function() while true do end end }))", 0 },
-    { "return ('%s'):format(setmetatable({}, { __tostring = function() while true do end end }))", 0 },
+    { "return ('%s'):format(setmetatable({}, { __tostring = function() while true do end end }))",
+      0 },
     { "print(setmetatable({}, { __tostring = function() while true do end end }))", 0 },
     { "error(setmetatable({}, { __tostring = function() while true do end end }))", 0 },
     { "for w in ('a'):gmatch('a') do while true do end end", 0 },
@@ -307,7 +352,8 @@ static const struct {
     { "for a in ('a'):rep(1e6):gmatch('a-b') do end", 0 },
     { "for i in function() return 1 end do end", 0 },
     { "return ('a'):gsub('a', function() while true do end end)", 0 },
-    { "local s = ('a'):gsub('a', setmetatable({}, { __index = function() while true do end end }))", 0 },
+    { "local s = ('a'):gsub('a', setmetatable({}, { __index = function() while true do end end }))",
+      0 },
     { "return (('a'):rep(65536):gsub(('a*'):rep(20) .. 'b', ''))", 0 },
     { "return ('a'):rep(65536):find(('a*'):rep(20) .. 'b')", 0 },
     { "return ('a'):rep(65536):match(('a-'):rep(20) .. 'b')", 0 },
@@ -324,18 +370,27 @@ static const struct {
     { "local s = ('x'):rep(1e6) while true do ('%q'):format(s) end", 0 },
     { "local s = ('x'):rep(7000) while true do s:byte(1, -1) end", 0 },
     { "local s = ('x'):rep(1e6) while true do local a = s .. 'y' end", 0 },
-    { "local a, b = ('x'):rep(1e6) .. 'a', ('x'):rep(1e6) .. 'b' while true do local c = a < b end", 0 },
+    { "local a, b = ('x'):rep(1e6) .. 'a', ('x'):rep(1e6) .. 'b' while true do local c = a < b end",
+      0 },
     { "while true do ('x'):rep(1e6) end", 0 },
     { "while true do ('x'):rep(10, ('y'):rep(1e5)) end", 0 },
-    { "local t = {} for i = 1, 349e3 do t[i] = (i * 7919) % 1000003 end while true do table.sort(t) end", 1 },
-    { "local t = {} for i = 1, 5e4 do t[i] = i end while true do table.sort(t, function(a, b) return true end) end", 1 },
+    { "local t = {} for i = 1, 349e3 do t[i] = (i * 7919) % 1000003 end while true do "
+      "table.sort(t) end",
+      1 },
+    { "local t = {} for i = 1, 5e4 do t[i] = i end while true do table.sort(t, function(a, b) "
+      "return true end) end",
+      1 },
     { "table.sort({ 1, 2 }, function() while true do end end)", 0 },
     { "local t = {} for i = 1, 1e5 do t[i] = 'abc' end while true do table.concat(t, ',') end", 0 },
     { "local t = {} while true do table.insert(t, 1, 0) end", 0 },
     { "table.insert({}, -5e8, 0)", 1 },
-    { "local t = {} for i = 1, 1e5 do t[i] = i end while true do table.remove(t, 1) t[#t + 1] = 1 end", 0 },
+    { "local t = {} for i = 1, 1e5 do t[i] = i end while true do table.remove(t, 1) t[#t + 1] = 1 "
+      "end",
+      0 },
     { "local t = {} for i = 1, 7000 do t[i] = i end while true do unpack(t) end", 0 },
-    { "local t = {} for i = 1, 3e5 do t[i] = i end while next(t) do t[next(t)] = nil end while true do end", 1 },
+    { "local t = {} for i = 1, 3e5 do t[i] = i end while next(t) do t[next(t)] = nil end while "
+      "true do end",
+      1 },
     { "while true do pcall(error) end", 0 },
     { "while true do pcall(function() while true do end end) end", 0 },
     { "local function f() pcall(f) while true do end end f()", 0 },
@@ -347,15 +402,19 @@ static const struct {
     { "coroutine.wrap(function() while true do end end)()", 0 },
     { "coroutine.resume(coroutine.create(function() while true do end end))", 0 },
     { "while true do coroutine.resume(coroutine.create(function() while true do end end)) end", 0 },
-    { "local function f(n) if n == 0 then while true do end end coroutine.wrap(f)(n - 1) end f(50)", 0 },
-    { "local co = coroutine.wrap(function() while true do coroutine.yield() end end) while true do co() end", 0 },
+    { "local function f(n) if n == 0 then while true do end end coroutine.wrap(f)(n - 1) end f(50)",
+      0 },
+    { "local co = coroutine.wrap(function() while true do coroutine.yield() end end) while true do "
+      "co() end",
+      0 },
     { "while true do coroutine.wrap(function() coroutine.yield() end)() end", 1 },
     { "return ('x'):rep(1e9)", 1 },
     { "return ('x'):rep(64 * 1024 * 1024)", 1 },
     { "local s = 'x' while true do s = s .. s end", 1 },
     { "local s = '' while true do s = s .. 'x' end", 1 },
     { "local t = {} for i = 1, 1e5 do t[i] = ('x'):rep(1e4) end return table.concat(t)", 1 },
-    { "local t = {} for i = 1, 100 do t[i] = ('x'):rep(4e5) end while true do table.concat(t) end", 1 },
+    { "local t = {} for i = 1, 100 do t[i] = ('x'):rep(4e5) end while true do table.concat(t) end",
+      1 },
     { "local t = {} for i = 1, 1e7 do t[i] = i end while true do end", 1 },
     { "local t = {} for i = 1, 1e7 do t[i] = {} end", 1 },
     { "local t = {} for i = 1, 1e7 do t['k' .. i] = true end", 1 },
@@ -363,7 +422,9 @@ static const struct {
     { "local f while true do local g = f f = function() return g end end", 1 },
     { "local t = {} while true do t[#t + 1] = coroutine.create(print) end", 1 },
     { "while true do pcall(string.rep, 'x', 1e9) end", 1 },
-    { "local t = {} while true do pcall(function() while true do t[#t + 1] = ('x'):rep(1e4) .. #t end end) end", 1 },
+    { "local t = {} while true do pcall(function() while true do t[#t + 1] = ('x'):rep(1e4) .. #t "
+      "end end) end",
+      1 },
     { "while true do local t = {} for i = 1, 1e4 do t[i] = {} end end", 0 },
 };
 
@@ -397,22 +458,29 @@ static void test_hangs(void **state)
         expect_text(s, "local n = 0 for i = 1, 1e4 do n = n + i end return n", "50005000");
         orch_state_free(s);
     }
-    print_message("slowest to end: %lld ms of %d: %s\n", (long long)worst, BUDGET_MS, hangs[worst_at].code);
+    print_message("slowest to end: %lld ms of %d: %s\n", (long long)worst, BUDGET_MS,
+                  hangs[worst_at].code);
 }
 
-/* Not endless, but made to break an interpreter's C stack or a limit: a plain error, caught by pcall. */
+/* Not endless, but made to break an interpreter's C stack or a limit: a plain error, caught by
+ * pcall. */
 static void test_depth(void **state)
 {
     (void)state;
     static const char *const cases[][2] = {
         { "local function f() return 1 + f() end f()", "stack overflow" },
         { "local function f(x) return (('x'):gsub('x', f)) end f()", "nested more than 100 deep" },
-        { "local m = {} m.__lt = function() table.sort { setmetatable({}, m), setmetatable({}, m) } end\n"
-          "return setmetatable({}, m) < setmetatable({}, m)", "nested more than 100 deep" },
-        { "local m = {} m.__tostring = function(x) return ('%s'):format(x) end return ('%s'):format(setmetatable({}, m))",
+        { "local m = {} m.__lt = function() table.sort { setmetatable({}, m), setmetatable({}, m) "
+          "} end\n"
+          "return setmetatable({}, m) < setmetatable({}, m)",
           "nested more than 100 deep" },
-        { "local function f() coroutine.wrap(f)() end f()", "coroutines are nested more than 100 deep" },
-        { "local function f() local ok, e = coroutine.resume(coroutine.create(f)) if not ok then error(e, 0) end end f()",
+        { "local m = {} m.__tostring = function(x) return ('%s'):format(x) end return "
+          "('%s'):format(setmetatable({}, m))",
+          "nested more than 100 deep" },
+        { "local function f() coroutine.wrap(f)() end f()",
+          "coroutines are nested more than 100 deep" },
+        { "local function f() local ok, e = coroutine.resume(coroutine.create(f)) if not ok then "
+          "error(e, 0) end end f()",
           "nested more than 100 deep" },
         { "return ('x'):rep(1000):match(('x?'):rep(300))", "pattern too complex" },
         { "return ('x'):rep(1000):match(('('):rep(40))", "too many captures" },
@@ -420,8 +488,10 @@ static void test_depth(void **state)
         { "return ('%.999f'):format(1)", "invalid format" },
         { "return ('x'):rep(1e10)", "resulting string is too long" },
         { "return ('x'):rep(1e5):byte(1, -1)", "string slice too long" },
-        { "local t = {} for i = 1, 1e5 do t[i] = i end return unpack(t)", "too many results to unpack" },
-        { "local t = setmetatable({}, {}) getmetatable(t).__index = t return t.x", "loop in gettable" },
+        { "local t = {} for i = 1, 1e5 do t[i] = i end return unpack(t)",
+          "too many results to unpack" },
+        { "local t = setmetatable({}, {}) getmetatable(t).__index = t return t.x",
+          "loop in gettable" },
         { "return coroutine.resume(nil)", "bad argument #1 to 'resume'" },
     };
     struct orch_state *s = policy_state();
@@ -432,7 +502,8 @@ static void test_depth(void **state)
     for (int i = 0; i < 100000; i++)
         orch_buf_char(&deep, i % 2 ? '(' : '{');
     expect_error(s, deep.p, "test.lua:1: ");
-    expect_text(s, "return select(2, pcall(('x'):rep(9).match, 'x', '%')) .. ''", "malformed pattern (ends with '%')");
+    expect_text(s, "return select(2, pcall(('x'):rep(9).match, 'x', '%')) .. ''",
+                "malformed pattern (ends with '%')");
     orch_state_free(s);
 }
 
@@ -441,16 +512,21 @@ static void test_steps(void **state)
     (void)state;
     struct orch_state *s = state_with(ORCH_CTX_TOOL, 1536 << 10, 100000, 0);
     expect_error(s, "while true do end", "limit: tool steps 100000 used up in test.lua:1");
-    expect_error(s, "while true do ('x'):rep(1000):find('y') end", "limit: tool steps 100000 used up in test.lua:1");
-    expect_error(s, "local t = {} while true do t[#t + 1] = #t end", "limit: tool steps 100000 used up");
+    expect_error(s, "while true do ('x'):rep(1000):find('y') end",
+                 "limit: tool steps 100000 used up in test.lua:1");
+    expect_error(s, "local t = {} while true do t[#t + 1] = #t end",
+                 "limit: tool steps 100000 used up");
     expect_text(s, "for i = 1, 2e4 do end return ''", "");
     orch_state_set_limits(s, 1536 << 10, 0, 0);
     expect_error(s, "return ('x'):rep(1e7)", "limit: tool memory 1536 KiB used up");
-    expect_error(s, "local t = {} while true do t = { t } end", "limit: tool memory 1536 KiB used up in test.lua:1");
+    expect_error(s, "local t = {} while true do t = { t } end",
+                 "limit: tool memory 1536 KiB used up in test.lua:1");
     /* Garbage is collected before the memory counts as used up. */
     expect_text(s, "local s for i = 1, 2000 do s = ('x'):rep(1e5) .. i end return #s", "100004");
-    expect_text(s, "local t = {} for i = 1, 18 do t[i] = ('x'):rep(5e4) .. i end\n"
-                   "for i = 1, 200 do local s = ('y'):rep(5e4) .. i end return #t", "18");
+    expect_text(s,
+                "local t = {} for i = 1, 18 do t[i] = ('x'):rep(5e4) .. i end\n"
+                "for i = 1, 200 do local s = ('y'):rep(5e4) .. i end return #t",
+                "18");
     lua_gc(orch_state_lua(s), LUA_GCCOLLECT, 0);
     orch_state_set_limits(s, orch_state_memory(s) + 100, 0, 0);
     expect_error(s, "local t = {} for i = 1, 1e4 do t[i] = {} end", "limit: tool memory ");
@@ -508,11 +584,13 @@ static void test_nested_entry(void **state)
     lua_setglobal(L, "nested");
     assert_int_equal(orch_state_load(s, "inner.lua", ORCH_SLICE("while true do end"), &err), 0);
     lua_rawseti(L, LUA_REGISTRYINDEX, 4242);
-    expect_error(s, "while true do pcall(nested) end", "limit: policy time 50 ms used up in inner.lua:1");
+    expect_error(s, "while true do pcall(nested) end",
+                 "limit: policy time 50 ms used up in inner.lua:1");
     orch_state_free(s);
 }
 
-/* ---- string and table against the interpreter's own ------------------------------------------------ */
+/* ---- string and table against the interpreter's own
+ * ------------------------------------------------ */
 
 /* Runs in both kinds of state; the texts must be the same. */
 static const char compare_strings[] =
@@ -532,11 +610,15 @@ static const char compare_strings[] =
     /* A generator of patterns from pieces, the same sequence in both states. */
     "local seed = SEED\n"
     "local function rnd(n) seed = (seed * 16807) % 2147483647 return seed % n + 1 end\n"
-    "local pieces = { 'a', 'b', '.', '%a', '%d', '%s', '[ab]', '[^a]', '[a-c]', '[%d_]', '[]x]', '[^]]', '[a-]', '%w', '%A', '%.',\n"
-    "  '*', '+', '-', '?', '*', '?', '(', ')', '()', '%1', '%2', '^', '$', '%b()', '%f[%a]', '%f[^%a]', '%', '[', ']', '%x', '%p',\n"
+    "local pieces = { 'a', 'b', '.', '%a', '%d', '%s', '[ab]', '[^a]', '[a-c]', '[%d_]', '[]x]', "
+    "'[^]]', '[a-]', '%w', '%A', '%.',\n"
+    "  '*', '+', '-', '?', '*', '?', '(', ')', '()', '%1', '%2', '^', '$', '%b()', '%f[%a]', "
+    "'%f[^%a]', '%', '[', ']', '%x', '%p',\n"
     "  '%c', '%u', '%l', '%z', '%g', '%D', '[%]]', '[%a-z]', '[+--]', '(', ')' }\n"
-    "local letters = { 'a', 'b', 'c', 'x', '1', '_', ' ', '(', ')', '.', ']', '-', '%', 'A', '\\n', '+' }\n"
-    "local replacements = { '', 'x', '<%0>', '%1', '%1%2', '%%', { a = 'A', b = false, ab = 7 }, function(a, b) return b end,\n"
+    "local letters = { 'a', 'b', 'c', 'x', '1', '_', ' ', '(', ')', '.', ']', '-', '%', 'A', "
+    "'\\n', '+' }\n"
+    "local replacements = { '', 'x', '<%0>', '%1', '%1%2', '%%', { a = 'A', b = false, ab = 7 }, "
+    "function(a, b) return b end,\n"
     "  function() return nil end, '%9' }\n"
     "for i = 1, 4000 do\n"
     "  local p, s = {}, {}\n"
@@ -547,25 +629,32 @@ static const char compare_strings[] =
     "  try(string.find, s, p, rnd(15) - 7)\n"
     "  try(string.match, s, p, rnd(5) - 3)\n"
     "  try(string.gsub, s, p, replacements[rnd(#replacements)], rnd(3) == 1 and rnd(3) or nil)\n"
-    "  try(function() local t = {} for a, b in s:gmatch(p) do t[#t + 1] = tostring(a) .. '/' .. tostring(b) end\n"
+    "  try(function() local t = {} for a, b in s:gmatch(p) do t[#t + 1] = tostring(a) .. '/' .. "
+    "tostring(b) end\n"
     "    return table.concat(t, ';') end)\n"
     "  try(string.find, s, s:sub(2, 4), rnd(5), true)\n"
     "  try(string.sub, s, rnd(15) - 7, rnd(15) - 7)\n"
     "  try(string.byte, s, rnd(9) - 5, rnd(9) - 5)\n"
     "end\n"
-    "local formats = { '%d', '%5d', '%-5d|', '%05d', '%+d', '% d', '%i', '%u', '%x', '%X', '%#x', '%o', '%c', '%e', '%.3f', '%10.2f',\n"
-    "  '%g', '%G', '%.14g', '%a', '%5.1s|', '%-8s|', '%s', '%q', '%%', '%.0f', '%99d', '%.20f', '%5c|', '%z', '%', '%123d', '%.3d', '%E',\n"
+    "local formats = { '%d', '%5d', '%-5d|', '%05d', '%+d', '% d', '%i', '%u', '%x', '%X', '%#x', "
+    "'%o', '%c', '%e', '%.3f', '%10.2f',\n"
+    "  '%g', '%G', '%.14g', '%a', '%5.1s|', '%-8s|', '%s', '%q', '%%', '%.0f', '%99d', '%.20f', "
+    "'%5c|', '%z', '%', '%123d', '%.3d', '%E',\n"
     "  'a%sb%sc' }\n"
-    "local values = { 0, 1, -1, 3.75, -2.5, 1e15, 1e100, -1e100, 255, 65, 2^53, 2^63, -2^63, 1/0, -1/0, '12', 'text', 'a\\0b', 'q\"\\\\\\n\\r\\1272', '', true, false }\n"
-    "for _, f in ipairs(formats) do for _, v in ipairs(values) do try(string.format, f, v) end try(string.format, f) end\n"
+    "local values = { 0, 1, -1, 3.75, -2.5, 1e15, 1e100, -1e100, 255, 65, 2^53, 2^63, -2^63, 1/0, "
+    "-1/0, '12', 'text', 'a\\0b', 'q\"\\\\\\n\\r\\1272', '', true, false }\n"
+    "for _, f in ipairs(formats) do for _, v in ipairs(values) do try(string.format, f, v) end "
+    "try(string.format, f) end\n"
     "try(string.format, '%s', nil)\n"
     "try(string.format, '%s %d', 'x', 1)\n"
     "try(string.format, '%5s|%-5s|%.2s', 'ab', 'cd', 'efgh')\n"
     "try(string.format, '%s', setmetatable({}, { __tostring = function() return 'obj' end }))\n"
-    "for _, a in ipairs { { 'ab', 3 }, { 'ab', 0 }, { 'ab', -1 }, { '', 5 }, { 'a', 3, ',' }, { 'a', 1, ',' }, { '', 3, 'x' }, { 'abc', 100, '--' } } do\n"
+    "for _, a in ipairs { { 'ab', 3 }, { 'ab', 0 }, { 'ab', -1 }, { '', 5 }, { 'a', 3, ',' }, { "
+    "'a', 1, ',' }, { '', 3, 'x' }, { 'abc', 100, '--' } } do\n"
     "  try(string.rep, unpack(a)) end\n"
     "try(string.char) try(string.char, 72, 105) try(string.char, 256) try(string.char, -1)\n"
-    "try(string.upper, 'aZ\\228{`') try(string.lower, 'aZ\\228{@[') try(string.reverse, 'abc') try(string.len, 'a\\0b')\n"
+    "try(string.upper, 'aZ\\228{`') try(string.lower, 'aZ\\228{@[') try(string.reverse, 'abc') "
+    "try(string.len, 'a\\0b')\n"
     "for i = 1, 300 do\n"
     "  local t, n = {}, rnd(20) - 1\n"
     "  for k = 1, n do t[k] = rnd(3) == 1 and rnd(10) or rnd(1000) end\n"
@@ -573,19 +662,25 @@ static const char compare_strings[] =
     "  table.sort(t) show(table.concat(t, ' '))\n"
     "  table.sort(t, function(a, b) return a > b end) show(table.concat(t, ' '))\n"
     "  try(table.insert, t, rnd(99)) show(#t)\n"
-    "  if n > 3 then try(table.insert, t, rnd(n), 'in') try(table.remove, t, rnd(n + 3)) try(table.remove, t) end\n"
+    "  if n > 3 then try(table.insert, t, rnd(n), 'in') try(table.remove, t, rnd(n + 3)) "
+    "try(table.remove, t) end\n"
     "  show(table.concat(t, ' '))\n"
     "end\n"
-    "try(table.remove, {}) try(table.remove, { 1 }, 5) try(table.insert, {}) try(table.insert, { 1 }, 1, 2, 3)\n"
-    "try(table.concat, { 1, {}, 3 }) try(table.concat, { 1, 2 }, ',', 1, 3) try(table.sort, { 1, 'x' }) try(table.sort, { 3, 1 }, 5)\n"
-    "try(table.insert, nil, 1) try(string.rep) try(string.rep, 'x', 'y') try(string.find, nil, 'x') try(string.gsub, 'x', 'x')\n"
-    "try(string.gsub, 'x', 'x', print, 0) try(string.gsub, 'x', 'x', true) try(string.gsub, 'abc', '%w', function() return {} end)\n"
+    "try(table.remove, {}) try(table.remove, { 1 }, 5) try(table.insert, {}) try(table.insert, { 1 "
+    "}, 1, 2, 3)\n"
+    "try(table.concat, { 1, {}, 3 }) try(table.concat, { 1, 2 }, ',', 1, 3) try(table.sort, { 1, "
+    "'x' }) try(table.sort, { 3, 1 }, 5)\n"
+    "try(table.insert, nil, 1) try(string.rep) try(string.rep, 'x', 'y') try(string.find, nil, "
+    "'x') try(string.gsub, 'x', 'x')\n"
+    "try(string.gsub, 'x', 'x', print, 0) try(string.gsub, 'x', 'x', true) try(string.gsub, 'abc', "
+    "'%w', function() return {} end)\n"
     "return table.concat(out, '\\n')";
 
 static void test_same_as_lua(void **state)
 {
     (void)state;
-    struct orch_state *mine = state_with(ORCH_CTX_POLICY, 256 << 20, 0, 60000), *theirs = trusted_state();
+    struct orch_state *mine = state_with(ORCH_CTX_POLICY, 256 << 20, 0, 60000),
+                      *theirs = trusted_state();
     for (int seed = 1; seed <= 5; seed++) {
         struct orch_err err;
         char code[32];
@@ -595,11 +690,13 @@ static void test_same_as_lua(void **state)
         orch_buf_str(&b, compare_strings);
         if (eval(mine, b.p, &err) < 0 || eval(theirs, b.p, &err) < 0)
             fail_msg("%s", err.msg);
-        const char *a = lua_tostring(orch_state_lua(mine), -1), *e = lua_tostring(orch_state_lua(theirs), -1);
+        const char *a = lua_tostring(orch_state_lua(mine), -1),
+                   *e = lua_tostring(orch_state_lua(theirs), -1);
         for (int line = 1; *a || *e; line++) {
             size_t na = strcspn(a, "\n"), ne = strcspn(e, "\n");
             if (na != ne || memcmp(a, e, na) != 0)
-                fail_msg("seed %d, line %d\nexpected %.*s\n     got %.*s", seed, line, (int)ne, e, (int)na, a);
+                fail_msg("seed %d, line %d\nexpected %.*s\n     got %.*s", seed, line, (int)ne, e,
+                         (int)na, a);
             a += na + (a[na] == '\n');
             e += ne + (e[ne] == '\n');
         }
@@ -620,18 +717,29 @@ static void test_own_ways(void **state)
     expect_text(s, "return tostring(('abc'):match('a\\0c'))", "nil");
     expect_text(s, "return ('%.0f %g'):format(0/0, -(0/0))", "nan nan");
     expect_error(s, "return ('x'):gsub('x', '%')", "invalid replacement string");
-    expect_text(s, "local t = {} for i = 1, 100 do t[i] = { i % 3, i } end\n"
-                   "table.sort(t, function(a, b) return a[1] < b[1] end)\n"
-                   "for i = 2, 100 do if t[i][1] == t[i - 1][1] and t[i][2] < t[i - 1][2] then return 'unstable' end end\n"
-                   "return 'stable'", "stable");
-    expect_text(s, "local t = { 3, 1, 2 } pcall(table.sort, t, function() error('no') end) return table.concat(t)", "312");
-    expect_text(s, "local t = { 3, 1, 2 } table.sort(t, function() return true end) return #t", "3");
-    expect_text(s, "local t = { 3, 1, 2 } table.sort(t, function(a, b) t[1] = nil return a < b end) return table.concat(t)", "123");
+    expect_text(s,
+                "local t = {} for i = 1, 100 do t[i] = { i % 3, i } end\n"
+                "table.sort(t, function(a, b) return a[1] < b[1] end)\n"
+                "for i = 2, 100 do if t[i][1] == t[i - 1][1] and t[i][2] < t[i - 1][2] then return "
+                "'unstable' end end\n"
+                "return 'stable'",
+                "stable");
+    expect_text(s,
+                "local t = { 3, 1, 2 } pcall(table.sort, t, function() error('no') end) return "
+                "table.concat(t)",
+                "312");
+    expect_text(s, "local t = { 3, 1, 2 } table.sort(t, function() return true end) return #t",
+                "3");
+    expect_text(s,
+                "local t = { 3, 1, 2 } table.sort(t, function(a, b) t[1] = nil return a < b end) "
+                "return table.concat(t)",
+                "123");
     expect_text(s, "return table.unpack({ 1, 2 })", "1");
     orch_state_free(s);
 }
 
-/* ---- Cleanup across errors, allocation failures ------------------------------------------------------ */
+/* ---- Cleanup across errors, allocation failures
+ * ------------------------------------------------------ */
 
 static int cleanups;
 
@@ -710,10 +818,12 @@ static void install_orch(lua_State *L, void *ud)
 static void use_state(struct orch_state *s)
 {
     static const char code[] =
-        "local t = {} for i = 1, 20 do t[i] = ('x'):rep(i * 50):gsub('x', 'yy', 3) .. ('%d %s'):format(i, {}) end\n"
+        "local t = {} for i = 1, 20 do t[i] = ('x'):rep(i * 50):gsub('x', 'yy', 3) .. ('%d "
+        "%s'):format(i, {}) end\n"
         "table.sort(t) local all = table.concat(t, ',')\n"
         "pcall(error, {}) xpcall(error, function(m) return { m } end)\n"
-        "local co = coroutine.wrap(function(a) orch.sleep(0) coroutine.yield(a .. 'x') end) co('y')\n"
+        "local co = coroutine.wrap(function(a) orch.sleep(0) coroutine.yield(a .. 'x') end) "
+        "co('y')\n"
         "local a = orch.task.spawn(function(...) orch.sleep(0) return ... end, 1, all)\n"
         "if a then a:join() end\n"
         "error('end ' .. #all)";
@@ -779,7 +889,8 @@ static void test_gc_stress(void **state)
     }
 }
 
-/* ---- Tasks ------------------------------------------------------------------------------------------- */
+/* ---- Tasks
+ * ------------------------------------------------------------------------------------------- */
 
 struct op {
     struct orch_wait wait;
@@ -841,7 +952,8 @@ static void keep_outcome(void *ud, lua_State *L, int nres, const struct orch_err
 
 static struct orch_state *task_state(enum orch_context ctx)
 {
-    struct orch_state *s = state_with(ctx, ctx == ORCH_CTX_SCRIPT ? 0 : 64 << 20, 0, ctx == ORCH_CTX_SCRIPT ? 0 : 100);
+    struct orch_state *s = state_with(ctx, ctx == ORCH_CTX_SCRIPT ? 0 : 64 << 20, 0,
+                                      ctx == ORCH_CTX_SCRIPT ? 0 : 100);
     assert_int_equal(orch_state_protect(s, install_orch, NULL, NULL), 0);
     lua_pushcfunction(orch_state_lua(s), lua_wait);
     lua_setglobal(orch_state_lua(s), "wait");
@@ -920,11 +1032,16 @@ static void test_task_waits_anywhere(void **state)
         { "for a in wait do return a end", "ready" },
         { "return setmetatable({}, { __index = function() return (wait()) end }).x", "ready" },
         { "return coroutine.wrap(function(a) return a, wait() end)('arg')", "arg ready 0" },
-        { "local co = coroutine.create(function(a) local b = coroutine.yield(a) return b, wait() end)\n"
+        { "local co = coroutine.create(function(a) local b = coroutine.yield(a) return b, wait() "
+          "end)\n"
           "local _, a = coroutine.resume(co, 1)\n"
-          "return a, coroutine.resume(co, 2)", "1 true 2 ready 0" },
-        { "local function f(n) if n == 0 then return wait() end return coroutine.wrap(f)(n - 1) end return f(90)", "ready 0" },
-        { "local ok, e = pcall(table.sort, { 1, 2 }, wait) return e", "may not wait here: inside a callback of a C function (sort, gsub, …)" },
+          "return a, coroutine.resume(co, 2)",
+          "1 true 2 ready 0" },
+        { "local function f(n) if n == 0 then return wait() end return coroutine.wrap(f)(n - 1) "
+          "end return f(90)",
+          "ready 0" },
+        { "local ok, e = pcall(table.sort, { 1, 2 }, wait) return e",
+          "may not wait here: inside a callback of a C function (sort, gsub, …)" },
         { "return coroutine.running()", "nil" },
         { "return coroutine.wrap(function() return type(coroutine.running()) end)()", "thread" },
     };
@@ -956,8 +1073,11 @@ static void test_task_may_not_wait(void **state)
         assert_non_null(strstr(o.err.msg, "coroutine.yield outside a coroutine"));
         /* The wait's yield cannot pass the sort: it is abandoned, and the next one works. */
         n_ops = 0;
-        start(s, "local co = coroutine.wrap(wait) local ok, e = pcall(table.sort, { 1, 2 }, function() co() end)\n"
-                 "return tostring(ok), wait()", &o);
+        start(s,
+              "local co = coroutine.wrap(wait) local ok, e = pcall(table.sort, { 1, 2 }, "
+              "function() co() end)\n"
+              "return tostring(ok), wait()",
+              &o);
         assert_int_equal(n_ops, 2);
         orch_task_ready(ops[0].wait, push_op, &ops[0]);
         turns(2);
@@ -980,13 +1100,17 @@ static void test_task_may_not_wait(void **state)
 static void test_task_cancel(void **state)
 {
     (void)state;
-    static const char cancel_self[] = "local self = orch.task.spawn(function() local _ = wait() end)\nself:cancel() return self:join()";
+    static const char cancel_self[] = "local self = orch.task.spawn(function() local _ = wait() "
+                                      "end)\nself:cancel() return self:join()";
     for (size_t i = 0; i < 2; i++) {
         bool trusted = task_contexts[i] == ORCH_CTX_SCRIPT;
         struct orch_state *s = task_state(task_contexts[i]);
         struct outcome o;
         /* While it waits. */
-        struct orch_task *t = start(s, "local r, why, class = wait()\nafter = class\nlocal ok, e = pcall(wait)\nlast = e return 1", &o);
+        struct orch_task *t = start(s,
+                                    "local r, why, class = wait()\nafter = class\nlocal ok, e = "
+                                    "pcall(wait)\nlast = e return 1",
+                                    &o);
         assert_false(orch_task_cancelled(t));
         orch_task_cancel(t, "test");
         orch_task_cancel(t, "again");
@@ -1012,7 +1136,10 @@ static void test_task_cancel(void **state)
         assert_int_equal(o.err.cls, ORCH_CLASS_CANCELLED);
         /* Inside a coroutine, and a pcall that must not keep it alive in a bounded state. */
         n_ops = 0;
-        t = start(s, "coroutine.wrap(function() while n_waits == nil do if not pcall(wait) then return end end end)()", &o);
+        t = start(s,
+                  "coroutine.wrap(function() while n_waits == nil do if not pcall(wait) then "
+                  "return end end end)()",
+                  &o);
         if (trusted) {
             orch_task_cancel(t, "inner");
             settle(&o);
@@ -1045,7 +1172,8 @@ static void test_task_cancel_running(void **state)
         struct outcome o;
         lua_pushcfunction(orch_state_lua(s), lua_cancel_me);
         lua_setglobal(orch_state_lua(s), "cancel_me");
-        /* A bounded state ends at the next instruction whatever it does, a trusted one at its next wait. */
+        /* A bounded state ends at the next instruction whatever it does, a trusted one at its next
+         * wait. */
         start(s, "cancel_me() while true do pcall(error) wait() end", &o);
         settle(&o);
         assert_int_equal(o.err.cls, ORCH_CLASS_CANCELLED);
@@ -1060,7 +1188,8 @@ static void test_task_time_over(void **state)
     for (size_t i = 0; i < 2; i++) {
         struct orch_state *s = task_state(task_contexts[i]);
         struct outcome o;
-        struct orch_task *t = start(s, "local _, why, class = wait() after = class .. ' ' .. why", &o);
+        struct orch_task *t = start(s, "local _, why, class = wait() after = class .. ' ' .. why",
+                                    &o);
         orch_task_end(t, ORCH_CLASS_TIMEOUT, "not done within 2 s (vm.timeout)");
         assert_int_equal(o.done, 0); /* never from inside */
         settle(&o);
@@ -1085,7 +1214,10 @@ static void test_task_budget(void **state)
     struct outcome o;
     int64_t begin = cpu_ms();
     /* Waiting is free; the time inside adds up over the resumptions. */
-    start(s, "local t = {} for i = 1, 1e9 do local n = 0 for k = 1, 1e5 do n = n + k end orch.sleep(0) end", &o);
+    start(s,
+          "local t = {} for i = 1, 1e9 do local n = 0 for k = 1, 1e5 do n = n + k end "
+          "orch.sleep(0) end",
+          &o);
     settle(&o);
     assert_int_equal(o.err.cls, ORCH_CLASS_LIMIT);
     assert_non_null(strstr(o.err.msg, "limit: tool time 100 ms used up in task.lua:1"));
@@ -1095,8 +1227,11 @@ static void test_task_budget(void **state)
     assert_string_equal(o.text, "slept");
     /* Spawned ones use the budget of the one that spawned them. */
     begin = cpu_ms();
-    start(s, "local t for i = 1, 50 do t = orch.task.spawn(function() while true do for k = 1, 1e4 do end orch.sleep(0) end end) end\n"
-             "local r = t:join() return r", &o);
+    start(s,
+          "local t for i = 1, 50 do t = orch.task.spawn(function() while true do for k = 1, 1e4 do "
+          "end orch.sleep(0) end end) end\n"
+          "local r = t:join() return r",
+          &o);
     settle(&o);
     assert_int_equal(o.err.cls, ORCH_CLASS_LIMIT);
     assert_in_range(cpu_ms() - begin, 50, 50 * 100 / 2);
@@ -1113,24 +1248,40 @@ static void test_spawn(void **state)
 {
     (void)state;
     static const char *const codes[][2] = {
-        { "local t = orch.task.spawn(function(a, b) orch.sleep('1ms') return a + b, nil, 'x' end, 1, 2) return t:join()", "3 nil x" },
-        { "local t = orch.task.spawn(function() error('bad', 0) end) local r, e, c = t:join() return r, e:match('^bad\\n') and 'bad', c",
+        { "local t = orch.task.spawn(function(a, b) orch.sleep('1ms') return a + b, nil, 'x' end, "
+          "1, 2) return t:join()",
+          "3 nil x" },
+        { "local t = orch.task.spawn(function() error('bad', 0) end) local r, e, c = t:join() "
+          "return r, e:match('^bad\\n') and 'bad', c",
           "nil bad failed" },
-        { "local t = orch.task.spawn(function() return 7 end) orch.sleep(0.002) return t:join(), t:join()", "7 7" },
-        { "local log = {} for i = 1, 3 do orch.task.spawn(function() log[#log + 1] = i end) end log[1] = 'first'\n"
-          "orch.sleep(0.001) return table.concat(log, ' ')", "first 1 2 3" },
+        { "local t = orch.task.spawn(function() return 7 end) orch.sleep(0.002) return t:join(), "
+          "t:join()",
+          "7 7" },
+        { "local log = {} for i = 1, 3 do orch.task.spawn(function() log[#log + 1] = i end) end "
+          "log[1] = 'first'\n"
+          "orch.sleep(0.001) return table.concat(log, ' ')",
+          "first 1 2 3" },
         { "local t = orch.task.spawn(function() return 'v' end)\n"
-          "local a = orch.task.spawn(function() return t:join() end) local b = orch.task.spawn(function() return t:join() end)\n"
-          "return a:join() .. b:join()", "vv" },
-        { "local t t = orch.task.spawn(function() return pcall(t.join, t) end) return select(2, t:join())", "a task cannot join itself" },
+          "local a = orch.task.spawn(function() return t:join() end) local b = "
+          "orch.task.spawn(function() return t:join() end)\n"
+          "return a:join() .. b:join()",
+          "vv" },
+        { "local t t = orch.task.spawn(function() return pcall(t.join, t) end) return select(2, "
+          "t:join())",
+          "a task cannot join itself" },
         { "local t = orch.task.spawn(function() orch.sleep(100) end) orch.sleep(0.001)\n"
-          "return t:cancel(), select(3, t:join()), t:cancel(), tostring(t)", "true cancelled false task (cancelled)" },
+          "return t:cancel(), select(3, t:join()), t:cancel(), tostring(t)",
+          "true cancelled false task (cancelled)" },
         { "return select('#', orch.task.spawn(function() end):join())", "0" },
-        { "local ok, e = pcall(orch.sleep, 'soon') return e", "orch.sleep: not a duration: \"soon\"; seconds, or text like "
-                                                              "\"250ms\" \"30s\" \"5m\"" },
-        { "local n, e, c = 0 repeat local t, m, k = orch.task.spawn(orch.sleep, 50) n, e, c = n + 1, m, k until not t return n, c", "1024 limit" },
+        { "local ok, e = pcall(orch.sleep, 'soon') return e",
+          "orch.sleep: not a duration: \"soon\"; seconds, or text like "
+          "\"250ms\" \"30s\" \"5m\"" },
+        { "local n, e, c = 0 repeat local t, m, k = orch.task.spawn(orch.sleep, 50) n, e, c = n + "
+          "1, m, k until not t return n, c",
+          "1024 limit" },
         { "return orch.task.spawn(select, '#', 1, 2, 3):join()", "3" },
-        { "return pcall(orch.task.spawn, select, unpack({}, 1, 17))", "false bad argument #18 to '?' (too many arguments)" },
+        { "return pcall(orch.task.spawn, select, unpack({}, 1, 17))",
+          "false bad argument #18 to '?' (too many arguments)" },
     };
     for (size_t i = 0; i < 2; i++)
         for (size_t k = 0; k < ORCH_ARRAY_LEN(codes); k++) {
@@ -1151,7 +1302,8 @@ static void test_children(void **state)
     for (size_t i = 0; i < 2; i++) {
         struct orch_state *s = task_state(task_contexts[i]);
         struct outcome o;
-        start(s, "orch.task.spawn(function() orch.task.spawn(wait) wait() end) orch.sleep(0.001)", &o);
+        start(s, "orch.task.spawn(function() orch.task.spawn(wait) wait() end) orch.sleep(0.001)",
+              &o);
         settle(&o);
         assert_int_equal(n_ops, 2);
         bool bounded = task_contexts[i] == ORCH_CTX_TOOL;
@@ -1192,7 +1344,8 @@ static void test_task_reuse(void **state)
     orch_state_free(s);
 }
 
-/* ---- Reload ------------------------------------------------------------------------------------------ */
+/* ---- Reload
+ * ------------------------------------------------------------------------------------------ */
 
 static char dir[64];
 static int reloads;
@@ -1360,5 +1513,6 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_task_reuse, make_loop, free_loop),
         cmocka_unit_test_setup_teardown(test_reload, make_loop, free_loop),
     };
+    odd_locale();
     return cmocka_run_group_tests(tests, make_dir, remove_dir);
 }

@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <glob.h>
 #include <poll.h>
+#include <pthread.h>
 #include <sched.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -96,7 +97,8 @@ static void spill(const char *path, const void *p, size_t n)
     assert_int_equal(orch_write_file(AT_FDCWD, path, p, n, 0600), 0);
 }
 
-static struct orch_audit_report verify_with(const char *path, const char *key, const char *expect_head)
+static struct orch_audit_report verify_with(const char *path, const char *key,
+                                            const char *expect_head)
 {
     struct orch_audit_report r;
     struct orch_err err;
@@ -120,11 +122,12 @@ static void expect_good(const char *path, uint64_t lines, uint64_t unsigned_line
 }
 
 /* The verdict on path is the problem `what` (a part of it) at line `line` of path + suffix. */
-static void expect_problem_with(const char *path, const char *key, const char *expect_head, const char *suffix, uint64_t line,
-                                const char *what)
+static void expect_problem_with(const char *path, const char *key, const char *expect_head,
+                                const char *suffix, uint64_t line, const char *what)
 {
     struct orch_audit_report r = verify_with(path, key, expect_head);
-    cleanup_free char *start = orch_xasprintf("%s%s:%llu: ", path, suffix, (unsigned long long)line);
+    cleanup_free char *start = orch_xasprintf("%s%s:%llu: ", path, suffix,
+                                              (unsigned long long)line);
     if (r.ok || strncmp(r.problem, start, strlen(start)) != 0 || !strstr(r.problem, what))
         fail_msg("expected %s…%s…, got %s", start, what, r.ok ? "no problem" : r.problem);
     if (!*suffix && line)
@@ -207,7 +210,8 @@ static void test_lines(void **state)
     char mac_hex[65];
     orch_hmac(&k, signed_text, strlen(signed_text), mac);
     orch_hex(mac, 32, mac_hex);
-    cleanup_free char *expected = orch_xasprintf("{\"seq\":3,\"hash\":\"%s\",\"hmac\":\"%s\"}\n", hash, mac_hex);
+    cleanup_free char *expected = orch_xasprintf("{\"seq\":3,\"hash\":\"%s\",\"hmac\":\"%s\"}\n",
+                                                 hash, mac_hex);
     assert_string_equal(head.p, expected);
     assert_int_equal(stat(head_path, &st), 0);
     assert_int_equal(st.st_mode & 07777, 0600);
@@ -227,23 +231,28 @@ static void test_refused_lines(void **state)
     struct orch_err err;
     assert_int_equal(orch_audit_add(a, "x", ORCH_SLICE("\"a\":\n1"), false, &err), -EINVAL);
     assert_int_equal(orch_audit_add(a, "x", ORCH_SLICE("\"a\":\"\0\""), false, &err), -EINVAL);
-    assert_int_equal(orch_audit_add_outcome(a, ORCH_SLICE("\"a\":1"), &err), -EINVAL); /* nothing is reserved */
+    /* nothing is reserved */
+    assert_int_equal(orch_audit_add_outcome(a, ORCH_SLICE("\"a\":1"), &err), -EINVAL);
 
     cleanup_buf struct orch_buf big = { 0 };
     orch_buf_str(&big, "\"a\":\"");
     while (big.n < ORCH_AUDIT_LINE_MAX)
         orch_buf_char(&big, 'x');
     orch_buf_char(&big, '"');
-    assert_int_equal(orch_audit_add(a, "x", (struct orch_slice){ big.p, big.n }, true, &err), -EMSGSIZE);
+    assert_int_equal(orch_audit_add(a, "x", (struct orch_slice){ big.p, big.n }, true, &err),
+                     -EMSGSIZE);
     /* The longest that is promised to fit. */
     size_t most = ORCH_AUDIT_LINE_MAX - ORCH_AUDIT_AROUND - 1;
     big.p[most - 1] = '"';
     assert_int_equal(orch_audit_add(a, "x", (struct orch_slice){ big.p, most }, true, &err), 0);
     big.p[most - 1] = 'x';
     size_t most_outcome = ORCH_AUDIT_OUTCOME_MAX - ORCH_AUDIT_AROUND - strlen("outcome");
-    assert_int_equal(orch_audit_add_outcome(a, (struct orch_slice){ big.p, most_outcome + 1 }, &err), -EMSGSIZE);
+    assert_int_equal(orch_audit_add_outcome(a, (struct orch_slice){ big.p, most_outcome + 1 },
+                                            &err),
+                     -EMSGSIZE);
     big.p[most_outcome - 1] = '"'; /* shortened: the reservation is still there */
-    assert_int_equal(orch_audit_add_outcome(a, (struct orch_slice){ big.p, most_outcome }, &err), 0);
+    assert_int_equal(orch_audit_add_outcome(a, (struct orch_slice){ big.p, most_outcome }, &err),
+                     0);
     assert_int_equal(orch_audit_add_outcome(a, ORCH_SLICE("\"a\":1"), &err), -EINVAL);
     assert_false(orch_audit_broken(a));
     flush(a);
@@ -291,7 +300,8 @@ static void test_digest(void **state)
     orch_audit_close(a);
 }
 
-/* The head follows within about a second by the loop's timer alone, and only lines after it are unsigned. */
+/* The head follows within about a second by the loop's timer alone, and only lines after it are
+ * unsigned. */
 static void test_head_by_timer(void **state)
 {
     (void)state;
@@ -400,7 +410,8 @@ static void test_open_at_once(void **state)
         char c;
         CHECK(read(go[0], &c, 1) == 0);
         for (int k = 0; k < 3; k++) { /* of one process too */
-            struct orch_audit *a = orch_audit_open(loop, logs, key_path, ORCH_AUDIT_SYNC_NONE, NULL);
+            struct orch_audit *a = orch_audit_open(loop, logs, key_path, ORCH_AUDIT_SYNC_NONE,
+                                                   NULL);
             CHECK(a);
             CHECK(orch_audit_add(a, "x", ORCH_SLICE("\"a\":1"), false, NULL) == 0);
             orch_audit_close(a);
@@ -441,7 +452,9 @@ static void tamper_init(struct tamper *t)
     slurp(t->path, &t->text);
     slurp(t->head_path, &t->head);
     for (size_t i = 0; i < LINES; i++)
-        t->at[i + 1] = (size_t)((char *)memchr(t->text.p + t->at[i], '\n', t->text.n - t->at[i]) - t->text.p) + 1;
+        t->at[i + 1] = (size_t)((char *)memchr(t->text.p + t->at[i], '\n', t->text.n - t->at[i]) -
+                                t->text.p) +
+                       1;
     assert_int_equal(t->at[LINES], t->text.n);
     expect_good(t->path, LINES, 0);
 }
@@ -555,9 +568,15 @@ static void test_tamper_lines(void **state)
         { "{}\n", "\"hash\"" },
         { "{\"seq\":7,\"hash\":\"\"}\n", "\"hash\"" },
         { "[1]\n", "\"hash\"" },
-        { "{\"hash\":\"0000000000000000000000000000000000000000000000000000000000000000\",\"seq\":7}\n", "the last member" },
-        { "{\"seq\":7,\"prev\":\"0\",\"hash\":\"0000000000000000000000000000000000000000000000000000000000000000\"}\n", "changed" },
-        { "{\"a\":1,\"a\":1,\"hash\":\"0000000000000000000000000000000000000000000000000000000000000000\"}\n", "not JSON: dup" },
+        { "{\"hash\":\"0000000000000000000000000000000000000000000000000000000000000000\",\"seq\":"
+          "7}\n",
+          "the last member" },
+        { "{\"seq\":7,\"prev\":\"0\",\"hash\":"
+          "\"0000000000000000000000000000000000000000000000000000000000000000\"}\n",
+          "changed" },
+        { "{\"a\":1,\"a\":1,\"hash\":"
+          "\"0000000000000000000000000000000000000000000000000000000000000000\"}\n",
+          "not JSON: dup" },
     };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(by_hand); i++) {
         orch_buf_add(&t.work, t.text.p, t.text.n);
@@ -576,7 +595,9 @@ static void test_tamper_lines(void **state)
 static void forge(struct orch_buf *out, int seq, const char *what, char *prev)
 {
     size_t start = out->n;
-    orch_buf_printf(out, "{\"ts\":\"2020-01-01T00:00:00.000Z\",\"seq\":%d,\"event\":\"%s\",\"prev\":\"%s\"", seq, what, prev);
+    orch_buf_printf(
+        out, "{\"ts\":\"2020-01-01T00:00:00.000Z\",\"seq\":%d,\"event\":\"%s\",\"prev\":\"%s\"",
+        seq, what, prev);
     orch_sha256_hex(out->p + start, out->n - start, prev);
     orch_buf_printf(out, ",\"hash\":\"%s\"}\n", prev);
 }
@@ -588,7 +609,8 @@ static void test_tamper_chain(void **state)
     tamper_init(&t);
     struct orch_audit_report good = verify(t.path);
 
-    /* One line replaced, with its own hash right: the next one tells, also for the first and the last. */
+    /* One line replaced, with its own hash right: the next one tells, also for the first and the
+     * last. */
     for (int i = 0; i < LINES; i++) {
         char prev[65];
         if (i)
@@ -622,7 +644,8 @@ static void test_tamper_chain(void **state)
     assert_true(r.ok);
     assert_false(r.has_head);
     assert_int_equal(r.unsigned_lines, LINES);
-    expect_problem_with(t.path, key_path, good.head_hash, "", LINES, "no line has the expected hash");
+    expect_problem_with(t.path, key_path, good.head_hash, "", LINES,
+                        "no line has the expected hash");
     spill(t.head_path, t.head.p, t.head.n);
 
     /* Lines put after the head, chain right: unsigned. A head kept elsewhere still holds. */
@@ -648,7 +671,8 @@ static void test_tamper_chain(void **state)
         slurp(path, &t.work);
         spill(t.head_path, t.work.p, t.work.n);
         t.work.n = 0;
-        expect_problem(t.path, ".head", 1, i ? "its hash is not that of line 2" : "its hash is not that of line 6");
+        expect_problem(t.path, ".head", 1,
+                       i ? "its hash is not that of line 2" : "its hash is not that of line 6");
     }
     spill(t.head_path, t.head.p, t.head.n);
 
@@ -740,8 +764,8 @@ static void full_before(void)
     free(first);
 }
 
-/* Calls are admitted until the reservation fails; then, with nothing left on the disk, every admitted
- * one can still write its longest outcome. */
+/* Calls are admitted until the reservation fails; then, with nothing left on the disk, every
+ * admitted one can still write its longest outcome. */
 static void full_during(void)
 {
     own_mount("tmpfs", "size=1m");
@@ -797,10 +821,14 @@ static void full_flush(void)
     off_t whole = st.st_size;
     CHECK(whole % 4096 > 0); /* so that the write begins, and stops in the middle of a line */
     for (int i = 0; i < 10; i++)
-        CHECK(orch_audit_add_outcome(a, ORCH_SLICE("\"a\":\"xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"
-                                                   "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"
-                                                   "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"
-                                                   "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx\""), &err) == 0);
+        CHECK(orch_audit_add_outcome(
+                  a,
+                  ORCH_SLICE(
+                      "\"a\":\"xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"
+                      "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"
+                      "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"
+                      "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx\""),
+                  &err) == 0);
     CHECK(truncate(path, whole) == 0);
     fill_disk();
     CHECK(orch_audit_flush(a, &err) == -ENOSPC);
@@ -849,7 +877,8 @@ static void cannot_reserve(void)
     own_mount("ramfs", NULL);
     struct orch_err err;
     CHECK(!orch_audit_open(loop, logs, key_path, ORCH_AUDIT_SYNC_NONE, &err));
-    CHECK(err.code == EOPNOTSUPP && strstr(err.msg, "this filesystem (ramfs) cannot reserve space") &&
+    CHECK(err.code == EOPNOTSUPP &&
+          strstr(err.msg, "this filesystem (ramfs) cannot reserve space") &&
           strstr(err.msg, "set audit.dir"));
 }
 
@@ -888,16 +917,19 @@ static void test_cannot_reserve(void **state)
 static void test_killed_writer(void **state)
 {
     (void)state;
-    uint64_t *acked = mmap(NULL, sizeof *acked, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    uint64_t *acked = mmap(NULL, sizeof *acked, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS,
+                           -1, 0);
     assert_ptr_not_equal(acked, MAP_FAILED);
     int partial = 0;
     for (int round = 0; round < 30; round++) {
         *acked = 0;
         pid_t pid = fork();
         if (pid == 0) {
-            struct orch_audit *a = orch_audit_open(loop, logs, key_path, ORCH_AUDIT_SYNC_NONE, NULL);
+            struct orch_audit *a = orch_audit_open(loop, logs, key_path, ORCH_AUDIT_SYNC_NONE,
+                                                   NULL);
             CHECK(a);
-            static const char text[] = "\"call\":\"c\",\"args\":{\"path\":\"some/where/in/the/workspace.txt\"}";
+            static const char text[] =
+                "\"call\":\"c\",\"args\":{\"path\":\"some/where/in/the/workspace.txt\"}";
             for (uint64_t seq = 0;;) {
                 for (int i = 0; i < 50; i++, seq += 2) {
                     CHECK(orch_audit_add(a, "decision", ORCH_SLICE(text), true, NULL) == 0);
@@ -963,7 +995,8 @@ static struct orch_trust_file trust_file(const char *path, char digit)
     return f;
 }
 
-static void expect_trust(struct orch_db *db, const char *folder, bool edits, const struct orch_trust_file *want, size_t n_want)
+static void expect_trust(struct orch_db *db, const char *folder, bool edits,
+                         const struct orch_trust_file *want, size_t n_want)
 {
     struct orch_trust_file *files;
     size_t n;
@@ -998,7 +1031,8 @@ static void test_trust(void **state)
     assert_int_equal(st.st_mode & 07777, 0600);
     expect_no_trust(db, "/a");
 
-    struct orch_trust_file two[] = { trust_file("orchestrator.lua", 'a'), trust_file("policies/\xff'; --.lua", 'b') };
+    struct orch_trust_file two[] = { trust_file("orchestrator.lua", 'a'),
+                                     trust_file("policies/\xff'; --.lua", 'b') };
     assert_string_equal(two[0].sha256, hash_a);
     struct orch_err err;
     assert_int_equal(orch_db_trust_set(db, "/a", false, two, 2, &err), 0);
@@ -1143,7 +1177,9 @@ static void test_db_busy(void **state)
     if (holder == 0) {
         /* SQLite's reserved lock, as a process in the middle of a write holds it. */
         int fd = open(db_path, O_RDWR | O_CLOEXEC);
-        struct flock l = { .l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = 0x40000001, .l_len = 1 };
+        struct flock l = {
+            .l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = 0x40000001, .l_len = 1
+        };
         CHECK(fd >= 0 && fcntl(fd, F_SETLK, &l) == 0);
         CHECK(write(up[1], "x", 1) == 1);
         for (;;)
@@ -1166,30 +1202,60 @@ static void test_db_busy(void **state)
     orch_db_close(db);
 }
 
+/* ---- Handles in threads of one program that start at once: one key, and a log each. */
+
+struct opener {
+    pthread_barrier_t *at_once;
+    char why[256];
+};
+
+static void *open_at_once(void *ud)
+{
+    struct opener *o = ud;
+    struct orch_err err;
+    struct orch_loop *own = orch_loop_new(&err);
+    pthread_barrier_wait(o->at_once);
+    struct orch_audit *a = orch_audit_open(own, logs, key_path, ORCH_AUDIT_SYNC_NONE, &err);
+    if (!a)
+        snprintf(o->why, sizeof o->why, "%.255s", err.msg);
+    orch_audit_close(a);
+    orch_loop_free(own);
+    return NULL;
+}
+
+static void test_threads(void **state)
+{
+    (void)state;
+    for (int round = 0; round < 50; round++) {
+        struct opener openers[4] = { 0 };
+        snprintf(logs, sizeof logs, "%s/%d/audit", dir, round);
+        snprintf(key_path, sizeof key_path, "%s/%d/audit.key", dir, round);
+        pthread_t threads[4];
+        pthread_barrier_t at_once;
+        pthread_barrier_init(&at_once, NULL, 4);
+        for (int i = 0; i < 4; i++) {
+            openers[i].at_once = &at_once;
+            assert_int_equal(pthread_create(&threads[i], NULL, open_at_once, &openers[i]), 0);
+        }
+        for (int i = 0; i < 4; i++)
+            assert_int_equal(pthread_join(threads[i], NULL), 0);
+        pthread_barrier_destroy(&at_once);
+        for (int i = 0; i < 4; i++)
+            assert_string_equal(openers[i].why, "");
+    }
+}
+
 int main(void)
 {
 #define TEST(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
     const struct CMUnitTest tests[] = {
-        TEST(test_lines),
-        TEST(test_refused_lines),
-        TEST(test_queue_is_bounded),
-        TEST(test_digest),
-        TEST(test_head_by_timer),
-        TEST(test_reservation),
-        TEST(test_open_refused),
-        TEST(test_open_at_once),
-        TEST(test_tamper_bytes),
-        TEST(test_tamper_lines),
-        TEST(test_tamper_chain),
-        TEST(test_full_before),
-        TEST(test_full_during),
-        TEST(test_full_flush),
-        TEST(test_limit_flush),
-        TEST(test_cannot_reserve),
-        TEST(test_killed_writer),
-        TEST(test_trust),
-        TEST(test_db_refused),
-        TEST(test_db_at_once),
+        TEST(test_lines),        TEST(test_refused_lines),  TEST(test_queue_is_bounded),
+        TEST(test_digest),       TEST(test_head_by_timer),  TEST(test_reservation),
+        TEST(test_open_refused), TEST(test_open_at_once),   TEST(test_threads),
+        TEST(test_tamper_bytes), TEST(test_tamper_lines),   TEST(test_tamper_chain),
+        TEST(test_full_before),  TEST(test_full_during),    TEST(test_full_flush),
+        TEST(test_limit_flush),  TEST(test_cannot_reserve), TEST(test_killed_writer),
+        TEST(test_trust),        TEST(test_db_refused),     TEST(test_db_at_once),
         TEST(test_db_busy),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

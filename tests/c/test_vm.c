@@ -1,11 +1,12 @@
-/* core/vm against real microVMs: QEMU, emulated. Needs root (namespaces of its own for broken file systems
- * and devices) and, once, the network for Debian's kernel; images and templates stay in ORCH_TEST_CACHE or
- * build/test-cache. */
+/* core/vm against real microVMs: QEMU, emulated. Needs root (namespaces of its own for broken file
+ * systems and devices) and, once, the network for Debian's kernel; images and templates stay in
+ * ORCH_TEST_CACHE or build/test-cache. */
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
 #include <libgen.h>
+#include <pthread.h>
 #include <sched.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -169,13 +170,13 @@ static void spawn(struct bed *b, struct guest *g, const struct orch_vm_opts *o)
     assert_false(g->ready || g->failed); /* never from inside spawn */
 }
 
-#define WAIT_FOR(cond)                                                                             \
-    do {                                                                                           \
-        int64_t until_ = orch_now_us() / 1000 + START_MS;                                          \
-        while (!(cond) && orch_now_us() / 1000 < until_)                                           \
-            orch_loop_step(loop, 100);                                                             \
-        if (!(cond))                                                                               \
-            fail_msg("%s: waited in vain", #cond);                                                 \
+#define WAIT_FOR(cond) \
+    do { \
+        int64_t until_ = orch_now_us() / 1000 + START_MS; \
+        while (!(cond) && orch_now_us() / 1000 < until_) \
+            orch_loop_step(loop, 100); \
+        if (!(cond)) \
+            fail_msg("%s: waited in vain", #cond); \
     } while (0)
 
 static void start_with(struct bed *b, struct guest *g, const struct orch_vm_opts *o)
@@ -391,7 +392,8 @@ static void test_spawn_exec_free(void **state)
     char want_event[128];
     snprintf(
         want_event, sizeof want_event,
-        "vm_spawn \"vm\":\"%s\",\"image\":\"base\",\"backend\":\"qemu\",\"isolation\":\"emulated\",\"ms\":",
+        "vm_spawn "
+        "\"vm\":\"%s\",\"image\":\"base\",\"backend\":\"qemu\",\"isolation\":\"emulated\",\"ms\":",
         orch_vm_id(g.vm));
     assert_contains(b.events.p, want_event);
     orch_vm_free(g.vm);
@@ -414,10 +416,9 @@ static void test_clones_differ(void **state)
         struct timespec before, after;
         clock_gettime(CLOCK_REALTIME, &before);
         start(&b, &g[i]);
-        snprintf(
-            first[i], sizeof first[i], "%s",
-            run(&g[i],
-                "cat /proc/sys/kernel/random/boot_id; head -c 16 /dev/urandom | hexdump -v -e '/1 \"%02x\"'; echo"));
+        snprintf(first[i], sizeof first[i], "%s",
+                 run(&g[i], "cat /proc/sys/kernel/random/boot_id; head -c 16 /dev/urandom | "
+                            "hexdump -v -e '/1 \"%02x\"'; echo"));
         double guest_s = atof(run(&g[i], "date +%s"));
         clock_gettime(CLOCK_REALTIME, &after);
         assert_true(guest_s >= (double)before.tv_sec - 1 && guest_s <= (double)after.tv_sec + 1);
@@ -521,7 +522,8 @@ static void test_nothing_is_left(void **state)
 /* ---- the end, by itself */
 
 /* Who was under way, the owner, and who asks afterwards get the same error. */
-static void assert_same_end(struct guest *g, const struct command *c, enum orch_class cls, const char *why)
+static void assert_same_end(struct guest *g, const struct command *c, enum orch_class cls,
+                            const char *why)
 {
     struct orch_err after = { 0 };
     cleanup_free char *prefix = orch_xasprintf("microVM %s: ", orch_vm_id(g->vm));
@@ -568,7 +570,8 @@ static void test_guest_powers_off(void **state)
     bed_open(&b, &o);
     static const char *const ways[][2] = {
         { "echo so far; poweroff -f; sleep 100", "the guest powered off" },
-        { "echo so far; echo b >/proc/sysrq-trigger; sleep 100", "the guest stopped (a reboot, a kernel panic, or its init ended)" },
+        { "echo so far; echo b >/proc/sysrq-trigger; sleep 100",
+          "the guest stopped (a reboot, a kernel panic, or its init ended)" },
     };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(ways); i++) {
         start(&b, &g);
@@ -850,7 +853,8 @@ static void test_frozen_files(void **state)
     assert_null(orch_frozen_open(dir, "key", 65 << 20, &back, &err));
     assert_int_equal(err.code, EBADMSG);
     /* Nobody writes to it again, however it was left. */
-    static const char *const files[] = { "frozen/key/mem", "frozen/key/state", "frozen/key/meta.json" };
+    static const char *const files[] = { "frozen/key/mem", "frozen/key/state",
+                                         "frozen/key/meta.json" };
     struct stat st;
     for (size_t i = 0; i < ORCH_ARRAY_LEN(files); i++) {
         assert_int_equal(stat(own_path(files[i]), &st), 0);
@@ -880,6 +884,75 @@ static void test_frozen_files(void **state)
     orch_frozen_close(l);
     orch_frozen_fini(&back);
     orch_frozen_fini(&f);
+}
+
+/* Two of a program's threads load templates, each in a handle of its own. */
+
+struct loading {
+    const char *dir, *key;
+    char fill;
+    struct orch_err err;
+    const char *failed;
+};
+
+static void *load_often(void *ud)
+{
+    struct loading *own = ud;
+    cleanup_free char *page = orch_xmalloc(4096), *want = orch_xmalloc(4096);
+    for (int round = 0; round < 8 && !own->failed; round++) {
+        struct orch_frozen f;
+        struct orch_frozen_load *l = orch_frozen_open(own->dir, own->key, 64 << 20, &f, &own->err);
+        int r = l ? 1 : -1;
+        while (r > 0)
+            r = orch_frozen_step(l, &own->err);
+        if (r < 0)
+            own->failed = own->err.msg;
+        for (off_t at = 0; at < 4096 && !own->failed; at++) {
+            memset(want, own->fill + (int)at % 7, 4096);
+            if (pread(f.mem_fd, page, 4096, at * 4096) != 4096 || memcmp(page, want, 4096) != 0)
+                own->failed = "a page is another's";
+        }
+        orch_frozen_close(l);
+        if (l)
+            orch_frozen_fini(&f);
+    }
+    return NULL;
+}
+
+static void test_frozen_threads(void **state)
+{
+    (void)state;
+    struct loading of[2] = { { .key = "one", .fill = 'a' }, { .key = "two", .fill = 'n' } };
+    pthread_t threads[2];
+    char dir[128], page[4096];
+    snprintf(dir, sizeof dir, "%s", own_path("frozen-threads"));
+    assert_int_equal(mkdir(dir, 0700), 0);
+    for (int i = 0; i < 2; i++) {
+        struct orch_frozen f;
+        struct orch_err err;
+        int pidfd = -1, status;
+        of[i].dir = dir;
+        assert_int_equal(orch_frozen_new(&f, 64 << 20, &err), 0);
+        for (off_t at = 0; at < 4096; at++) {
+            memset(page, of[i].fill + (int)at % 7, sizeof page);
+            assert_int_equal(pwrite(f.mem_fd, page, sizeof page, at * 4096), sizeof page);
+        }
+        assert_int_equal(write(f.state_fd, "state", 5), 5);
+        assert_int_equal(orch_frozen_seal(&f, &err), 0);
+        pid_t pid = orch_frozen_save(dir, of[i].key, &f, ORCH_SLICE("\"image\":\"x\""), -1, &pidfd,
+                                     &err);
+        assert_int_equal(waitpid(pid, &status, 0), pid);
+        assert_int_equal(status, 0);
+        close(pidfd);
+        orch_frozen_fini(&f);
+    }
+    for (int i = 0; i < 2; i++)
+        assert_int_equal(pthread_create(&threads[i], NULL, load_often, &of[i]), 0);
+    for (int i = 0; i < 2; i++)
+        assert_int_equal(pthread_join(threads[i], NULL), 0);
+    for (int i = 0; i < 2; i++)
+        if (of[i].failed)
+            fail_msg("%s: %s", of[i].key, of[i].failed);
 }
 
 /* ---- failing starts */
@@ -920,9 +993,10 @@ static void test_missing_programs(void **state)
     own_cache(&b, dir);
     o = bed_opts(&b);
     o.launcher_path = "/nonexistent/launcher";
-    expect_failure(
-        &o, &b, (const char *const[]){ "/nonexistent/launcher", "No such file or directory", NULL },
-        ORCH_CLASS_ISOLATION);
+    expect_failure(&o, &b,
+                   (const char *const[]){ "/nonexistent/launcher", "No such file or directory",
+                                          NULL },
+                   ORCH_CLASS_ISOLATION);
 }
 
 /* The kernel's ELF out of the built image, for images of other inits. */
@@ -944,9 +1018,10 @@ static void test_bad_kernels(void **state)
     snprintf(b.cache_dir, sizeof b.cache_dir, "%s", dir);
     struct orch_vms_opts o = bed_opts(&b);
     o.kernel = "/nonexistent/vmlinuz";
-    expect_failure(
-        &o, &b, (const char *const[]){ "/nonexistent/vmlinuz", "No such file or directory", NULL },
-        ORCH_CLASS_FAILED);
+    expect_failure(&o, &b,
+                   (const char *const[]){ "/nonexistent/vmlinuz", "No such file or directory",
+                                          NULL },
+                   ORCH_CLASS_FAILED);
     bed_init(&b);
     snprintf(b.cache_dir, sizeof b.cache_dir, "%s", dir);
     o.kernel = garbage;
@@ -993,24 +1068,22 @@ static void test_bad_inits(void **state)
     o.kernel = base_kernel();
     o.agent_path = silent;
     o.boot_ms = 5000;
-    expect_failure(
-        &o, &b,
-        (const char *const[]){
-            "template of image base (emulated, 256 MiB): booting: the guest agent did not answer within ",
-            "\nlog: ", NULL },
-        ORCH_CLASS_TIMEOUT);
+    expect_failure(&o, &b,
+                   (const char *const[]){ "template of image base (emulated, 256 MiB): booting: "
+                                          "the guest agent did not answer within ",
+                                          "\nlog: ", NULL },
+                   ORCH_CLASS_TIMEOUT);
     bed_init(&b);
     snprintf(b.cache_dir, sizeof b.cache_dir, "%s", dir);
     o.agent_path = dying;
     o.boot_ms = 0;
-    expect_failure(
-        &o, &b,
-        (const char *const[]){
-            "booting: the guest stopped (a reboot, a kernel panic, or its init ended)",
-            "last output:",
-            "Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000300",
-            "\nlog: ", NULL },
-        ORCH_CLASS_FAILED);
+    expect_failure(&o, &b,
+                   (const char *const[]){
+                       "booting: the guest stopped (a reboot, a kernel panic, or its init ended)",
+                       "last output:",
+                       "Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000300",
+                       "\nlog: ", NULL },
+                   ORCH_CLASS_FAILED);
 }
 
 /* The guest's kernel gives up, or on a busy host now and then goes on waiting for memory. */
@@ -1153,9 +1226,8 @@ static void cache_read_only(void)
     bed_open(&b, &o);
     start(&b, &g);
     assert_string_equal(run(&g, "echo fine"), "fine\n");
-    assert_contains(
-        b.log.p,
-        "ro-cache/templates: the template is not kept, each process boots its own: Read-only file system");
+    assert_contains(b.log.p, "ro-cache/templates: the template is not kept, each process boots its "
+                             "own: Read-only file system");
     bed_close(&b);
 }
 
@@ -1172,9 +1244,8 @@ static void cache_full(void)
     bed_open(&b, &o);
     start(&b, &g);
     WAIT_FOR(b.log.p && strstr(b.log.p, "not kept"));
-    assert_contains(
-        b.log.p,
-        "full-cache/templates: the template is not kept, each process boots its own: No space left on device");
+    assert_contains(b.log.p, "full-cache/templates: the template is not kept, each process boots "
+                             "its own: No space left on device");
     assert_string_equal(run(&g, "echo fine"), "fine\n");
     snprintf(path, sizeof path, "%s/templates", dir);
     assert_int_equal(entries(path, ""), 1); /* the lock alone */
@@ -1269,9 +1340,8 @@ static void kvm_forbidden(void)
     vo.accel = "kvm";
     start_failing(&b, &g, &vo);
     assert_int_equal(g.err.cls, ORCH_CLASS_ISOLATION);
-    assert_contains(
-        g.err.msg,
-        "acceleration kvm: /dev/kvm: permission denied (mode 0600, uid 0, gid 0); give it to group kvm");
+    assert_contains(g.err.msg, "acceleration kvm: /dev/kvm: permission denied (mode 0600, uid 0, "
+                               "gid 0); give it to group kvm");
     cleanup_buf struct orch_buf why = { 0 };
     assert_int_equal(orch_known_isolation(loop, &o, &why), ORCH_ISOLATION_EMULATED);
     assert_contains(why.p, "permission denied");
@@ -1443,14 +1513,18 @@ static void test_lying_vmm(void **state)
           "QEMU's control channel: byte 1:" },
         { "for (;;) write(12, \"{\\\"event\\\":\\\"X\\\"}\\n\", 14);",
           "QEMU's control channel: it sent more than 1024 KiB" },
-        { "write(12, \"{\\\"error\\\":{\\\"desc\\\":\\\"no \\\\u001b[2J\\\"}}\\n\", 37); for (;;) poll(0, 0, 1000);",
+        { "write(12, \"{\\\"error\\\":{\\\"desc\\\":\\\"no \\\\u001b[2J\\\"}}\\n\", 37); for (;;) "
+          "poll(0, 0, 1000);",
           "QEMU's control channel: no \\x1b[2J" },
-        { "write(12, \"{\\\"event\\\":\\\"MIGRATION\\\",\\\"data\\\":{\\\"status\\\":\\\"failed\\\"}}\\n\", 51); for (;;) poll(0, 0, 1000);",
+        { "write(12, "
+          "\"{\\\"event\\\":\\\"MIGRATION\\\",\\\"data\\\":{\\\"status\\\":\\\"failed\\\"}}\\n\", "
+          "51); for (;;) poll(0, 0, 1000);",
           "failed: no reason given" },
         { "write(11, \"AAAAAAAAAAAAAAAAAAAAAAAA\", 24); for (;;) poll(0, 0, 1000);",
           "protocol error: the guest agent sent" },
         { "close(11); for (;;) poll(0, 0, 1000);", "the microVM closed its channel" },
-        { "for (int i = 0; i < 1000000; i++) write(2, \"0123456789\", 10); write(2, \"\\nbye\\n\", 5); return 7;",
+        { "for (int i = 0; i < 1000000; i++) write(2, \"0123456789\", 10); write(2, \"\\nbye\\n\", "
+          "5); return 7;",
           "the VMM ended (exit status 7)\nlast output:\n" },
         { "*(volatile int *)0 = 1;",
           "the VMM was killed by signal 11 (Segmentation fault) (it wrote nothing)\nlog: " },
@@ -1460,11 +1534,11 @@ static void test_lying_vmm(void **state)
     snprintf(program, sizeof program, "%s/lying", work);
     for (size_t i = 0; i < ORCH_ARRAY_LEN(cases); i++) {
         cleanup_buf struct orch_buf text = { 0 };
-        orch_buf_printf(
-            &text,
-            "#include <poll.h>\n#include <unistd.h>\n#include <signal.h>\n#pragma GCC diagnostic ignored \"-Wunused-result\"\n"
-            "int main(void) { %s }\n",
-            cases[i].code);
+        orch_buf_printf(&text,
+                        "#include <poll.h>\n#include <unistd.h>\n#include <signal.h>\n#pragma GCC "
+                        "diagnostic ignored \"-Wunused-result\"\n"
+                        "int main(void) { %s }\n",
+                        cases[i].code);
         write_text(source, text.p, text.n, 0644);
         snprintf(command, sizeof command, "cc -w -O1 -o '%s' '%s'", program, source);
         assert_int_equal(system(command), 0);
@@ -1474,11 +1548,11 @@ static void test_lying_vmm(void **state)
         own_cache(&b, dir);
         struct orch_vms_opts o = bed_opts(&b);
         o.qemu = program;
-        expect_failure(
-            &o, &b,
-            (const char *const[]){ cases[i].part,
-                                   "template of image base (emulated, 256 MiB): booting:", NULL },
-            strstr(cases[i].part, "closed") ? ORCH_CLASS_CLOSED : ORCH_CLASS_FAILED);
+        expect_failure(&o, &b,
+                       (const char *const[]){
+                           cases[i].part,
+                           "template of image base (emulated, 256 MiB): booting:", NULL },
+                       strstr(cases[i].part, "closed") ? ORCH_CLASS_CLOSED : ORCH_CLASS_FAILED);
     }
 }
 
@@ -1557,21 +1631,37 @@ static int teardown(void **state)
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_folders),         cmocka_unit_test(test_frozen_files),
-        cmocka_unit_test(test_verdicts),        cmocka_unit_test(test_spawn_exec_free),
-        cmocka_unit_test(test_clones_differ),   cmocka_unit_test(test_timer_in_guest),
-        cmocka_unit_test(test_many_at_once),    cmocka_unit_test(test_nothing_is_left),
-        cmocka_unit_test(test_crash_is_lost),   cmocka_unit_test(test_guest_powers_off),
-        cmocka_unit_test(test_launcher_dies),   cmocka_unit_test(test_timeout),
-        cmocka_unit_test(test_log_is_capped),   cmocka_unit_test(test_template_is_kept_and_checked),
-        cmocka_unit_test(test_one_builder),     cmocka_unit_test(test_missing_programs),
-        cmocka_unit_test(test_bad_kernels),     cmocka_unit_test(test_bad_inits),
-        cmocka_unit_test(test_little_memory),   cmocka_unit_test(test_slow_clone),
-        cmocka_unit_test(test_library_list),    cmocka_unit_test(test_mistakes),
-        cmocka_unit_test(test_cache_read_only), cmocka_unit_test(test_cache_full),
-        cmocka_unit_test(test_runtime_full),    cmocka_unit_test(test_kvm_forbidden),
-        cmocka_unit_test(test_kvm_pretends),    cmocka_unit_test(test_killed_orch),
-        cmocka_unit_test(test_as_user),         cmocka_unit_test(test_lying_vmm),
+        cmocka_unit_test(test_folders),
+        cmocka_unit_test(test_frozen_files),
+        cmocka_unit_test(test_frozen_threads),
+        cmocka_unit_test(test_verdicts),
+        cmocka_unit_test(test_spawn_exec_free),
+        cmocka_unit_test(test_clones_differ),
+        cmocka_unit_test(test_timer_in_guest),
+        cmocka_unit_test(test_many_at_once),
+        cmocka_unit_test(test_nothing_is_left),
+        cmocka_unit_test(test_crash_is_lost),
+        cmocka_unit_test(test_guest_powers_off),
+        cmocka_unit_test(test_launcher_dies),
+        cmocka_unit_test(test_timeout),
+        cmocka_unit_test(test_log_is_capped),
+        cmocka_unit_test(test_template_is_kept_and_checked),
+        cmocka_unit_test(test_one_builder),
+        cmocka_unit_test(test_missing_programs),
+        cmocka_unit_test(test_bad_kernels),
+        cmocka_unit_test(test_bad_inits),
+        cmocka_unit_test(test_little_memory),
+        cmocka_unit_test(test_slow_clone),
+        cmocka_unit_test(test_library_list),
+        cmocka_unit_test(test_mistakes),
+        cmocka_unit_test(test_cache_read_only),
+        cmocka_unit_test(test_cache_full),
+        cmocka_unit_test(test_runtime_full),
+        cmocka_unit_test(test_kvm_forbidden),
+        cmocka_unit_test(test_kvm_pretends),
+        cmocka_unit_test(test_killed_orch),
+        cmocka_unit_test(test_as_user),
+        cmocka_unit_test(test_lying_vmm),
     };
     if (argc > 1)
         cmocka_set_test_filter(argv[1]);

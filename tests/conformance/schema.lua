@@ -1,4 +1,4 @@
--- The official JSON Schema test suite against lua/schema.lua: orch tests/conformance/schema.lua SUITE
+-- The official JSON Schema test suite against lua/policy/schema.lua: orch tests/conformance/schema.lua SUITE
 -- SUITE: a folder with the suite's tests/ and remotes/ (`make schema-suite` fetches one).
 --
 -- The suite's servers are never asked: a schema that refers to one of the remotes gets it in its own $defs,
@@ -37,9 +37,9 @@ end
 local function is_bigint(v) return type(v) == "userdata" and v ~= json.null end
 local function is_array(t) return t[1] ~= nil or next(t) == nil and json.encode(t) == "[]" end
 
-local schema = assert(loadfile("lua/schema.lua"))({
-  json = json, regex = regex, is_array = is_array, is_bigint = is_bigint,
-})
+local deps = { json = json, regex = regex, is_array = is_array, is_bigint = is_bigint }
+deps.values = assert(loadfile("lua/policy/values.lua"))(deps)
+local schema = assert(loadfile("lua/policy/schema.lua"))(deps)
 
 local function read(path)
   local f = assert(io.open(path, "rb"))

@@ -8,7 +8,8 @@
  *   attack arp OP SMAC SRC DST                  attack frame HEX
  *   attack stream DST PORT UP DOWN [N]          N connections at once, each UP and DOWN bytes
  *   attack echo DST PORT BYTES                  a datagram, and the same one back
- *   attack closed                               until no TCP connection here would send again by itself
+ *   attack closed                               until no TCP connection here would send again by
+ *   itself
  * Status 0: sent, or all came back as it should. */
 #include <arpa/inet.h>
 #include <errno.h>
@@ -27,7 +28,8 @@
 #define TAP_MAC "\x02\x00\x00\x00\x00\x01"
 #define GUEST "10.255.0.2"
 #define WAIT_MS 60000
-#define PORT 20000 /* none that the kernel gives to a connection: a flow that is known is no attack */
+/* none that the kernel gives to a connection: a flow that is known is no attack */
+#define PORT 20000
 
 struct frame {
     uint8_t b[2048];
@@ -330,7 +332,8 @@ static int unfinished(void)
     if (!f)
         fail("/proc/net/tcp");
     while (fgets(line, sizeof line, f)) /* TIME_WAIT, CLOSE, LISTEN, FIN_WAIT2 */
-        n += sscanf(line, " %*[^:]: %*s %*s %x", &state) == 1 && state != 6 && state != 7 && state != 10 && state != 5;
+        n += sscanf(line, " %*[^:]: %*s %*s %x", &state) == 1 && state != 6 && state != 7 &&
+             state != 10 && state != 5;
     fclose(f);
     return n;
 }

@@ -1,13 +1,11 @@
-/* The escape probe: a static program run in the VMM's place, behind all of the launcher's confinement.
- * It tries what a VMM taken over by its guest would try and prints a line for each attempt,
- * "name: ok" or "name: ERRNO". tests/c/test_launch.c knows the only acceptable answers.
+/* The escape probe: a static program run in the VMM's place, behind all of the launcher's
+ * confinement. It tries what a VMM taken over by its guest would try and prints a line for each
+ * attempt, "name: ok" or "name: ERRNO". tests/c/test_launch.c knows the only acceptable answers.
  *
- * probe escape        the attempts
- * probe sleep MARK    prints "up", then waits for its end (MARK finds it in the process list)
- * probe tap           those of a microVM's network device
- * probe kvm           what /dev/kvm and its calls answer
- * probe exit N        ends with status N
- * probe x32           makes a call of a foreign ABI, which must end it */
+ * probe escape        the attempts probe sleep MARK    prints "up", then waits for its end (MARK
+ * finds it in the process list) probe tap           those of a microVM's network device probe kvm
+ * what /dev/kvm and its calls answer probe exit N        ends with status N probe x32
+ * makes a call of a foreign ABI, which must end it */
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/capability.h>
@@ -38,10 +36,10 @@
 #include <sys/xattr.h>
 #include <unistd.h>
 
-#define TRY(name, expr)                                                                            \
-    do {                                                                                           \
-        errno = 0;                                                                                 \
-        say(name, (long)(expr));                                                                   \
+#define TRY(name, expr) \
+    do { \
+        errno = 0; \
+        say(name, (long)(expr)); \
     } while (0)
 
 extern char **environ;
@@ -87,8 +85,9 @@ static void descriptors(void)
 static void files(void)
 {
     static const char *const absent[] = {
-        "/etc/passwd", "/proc", "/proc/self/mem", "/sys", "/dev", "/dev/kvm", "/dev/net/tun",
-        "/tmp", "/usr", "/root", "/../etc/passwd", "/fd/../../proc/1/root",
+        "/etc/passwd", "/proc",    "/proc/self/mem", "/sys",
+        "/dev",        "/dev/kvm", "/dev/net/tun",   "/tmp",
+        "/usr",        "/root",    "/../etc/passwd", "/fd/../../proc/1/root",
     };
     for (size_t i = 0; i < sizeof absent / sizeof *absent; i++) {
         char name[80];
@@ -141,16 +140,21 @@ static void network(void)
         const char *name;
         int domain, type, protocol;
     } sockets[] = {
-        { "socket inet", AF_INET, SOCK_STREAM, 0 },       { "socket inet6", AF_INET6, SOCK_DGRAM, 0 },
-        { "socket unix", AF_UNIX, SOCK_STREAM, 0 },       { "socket netlink", AF_NETLINK, SOCK_RAW, NETLINK_ROUTE },
+        { "socket inet", AF_INET, SOCK_STREAM, 0 },
+        { "socket inet6", AF_INET6, SOCK_DGRAM, 0 },
+        { "socket unix", AF_UNIX, SOCK_STREAM, 0 },
+        { "socket netlink", AF_NETLINK, SOCK_RAW, NETLINK_ROUTE },
         { "socket nftables", AF_NETLINK, SOCK_RAW, NETLINK_NETFILTER },
-        { "socket packet", AF_PACKET, SOCK_RAW, 0 },      { "socket vsock", AF_VSOCK, SOCK_STREAM, 0 },
+        { "socket packet", AF_PACKET, SOCK_RAW, 0 },
+        { "socket vsock", AF_VSOCK, SOCK_STREAM, 0 },
         { "socket alg", AF_ALG, SOCK_SEQPACKET, 0 },
     };
     for (size_t i = 0; i < sizeof sockets / sizeof *sockets; i++)
         TRY(sockets[i].name, socket(sockets[i].domain, sockets[i].type, sockets[i].protocol));
     int sv[2];
-    struct sockaddr_in to = { .sin_family = AF_INET, .sin_port = htons(53), .sin_addr = { htonl(INADDR_LOOPBACK) } };
+    struct sockaddr_in to = { .sin_family = AF_INET,
+                              .sin_port = htons(53),
+                              .sin_addr = { htonl(INADDR_LOOPBACK) } };
     TRY("socketpair", socketpair(AF_UNIX, SOCK_STREAM, 0, sv));
     TRY("connect", connect(11, (struct sockaddr *)&to, sizeof to));
     TRY("bind", bind(11, (struct sockaddr *)&to, sizeof to));
@@ -222,19 +226,26 @@ static void limits(void)
         const char *name;
         int what;
     } all[] = {
-        { "core", RLIMIT_CORE },         { "nofile", RLIMIT_NOFILE }, { "fsize", RLIMIT_FSIZE },
-        { "memlock", RLIMIT_MEMLOCK },   { "nproc", RLIMIT_NPROC },   { "msgqueue", RLIMIT_MSGQUEUE },
-        { "sigpending", RLIMIT_SIGPENDING }, { "as", RLIMIT_AS },
+        { "core", RLIMIT_CORE },
+        { "nofile", RLIMIT_NOFILE },
+        { "fsize", RLIMIT_FSIZE },
+        { "memlock", RLIMIT_MEMLOCK },
+        { "nproc", RLIMIT_NPROC },
+        { "msgqueue", RLIMIT_MSGQUEUE },
+        { "sigpending", RLIMIT_SIGPENDING },
+        { "as", RLIMIT_AS },
     };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
         struct rlimit l;
         getrlimit(all[i].what, &l);
-        printf("limit %s: %llu %llu\n", all[i].name, (unsigned long long)l.rlim_cur, (unsigned long long)l.rlim_max);
+        printf("limit %s: %llu %llu\n", all[i].name, (unsigned long long)l.rlim_cur,
+               (unsigned long long)l.rlim_max);
     }
     struct rlimit up = { 1000, 1000 }, down = { 0, 0 };
     TRY("raise nofile", setrlimit(RLIMIT_NOFILE, &up));
     TRY("lower core", setrlimit(RLIMIT_CORE, &down));
-    TRY("map beyond as", mmap(NULL, (size_t)1 << 30, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    TRY("map beyond as",
+        mmap(NULL, (size_t)1 << 30, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     TRY("mlock", mlock(&up, sizeof up));
 }
 
@@ -250,10 +261,12 @@ static void descriptor(const char *file, int fd)
     int again = open(link, O_RDWR), readable = open(link, O_RDONLY), flags = 0;
     int at = again < 0 ? fd : again;
     void *p = mmap(NULL, 4096, PROT_READ, MAP_SHARED, readable, 0);
-#define ATTEMPT(name, expr) (snprintf(what, sizeof what, "%s: %s", file, name), errno = 0, say(what, (long)(expr)))
+#define ATTEMPT(name, expr) \
+    (snprintf(what, sizeof what, "%s: %s", file, name), errno = 0, say(what, (long)(expr)))
     ATTEMPT("reopen", open(link, O_RDWR));
     ATTEMPT("reopen to truncate", open(link, O_WRONLY | O_TRUNC));
-    ATTEMPT("reopen below", open(link, O_PATH) < 0 ? -1 : openat(open(link, O_PATH), "..", O_RDONLY));
+    ATTEMPT("reopen below",
+            open(link, O_PATH) < 0 ? -1 : openat(open(link, O_PATH), "..", O_RDONLY));
     ATTEMPT("read", pread(at, &(char){ 0 }, 1, 0));
     ATTEMPT("write", pwrite(at, "x", 1, 0));
     ATTEMPT("shared map", mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, at, 0));

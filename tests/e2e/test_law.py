@@ -165,7 +165,7 @@ def table(env):
 @case("what orch is installed with, and the folders on the way to its files")
 def product(env):
     s = start(env)
-    for name in ("lua/policy.lua", "lua/cli.lua", "lua/tools/run_command.lua", "lua/images/debian.lua", "policies/tools.lua", "orchestrator.lua", "launcher", "agent"):
+    for name in ("lua/policy/engine.lua", "lua/cli.lua", "lua/tools/run_command.lua", "lua/images/debian.lua", "policies/tools.lua", "orchestrator.lua", "launcher", "agent"):
         path = install_dir(name)
         for nested in (False, True):
             said = attempt(s, "write", path, nested=nested)

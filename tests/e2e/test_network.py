@@ -125,6 +125,7 @@ def explained(env):
         expect(r.status == 0 and r.out.startswith(decision) and rule in r.out, words, r)
     r = env.orch("policy", "show", "--nft", "one", config=True)
     expect(r.status == 0 and "allow: set 1 tcp 80" in r.out and "never: 169.254.0.0/16" in r.out and " o_denied " in r.out, r)
+    expect("\nset 1" in r.out and " 198.51.100.10" in r.out.split("\nset 1")[1], "which addresses a set holds", r)
     r = env.orch("policy", "show", "--nft", "none", config=True)
     expect(r.status == 0 and "no network interface" in r.out, r)
     for name in ("one", "none"):
@@ -132,6 +133,17 @@ def explained(env):
         expect(r.status == 2 and "IPv4" in r.err, r)
     r = env.orch("policy", "explain", "--network", "nine", "198.51.100.10", "80", config=True)
     expect(r.status == 6 and "nine" in r.err, r)
+
+
+@case("orch.firewall of a script: a policy or packet that is none is said, not taken for another")
+def firewall_of_scripts(env):
+    for call, words in (("check{ allow = {}, conections = 4 }", "did you mean connections?"),
+                        ("check{ allow = {}, connections = 1.5 }", "whole number"),
+                        ('check{ allow = { { cidr = "198.51.100.0/24", port = { 443 } } } }', "allow[1]: unknown key port; did you mean ports?"),
+                        ('explain({ allow = {} }, { ip = "198.51.100.1", port = 1, proto = "icmp" })', 'proto must be "tcp" or "udp"')):
+        script = env.write("check.lua", "local ok, a, b = pcall(function() return orch.firewall.%s end) print(a == nil and b or a)" % call)
+        r = env.orch(script)
+        expect(r.status == 0 and words in r.err, call, r)
 
 
 @case("two networks for one call: denied as ambiguous, with both lines")

@@ -82,7 +82,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         orch_channel_restore(h.c, epoch);
     if (h.choice & 4)
         orch_channel_warm(h.c);
-    struct orch_exec_opts o = { .argv = argv, .stdin_open = true, .max_output = 64, .output = on_output, .done = on_done, .ud = &h };
+    struct orch_exec_opts o = { .argv = argv,
+                                .stdin_open = true,
+                                .max_output = 64,
+                                .output = on_output,
+                                .done = on_done,
+                                .ud = &h };
     struct orch_exec *x = orch_exec_start(h.c, &o, &err);
     o.pty = true;
     struct orch_exec *dropped = orch_exec_start(h.c, &o, &err);
@@ -90,7 +95,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     orch_channel_read_file(h.c, "/r", 0, 0, 1 << 20, on_file, &h);
     orch_channel_read_file(h.c, "/r", 0, 100, 50, on_file, &h);
     orch_channel_list_dir(h.c, "/", on_file, &h);
-    orch_channel_write_file(h.c, "/w", (struct orch_slice){ file, h.choice & 64 ? sizeof file : 10 }, 0644, on_file, &h);
+    orch_channel_write_file(h.c, "/w",
+                            (struct orch_slice){ file, h.choice & 64 ? sizeof file : 10 }, 0644,
+                            on_file, &h);
     h.open = 6;
     if (h.choice & 128) {
         orch_exec_drop(dropped);
@@ -100,7 +107,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         struct {
             struct orch_wire_head h;
             struct orch_wire_hello m;
-        } hello = { { .len = sizeof hello.m, .type = ORCH_WIRE_HELLO }, { .version = ORCH_WIRE_VERSION } };
+        } hello = { { .len = sizeof hello.m, .type = ORCH_WIRE_HELLO },
+                    { .version = ORCH_WIRE_VERSION } };
         if (h.choice & 2)
             memcpy(hello.m.epoch, epoch, 16);
         if (send(p[1], &hello, sizeof hello, MSG_NOSIGNAL) != (ssize_t)sizeof hello)

@@ -37,32 +37,39 @@ static void check_accepted(const char *p, size_t n, const struct orch_http_reque
     }
     MUST(n > 4 && memcmp(p + n - 4, "\r\n\r\n", 4) == 0);
     MUST(lines_with(p, n, "host:") == 1 && lines_with(p, n, "host ") == 0);
-    size_t lengths = lines_with(p, n, "content-length"), codings = lines_with(p, n, "transfer-encoding");
+    size_t lengths = lines_with(p, n, "content-length"),
+           codings = lines_with(p, n, "transfer-encoding");
     /* A longer name may begin the same way. */
-    MUST(lines_with(p, n, "content-length:") == (q->content_length >= 0) && lengths >= (q->content_length >= 0));
+    MUST(lines_with(p, n, "content-length:") == (q->content_length >= 0) &&
+         lengths >= (q->content_length >= 0));
     MUST(lines_with(p, n, "transfer-encoding:") == q->chunked && codings >= q->chunked);
     MUST(!(q->chunked && q->content_length >= 0) && q->content_length <= BODY_MAX);
-    MUST(orch_http_token_ok(q->method) && within(q->method, p, n) && q->path.n && q->path.p[0] == '/');
-    MUST(within(q->path, p, n) && within(q->query, p, n) && within(q->host, p, n) && q->n_headers <= 50);
+    MUST(orch_http_token_ok(q->method) && within(q->method, p, n) && q->path.n &&
+         q->path.p[0] == '/');
+    MUST(within(q->path, p, n) && within(q->query, p, n) && within(q->host, p, n) &&
+         q->n_headers <= 50);
     MUST(!memchr(q->path.p, '?', q->path.n));
     for (size_t i = 0; i < q->n_headers; i++) {
         const struct orch_http_header *h = &q->headers[i];
         MUST(within(h->name, p, n) && within(h->value, p, n));
         MUST(orch_http_token_ok(h->name) && orch_http_value_ok(h->value));
-        MUST(!h->value.n || (!strchr(" \t", h->value.p[0]) && !strchr(" \t", h->value.p[h->value.n - 1])));
+        MUST(!h->value.n ||
+             (!strchr(" \t", h->value.p[0]) && !strchr(" \t", h->value.p[h->value.n - 1])));
     }
     static const char *const allow[] = { "localhost", "[::1]:80", "https://a.example", NULL };
     static const uint8_t digest[32];
     struct orch_slice v;
     if (!orch_http_name_refused(q, allow))
-        MUST(orch_http_name_eq((struct orch_slice){ q->host.p, q->host.n < 9 ? q->host.n : 9 }, "localhost") ||
+        MUST(orch_http_name_eq((struct orch_slice){ q->host.p, q->host.n < 9 ? q->host.n : 9 },
+                               "localhost") ||
              orch_slice_eq(q->host, "[::1]:80"));
     MUST(!orch_http_bearer_ok(q, digest));
     MUST(orch_http_header(q, "HOST", &v) == 1 && v.p == q->host.p);
 }
 
 /* The chunked body at p: consumed `step` bytes at a time. Its verdict, its bytes in out. */
-static int dechunk(const char *p, size_t n, size_t step, struct orch_buf *out, size_t *used, struct orch_http_fault *f)
+static int dechunk(const char *p, size_t n, size_t step, struct orch_buf *out, size_t *used,
+                   struct orch_http_fault *f)
 {
     struct orch_http_chunks c = { 0 };
     size_t body = 0, end = 0;

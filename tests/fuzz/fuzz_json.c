@@ -1,5 +1,5 @@
-/* The JSON scanner: whatever the bytes are, a refusal names a byte of the text, and an accepted text
- * gives tokens that nest inside it and a canonical form that is its own canonical form. */
+/* The JSON scanner: whatever the bytes are, a refusal names a byte of the text, and an accepted
+ * text gives tokens that nest inside it and a canonical form that is its own canonical form. */
 #include "base/json.h"
 
 #include <math.h>

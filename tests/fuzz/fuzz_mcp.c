@@ -1,5 +1,6 @@
-/* Whatever a client sends: the session stays within its memory, and each request is answered, cancelled or
- * detached exactly once. The first byte chooses what the host does, the rest is lines. */
+/* Whatever a client sends: the session stays within its memory, and each request is answered,
+ * cancelled or detached exactly once. The first byte chooses what the host does, the rest is
+ * lines. */
 #include "mcp/session.h"
 
 #include <errno.h>
@@ -17,7 +18,8 @@ struct host {
     bool sunk;
 };
 
-static int tools_list(void *ud, struct orch_slice cursor, struct orch_buf *out, struct orch_buf *next, struct orch_err *err)
+static int tools_list(void *ud, struct orch_slice cursor, struct orch_buf *out,
+                      struct orch_buf *next, struct orch_err *err)
 {
     (void)ud;
     if (cursor.n > 3)
@@ -52,7 +54,8 @@ static void take(struct host *h, struct orch_mcp_request *rq)
     h->held[h->n++] = rq;
     orch_mcp_progress(rq, 1, 2, ORCH_SLICE("m"));
     orch_mcp_log(rq, "error", ORCH_SLICE("l"), ORCH_SLICE("{}"));
-    if (h->choice & 1 && !orch_mcp_request_modern(rq) && orch_mcp_ask(rq, "roots/list", ORCH_SLICE("{}"), on_reply, h))
+    if (h->choice & 1 && !orch_mcp_request_modern(rq) &&
+        orch_mcp_ask(rq, "roots/list", ORCH_SLICE("{}"), on_reply, h))
         h->questions++;
     if (h->choice & 2) {
         forget(h, rq);
@@ -63,17 +66,20 @@ static void take(struct host *h, struct orch_mcp_request *rq)
     }
 }
 
-static void tool_call(void *ud, struct orch_mcp_request *rq, const struct orch_json_doc *d, const struct orch_mcp_params *p)
+static void tool_call(void *ud, struct orch_mcp_request *rq, const struct orch_json_doc *d,
+                      const struct orch_mcp_params *p)
 {
     if (p->args && d->toks[p->args].type != ORCH_JSON_OBJECT)
         abort();
     take(ud, rq);
 }
 
-static void request(void *ud, struct orch_mcp_request *rq, const struct orch_json_doc *d, const char *method, const struct orch_mcp_params *p)
+static void request(void *ud, struct orch_mcp_request *rq, const struct orch_json_doc *d,
+                    const char *method, const struct orch_mcp_params *p)
 {
     (void)method;
-    if ((p->inputs && d->toks[p->inputs].type != ORCH_JSON_OBJECT) || (p->state && d->toks[p->state].type != ORCH_JSON_STRING))
+    if ((p->inputs && d->toks[p->inputs].type != ORCH_JSON_OBJECT) ||
+        (p->state && d->toks[p->state].type != ORCH_JSON_STRING))
         abort();
     take(ud, rq);
 }
@@ -96,25 +102,29 @@ static void send_message(void *ud, void *stream, struct orch_slice message, int 
 {
     struct host *h = ud;
     (void)stream;
-    if ((!message.n && status != 202) || (message.n && message.p[message.n - 1] == '\n') || status < 0 || status > 500)
+    if ((!message.n && status != 202) || (message.n && message.p[message.n - 1] == '\n') ||
+        status < 0 || status > 500)
         abort();
     h->sunk = true;
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    static const struct orch_mcp_server_ops ops = { .tools_list = tools_list,
-                                                    .tool_call = tool_call,
-                                                    .request = request,
-                                                    .cancel = cancel,
-                                                    .detach = detach,
-                                                    .server_info = "{\"name\":\"f\",\"version\":\"1\"}",
-                                                    .features = 15,
-                                                    .max_calls = HELD };
+    static const struct orch_mcp_server_ops ops = {
+        .tools_list = tools_list,
+        .tool_call = tool_call,
+        .request = request,
+        .cancel = cancel,
+        .detach = detach,
+        .server_info = "{\"name\":\"f\",\"version\":\"1\"}",
+        .features = 15,
+        .max_calls = HELD
+    };
     if (!size)
         return 0;
     struct host h = { .choice = data[0] };
-    h.s = orch_mcp_session_new(&ops, &h, &(struct orch_json_limits){ .bytes = 1 << 16, .depth = 16 });
+    h.s = orch_mcp_session_new(&ops, &h,
+                               &(struct orch_json_limits){ .bytes = 1 << 16, .depth = 16 });
     if (h.choice & 16)
         orch_mcp_session_sink(h.s, send_message, NULL, &h);
     const char *p = (const char *)data + 1, *end = (const char *)data + size;

@@ -55,9 +55,11 @@ static int feed(struct orch_slice s, size_t step, orch_sse_fn *fn, void *ud, int
     struct orch_sse_reader r = { .max_line_bytes = LINE_MAX, .max_event_bytes = EVENT_MAX };
     int rc = 0;
     for (size_t i = 0; i < s.n && rc == 0; i += step) {
-        rc = orch_sse_feed(&r, (struct orch_slice){ s.p + i, s.n - i < step ? s.n - i : step }, fn, ud);
+        rc = orch_sse_feed(&r, (struct orch_slice){ s.p + i, s.n - i < step ? s.n - i : step }, fn,
+                           ud);
         MUST(rc == 0 || rc == -EMSGSIZE);
-        MUST(r.line.n <= LINE_MAX && r.data.n <= EVENT_MAX && r.id.n <= LINE_MAX && r.event.n <= LINE_MAX && r.retry_ms >= 0);
+        MUST(r.line.n <= LINE_MAX && r.data.n <= EVENT_MAX && r.id.n <= LINE_MAX &&
+             r.event.n <= LINE_MAX && r.retry_ms >= 0);
     }
     *retry = r.retry_ms;
     orch_sse_reader_fini(&r);
@@ -76,12 +78,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
     struct again a = { .heard = &heard, .faithful = true };
     int64_t r1, r2;
     int x = feed(s, n, note, &whole, &r1), y = feed(s, 1 + data[0] % 8, note, &cut, &r2);
-    MUST(x == y && whole.n == cut.n && memcmp(whole.p ? whole.p : "", cut.p ? cut.p : "", whole.n) == 0);
+    MUST(x == y && whole.n == cut.n &&
+         memcmp(whole.p ? whole.p : "", cut.p ? cut.p : "", whole.n) == 0);
     MUST(x < 0 || r1 == r2);
     x = feed(s, n, write_again, &a, &r1);
     if (x == 0 && a.faithful) {
         x = feed((struct orch_slice){ a.stream.p, a.stream.n }, n, note, &back, &r2);
-        MUST(x < 0 || (back.n == heard.n && memcmp(back.p ? back.p : "", heard.p ? heard.p : "", heard.n) == 0));
+        MUST(x < 0 || (back.n == heard.n &&
+                       memcmp(back.p ? back.p : "", heard.p ? heard.p : "", heard.n) == 0));
     }
     orch_buf_free(&a.stream);
     return 0;

@@ -1,4 +1,4 @@
--- lua/config.lua: what a configuration becomes, and what each mistake is told.
+-- lua/policy/config.lua: what a configuration becomes, and what each mistake is told.
 local count, failed = 0, 0
 local function report(ok, name, detail)
     count = count + 1
@@ -53,7 +53,7 @@ local function module_with(changes)
     for k, v in pairs(deps) do d[k] = v end
     for k, v in pairs(changes or {}) do d[k] = v end
     if d.home == "" then d.home = nil end
-    return assert(loadfile("lua/config.lua"))(d)
+    return assert(loadfile("lua/policy/config.lua"))(d)
 end
 local config = module_with()
 local ctx = { dir = "/etc/orch", file = "/etc/orch/orchestrator.lua" }

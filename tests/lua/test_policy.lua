@@ -1,4 +1,4 @@
--- lua/policy.lua: each row is rules and a call, and what becomes of it. Three ask the engine: a call (judge), `policy
+-- lua/policy/engine.lua: each row is rules and a call, and what becomes of it. Three ask the engine: a call (judge), `policy
 -- explain` and the tests of a policy. Every row asks all three, so that none can say what another does not.
 local t = require "tap"
 local orch = require "orch"
@@ -13,7 +13,9 @@ local function regex(pattern)
   if pattern:find("%($") then return nil, "missing )" end
   return function(text) return text:find(pattern) ~= nil end
 end
-local schema = assert(loadfile(dir .. "/lua/schema.lua")) { json = json, regex = regex, is_array = is_array, is_bigint = function() return false end }
+local types = { json = json, regex = regex, is_array = is_array, is_bigint = function() return false end }
+types.values = assert(loadfile(dir .. "/lua/policy/values.lua"))(types)
+local schema = assert(loadfile(dir .. "/lua/policy/schema.lua"))(types)
 
 local function nearest(word, list)
   for _, known in ipairs(list) do
@@ -32,7 +34,7 @@ local function at(i) return FILE .. ":" .. i * 10 end
 
 local NETWORKS = { web = { allow = { { cidr = "198.51.100.0/24", ports = { 443 } } } }, mail = { allow = {} } }
 
-local policy = assert(loadfile(dir .. "/lua/policy.lua"))
+local policy = assert(loadfile(dir .. "/lua/policy/engine.lua"))
 
 -- An engine with what the row says of its surroundings; what it did to them is in `log`.
 local function bare(row)

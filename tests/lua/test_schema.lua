@@ -1,4 +1,4 @@
--- lua/schema.lua. Cases are JSON; the regular expressions are a stand-in with just the patterns used here
+-- lua/policy/schema.lua. Cases are JSON; the regular expressions are a stand-in with just the patterns used here
 -- (tests/c/test_regex.c has the real ones).
 local count, failed = 0, 0
 local function report(ok, name, detail)
@@ -100,7 +100,8 @@ local function regex(pattern)
     return function(s) return s:find(pattern) ~= nil end
 end
 
-local schema = assert(loadfile("lua/schema.lua"))({ json = json, regex = regex, is_array = is_array, is_bigint = is_bigint })
+local values = assert(loadfile("lua/policy/values.lua"))({ json = json, is_array = is_array, is_bigint = is_bigint })
+local schema = assert(loadfile("lua/policy/schema.lua"))({ json = json, regex = regex, is_array = is_array, is_bigint = is_bigint, values = values })
 
 -- S(text):ok(value…):no(value, message…)
 local function S(text, opts)
@@ -270,7 +271,7 @@ S '{"pattern":"^a+$"}':ok('"aa"', "1"):no('"ab"', ': must match "^a+$" (pattern)
 S '{"pattern":"b"}':ok('"abc"')
 do
     local given -- to the regular expressions, which do not know the long names
-    local own = assert(loadfile("lua/schema.lua"))({ json = json, is_array = is_array, is_bigint = is_bigint,
+    local own = assert(loadfile("lua/policy/schema.lua"))({ json = json, is_array = is_array, is_bigint = is_bigint, values = values,
         regex = function(p) given = p end })
     for pattern, want in pairs { ["\\p{Letter}\\P{Decimal_Number}+"] = "\\p{L}\\P{Nd}+", ["\\p{Cased_Letter}"] = "\\p{L&}",
         ["\\\\p{Letter}"] = "\\\\p{Letter}", ["\\p{Greek}\\pL\\d{2}"] = "\\p{Greek}\\pL\\d{2}", ["\\p{L}"] = "\\p{L}", ["\\p{etter}"] = "\\p{etter}" } do

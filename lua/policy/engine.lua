@@ -185,13 +185,13 @@ local function compile_allow(where, entry)
       ports[i] = text
     end
   end
-  return { cidr = entry.cidr, proto = proto, ports = ports, where = where }
+  return { cidr = entry.cidr, proto = proto, ports = ports }
 end
 
 local function compile_network(where, name, policy, line_of)
   if type(policy) ~= "table" then return fail(where, "%s must be a table, got %s", name, type(policy)) end
   check_keys(where, policy, { allow = true, connections = true, bandwidth = true })
-  local out = { allow = {}, where = where }
+  local out = { allow = {} }
   if type(policy.allow) ~= "table" then return fail(where, "%s.allow must be a list", name) end
   for i = 1, #policy.allow do
     out.allow[i] = compile_allow(line_of(name .. ".allow[" .. i .. "]"), policy.allow[i])

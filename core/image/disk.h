@@ -1,8 +1,9 @@
-/* The disk of an image: a read-only erofs file, made from Debian packages by mmdebstrap. Pure but for
- * looking which programs are there: image.c runs the child. It needs no root. Everything it writes but
- * the file `disk` lies on a tmpfs of its own mount namespace, and all of it dies with the child. */
-#ifndef ORCH_VM_DISK_H
-#define ORCH_VM_DISK_H
+/* The disk of an image: a read-only erofs file, made from Debian packages by mmdebstrap. Pure but
+ * for looking which programs are there: build.c runs the child. It needs no root. Everything it
+ * writes but the file `disk` lies on a tmpfs of its own mount namespace, and all of it dies with
+ * the child. */
+#ifndef ORCH_IMAGE_DISK_H
+#define ORCH_IMAGE_DISK_H
 
 #include "../base/err.h"
 #include "../base/util.h"
@@ -10,13 +11,15 @@
 struct orch_recipe {
     const char *suite;          /* "bookworm" */
     const char *const *options; /* of mmdebstrap: what is installed, left out, written and run */
-    const char *const *sources; /* "deb URI SUITE main"; none: Debian's own. They do not make another image */
+    /* "deb URI SUITE main"; none: Debian's own. They do not make another image. */
+    const char *const *sources;
 };
 
 /* All in one piece of memory; free() it. NULL stays NULL. */
 struct orch_recipe *orch_recipe_dup(const struct orch_recipe *r);
 void orch_recipe_hash(const struct orch_recipe *r, char hex[65]);
 
+/* The file that comes out is the same, byte for byte, whichever way it is made. */
 enum orch_disk_way {
     ORCH_DISK_ROOT,  /* as root */
     ORCH_DISK_RANGE, /* in a user namespace with a range of ids (/etc/subuid, newuidmap) */
@@ -24,11 +27,12 @@ enum orch_disk_way {
 };
 #define ORCH_DISK_WORK "work" /* an empty folder that must be there, and is empty again after */
 
-/* The file that comes out is the same, byte for byte, whichever way it is made. */
-int orch_disk_programs(enum orch_disk_way way, struct orch_err *err); /* what is missing, with its package */
+/* What is missing, with its package. */
+int orch_disk_programs(enum orch_disk_way way, struct orch_err *err);
 /* A child that ends with 0 where RANGE is possible. */
 extern const char *const orch_disk_probe[];
-/* The child that makes `disk` in its working directory; NULL-terminated, free() it. Lives no longer than r. */
+/* The child that makes `disk` in its working directory; NULL-terminated, free() it. Lives no longer
+ * than r. */
 const char **orch_disk_argv(const struct orch_recipe *r, enum orch_disk_way way);
 /* Environment that it needs beside PATH. */
 extern const char *const orch_disk_env[2];

@@ -6,20 +6,25 @@
 #include <stdio.h>
 #include <string.h>
 
-/* Of every file: compact inodes have no time of their own. Before any clock is set, so nothing is from the future. */
+/* Of every file: compact inodes have no time of their own. Before any clock is set, so nothing is
+ * from the future. */
 #define EPOCH "1704067200"
-/* -x-1: without extended attributes. The two folders have another owner in each way; apt makes them anew. */
-#define PACK                                                                                                      \
-    "rm -rf work/root/var/lib/apt/lists/partial work/root/var/cache/apt/archives/partial; "                       \
-    "echo \"I: packing $(du -sm work/root | cut -f1) MB...\" >&2; "                                               \
-    "mkfs.erofs --quiet -x-1 -T" EPOCH " -U6f726368-6469-4b00-8000-000000000001 -zlz4hc,9 disk work/root"
+/* -x-1: without extended attributes. The two folders have another owner in each way; apt makes them
+ * anew. */
+#define PACK \
+    "rm -rf work/root/var/lib/apt/lists/partial work/root/var/cache/apt/archives/partial; " \
+    "echo \"I: packing $(du -sm work/root | cut -f1) MB...\" >&2; " \
+    "mkfs.erofs --quiet -x-1 -T" EPOCH \
+    " -U6f726368-6469-4b00-8000-000000000001 -zlz4hc,9 disk work/root"
 /* /sys cannot be mounted in every namespace, and no package needs it. */
-#define MAKE                                                                                                      \
-    "PATH=\"$PATH:/usr/sbin:/sbin\"; mount -t tmpfs -o size=80%,mode=755 orch " ORCH_DISK_WORK "; mkdir work/tmp; export TMPDIR=\"$PWD/work/tmp\"; " \
+#define MAKE \
+    "PATH=\"$PATH:/usr/sbin:/sbin\"; mount -t tmpfs -o size=80%,mode=755 orch " ORCH_DISK_WORK \
+    "; mkdir work/tmp; export TMPDIR=\"$PWD/work/tmp\"; " \
     "mmdebstrap --variant=minbase --skip=chroot/mount/sys --dpkgopt=force-unsafe-io \"$@\"; "
 #define PLAIN MAKE "rm -rf work/root/dev; mkdir work/root/dev; " PACK
-#define FAKE                                                                                                      \
-    MAKE "exec fakeroot sh -euc 'mkdir work/root; tar -C work/root -xf work/root.tar --exclude=./dev/*; "         \
+#define FAKE \
+    MAKE "exec fakeroot sh -euc 'mkdir work/root; tar -C work/root -xf work/root.tar " \
+         "--exclude=./dev/*; " \
          "rm work/root.tar; " PACK "'"
 #define NAMESPACES "--mount", "--pid", "--fork", "--kill-child=KILL"
 
@@ -28,10 +33,13 @@ enum { WAY_MAX = 16, SAID_MAX = 1200 };
 static const struct {
     const char *argv[WAY_MAX], *target;
 } ways[] = {
-    [ORCH_DISK_ROOT] = { { "unshare", NAMESPACES, "sh", "-euc", PLAIN, "orch", "--mode=root" }, "work/root" },
-    [ORCH_DISK_RANGE] = { { "unshare", "--map-root-user", "--map-auto", NAMESPACES, "sh", "-euc", PLAIN, "orch", "--mode=root" },
+    [ORCH_DISK_ROOT] = { { "unshare", NAMESPACES, "sh", "-euc", PLAIN, "orch", "--mode=root" },
+                         "work/root" },
+    [ORCH_DISK_RANGE] = { { "unshare", "--map-root-user", "--map-auto", NAMESPACES, "sh", "-euc",
+                            PLAIN, "orch", "--mode=root" },
                           "work/root" },
-    [ORCH_DISK_FAKE] = { { "unshare", "--map-root-user", NAMESPACES, "sh", "-euc", FAKE, "orch", "--mode=fakechroot" },
+    [ORCH_DISK_FAKE] = { { "unshare", "--map-root-user", NAMESPACES, "sh", "-euc", FAKE, "orch",
+                           "--mode=fakechroot" },
                          "work/root.tar" },
 };
 
@@ -67,8 +75,9 @@ struct orch_recipe *orch_recipe_dup(const struct orch_recipe *r)
     if (!r)
         return NULL;
     size_t n = count(r->options), k = count(r->sources);
-    struct orch_recipe *copy = orch_xmalloc(sizeof *copy + (n + k + 2) * sizeof(char *) + strlen(r->suite) + 1 +
-                                            text_bytes(r->options) + text_bytes(r->sources));
+    struct orch_recipe *copy = orch_xmalloc(sizeof *copy + (n + k + 2) * sizeof(char *) +
+                                            strlen(r->suite) + 1 + text_bytes(r->options) +
+                                            text_bytes(r->sources));
     const char **lists = (const char **)(copy + 1);
     char *at = (char *)(lists + n + k + 2);
     *copy = (struct orch_recipe){ put(&at, r->suite), lists, lists + n + 1 };
@@ -110,8 +119,9 @@ int orch_disk_programs(enum orch_disk_way way, struct orch_err *err)
         const char *program, *package;
         bool fake;
     } needed[] = {
-        { "unshare", "util-linux", false },   { "mmdebstrap", "mmdebstrap", false }, { "mkfs.erofs", "erofs-utils", false },
-        { "fakechroot", "fakechroot", true }, { "fakeroot", "fakeroot", true },
+        { "unshare", "util-linux", false },     { "mmdebstrap", "mmdebstrap", false },
+        { "mkfs.erofs", "erofs-utils", false }, { "fakechroot", "fakechroot", true },
+        { "fakeroot", "fakeroot", true },
     };
     cleanup_buf struct orch_buf programs = { 0 }, packages = { 0 };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(needed); i++) {
@@ -122,7 +132,9 @@ int orch_disk_programs(enum orch_disk_way way, struct orch_err *err)
     }
     if (!programs.n)
         return 0;
-    return orch_err_set(err, ENOENT, "%s not found; install it: sudo apt-get install --no-install-recommends%s", programs.p, packages.p);
+    return orch_err_set(err, ENOENT,
+                        "%s not found; install it: sudo apt-get install --no-install-recommends%s",
+                        programs.p, packages.p);
 }
 
 const char **orch_disk_argv(const struct orch_recipe *r, enum orch_disk_way way)
@@ -141,11 +153,15 @@ static const struct {
     const char *said, *means;
 } known[] = {
     { "unshare: ", "this user cannot make namespaces (orch doctor says why and what to do)" },
-    { "No space left on device", "the disk is full, or 80 % of the memory, where the packages are unpacked" },
+    { "No space left on device",
+      "the disk is full, or 80 % of the memory, where the packages are unpacked" },
     { "Unable to locate package", "a package of the recipe does not exist in its suite" },
-    { "Could not resolve", "no way to the packages' server: is there a network, is http_proxy set?" },
-    { "Could not connect", "no way to the packages' server: is there a network, is http_proxy set?" },
-    { "Failed to fetch", "the packages' server does not have what its lists promise; later, or: sudo apt-get update" },
+    { "Could not resolve",
+      "no way to the packages' server: is there a network, is http_proxy set?" },
+    { "Could not connect",
+      "no way to the packages' server: is there a network, is http_proxy set?" },
+    { "Failed to fetch",
+      "the packages' server does not have what its lists promise; later, or: sudo apt-get update" },
     { "NO_PUBKEY", "the suite's key is missing: sudo apt-get install debian-archive-keyring" },
 };
 
@@ -164,5 +180,6 @@ int orch_disk_explain(const char *how, struct orch_slice said, struct orch_err *
         if (strstr(rest.p, known[i].said))
             means = known[i].means;
     size_t skip = rest.n > SAID_MAX ? rest.n - SAID_MAX : 0;
-    return orch_err_set(err, EIO, "its disk could not be made%s%s (%s): %s", *means ? ": " : "", means, how, rest.n ? rest.p + skip : "");
+    return orch_err_set(err, EIO, "its disk could not be made%s%s (%s): %s", *means ? ": " : "",
+                        means, how, rest.n ? rest.p + skip : "");
 }
