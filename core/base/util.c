@@ -17,7 +17,7 @@ struct orch_slice orch_slice_str(const char *s)
 bool orch_slice_eq(struct orch_slice a, const char *s)
 {
     size_t n = strlen(s);
-    return a.n == n && memcmp(a.p, s, n) == 0;
+    return a.n == n && (!n || memcmp(a.p, s, n) == 0); /* nothing may be NULL */
 }
 
 static __attribute__((noreturn)) void out_of_memory(size_t n)
@@ -146,6 +146,25 @@ void orch_buf_hex(struct orch_buf *b, const void *p, size_t n)
         b->p[b->n++] = digits[u[i] & 15];
     }
     b->p[b->n] = 0;
+}
+
+void orch_base64(struct orch_buf *b, const void *p, size_t n, bool url)
+{
+    static const char plain[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    static const char safe[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    const char *digits = url ? safe : plain;
+    const uint8_t *s = p;
+    for (size_t i = 0; i < n; i += 3) {
+        size_t left = n - i, put = left > 2 ? 4 : left + 1;
+        uint32_t v = (uint32_t)s[i] << 16 | (left > 1 ? (uint32_t)s[i + 1] << 8 : 0) |
+                     (left > 2 ? s[i + 2] : 0u);
+        for (size_t k = 0; k < 4; k++) {
+            if (k < put)
+                orch_buf_char(b, digits[v >> (18 - 6 * k) & 63]);
+            else if (!url)
+                orch_buf_char(b, '=');
+        }
+    }
 }
 
 int orch_read_fd(int fd, size_t max_bytes, struct orch_buf *out)

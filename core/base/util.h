@@ -94,6 +94,8 @@ static inline void orch_buf_char(struct orch_buf *b, char c)
     b->p[b->n] = 0;
 }
 void orch_buf_hex(struct orch_buf *b, const void *p, size_t n); /* lower-case hexadecimal */
+/* RFC 4648's base64; url: with the alphabet for URLs, and without padding. */
+void orch_base64(struct orch_buf *b, const void *p, size_t n, bool url);
 
 /* Whole files and paths. Each returns 0 or a negative errno. */
 /* -EFBIG */

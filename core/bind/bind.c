@@ -57,3 +57,16 @@ void orch_api_lua(lua_State *L, const char *prefix, const char *name, const char
     lua_call(L, 3, 1);
     lua_setfield(L, -2, name);
 }
+
+void orch_class_new(lua_State *L, const char *name, const luaL_Reg *methods, lua_CFunction gc)
+{
+    luaL_newmetatable(L, name);
+    lua_newtable(L);
+    luaL_setfuncs(L, methods, 0);
+    lua_setfield(L, -2, "__index");
+    lua_pushcfunction(L, gc);
+    lua_setfield(L, -2, "__gc");
+    lua_pushboolean(L, 0);
+    lua_setfield(L, -2, "__metatable");
+    lua_pop(L, 1);
+}

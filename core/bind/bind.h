@@ -15,6 +15,7 @@ struct orch_call;
 struct orch_current;
 struct orch_current_ops;
 struct orch_http_client;
+struct orch_http_header;
 struct orch_loading;
 struct orch_proc_via;
 struct orch_vm_handle;
@@ -75,6 +76,9 @@ void orch_api_set(lua_State *L, const char *prefix, const struct orch_api *api);
 void orch_api_lua(lua_State *L, const char *prefix, const char *name, const char *module,
                   const char *function);
 
+/* A metatable with methods, that scripts do not see. */
+void orch_class_new(lua_State *L, const char *name, const luaL_Reg *methods, lua_CFunction gc);
+
 /* Opens the global `orch` (and package.loaded.orch in scripts) for the state's context; freezes it
  * in bounded states. */
 int orch_luaopen_orch(lua_State *L);
@@ -91,19 +95,21 @@ int orch_luaopen_sys(lua_State *L, int orch_table);      /* now, log, version, e
 int orch_luaopen_vm(lua_State *L, int orch_table);       /* vm, image */
 int orch_luaopen_mcp(lua_State *L, int orch_table);      /* mcp */
 int orch_luaopen_firewall(lua_State *L, int orch_table); /* firewall */
-int orch_luaopen_transport(lua_State *L); /* the module "orch.transport" of scripts */
-/* what lua/http.lua needs of it in tool states */
-int orch_luaopen_call_transport(lua_State *L);
-/* its process_open, into the table at the top */
-void orch_luaopen_pipe(lua_State *L);
-/* the metatable of ctx, in tool states and scripts */
-int orch_luaopen_ctx(lua_State *L);
+int orch_luaopen_transport(lua_State *L);      /* the module "orch.transport" of scripts */
+int orch_luaopen_call_transport(lua_State *L); /* what lua/http.lua needs of it in tool states */
+int orch_luaopen_crypto(lua_State *L);         /* the module "orch.crypto" of scripts */
+int orch_luaopen_client(lua_State *L);         /* the module "orch.client" of scripts */
+int orch_luaopen_ctx(lua_State *L); /* the metatable of ctx, in tool states and scripts */
 /* A method of ctx that is Lua's: what `load` (a C function without arguments, at the top of the
  * stack, popped) returns, called when it is first used. */
 void orch_ctx_set_lazy(lua_State *L, const char *name);
 struct orch_call *orch_ctx_call(lua_State *L); /* of the ctx at 1; raises */
 int orch_ctx_elicit(lua_State *L), orch_ctx_sample(lua_State *L), orch_ctx_roots(lua_State *L),
     orch_ctx_ask(lua_State *L);
+/* The option `headers`, as userdata left on the stack with the table; NULL: there is none.
+ * Raises. */
+struct orch_http_header *orch_take_headers(lua_State *L, struct orch_opts *o, size_t *n);
+
 /* Spawns with the option table at idx and waits: returns a wait for the vm object. call: NULL in
  * scripts. */
 int orch_vm_spawn_wait(lua_State *L, int idx, struct orch_call *call);

@@ -1,41 +1,28 @@
-/* HTTP for scripts: the verbs behind orch.http.request and the MCP client (lua/http.lua,
- * lua/mcp_client.lua), which are written in Lua over them. The private module "orch.transport":
- *   http_open{ url, method, headers, body, timeout }  waits for the head: stream, status, headers,
- *   where it redirects
+/* HTTP for scripts: the verbs behind orch.http.request and ctx:http, which are written in Lua over
+ * them (lua/http.lua). The private module "orch.transport":
+ *   http_open{ url, method, headers, body, timeout }
+ *                         waits for the head: stream, status, headers, where it redirects
  *   call_open(ctx, …)     the same for a tool's call: each connection is judged by its network
- *   policy
+ *                         policy
  *   call_time(ctx)        what is left of the call's time, all of it, in seconds, and what sets
- *   that
+ *                         that
  *   stream:read(timeout)  waits for the next bytes; nil at the end; nil, message, code when it
- *   failed
+ *                         failed
  *   stream:close()
- *   sse()                 a reader of server-sent events: reader:feed(bytes) gives a list of events
- *   process_open          lua_pipe.c
- *   sha256(s) base64(s, url_safe) random(n)
- *   es256(pem)            a key of P-256, a new one without pem: key:sign(text) and key:public(),
- *   64 bytes each
  * A stream is bounded by the reader alone: while 1 MiB waits unread nothing more is taken from the
  * peer. Those of a tool's call also by the call: so many at once, less unread, and they end with
  * it. */
 #include "bind.h"
 
-#include "../base/es256.h"
-#include "../base/hash.h"
 #include "../call/call.h"
 #include "../http/client.h"
 
 #include <errno.h>
 #include <string.h>
 
-enum {
-    UNREAD_BYTES = 1 << 20,
-    CALL_UNREAD_BYTES = 256 << 10,
-    CALL_STREAMS_MAX = 16,
-    RANDOM_MAX = 1024
-};
+enum { UNREAD_BYTES = 1 << 20, CALL_UNREAD_BYTES = 256 << 10, CALL_STREAMS_MAX = 16 };
 
 #define STREAM_META "orch.http.stream"
-#define SSE_META "orch.http.sse"
 
 /* ---- streams */
 
@@ -301,7 +288,7 @@ static int stream_wait(lua_State *L, int idx, struct orch_http_stream *s, int64_
     return orch_task_wait(L, stream_cancel, s, &s->wait);
 }
 
-static struct orch_http_header *take_headers(lua_State *L, struct orch_opts *o, size_t *n)
+struct orch_http_header *orch_take_headers(lua_State *L, struct orch_opts *o, size_t *n)
 {
     *n = 0;
     if (!orch_opt_push(o, "headers", LUA_TTABLE))
@@ -340,7 +327,7 @@ static int http_open(lua_State *L, int idx, const char *what, struct orch_call *
         return luaL_error(L, "%s: url is missing", what);
     if (orch_opt_push(&o, "body", LUA_TSTRING))
         c.body.p = lua_tolstring(L, -1, &c.body.n);
-    c.headers = take_headers(L, &o, &c.n_headers);
+    c.headers = orch_take_headers(L, &o, &c.n_headers);
     orch_opts_done(&o);
     c.connect_ms = timeout + 1000; /* the stream's timer is the one clock */
     if (call)
@@ -401,178 +388,12 @@ static int l_stream_close(lua_State *L)
     return 0;
 }
 
-/* ---- server-sent events */
-
-static struct orch_sse_reader *check_sse(lua_State *L)
-{
-    return luaL_checkudata(L, 1, SSE_META);
-}
-
-static int sse_gc(lua_State *L)
-{
-    orch_sse_reader_fini(lua_touserdata(L, 1));
-    return 0;
-}
-
-static int t_sse(lua_State *L)
-{
-    struct orch_sse_reader *r = lua_newuserdata(L, sizeof *r);
-    *r = (struct orch_sse_reader){ 0 };
-    luaL_getmetatable(L, SSE_META);
-    lua_setmetatable(L, -2);
-    return 1;
-}
-
-static int sse_event(void *ud, const struct orch_sse_event *e)
-{
-    lua_State *L = ud;
-    if (!e->has_data)
-        return 0;
-    lua_pushlstring(L, e->data.p ? e->data.p : "", e->data.n);
-    lua_rawseti(L, -2, (int)lua_objlen(L, -2) + 1);
-    return 0;
-}
-
-/* The events' data, the last id (nil for none) and the last `retry` in seconds (nil). */
-static int l_sse_feed(lua_State *L)
-{
-    struct orch_sse_reader *r = check_sse(L);
-    struct orch_slice bytes;
-    bytes.p = luaL_checklstring(L, 2, &bytes.n);
-    lua_newtable(L);
-    if (orch_sse_feed(r, bytes, sse_event, L) < 0) {
-        struct orch_err err = { 0 };
-        orch_err_setc(&err, ORCH_CLASS_LIMIT, EMSGSIZE, "an event of the stream is over 16 MiB");
-        return orch_push_err(L, &err);
-    }
-    if (r->id.n)
-        lua_pushlstring(L, r->id.p, r->id.n);
-    else
-        lua_pushnil(L);
-    if (r->retry_ms > 0)
-        lua_pushnumber(L, (double)r->retry_ms / 1000);
-    else
-        lua_pushnil(L);
-    return 3;
-}
-
-/* ---- small functions */
-
-static int t_sha256(lua_State *L)
-{
-    size_t n;
-    const char *s = luaL_checklstring(L, 1, &n);
-    uint8_t out[ORCH_SHA256_BYTES];
-    orch_sha256(s, n, out);
-    lua_pushlstring(L, (const char *)out, sizeof out);
-    return 1;
-}
-
-static int t_base64(lua_State *L)
-{
-    size_t n;
-    const uint8_t *s = (const uint8_t *)luaL_checklstring(L, 1, &n);
-    bool url = lua_toboolean(L, 2);
-    static const char plain[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    static const char safe[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
-    const char *digits = url ? safe : plain;
-    cleanup_buf struct orch_buf out = { 0 };
-    for (size_t i = 0; i < n; i += 3) {
-        size_t left = n - i;
-        uint32_t v = (uint32_t)s[i] << 16 | (left > 1 ? (uint32_t)s[i + 1] << 8 : 0) |
-                     (left > 2 ? s[i + 2] : 0u);
-        size_t put = left > 2 ? 4 : left + 1;
-        for (size_t k = 0; k < 4; k++) {
-            if (k < put)
-                orch_buf_char(&out, digits[v >> (18 - 6 * k) & 63]);
-            else if (!url)
-                orch_buf_char(&out, '=');
-        }
-    }
-    lua_pushlstring(L, out.n ? out.p : "", out.n);
-    return 1;
-}
-
-static int t_random(lua_State *L)
-{
-    char bytes[RANDOM_MAX];
-    lua_Integer n = luaL_checkinteger(L, 1);
-    luaL_argcheck(L, n > 0 && n <= RANDOM_MAX, 1, "1 to 1024");
-    if (orch_random(bytes, (size_t)n) < 0)
-        return luaL_error(L, "the kernel gives no random bytes");
-    lua_pushlstring(L, bytes, (size_t)n);
-    return 1;
-}
-
-/* ---- keys */
-
-#define KEY_META "orch.es256"
-
-static int key_gc(lua_State *L)
-{
-    struct orch_es256 **k = lua_touserdata(L, 1);
-    orch_es256_free(*k);
-    *k = NULL;
-    return 0;
-}
-
-static int t_es256(lua_State *L)
-{
-    struct orch_slice pem = { "", 0 };
-    struct orch_err err = { 0 };
-    if (!lua_isnoneornil(L, 1))
-        pem.p = luaL_checklstring(L, 1, &pem.n);
-    struct orch_es256 **k = lua_newuserdata(L, sizeof *k);
-    *k = NULL;
-    luaL_getmetatable(L, KEY_META);
-    lua_setmetatable(L, -2);
-    *k = orch_es256_new(pem, &err);
-    return *k ? 1 : orch_push_err(L, &err);
-}
-
-static int l_key_sign(lua_State *L)
-{
-    struct orch_es256 **k = luaL_checkudata(L, 1, KEY_META);
-    struct orch_slice text;
-    uint8_t out[ORCH_ES256_BYTES];
-    struct orch_err err = { 0 };
-    text.p = luaL_checklstring(L, 2, &text.n);
-    if (orch_es256_sign(*k, text, out, &err) < 0)
-        return orch_push_err(L, &err);
-    lua_pushlstring(L, (const char *)out, sizeof out);
-    return 1;
-}
-
-static int l_key_public(lua_State *L)
-{
-    struct orch_es256 **k = luaL_checkudata(L, 1, KEY_META);
-    uint8_t out[ORCH_ES256_BYTES];
-    struct orch_err err = { 0 };
-    if (orch_es256_public(*k, out, &err) < 0)
-        return orch_push_err(L, &err);
-    lua_pushlstring(L, (const char *)out, sizeof out);
-    return 1;
-}
-
-static void class_new(lua_State *L, const char *name, const luaL_Reg *methods, lua_CFunction gc)
-{
-    luaL_newmetatable(L, name);
-    lua_newtable(L);
-    luaL_setfuncs(L, methods, 0);
-    lua_setfield(L, -2, "__index");
-    lua_pushcfunction(L, gc);
-    lua_setfield(L, -2, "__gc");
-    lua_pushboolean(L, 0);
-    lua_setfield(L, -2, "__metatable");
-    lua_pop(L, 1);
-}
-
 static void open_streams(lua_State *L)
 {
     static const luaL_Reg stream[] = { { "read", l_stream_read },
                                        { "close", l_stream_close },
                                        { NULL, NULL } };
-    class_new(L, STREAM_META, stream, stream_gc);
+    orch_class_new(L, STREAM_META, stream, stream_gc);
 }
 
 int orch_luaopen_call_transport(lua_State *L)
@@ -588,24 +409,8 @@ int orch_luaopen_call_transport(lua_State *L)
 
 int orch_luaopen_transport(lua_State *L)
 {
-    static const luaL_Reg sse[] = { { "feed", l_sse_feed }, { NULL, NULL } };
-    static const luaL_Reg key[] = { { "sign", l_key_sign },
-                                    { "public", l_key_public },
-                                    { NULL, NULL } };
-    static const luaL_Reg functions[] = { { "http_open", t_http_open },
-                                          { "call_open", t_call_open },
-                                          { "call_time", t_call_time },
-                                          { "sse", t_sse },
-                                          { "sha256", t_sha256 },
-                                          { "base64", t_base64 },
-                                          { "random", t_random },
-                                          { "es256", t_es256 },
-                                          { NULL, NULL } };
-    open_streams(L);
-    class_new(L, SSE_META, sse, sse_gc);
-    class_new(L, KEY_META, key, key_gc);
-    lua_newtable(L);
-    luaL_setfuncs(L, functions, 0);
-    orch_luaopen_pipe(L);
+    orch_luaopen_call_transport(L);
+    lua_pushcfunction(L, t_http_open);
+    lua_setfield(L, -2, "http_open");
     return 1;
 }

@@ -1,4 +1,4 @@
-/* orch.mcp of scripts: serve, changed; connect is lua/mcp_client.lua. */
+/* orch.mcp of scripts: serve, changed; connect is lua/mcp/client.lua. */
 #include "bind.h"
 
 #include "../mcp/session.h"
@@ -130,7 +130,7 @@ int orch_luaopen_mcp(lua_State *L, int t)
                  (struct orch_api[]){ { "serve", l_serve, ORCH_CTX_SCRIPT },
                                       { "changed", l_changed, ORCH_CTX_SCRIPT },
                                       { 0 } });
-    orch_api_lua(L, "orch.mcp.", "connect", "mcp_client", "connect");
+    orch_api_lua(L, "orch.mcp.", "connect", "mcp.client", "connect");
     lua_setfield(L, t, "mcp");
     return 0;
 }

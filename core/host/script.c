@@ -25,6 +25,11 @@ static void script_done(void *ud, lua_State *L, int nres, const struct orch_err 
 
 static struct orch_state *script_state(struct orch *o, const char *script_dir, struct orch_err *err)
 {
+    static const luaL_Reg private[] = { { "orch.internal", orch_luaopen_internal },
+                                        { "orch.transport", orch_luaopen_transport },
+                                        { "orch.crypto", orch_luaopen_crypto },
+                                        { "orch.client", orch_luaopen_client },
+                                        { NULL, NULL } };
     if (o->script.state)
         return o->script.state;
     cleanup_free char *lua_dir = orch_xasprintf("%s/lua", o->paths.share);
@@ -39,10 +44,7 @@ static struct orch_state *script_state(struct orch *o, const char *script_dir, s
     orch_luaopen_orch(L);
     lua_getglobal(L, "package");
     lua_getfield(L, -1, "preload");
-    lua_pushcfunction(L, orch_luaopen_internal);
-    lua_setfield(L, -2, "orch.internal");
-    lua_pushcfunction(L, orch_luaopen_transport);
-    lua_setfield(L, -2, "orch.transport");
+    luaL_setfuncs(L, private, 0);
     lua_settop(L, 0);
     return o->script.state;
 }

@@ -370,10 +370,7 @@ static void upstream_changed(void *ud)
 static int start_upstream(struct serving *v, const struct orch_serve_opts *so, struct orch_err *err)
 {
     struct orch *o = v->o;
-    struct orch_proc_via *via = so->protect ? orch_protect_new(o, err) : NULL;
-    if (so->protect && !via)
-        return orch_err_wrap(err, "%s", so->as);
-    if (!via)
+    if (!so->protect)
         orch_log(ORCH_WARN,
                  "%s: nothing keeps this server from rewriting the policies that judge it", so->as);
     v->waiting = true;
@@ -383,7 +380,8 @@ static int start_upstream(struct serving *v, const struct orch_serve_opts *so, s
                                                   .command = so->command,
                                                   .start_ms = so->start_ms,
                                                   .timeout_ms = so->timeout_ms,
-                                                  .via = via,
+                                                  .via = so->protect ? o->env.protect : NULL,
+                                                  .via_ud = o->env.ud,
                                                   .settled = upstream_settled,
                                                   .changed = upstream_changed,
                                                   .ud = v },

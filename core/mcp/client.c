@@ -1,302 +1,401 @@
-#include "client.h"
+#include "client_int.h"
 
 #include "../base/log.h"
 
 #include <errno.h>
-#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 
-enum {
-    READ_BYTES = 256 * 1024,
-    OUT_MAX_BYTES = 64 << 20,
-    STRAY_SHOWN = 10, /* stray lines logged, then silence */
-};
+enum { STRAY_SHOWN = 10 }; /* stray messages logged, then silence */
 
-struct orch_mcp_client_call {
-    struct orch_mcp_client_call *next, **at;
-    struct orch_mcp_client *client;
-    int64_t id;
-    orch_mcp_client_done_fn *done;
-    void (*progress)(void *ud, double done, double total, struct orch_slice message);
-    void *ud;
-};
+static const struct orch_slice NOTHING = { "", 0 };
 
-struct orch_mcp_client {
-    struct orch_loop *loop;
-    struct orch_mcp_client_opts o;
-    char *name;
-    struct orch_proc *proc;
-    struct orch_watch *in, *out;
-    struct orch_buf inbuf, outbuf;
-    size_t scanned;
-    struct orch_json_doc doc;
-    struct orch_mcp_client_call *calls;
-    int64_t next_id;
-    unsigned stray;
-    bool ready, dead, flush_posted;
-    struct orch_err why; /* once dead */
-};
+/* ---- what comes */
 
-static void client_fail(struct orch_mcp_client *c, const struct orch_err *err);
-static void flush(void *ud);
-
-static void flush_soon(struct orch_mcp_client *c)
+static void stray(struct orch_mcp_client *c, struct orch_slice text, const char *why)
 {
-    if (c->flush_posted)
+    if (c->stray++ < STRAY_SHOWN)
+        orch_log(ORCH_WARN, "%s: %s is no JSON-RPC (%s): %.*s", c->name,
+                 c->proc ? "a line on its stdout" : "a message of it", why,
+                 text.n > 200 ? 200 : (int)text.n, text.p);
+}
+
+static void finish_with_error(struct orch_mcp_client_call *k, uint32_t error)
+{
+    struct orch_mcp_client *c = k->client;
+    struct orch_err err = { 0 };
+    cleanup_buf struct orch_buf text = { 0 };
+    uint32_t message = orch_json_get(&c->doc, error, "message"),
+             code = orch_json_get(&c->doc, error, "code");
+    if (message)
+        orch_json_string(&c->doc, message, &text);
+    orch_err_setc(&err, ORCH_CLASS_UPSTREAM, EREMOTEIO, "%s: %s (code %.0f)", c->name,
+                  text.n ? text.p : "error without a message",
+                  code ? orch_json_number(&c->doc, code) : 0);
+    c->error = error;
+    orch_mcp_call_finish(k, NOTHING, &err);
+    c->error = 0;
+}
+
+static bool is_result_type(const struct orch_json_doc *d, uint32_t key)
+{
+    return orch_json_string_eq(d, key, "resultType");
+}
+
+static void finish_with_result(struct orch_mcp_client_call *k, uint32_t result)
+{
+    struct orch_mcp_client *c = k->client;
+    cleanup_buf struct orch_buf less = { 0 };
+    uint32_t type = orch_json_get(&c->doc, result, "resultType");
+    if (!type) {
+        orch_mcp_call_finish(k, orch_json_raw(&c->doc, result), NULL);
         return;
-    c->flush_posted = true;
-    orch_loop_post(c->loop, flush, c);
-}
-
-/* What stands in outbuf from byte `from` on becomes a message. */
-static void message_end(struct orch_mcp_client *c, size_t from)
-{
-    orch_json_one_line(&c->outbuf, from);
-    orch_buf_char(&c->outbuf, '\n');
-    flush_soon(c);
-}
-
-static void flush(void *ud)
-{
-    struct orch_mcp_client *c = ud;
-    c->flush_posted = false;
-    while (c->outbuf.n && !c->dead) {
-        ssize_t w = write(orch_proc_stdin(c->proc), c->outbuf.p, c->outbuf.n);
-        if (w < 0 && errno == EINTR)
-            continue;
-        if (w < 0 && errno != EAGAIN)
-            c->outbuf.n = 0; /* it is going away: its exit tells why */
-        if (w < 0)
-            break;
-        orch_buf_consume(&c->outbuf, (size_t)w);
     }
-    if (c->out)
-        orch_watch_set(c->out, c->outbuf.n ? ORCH_WRITE : 0);
+    orch_buf_char(&less, '{');
+    orch_mcp_copy_members(&c->doc, result, is_result_type, &less);
+    orch_buf_char(&less, '}');
+    orch_mcp_call_finish(k, (struct orch_slice){ less.p, less.n }, NULL);
 }
 
-static void on_writable(void *ud, int events)
+static void take_result(struct orch_mcp_client_call *k, uint32_t result)
 {
-    (void)events;
-    flush(ud);
+    struct orch_mcp_client *c = k->client;
+    const struct orch_json_doc *d = &c->doc;
+    if (d->toks[result].type != ORCH_JSON_OBJECT) {
+        orch_mcp_call_fail(k, ORCH_CLASS_UPSTREAM, EPROTO, "\"result\" is no object");
+        return;
+    }
+    uint32_t type = c->modern ? orch_json_get(d, result, "resultType") : 0,
+             tools = c->modern ? orch_json_get(d, result, "tools") : 0;
+    if (type && orch_json_string_eq(d, type, "input_required")) {
+        orch_mcp_call_round(k, result);
+        return;
+    }
+    if (type && !orch_json_string_eq(d, type, "complete")) {
+        struct orch_slice kind = orch_json_raw(d, type);
+        cleanup_free char *why = orch_xasprintf("resultType %.*s of %s is unknown",
+                                                kind.n > 100 ? 100 : (int)kind.n, kind.p,
+                                                orch_mcp_call_method(k));
+        orch_mcp_call_fail(k, ORCH_CLASS_UPSTREAM, EPROTO, why);
+        return;
+    }
+    if (tools && c->o.url && strcmp(orch_mcp_call_method(k), "tools/list") == 0)
+        orch_mcp_http_listed(c->t, d, tools);
+    finish_with_result(k, result);
 }
 
-static void call_unlink(struct orch_mcp_client_call *k)
+/* stream: of the request on whose stream it came. */
+static bool take_response(struct orch_mcp_client *c, const struct orch_rpc_msg *m, int64_t stream,
+                          int status)
 {
-    *k->at = k->next;
-    if (k->next)
-        k->next->at = k->at;
+    char text[24];
+    if (m->id.n >= sizeof text)
+        return false;
+    memcpy(text, m->id.p, m->id.n);
+    text[m->id.n] = 0;
+    int64_t id = strtoll(text, NULL, 10); /* 0 of a string: none of ours */
+    struct orch_mcp_client_call *k = orch_mcp_call_by_id(c, id);
+    if (!k || k->note)
+        return false;
+    c->status = status;
+    c->t->ops->release(c->t, id);
+    if (m->result)
+        take_result(k, m->result);
+    else
+        finish_with_error(k, m->error);
+    c->status = 0;
+    return id == stream;
 }
 
-static void call_finish(struct orch_mcp_client_call *k, struct orch_slice result,
-                        const struct orch_err *err)
+static void take_progress(struct orch_mcp_client *c, uint32_t params)
 {
-    orch_mcp_client_done_fn *done = k->done;
-    void *ud = k->ud;
-    call_unlink(k);
-    free(k);
-    done(ud, result, err);
+    const struct orch_json_doc *d = &c->doc;
+    int64_t token;
+    uint32_t t = orch_json_get(d, params, "progressToken");
+    struct orch_mcp_client_call *k = t && orch_json_int(d, t, &token)
+                                         ? orch_mcp_call_by_id(c, token)
+                                         : NULL;
+    if (!k || !k->progress)
+        return;
+    uint32_t done = orch_json_get(d, params, "progress"), total = orch_json_get(d, params, "total");
+    uint32_t message = orch_json_get(d, params, "message");
+    cleanup_buf struct orch_buf text = { 0 };
+    if (message)
+        orch_json_string(d, message, &text);
+    k->progress(k->ud, done ? orch_json_number(d, done) : 0,
+                total ? orch_json_number(d, total) : -1, (struct orch_slice){ text.p, text.n });
 }
 
-static void client_fail(struct orch_mcp_client *c, const struct orch_err *err)
+static void take_notification(struct orch_mcp_client *c, const struct orch_rpc_msg *m)
+{
+    const struct orch_json_doc *d = &c->doc;
+    if (orch_json_string_eq(d, m->method, "notifications/progress")) {
+        if (m->params)
+            take_progress(c, m->params);
+    } else if (orch_json_string_eq(d, m->method, "notifications/tools/list_changed") &&
+               c->o.tools_changed) {
+        c->tries = 0;
+        c->o.tools_changed(c->o.ud);
+    } else if (orch_json_string_eq(d, m->method, "notifications/cancelled")) {
+        uint32_t id = m->params && c->o.withdrawn && !c->modern
+                          ? orch_json_get(d, m->params, "requestId")
+                          : 0;
+        if (id)
+            c->o.withdrawn(c->o.ud, orch_json_raw(d, id));
+    } else if (c->o.notified) {
+        cleanup_buf struct orch_buf method = { 0 };
+        orch_json_string(d, m->method, &method);
+        c->o.notified(c->o.ud, method.p ? method.p : "", d, m->params);
+    }
+}
+
+/* The server asks something of us, in the legacy era. */
+static void take_request(struct orch_mcp_client *c, const struct orch_rpc_msg *m, int64_t stream)
+{
+    const struct orch_json_doc *d = &c->doc;
+    const char *name;
+    if (orch_json_string_eq(d, m->method, "ping")) {
+        orch_mcp_client_reply(c, m->id, ORCH_SLICE("{}"));
+    } else if (!orch_mcp_is_question(c, d, m->method, &name)) {
+        orch_mcp_client_refuse(c, m->id, ORCH_RPC_METHOD_NOT_FOUND, "not offered by this client");
+    } else if (!m->params && strcmp(name, "roots/list") != 0) {
+        orch_mcp_client_refuse(c, m->id, ORCH_RPC_INVALID_PARAMS, "params are missing");
+    } else {
+        c->asks = orch_mcp_call_by_id(c, stream);
+        c->o.asked(c->o.ud, m->id, name, d, m->params);
+        c->asks = NULL;
+    }
+}
+
+static bool take_message(struct orch_mcp_client *c, uint32_t tok, int64_t stream, int status)
+{
+    const struct orch_json_doc *d = &c->doc;
+    struct orch_rpc_msg m;
+    const char *why = NULL;
+    if (orch_rpc_read(d, tok, &m, &why) < 0) {
+        uint32_t error = status >= 400 ? orch_mcp_object_at(d, tok, "error") : 0;
+        struct orch_mcp_client_call *k = error ? orch_mcp_call_by_id(c, stream) : NULL;
+        if (k) { /* HTTP errors have no id */
+            c->status = status;
+            finish_with_error(k, error);
+            c->status = 0;
+            return true;
+        }
+        if (m.method && m.id.n && !c->modern) /* it waits for an answer */
+            orch_mcp_client_refuse(c, m.id, ORCH_RPC_INVALID_REQUEST, why);
+        stray(c, orch_json_raw(d, tok), why);
+        return false;
+    }
+    if (m.kind == ORCH_RPC_RESPONSE)
+        return take_response(c, &m, stream, status);
+    if (m.kind == ORCH_RPC_NOTIFICATION)
+        take_notification(c, &m);
+    else if (!c->modern)
+        take_request(c, &m, stream);
+    else
+        stray(c, orch_json_raw(d, tok), "servers of this era do not ask by requests");
+    return false;
+}
+
+bool orch_mcp_client_take(struct orch_mcp_client *c, struct orch_slice text, int64_t id, int status)
+{
+    struct orch_json_doc *d = &c->doc;
+    struct orch_json_fault fault;
+    bool answered = false;
+    if (!text.n || c->dead)
+        return false;
+    if (orch_json_scan(d, text, &c->o.limits, &fault) < 0) {
+        stray(c, text, fault.rule);
+        return false;
+    }
+    if (d->toks[0].type != ORCH_JSON_ARRAY)
+        return take_message(c, 0, id, status);
+    uint32_t tok = 1; /* a batch of 2025-03-26 */
+    for (uint32_t i = 0; i < d->toks[0].count && !c->dead; i++, tok = d->toks[tok].next)
+        answered |= take_message(c, tok, id, status);
+    return answered;
+}
+
+void orch_mcp_client_sent(struct orch_mcp_client *c, int64_t id)
+{
+    struct orch_mcp_client_call *k = TAILQ_FIRST(&c->calls);
+    while (k) {
+        struct orch_mcp_client_call *next = TAILQ_NEXT(k, link);
+        if (k->note && !k->waits && (!id || k->id == id)) {
+            orch_mcp_call_finish(k, NOTHING, NULL);
+            next = TAILQ_FIRST(&c->calls);
+        }
+        k = next;
+    }
+}
+
+/* ---- what goes wrong */
+
+void orch_mcp_client_failed(struct orch_mcp_client *c, int64_t id, int status,
+                            const struct orch_err *err)
+{
+    struct orch_mcp_client_call *k = orch_mcp_call_by_id(c, id);
+    if (!k)
+        return;
+    c->status = status;
+    orch_mcp_call_finish(k, NOTHING, err);
+    c->status = 0;
+}
+
+void orch_mcp_client_forgotten(struct orch_mcp_client *c, int64_t id, bool stale,
+                               const struct orch_err *err)
+{
+    struct orch_mcp_client_call *k = orch_mcp_call_by_id(c, id);
+    if (!k || k->note || k->own || k->again) {
+        orch_mcp_client_failed(c, id, 404, err);
+        return;
+    }
+    k->again = k->waits = true;
+    k->id = 0;
+    c->session_lost |= !stale;
+    if (c->state != ORCH_MCP_READY)
+        return;
+    if (c->session_lost)
+        orch_mcp_era_reopen(c);
+    else
+        orch_mcp_call_send(k, NULL, NULL);
+}
+
+void orch_mcp_client_fail(struct orch_mcp_client *c, const struct orch_err *err)
 {
     if (c->dead)
         return;
+    orch_mcp_client_enter(c);
     c->dead = true;
     c->why = *err;
-    orch_watch_free(c->in);
-    orch_watch_free(c->out);
-    c->in = c->out = NULL;
-    orch_proc_kill(c->proc, SIGKILL);
-    bool was_ready = c->ready;
-    while (c->calls)
-        call_finish(c->calls, (struct orch_slice){ 0 }, &c->why);
-    if (was_ready && c->o.lost)
+    orch_timer_cancel(c->timer);
+    c->t->ops->stop(c->t);
+    c->probe = c->opening = c->listening = NULL;
+    struct orch_mcp_client_call *k;
+    while ((k = TAILQ_FIRST(&c->calls)))
+        if (k->own)
+            orch_mcp_client_drop(k);
+        else
+            orch_mcp_call_finish(k, NOTHING, &c->why);
+    if (!c->freed && !c->told)
+        c->o.ready(c->o.ud, &c->why);
+    else if (!c->freed && c->o.lost)
         c->o.lost(c->o.ud, &c->why);
+    orch_mcp_client_leave(c);
+}
+
+void orch_mcp_client_tail(const struct orch_mcp_client *c, struct orch_buf *out)
+{
+    if (!c->proc)
+        return;
+    orch_buf_str(out, "; ");
+    orch_proc_stderr_describe(c->proc, out);
 }
 
 void orch_mcp_client_give_up(struct orch_mcp_client *c, const char *why)
 {
     struct orch_err err = { 0 };
     cleanup_buf struct orch_buf tail = { 0 };
-    orch_proc_stderr_describe(c->proc, &tail);
-    orch_err_setc(&err, ORCH_CLASS_UPSTREAM, ETIMEDOUT, "%s: %s; %s", c->name, why, tail.p);
-    client_fail(c, &err);
+    orch_mcp_client_tail(c, &tail);
+    orch_err_setc(&err, c->proc ? ORCH_CLASS_UPSTREAM : ORCH_CLASS_TIMEOUT, ETIMEDOUT, "%s: %s%s",
+                  c->name, why, tail.n ? tail.p : "");
+    orch_mcp_client_fail(c, &err);
 }
 
-static void on_exit_status(void *ud, int status)
+/* ---- the client's life */
+
+static char **copy_list(const char *const *list)
 {
-    struct orch_mcp_client *c = ud;
-    char how[96];
-    struct orch_err err = { 0 };
-    cleanup_buf struct orch_buf tail = { 0 };
-    orch_proc_describe(status, how, sizeof how);
-    orch_proc_stderr_describe(c->proc, &tail);
-    orch_err_setc(&err, ORCH_CLASS_UPSTREAM, ECHILD, "%s: the server ended (%s); %s", c->name, how,
-                  tail.p);
-    client_fail(c, &err);
+    size_t n = 0;
+    while (list && list[n])
+        n++;
+    char **out = orch_xcalloc(n + 1, sizeof *out);
+    for (size_t i = 0; i < n; i++)
+        out[i] = orch_xstrdup(list[i]);
+    return out;
 }
 
-static struct orch_mcp_client_call *call_by_id(struct orch_mcp_client *c, int64_t id)
+static void free_list(const char *const *list)
 {
-    for (struct orch_mcp_client_call *k = c->calls; k; k = k->next)
-        if (k->id == id)
-            return k;
-    return NULL;
+    for (size_t i = 0; list && list[i]; i++)
+        free((char *)(uintptr_t)list[i]);
+    free((void *)(uintptr_t)list);
 }
 
-static void take_response(struct orch_mcp_client *c, const struct orch_rpc_msg *m)
+static void copy_opts(struct orch_mcp_client *c, const struct orch_mcp_client_opts *o)
 {
-    char id_text[24];
-    int64_t id;
-    if (m->id.n >= sizeof id_text)
-        return;
-    memcpy(id_text, m->id.p, m->id.n);
-    id_text[m->id.n] = 0;
-    id = strtoll(id_text, NULL, 10);
-    struct orch_mcp_client_call *k = call_by_id(c, id);
-    if (!k)
-        return;
-    if (m->result) {
-        if (c->doc.toks[m->result].type == ORCH_JSON_OBJECT) {
-            call_finish(k, orch_json_raw(&c->doc, m->result), NULL);
-            return;
-        }
-        struct orch_err err = { 0 };
-        orch_err_setc(&err, ORCH_CLASS_UPSTREAM, EPROTO, "%s: \"result\" is no object", c->name);
-        call_finish(k, (struct orch_slice){ 0 }, &err);
-        return;
+    c->o = *o;
+    c->o.name = c->name = orch_xstrdup(o->name);
+    c->o.argv = (const char *const *)copy_list(o->argv);
+    c->o.env = (const char *const *)copy_list(o->env);
+    c->o.cwd = orch_xstrdup(o->cwd);
+    c->o.url = orch_xstrdup(o->url);
+    c->o.protocol = orch_xstrdup(o->protocol);
+    c->o.info_name = orch_xstrdup(o->info_name ? o->info_name : "orch");
+    /* No roots by default: a server that takes its folders from them would leave those of its
+     * command line. */
+    c->o.capabilities = orch_xstrdup(
+        o->capabilities ? o->capabilities
+        : o->asked      ? "{\"elicitation\":{\"form\":{},\"url\":{}},\"sampling\":{}}"
+                        : "{}");
+    c->headers = orch_xcalloc(o->n_headers + 1, sizeof *c->headers);
+    for (size_t i = 0; i < o->n_headers; i++)
+        c->headers[i] = (struct orch_http_header){
+            { orch_xstrndup(o->headers[i].name.p, o->headers[i].name.n), o->headers[i].name.n },
+            { orch_xstrndup(o->headers[i].value.p, o->headers[i].value.n), o->headers[i].value.n }
+        };
+    c->o.headers = c->headers;
+    if (o->auth)
+        c->auth = *o->auth;
+    c->o.auth = o->auth ? &c->auth : NULL;
+    if (!c->o.limits.bytes)
+        c->o.limits.bytes = 16 << 20;
+}
+
+static void free_opts(struct orch_mcp_client *c)
+{
+    for (size_t i = 0; i < c->o.n_headers; i++) {
+        free((char *)(uintptr_t)c->headers[i].name.p);
+        free((char *)(uintptr_t)c->headers[i].value.p);
     }
-    struct orch_err err = { 0 };
-    cleanup_buf struct orch_buf text = { 0 };
-    uint32_t message = orch_json_get(&c->doc, m->error, "message"),
-             code = orch_json_get(&c->doc, m->error, "code");
-    if (message)
-        orch_json_string(&c->doc, message, &text);
-    orch_err_setc(&err, ORCH_CLASS_UPSTREAM, EREMOTEIO, "%s: %s (code %.0f)", c->name,
-                  text.n ? text.p : "error without a message",
-                  code ? orch_json_number(&c->doc, code) : 0);
-    call_finish(k, (struct orch_slice){ 0 }, &err);
+    free(c->headers);
+    free_list(c->o.argv);
+    free_list(c->o.env);
+    free((char *)(uintptr_t)c->o.cwd);
+    free((char *)(uintptr_t)c->o.url);
+    free((char *)(uintptr_t)c->o.protocol);
+    free((char *)(uintptr_t)c->o.info_name);
+    free((char *)(uintptr_t)c->o.capabilities);
+    free(c->name);
 }
 
-static void take_notification(struct orch_mcp_client *c, const struct orch_rpc_msg *m)
+static void destroy(struct orch_mcp_client *c)
 {
-    const struct orch_json_doc *d = &c->doc;
-    if (orch_json_string_eq(d, m->method, "notifications/progress") && m->params) {
-        int64_t token;
-        uint32_t t = orch_json_get(d, m->params, "progressToken");
-        struct orch_mcp_client_call *k = t && orch_json_int(d, t, &token) ? call_by_id(c, token)
-                                                                          : NULL;
-        if (!k || !k->progress)
-            return;
-        uint32_t done = orch_json_get(d, m->params, "progress"),
-                 total = orch_json_get(d, m->params, "total");
-        uint32_t message = orch_json_get(d, m->params, "message");
-        cleanup_buf struct orch_buf text = { 0 };
-        if (message)
-            orch_json_string(d, message, &text);
-        k->progress(k->ud, done ? orch_json_number(d, done) : 0,
-                    total ? orch_json_number(d, total) : -1, (struct orch_slice){ text.p, text.n });
-    } else if (orch_json_string_eq(d, m->method, "notifications/tools/list_changed") &&
-               c->o.tools_changed) {
-        c->o.tools_changed(c->o.ud);
-    } else if (orch_json_string_eq(d, m->method, "notifications/cancelled") && c->o.withdrawn &&
-               m->params) {
-        uint32_t id = orch_json_get(d, m->params, "requestId");
-        if (id)
-            c->o.withdrawn(c->o.ud, orch_json_raw(d, id));
-    }
+    c->t->ops->free(c->t);
+    if (c->rounds_posted)
+        orch_loop_unpost(c->loop, orch_mcp_rounds_go, c);
+    orch_loop_unpost(c->loop, orch_mcp_client_said, c);
+    orch_timer_free(c->timer);
+    orch_json_doc_free(&c->doc);
+    orch_buf_free(&c->out);
+    orch_buf_free(&c->meta);
+    orch_buf_free(&c->server_info);
+    orch_buf_free(&c->capabilities);
+    orch_buf_free(&c->instructions);
+    free(c->log_level);
+    free_opts(c);
+    free(c);
 }
 
-/* The server asks something of us. */
-static void take_request(struct orch_mcp_client *c, const struct orch_rpc_msg *m)
+void orch_mcp_client_enter(struct orch_mcp_client *c)
 {
-    static const char *const questions[] = { "elicitation/create", "sampling/createMessage" };
-    for (size_t i = 0; c->o.asked && i < ORCH_ARRAY_LEN(questions); i++)
-        if (orch_json_string_eq(&c->doc, m->method, questions[i])) {
-            if (m->params)
-                c->o.asked(c->o.ud, m->id, questions[i], &c->doc, m->params);
-            else
-                orch_mcp_client_refuse(c, m->id, ORCH_RPC_INVALID_PARAMS, "params are missing");
-            return;
-        }
-    if (orch_json_string_eq(&c->doc, m->method, "ping"))
-        orch_mcp_client_reply(c, m->id, ORCH_SLICE("{}"));
-    else
-        orch_mcp_client_refuse(c, m->id, ORCH_RPC_METHOD_NOT_FOUND, "not offered by this client");
+    c->depth++;
 }
 
-static void take_line(struct orch_mcp_client *c, struct orch_slice line)
+void orch_mcp_client_leave(struct orch_mcp_client *c)
 {
-    if (line.n && line.p[line.n - 1] == '\r')
-        line.n--;
-    if (!line.n)
-        return;
-    struct orch_json_fault fault;
-    struct orch_rpc_msg m;
-    const char *why = NULL;
-    if (orch_json_scan(&c->doc, line, &c->o.limits, &fault) < 0)
-        why = fault.rule;
-    else if (orch_rpc_read(&c->doc, 0, &m, &why) < 0) {
-        if (m.method && m.id.n) /* it waits for an answer */
-            orch_mcp_client_refuse(c, m.id, ORCH_RPC_INVALID_REQUEST, why);
-    } else if (m.kind == ORCH_RPC_RESPONSE)
-        take_response(c, &m);
-    else if (m.kind == ORCH_RPC_REQUEST)
-        take_request(c, &m);
-    else
-        take_notification(c, &m);
-    if (why && c->stray++ < STRAY_SHOWN)
-        orch_log(ORCH_WARN, "%s: a line on its stdout is no JSON-RPC (%s): %.*s", c->name, why,
-                 line.n > 200 ? 200 : (int)line.n, line.p);
-}
-
-static void on_readable(void *ud, int events)
-{
-    (void)events;
-    struct orch_mcp_client *c = ud;
-    orch_buf_reserve(&c->inbuf, READ_BYTES);
-    ssize_t r = read(orch_proc_stdout(c->proc), c->inbuf.p + c->inbuf.n,
-                     c->inbuf.cap - c->inbuf.n - 1);
-    if (r < 0 && (errno == EAGAIN || errno == EINTR))
-        return;
-    if (r <= 0) {
-        /* the exit status follows; a server that only closed its stdout is ended */
-        orch_watch_set(c->in, 0);
-        orch_proc_kill(c->proc, SIGTERM);
-        return;
-    }
-    c->inbuf.n += (size_t)r;
-    char *start = c->inbuf.p, *from = start + c->scanned, *nl;
-    while (!c->dead && (nl = memchr(from, '\n', (size_t)(c->inbuf.p + c->inbuf.n - from)))) {
-        take_line(c, (struct orch_slice){ start, (size_t)(nl - start) });
-        start = from = nl + 1;
-    }
-    orch_buf_consume(&c->inbuf, (size_t)(start - c->inbuf.p));
-    c->scanned = c->inbuf.n;
-    if (c->inbuf.n > c->o.limits.bytes) {
-        struct orch_err err = { 0 };
-        orch_err_setc(&err, ORCH_CLASS_UPSTREAM, EMSGSIZE,
-                      "%s: a line of its stdout is over %zu bytes (limits.message)", c->name,
-                      c->o.limits.bytes);
-        client_fail(c, &err);
-    }
-}
-
-static void initialized(void *ud, struct orch_slice result, const struct orch_err *err)
-{
-    (void)result;
-    struct orch_mcp_client *c = ud;
-    if (err) {
-        c->o.ready(c->o.ud, err);
-        if (!c->dead)
-            client_fail(c, err);
-        return;
-    }
-    c->ready = true;
-    orch_buf_str(&c->outbuf, "{\"jsonrpc\":\"2.0\",\"method\":\"notifications/initialized\"}\n");
-    flush_soon(c);
-    c->o.ready(c->o.ud, NULL);
+    if (--c->depth == 0 && c->freed)
+        destroy(c);
 }
 
 struct orch_mcp_client *orch_mcp_client_new(struct orch_loop *l,
@@ -305,66 +404,62 @@ struct orch_mcp_client *orch_mcp_client_new(struct orch_loop *l,
 {
     struct orch_mcp_client *c = orch_xcalloc(1, sizeof *c);
     c->loop = l;
-    c->o = *o;
-    c->name = orch_xstrdup(o->name);
-    if (!c->o.limits.bytes)
-        c->o.limits.bytes = 16 << 20;
-    c->proc = orch_proc_start(l,
-                              &(struct orch_proc_opts){ .argv = o->argv,
-                                                        .env = o->env,
-                                                        .cwd = o->cwd,
-                                                        .via = o->via,
-                                                        .on_exit = on_exit_status,
-                                                        .log_as = c->name,
-                                                        .ud = c },
-                              err);
-    if (!c->proc) {
-        orch_err_wrap(err, "%s", c->name);
-        if (err && err->cls != ORCH_CLASS_ISOLATION)
-            err->cls = ORCH_CLASS_UPSTREAM;
-        free(c->name);
-        free(c);
+    TAILQ_INIT(&c->calls);
+    copy_opts(c, o);
+    c->timer = orch_timer_new(l, orch_mcp_era_timer, c);
+    orch_buf_printf(&c->meta, "\"" ORCH_MCP_META "protocolVersion\":\"" ORCH_MCP_MODERN
+                              "\",\"" ORCH_MCP_META "clientInfo\":{\"name\":");
+    orch_json_quote(&c->meta, orch_slice_str(c->o.info_name));
+    orch_buf_printf(&c->meta,
+                    ",\"version\":\"" ORCH_VERSION "\"},\"" ORCH_MCP_META "clientCapabilities\":%s",
+                    c->o.capabilities);
+    c->t = o->url ? orch_mcp_http_new(c) : orch_mcp_child_new(c);
+    if (c->t->ops->start(c->t, err) < 0) {
+        c->dead = true;
+        destroy(c);
         return NULL;
     }
-    c->in = orch_watch_new(l, orch_proc_stdout(c->proc), ORCH_READ, on_readable, c);
-    c->out = orch_watch_new(l, orch_proc_stdin(c->proc), 0, on_writable, c);
-    /* No roots: a server that takes its folders from them would leave those of its command line. */
-    const char *capabilities = o->asked
-                                   ? "{\"elicitation\":{\"form\":{},\"url\":{}},\"sampling\":{}}"
-                                   : "{}";
-    cleanup_free char *params = orch_xasprintf(
-        "{\"protocolVersion\":\"2025-11-25\",\"capabilities\":%s,\"clientInfo\":{\"name\":\"orch\","
-        "\"version\":\"" ORCH_VERSION "\"}}",
-        capabilities);
-    orch_mcp_client_call(c,
-                         &(struct orch_mcp_client_request){ .method = "initialize",
-                                                            .params = orch_slice_str(params),
-                                                            .done = initialized,
-                                                            .ud = c },
-                         NULL);
+    orch_mcp_era_begin(c);
     return c;
 }
 
 void orch_mcp_client_free(struct orch_mcp_client *c, int64_t eof_ms, int64_t term_ms)
 {
-    if (!c)
+    if (!c || c->freed)
         return;
-    while (c->calls) {
-        struct orch_mcp_client_call *k = c->calls;
-        call_unlink(k);
-        free(k);
-    }
-    orch_loop_unpost(c->loop, flush, c);
-    orch_watch_free(c->in);
-    orch_watch_free(c->out);
+    orch_mcp_client_enter(c);
+    c->freed = true;
+    struct orch_mcp_client_call *k;
+    while ((k = TAILQ_FIRST(&c->calls)))
+        orch_mcp_client_drop(k);
+    c->probe = c->opening = c->listening = NULL;
+    orch_timer_cancel(c->timer);
     if (!c->dead)
-        orch_proc_end(c->proc, eof_ms, term_ms);
-    orch_proc_free(c->proc);
-    orch_json_doc_free(&c->doc);
-    orch_buf_free(&c->inbuf);
-    orch_buf_free(&c->outbuf);
-    free(c->name);
-    free(c);
+        c->t->ops->end(c->t, eof_ms, term_ms);
+    c->dead = true;
+    orch_mcp_client_leave(c);
+}
+
+void orch_mcp_client_goodbye(struct orch_mcp_client *c, orch_loop_fn *said, void *ud)
+{
+    c->said = said;
+    c->said_ud = ud;
+    if (c->dead || !c->o.url)
+        orch_loop_post(c->loop, orch_mcp_client_said, c);
+    else
+        c->t->ops->goodbye(c->t);
+}
+
+void orch_mcp_client_said(void *ud)
+{
+    struct orch_mcp_client *c = ud;
+    orch_loop_fn *said = c->said;
+    c->said = NULL;
+    if (!said)
+        return;
+    orch_mcp_client_enter(c);
+    said(c->said_ud);
+    orch_mcp_client_leave(c);
 }
 
 bool orch_mcp_client_alive(const struct orch_mcp_client *c)
@@ -377,131 +472,39 @@ bool orch_mcp_client_ready(const struct orch_mcp_client *c)
     return c->ready;
 }
 
+const char *orch_mcp_client_opening(const struct orch_mcp_client *c)
+{
+    bool only = c->o.url || (c->o.protocol && strcmp(c->o.protocol, ORCH_MCP_MODERN) == 0) ||
+                c->fell_back;
+    return c->state == ORCH_MCP_PROBING && only ? "server/discover" : "initialize";
+}
+
 struct orch_slice orch_mcp_client_stderr_line(const struct orch_mcp_client *c)
 {
-    return orch_proc_stderr_line(c->proc);
+    return c->proc ? orch_proc_stderr_line(c->proc) : NOTHING;
 }
 
-/* params._meta as it came, without the modern era's keys, with our own progress token. */
-static void put_meta(struct orch_buf *out, struct orch_slice meta, int64_t token)
+struct orch_mcp_about orch_mcp_client_about(const struct orch_mcp_client *c)
 {
-    orch_buf_printf(out, "\"_meta\":{\"progressToken\":%lld", (long long)token);
-    cleanup_json struct orch_json_doc d = { 0 };
-    struct orch_json_fault fault;
-    if (meta.n && orch_json_scan(&d, meta, &(struct orch_json_limits){ 0 }, &fault) == 0) {
-        static const char reserved[] = "io.modelcontextprotocol/";
-        uint32_t k = 1;
-        for (uint32_t i = 0; i < d.toks[0].count; i++) {
-            struct orch_slice key = orch_json_raw(&d, k);
-            bool skip = orch_json_string_eq(&d, k, "progressToken") ||
-                        (key.n > sizeof reserved &&
-                         memcmp(key.p + 1, reserved, sizeof reserved - 1) == 0);
-            if (!skip) {
-                orch_buf_char(out, ',');
-                orch_buf_slice(out, key);
-                orch_buf_char(out, ':');
-                orch_buf_slice(out, orch_json_raw(&d, k + 1));
-            }
-            k = d.toks[k + 1].next;
-        }
-    }
-    orch_buf_char(out, '}');
+    return (struct orch_mcp_about){ .modern = c->modern,
+                                    .version = c->version,
+                                    .server_info = { c->server_info.p, c->server_info.n },
+                                    .capabilities = { c->capabilities.p, c->capabilities.n },
+                                    .instructions = { c->instructions.p, c->instructions.n } };
 }
 
-struct orch_mcp_client_call *orch_mcp_client_call(struct orch_mcp_client *c,
-                                                  const struct orch_mcp_client_request *r,
-                                                  struct orch_err *err)
+struct orch_slice orch_mcp_client_error(const struct orch_mcp_client *c)
 {
-    if (c->dead) {
-        if (err)
-            *err = c->why;
-        return NULL;
-    }
-    if (c->outbuf.n + r->args.n + r->params.n > OUT_MAX_BYTES) {
-        orch_err_setc(err, ORCH_CLASS_UPSTREAM, ENOBUFS,
-                      "%s: the server does not read its input (%zu bytes wait)", c->name,
-                      c->outbuf.n);
-        return NULL;
-    }
-    struct orch_mcp_client_call *k = orch_xcalloc(1, sizeof *k);
-    *k = (struct orch_mcp_client_call){ .next = c->calls,
-                                        .at = &c->calls,
-                                        .client = c,
-                                        .id = ++c->next_id,
-                                        .done = r->done,
-                                        .progress = r->progress,
-                                        .ud = r->ud };
-    if (k->next)
-        k->next->at = &k->next;
-    c->calls = k;
-    struct orch_buf *b = &c->outbuf;
-    size_t from = b->n;
-    orch_buf_printf(b, "{\"jsonrpc\":\"2.0\",\"id\":%lld,\"method\":\"%s\"", (long long)k->id,
-                    r->method ? r->method : "tools/call");
-    if (!r->method) {
-        orch_buf_str(b, ",\"params\":{\"name\":");
-        orch_json_quote(b, orch_slice_str(r->tool));
-        orch_buf_str(b, ",\"arguments\":");
-        orch_buf_slice(b, r->args);
-        orch_buf_char(b, ',');
-        put_meta(b, r->meta, k->id);
-        orch_buf_char(b, '}');
-    } else if (r->params.n) {
-        orch_buf_str(b, ",\"params\":");
-        orch_buf_slice(b, r->params);
-    }
-    orch_buf_char(b, '}');
-    message_end(c, from);
-    return k;
+    return c->error ? orch_json_raw(&c->doc, c->error) : NOTHING;
 }
 
-static void reply_end(struct orch_mcp_client *c, size_t from)
+void orch_mcp_client_log_level(struct orch_mcp_client *c, const char *level)
 {
-    message_end(c, from);
-    if (c->outbuf.n > OUT_MAX_BYTES) {
-        struct orch_err err = { 0 };
-        orch_err_setc(&err, ORCH_CLASS_UPSTREAM, ENOBUFS,
-                      "%s: the server asks but does not read its input (%zu bytes wait)", c->name,
-                      c->outbuf.n);
-        client_fail(c, &err);
-    }
+    free(c->log_level);
+    c->log_level = orch_xstrdup(level);
 }
 
-void orch_mcp_client_reply(struct orch_mcp_client *c, struct orch_slice id,
-                           struct orch_slice result)
+const char *orch_mcp_client_tool_problem(const struct orch_mcp_client *c, const char *name)
 {
-    size_t from = c->outbuf.n;
-    if (c->dead)
-        return;
-    orch_rpc_result_head(&c->outbuf, id);
-    orch_buf_slice(&c->outbuf, result);
-    orch_buf_char(&c->outbuf, '}');
-    reply_end(c, from);
-}
-
-void orch_mcp_client_refuse(struct orch_mcp_client *c, struct orch_slice id, int code,
-                            const char *why)
-{
-    size_t from = c->outbuf.n;
-    if (c->dead)
-        return;
-    orch_rpc_error(&c->outbuf, id, code, orch_slice_str(why), (struct orch_slice){ 0 });
-    reply_end(c, from);
-}
-
-void orch_mcp_client_cancel(struct orch_mcp_client_call *k, const char *why)
-{
-    struct orch_mcp_client *c = k->client;
-    if (!c->dead) {
-        size_t from = c->outbuf.n;
-        orch_buf_printf(&c->outbuf,
-                        "{\"jsonrpc\":\"2.0\",\"method\":\"notifications/"
-                        "cancelled\",\"params\":{\"requestId\":%lld,\"reason\":",
-                        (long long)k->id);
-        orch_json_quote(&c->outbuf, orch_slice_str(why));
-        orch_buf_str(&c->outbuf, "}}");
-        message_end(c, from);
-    }
-    call_unlink(k);
-    free(k);
+    return c->o.url && c->modern ? orch_mcp_http_tool_problem(c->t, name) : NULL;
 }

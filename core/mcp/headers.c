@@ -5,9 +5,17 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { DEPTH_MAX = 32, PARAMS_MAX = 64 };
+enum { DEPTH_MAX = 32, PARAMS_MAX = 64, PATH_MAX_BYTES = 4096 };
 
 #define PREFIX "=?base64?"
+#define SUFFIX "?="
+
+static bool is_coded(struct orch_slice s)
+{
+    size_t n = sizeof PREFIX - 1, end = sizeof SUFFIX - 1;
+    return s.n >= n + end && memcmp(s.p, PREFIX, n) == 0 &&
+           memcmp(s.p + s.n - end, SUFFIX, end) == 0;
+}
 
 static int digit(char c)
 {
@@ -43,14 +51,28 @@ int orch_mcp_header_decode(struct orch_slice value, struct orch_buf *out)
 {
     size_t n = sizeof PREFIX - 1;
     orch_buf_reserve(out, value.n);
-    if (value.n >= n + 2 && memcmp(value.p, PREFIX, n) == 0 &&
-        memcmp(value.p + value.n - 2, "?=", 2) == 0)
-        return decode_base64((struct orch_slice){ value.p + n, value.n - n - 2 }, out);
+    if (is_coded(value))
+        return decode_base64((struct orch_slice){ value.p + n, value.n - n - (sizeof SUFFIX - 1) },
+                             out);
     for (size_t i = 0; i < value.n; i++)
         if ((unsigned char)value.p[i] < 0x20 || (unsigned char)value.p[i] > 0x7e)
             return -EINVAL;
     orch_buf_slice(out, value);
     return 0;
+}
+
+void orch_mcp_header_encode(struct orch_slice text, struct orch_buf *out)
+{
+    bool plain = !is_coded(text) && !(text.n && (text.p[0] == ' ' || text.p[text.n - 1] == ' '));
+    for (size_t i = 0; i < text.n; i++)
+        plain &= (unsigned char)text.p[i] >= 0x20 && (unsigned char)text.p[i] <= 0x7e;
+    if (plain) {
+        orch_buf_slice(out, text);
+        return;
+    }
+    orch_buf_str(out, PREFIX);
+    orch_base64(out, text.p, text.n, false);
+    orch_buf_str(out, SUFFIX);
 }
 
 /* ---- annotations */
@@ -75,8 +97,11 @@ static const char *add_param(struct reading *r, uint32_t property, uint32_t anno
          boolean = type && orch_json_string_eq(d, type, "boolean");
     if (!string && !integer && !boolean)
         return "x-mcp-header belongs to properties of type string, integer or boolean";
-    if (r->out->n == PARAMS_MAX)
-        return "too many x-mcp-header";
+    size_t n_path = 0;
+    for (size_t i = 0; i < r->depth; i++)
+        n_path += strlen(r->path[i]);
+    if (r->out->n == PARAMS_MAX || n_path > PATH_MAX_BYTES)
+        return "too many x-mcp-header, or too long names of properties that lead to one";
     cleanup_free char *header = orch_xasprintf("Mcp-Param-%s", name.p);
     for (size_t i = 0; i < r->out->n; i++)
         if (orch_http_name_eq(orch_slice_str(header), r->out->params[i].header))
@@ -126,6 +151,82 @@ int orch_mcp_params_read(const struct orch_json_doc *d, uint32_t schema,
     return -EINVAL;
 }
 
+static bool annotated_below(const struct orch_json_doc *d, uint32_t tok)
+{
+    const struct orch_json_tok *t = &d->toks[tok];
+    bool object = t->type == ORCH_JSON_OBJECT;
+    uint32_t child = tok + 1;
+    if ((!object && t->type != ORCH_JSON_ARRAY) || orch_json_get(d, tok, "x-mcp-header"))
+        return object;
+    for (uint32_t i = 0; i < t->count; i++, child = d->toks[child].next) {
+        child += object; /* past the key */
+        if (annotated_below(d, child))
+            return true;
+    }
+    return false;
+}
+
+const char *orch_mcp_params_astray(const struct orch_json_doc *d, uint32_t schema)
+{
+    static const char *const data[] = { "x-mcp-header", "default", "examples", "enum", "const" };
+    uint32_t key = schema + 1;
+    if (d->toks[schema].type != ORCH_JSON_OBJECT)
+        return NULL;
+    for (uint32_t i = 0; i < d->toks[schema].count; i++, key = d->toks[key + 1].next) {
+        bool properties = orch_json_string_eq(d, key, "properties") &&
+                          d->toks[key + 1].type == ORCH_JSON_OBJECT,
+             skip = false;
+        for (size_t n = 0; n < ORCH_ARRAY_LEN(data); n++)
+            skip |= orch_json_string_eq(d, key, data[n]);
+        if (!skip && !properties && annotated_below(d, key + 1))
+            return "x-mcp-header stands where it cannot be reached by properties alone";
+        uint32_t name = key + 2;
+        for (uint32_t n = 0; properties && n < d->toks[key + 1].count;
+             n++, name = d->toks[name + 1].next) {
+            const char *why = orch_mcp_params_astray(d, name + 1);
+            if (why)
+                return why;
+        }
+    }
+    return NULL;
+}
+
+static uint32_t argument(const struct orch_mcp_param *p, const struct orch_json_doc *d,
+                         uint32_t args)
+{
+    uint32_t tok = args;
+    for (char **name = p->path; tok && *name; name++)
+        tok = d->toks[tok].type == ORCH_JSON_OBJECT ? orch_json_get(d, tok, *name) : 0;
+    return tok;
+}
+
+bool orch_mcp_param_value(const struct orch_mcp_param *p, const struct orch_json_doc *d,
+                          uint32_t args, struct orch_buf *out)
+{
+    cleanup_buf struct orch_buf text = { 0 };
+    uint32_t tok = argument(p, d, args);
+    int64_t whole;
+    switch (tok ? d->toks[tok].type : 0) {
+    case ORCH_JSON_STRING:
+        orch_json_string(d, tok, &text);
+        break;
+    case ORCH_JSON_NUMBER:
+        if (orch_json_int(d, tok, &whole))
+            orch_buf_slice(&text, orch_json_raw(d, tok));
+        else
+            orch_json_put_number(&text, orch_json_number(d, tok));
+        break;
+    case ORCH_JSON_TRUE:
+    case ORCH_JSON_FALSE:
+        orch_buf_slice(&text, orch_json_raw(d, tok));
+        break;
+    default:
+        return false;
+    }
+    orch_mcp_header_encode((struct orch_slice){ text.p, text.n }, out);
+    return true;
+}
+
 void orch_mcp_params_free(struct orch_mcp_param_list *p)
 {
     for (size_t i = 0; i < p->n; i++) {
@@ -164,9 +265,7 @@ const char *orch_mcp_params_check(const struct orch_mcp_param_list *p,
         const struct orch_mcp_param *param = &p->params[i];
         struct orch_slice value;
         cleanup_buf struct orch_buf decoded = { 0 };
-        uint32_t tok = args;
-        for (char **name = param->path; tok && *name; name++)
-            tok = d->toks[tok].type == ORCH_JSON_OBJECT ? orch_json_get(d, tok, *name) : 0;
+        uint32_t tok = argument(param, d, args);
         bool present = tok && d->toks[tok].type != ORCH_JSON_NULL;
         size_t n = orch_http_header(q, param->header, &value);
         const char *problem = n > 1           ? "is there more than once"

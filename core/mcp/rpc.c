@@ -2,6 +2,17 @@
 
 #include <errno.h>
 
+const char *const orch_rpc_legacy[] = { ORCH_MCP_LEGACY, "2025-06-18", "2025-03-26", "2024-11-05",
+                                        NULL };
+
+const char *orch_rpc_legacy_version(struct orch_slice s)
+{
+    const char *const *v = orch_rpc_legacy;
+    while (*v && !orch_slice_eq(s, *v))
+        v++;
+    return *v;
+}
+
 static bool read_id(const struct orch_json_doc *d, uint32_t tok, struct orch_slice *id)
 {
     const struct orch_json_tok *t = &d->toks[tok];

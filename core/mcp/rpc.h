@@ -6,6 +6,12 @@
 
 #include "../base/json.h"
 
+/* The revisions: the modern era has one, the legacy era those before it. */
+#define ORCH_MCP_MODERN "2026-07-28"
+#define ORCH_MCP_LEGACY "2025-11-25" /* its newest */
+/* What the protocol's own keys in _meta, and its extensions, begin with. */
+#define ORCH_MCP_META "io.modelcontextprotocol/"
+
 #define ORCH_RPC_PARSE_ERROR (-32700)
 #define ORCH_RPC_INVALID_REQUEST (-32600)
 #define ORCH_RPC_METHOD_NOT_FOUND (-32601)
@@ -17,6 +23,10 @@
 /* orch's own, outside the ranges that JSON-RPC and MCP reserve. */
 #define ORCH_RPC_TOO_MANY_CALLS (-31001)
 #define ORCH_RPC_UPSTREAM_FAILED (-31002)
+
+extern const char
+    *const orch_rpc_legacy[]; /* the legacy revisions, newest first; NULL at the end */
+const char *orch_rpc_legacy_version(struct orch_slice s); /* the one that s is, or NULL */
 
 enum orch_rpc_kind { ORCH_RPC_REQUEST = 1, ORCH_RPC_NOTIFICATION, ORCH_RPC_RESPONSE };
 

@@ -8,8 +8,6 @@
 
 enum { HELD_MAX_BYTES = 16 << 20 };
 
-static const char *const legacy_versions[] = { "2025-11-25", "2025-06-18", "2025-03-26",
-                                               "2024-11-05" };
 static const char *const log_levels[] = { "debug", "info",     "notice", "warning",
                                           "error", "critical", "alert",  "emergency" };
 
@@ -526,10 +524,10 @@ static void do_initialize(struct orch_mcp_incoming *in)
                         "initialize must not be part of a batch");
         return;
     }
-    s->version = legacy_versions[0];
-    for (size_t i = 0; i < ORCH_ARRAY_LEN(legacy_versions); i++)
-        if (orch_json_string_eq(in->d, wanted, legacy_versions[i]))
-            s->version = legacy_versions[i];
+    s->version = ORCH_MCP_LEGACY;
+    for (const char *const *v = orch_rpc_legacy; *v; v++)
+        if (orch_json_string_eq(in->d, wanted, *v))
+            s->version = *v;
     uint32_t client = orch_json_get(in->d, in->m.params, "clientInfo");
     if (client && in->d->toks[client].type == ORCH_JSON_OBJECT) {
         struct orch_slice raw = orch_json_raw(in->d, client);
@@ -551,8 +549,8 @@ static void do_discover(struct orch_mcp_incoming *in)
 {
     cleanup_buf struct orch_buf b = { 0 };
     orch_buf_str(&b, "\"supportedVersions\":[\"" ORCH_MCP_MODERN "\"");
-    for (size_t i = 0; i < ORCH_ARRAY_LEN(legacy_versions); i++)
-        orch_buf_printf(&b, ",\"%s\"", legacy_versions[i]);
+    for (const char *const *v = orch_rpc_legacy; *v; v++)
+        orch_buf_printf(&b, ",\"%s\"", *v);
     orch_buf_str(&b, "],");
     put_capabilities(in->s, true, &b);
     put_instructions(in->s, &b);

@@ -4,8 +4,6 @@
 
 #include "session.h"
 
-#define ORCH_MCP_MODERN "2026-07-28"
-#define ORCH_MCP_META "io.modelcontextprotocol/"
 #define ORCH_MCP_NO_DATA ((struct orch_slice){ 0 })
 
 /* Progress, log and other unanswered notes are left out while this much output waits for a slow

@@ -20,8 +20,6 @@ enum {
     BUCKETS = 1024,
 };
 
-#define MODERN "2026-07-28"
-
 struct event {
     uint64_t seq;
     struct orch_buf data;
@@ -98,7 +96,7 @@ static void refuse_method(struct orch_http_reply *r, const char *allow)
 
 static bool resumable(const struct stream *st)
 {
-    return st->session && strcmp(orch_mcp_session_version(st->session->mcp), "2025-11-25") == 0;
+    return st->session && strcmp(orch_mcp_session_version(st->session->mcp), ORCH_MCP_LEGACY) == 0;
 }
 
 static void event_id(const struct stream *st, uint64_t seq, char out[64])
@@ -365,8 +363,7 @@ static const char *check_headers(void *ud, void *stream, const struct orch_json_
         return NULL;
     uint32_t meta = m->params ? orch_json_get(d, m->params, "_meta") : 0;
     const char *why = check_member(q, "MCP-Protocol-Version", d, meta,
-                                   "io.modelcontextprotocol/protocolVersion",
-                                   "the protocolVersion in _meta");
+                                   ORCH_MCP_META "protocolVersion", "the protocolVersion in _meta");
     cleanup_buf struct orch_buf method = { 0 };
     orch_json_string(d, m->method, &method);
     if (!why)
@@ -547,12 +544,6 @@ static bool is_json(const struct orch_http_request *q)
            (v.n == n || v.p[n] == ';' || v.p[n] == ' ');
 }
 
-static bool known_legacy(struct orch_slice v)
-{
-    return orch_slice_eq(v, "2025-11-25") || orch_slice_eq(v, "2025-06-18") ||
-           orch_slice_eq(v, "2025-03-26") || orch_slice_eq(v, "2024-11-05");
-}
-
 static void post(struct orch_mcp_endpoint *e, const struct orch_http_request *q,
                  struct orch_http_reply *r, struct session *s)
 {
@@ -597,7 +588,7 @@ static void do_post(struct orch_mcp_endpoint *e, const struct orch_http_request 
     struct orch_slice id, version;
     size_t n_id = orch_http_header(q, "Mcp-Session-Id", &id),
            n_version = orch_http_header(q, "MCP-Protocol-Version", &version);
-    bool modern = n_version == 1 && orch_slice_eq(version, MODERN);
+    bool modern = n_version == 1 && orch_slice_eq(version, ORCH_MCP_MODERN);
     struct session *s = NULL;
     if (!is_json(q)) {
         refuse(r, 415, ORCH_RPC_INVALID_REQUEST, "Content-Type must be application/json");
@@ -610,7 +601,7 @@ static void do_post(struct orch_mcp_endpoint *e, const struct orch_http_request 
     } else if (n_id && !modern && !(s = find_session(e, id))) {
         refuse(r, 404, ORCH_RPC_INVALID_REQUEST,
                "there is no such session (any more); initialize again");
-    } else if (s && n_version && !known_legacy(version)) {
+    } else if (s && n_version && !orch_rpc_legacy_version(version)) {
         refuse(r, 400, ORCH_RPC_INVALID_REQUEST,
                "MCP-Protocol-Version is none that a session here can have");
     } else if (!s && !modern && !make_room(e)) {
@@ -707,7 +698,7 @@ void orch_mcp_endpoint_request(void *ud, const struct orch_http_request *q,
     }
     bool get = orch_slice_eq(q->method, "GET"), delete = orch_slice_eq(q->method, "DELETE");
     orch_http_header(q, "MCP-Protocol-Version", &version);
-    if ((!get && !delete) || orch_slice_eq(version, MODERN)) {
+    if ((!get && !delete) || orch_slice_eq(version, ORCH_MCP_MODERN)) {
         refuse_method(r, "POST");
         return;
     }

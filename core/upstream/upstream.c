@@ -134,7 +134,7 @@ static void too_late(void *ud)
     struct orch_upstream *u = ud;
     char why[128];
     snprintf(why, sizeof why, "no %s answer within %g s (--start-timeout)",
-             orch_mcp_client_ready(u->client) ? "tools/list" : "initialize",
+             orch_mcp_client_ready(u->client) ? "tools/list" : orch_mcp_client_opening(u->client),
              (double)u->start_ms / 1000);
     if (!u->settled) {
         orch_mcp_client_give_up(u->client, why); /* which settles it */
@@ -371,14 +371,15 @@ static void answered(void *ud) /* in the midst of the call's own affairs */
     orch_loop_post(q->u->calls->loop, forward_answer, q);
 }
 
-/* The call that the server asks for. It does not say, and the call's rules say what is redacted: so
- * it must be the only one. */
+/* The call that the server asks for. In the legacy era over stdio it does not say, and the call's
+ * rules say what is redacted: so it must be the only one. */
 static struct orch_call *asking_call(const struct orch_upstream *u, const char **why)
 {
+    const struct orch_mcp_client_call *asking = orch_mcp_client_asking(u->client);
     struct orch_call *found = NULL;
     unsigned n = 0;
     for (struct orch_call *c = u->calls->running; c; c = c->next)
-        if (c->backend == &backend && c->run && !c->cancelled) {
+        if (c->backend == &backend && c->run && !c->cancelled && (!asking || c->run == asking)) {
             found = c;
             n++;
         }
@@ -468,6 +469,8 @@ static struct orch_mcp_client *start_client(struct orch_upstream *u,
                                 .argv = uo->command,
                                 .env = (const char *const *)env,
                                 .via = uo->via,
+                                .via_ud = uo->via_ud,
+                                .start_ms = uo->start_ms,
                                 .limits = { .bytes = u->calls->current->gen->cfg.message_bytes },
                                 .ready = ready,
                                 .lost = lost,
@@ -499,7 +502,7 @@ struct orch_upstream *orch_upstream_start(struct orch_calls *cs,
     orch_current_add_source(cs->current, &u->source);
     cs->current->problem = "starting";
     u->client = start_client(u, uo, &u->start_error);
-    if (!u->client && u->start_error.cls == ORCH_CLASS_ISOLATION) {
+    if (!u->client && u->start_error.cls != ORCH_CLASS_UPSTREAM) { /* not to be had protected */
         *err = u->start_error;
         orch_upstream_free(u, true);
         return NULL;

@@ -14,15 +14,16 @@ struct orch_upstream_opts {
     const char *const *command;
     int64_t start_ms;   /* from the start until its tools are known; also for each later list */
     int64_t timeout_ms; /* of a call, anew from each progress notification */
-    struct orch_proc_via
-        *via; /* what it is started by, taken; NULL: nothing protects orch's files from it */
+    /* Gives what each start of it goes by; NULL: nothing protects orch's files from it. */
+    struct orch_proc_via *(*via)(void *via_ud, struct orch_err *err);
+    void *via_ud;
     void (*settled)(void *ud); /* once, from the loop: its tools are known, or it failed */
     void (*changed)(void *ud); /* its tools have changed since: a generation with them is due */
     void *ud;
 };
 
-/* NULL with err: it cannot be started as asked (class ISOLATION). Any other failure is a problem of
- * the generation (orch_current), told by settled. */
+/* NULL with err: it cannot be started as asked (not of class UPSTREAM). Any other failure is a
+ * problem of the generation (orch_current), told by settled. */
 struct orch_upstream *orch_upstream_start(struct orch_calls *cs,
                                           const struct orch_upstream_opts *uo,
                                           struct orch_err *err);

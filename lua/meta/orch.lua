@@ -336,7 +336,7 @@ function orch.mcp.changed(what) end
 ---@field timeout? orch.duration until the handshake is done, default 5 min for a command (it may have to be fetched), 1 min for a url
 ---@field sandbox? "host" the only one yet
 ---@field protect? boolean orch's own files, and this script, are read-only to command, as to a server of the thin proxy: for what an agent may steer. Default false
----@field protocol? string a revision, "2025-11-25"; default: asked by server/discover, then initialize. The verdict is kept, of the older era for 5 minutes
+---@field protocol? string a revision, "2025-11-25"; default: asked by server/discover, then initialize in the same process; one that ends or falls silent at the former is started again. That a server is of the older era is remembered: of a command for the life of this process, of a url for 5 minutes
 ---@field elicit? fun(params: table): table|string answers a form: { action = "accept", content = {…} }, or "decline", "cancel"; what content leaves out has the schema's defaults
 ---@field elicit_url? fun(params: table): table|string the same for questions that send a person to a URL
 ---@field sample? fun(params: table): table answers sampling/createMessage
@@ -344,7 +344,7 @@ function orch.mcp.changed(what) end
 ---@field capabilities? table further ones to declare, extensions for example
 ---@field on_log? fun(params: table) a log message
 ---@field on_notification? fun(method: string, params: table) any other notification; like on_log it must not wait
----@field auth? table OAuth for the url, see lua/mcp_auth.lua
+---@field auth? table OAuth for the url, see lua/mcp/auth.lua
 ---@field name? string of the client, default "orch"
 
 ---@class orch.mcp.Client

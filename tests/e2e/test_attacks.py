@@ -21,6 +21,8 @@ for line in sys.stdin:
         on_list(m) if lists > 1 else result(m, {"tools": [{"name": "t", "inputSchema": {"type": "object"}}]})
     elif m.get("method") == "tools/call":
         on_call(m, m["params"]["_meta"]["progressToken"])
+    elif "id" in m and "method" in m:
+        out({"jsonrpc": "2.0", "id": m["id"], "error": {"code": -32601, "message": "unknown"}})
 '''
 REDACT = 'return { rules = { { tool = "*", action = "allow", redact = { [=[%s]=] } } } }'
 

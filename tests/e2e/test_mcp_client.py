@@ -1,7 +1,7 @@
 # orch.mcp.connect and orch.http.request: scripts against servers that are written here, good and bad, over
 # Streamable HTTP and stdio, of both eras; OAuth with the tokens kept.
 # as: user asan
-import hashlib, http.server, socketserver, stat, threading, urllib.parse
+import hashlib, http.client, http.server, socketserver, stat, threading, urllib.parse
 
 from orch_e2e import *
 
@@ -287,6 +287,34 @@ say(client:call_tool("good", { region = "Zürich", n = 42 }).content[1].text)'''
         expect(len(set(ids)) == 2, ids)
 
 
+@case("each header is sent once: what the protocol needs goes before what the script says, all else is added")
+def headers(env):
+    def answer(m, q):
+        for name in ("Accept", "Content-Type", "MCP-Protocol-Version", "Mcp-Method", "Mcp-Param-N", "X-Own"):
+            lists.setdefault(name, []).append(q.headers.get_all(name))
+        if m["method"] == "server/discover":
+            return {"resultType": "complete", "supportedVersions": [MODERN], "capabilities": {}}
+        if m["method"] == "tools/list":
+            return {"tools": [{"name": "t", "inputSchema": {"type": "object", "properties": {"p%d" % i: {"type": "integer", "x-mcp-header": "P%d" % i} for i in range(60)}}}]}
+        params.extend(q.headers.get_all("Mcp-Param-P%d" % i) == [str(i)] for i in range(60))
+        return text("y")
+
+    http.client._MAXHEADERS = 1000  # of the server
+    lists, params = {}, []
+    with Server(answer) as server:
+        script(env, server, """
+local args = {}
+for i = 0, 59 do args["p" .. i] = i end
+say(client:call_tool("t", args).content[1].text)""", """headers = (function()
+  local h = { accept = "text/plain", ["content-type"] = "text/plain", ["MCP-Method"] = "x", ["mcp-protocol-version"] = "1", ["X-Own"] = "1" }
+  for i = 1, 100 do h["X-Own-" .. i] = "x" end
+  return h
+end)()""")
+        expect(params == [True] * 60 and lists["X-Own"] == [["1"]] * 3, lists, params)
+        expect(lists["Accept"] == [["application/json, text/event-stream"]] * 3 and lists["Content-Type"] == [[JSON]] * 3, lists)
+        expect(lists["MCP-Protocol-Version"] == [[MODERN]] * 3 and lists["Mcp-Method"] == [["server/discover"], ["tools/list"], ["tools/call"]], lists)
+
+
 @case("what a server answers wrongly is said, never an error in Lua")
 def wrong(env):
     for body in (b"", b"[]", b"{", b'{"jsonrpc":"2.0","id":1,"result":7}', b'{"jsonrpc":"2.0","id":99,"result":{}}', b'{"jsonrpc":"2.0","id":1,"error":"x"}'):
@@ -349,6 +377,219 @@ say(c.era, c.protocol_version, (tasks[1]:join()), (tasks[2]:join()))
 c:close() return 0""" % (PY, server))
     r = env.orch(path)
     expect(r.status == 0 and r.out.split() == ["legacy", "2025-06-18", "file:///w9007199254740993", "file:///w9007199254740993"], r)
+
+
+UPSTREAM = os.path.join(SERVERS, "upstream.py")
+
+
+def child(env, mode, body, options="", *args):
+    """Runs a script whose `client` is connected to the server of tests/e2e/servers; what it prints."""
+    command = ", ".join("%r" % a for a in (PY, UPSTREAM, mode, *args))
+    path = env.write("child.lua", SAY + "local client, why, code = orch.mcp.connect { command = { %s }, %s }\n%s\nreturn 0\n" % (command, options, body))
+    r = env.orch(path)
+    expect(r.status == 0, r)
+    return r
+
+
+@case("close ends what is under way, with its reason; so does everything later")
+def closed(env):
+    body = """
+local task = orch.task.spawn(function() return client:call_tool("hold", {}) end)
+client:call_tool("echo", { message = "x" })
+client:close()
+say(task:join())
+say(client:call_tool("echo", {}))
+say(client:notify("notifications/x"))
+client:close()"""
+    r = child(env, "modern", body, "", env.path("cancelled"))
+    expect(r.out.count("nil\t%s: the client was closed\tclosed" % PY) == 3, r)
+
+    def answer(m, q):
+        if m["method"] == "tools/call" and m["params"]["name"] == "hold":
+            q.stream()
+            return until(lambda: "DELETE" in server.methods(), "the session's end") and None
+        return text("y") if m["method"] == "tools/call" else handshake(m)
+
+    with Server(answer) as server:
+        r = script(env, server, body, 'protocol = "2025-11-25"')
+        expect(r.out.count(": the client was closed\tclosed") == 3 and server.methods().count("DELETE") == 1, r, server.methods())
+
+
+@case("what comes after close, while the server is still told, gets the same reason")
+def closing(env):
+    with Server(lambda m, q: text("y") if m["method"] == "tools/call" else handshake(m)) as server:
+        server.http.RequestHandlerClass.do_DELETE = lambda q: (server.seen.append(("DELETE", {})), time.sleep(0.5), q.reply(200))
+        r = script(env, server, """
+local task = orch.task.spawn(function() client:close() closed = true end)
+orch.sleep(0)
+say(closed, client:call_tool("echo", {}))
+say(client:ping())
+task:join()""", 'protocol = "2025-11-25"')
+        lines = r.out.splitlines()
+        expect(lines[0].startswith("nil\tnil\thttp://127") and all(line.endswith(": the client was closed\tclosed") for line in lines), r)
+        expect(server.methods()[-1] == "DELETE", server.methods())
+
+
+@case("a server that ends is the reason of everything that waits, and of everything later")
+def ended(env):
+    r = child(env, "crash", """
+local tasks = {}
+for i = 1, 3 do tasks[i] = orch.task.spawn(function() return client:call_tool("echo", { message = "x" }) end) end
+for i = 1, 3 do say(tasks[i]:join()) end
+say(client:ping())
+client:close()
+say(client:ping())""")
+    expect(r.out.count("the server ended (exit status 3)") == 5 and r.out.count("the disk is on fire\tupstream") == 5, r)
+
+
+@case("a server of the modern era alone over stdio: its list, a question, progress; a script that does not close it ends all the same")
+def modern_child(env):
+    r = child(env, "modern", """
+say(client.era, #client:list_tools())
+local seen = {}
+local result = client:call_tool("steps", { a = 1 }, { progress = function(done, total, message) seen[#seen + 1] = done .. message end })
+say(table.concat(seen, " "))
+result = client:call_tool("ask", {})
+say(orch.json.decode(result.content[1].text).params.inputResponses.who.content.n)""", 'elicit = function() return { content = { n = 7 } } end, sample = function() return { role = "x" } end',
+              env.path("cancelled"))
+    expect(r.out == "modern\t7\n1step 2step 3step\n7\n", r)
+
+
+@case("notifications subscribed to come until the task is cancelled, which closes the stream; a function of theirs that fails ends nothing")
+def subscribed(env):
+    gone = threading.Event()
+
+    def answer(m, q):
+        if m["method"] == "server/discover":
+            return {"resultType": "complete", "supportedVersions": [MODERN], "capabilities": {}}
+        if m["method"] == "subscriptions/listen":
+            q.stream()
+            for i in range(3):
+                q.event({"jsonrpc": "2.0", "method": "notifications/resources/updated", "params": {"uri": "r:%d" % i}})
+            try:
+                while True:
+                    q.event(": still here\n\n")
+                    time.sleep(0.02)
+            except OSError:
+                return gone.set()
+        return {}
+
+    with Server(answer) as server:
+        r = script(env, server, """
+local task = client:subscribe("r:1")
+while #(seen or {}) < 3 do orch.sleep(0.01) end
+task:cancel()
+say(table.concat(seen, " "), client:ping() ~= nil)""".replace("seen", "Seen"), 'on_notification = function(method, params) Seen = Seen or {} Seen[#Seen + 1] = params.uri if #Seen == 2 then error("no") end end')
+        expect(r.out == "r:0 r:1 r:2\ttrue\n" and r.err.count("a function for notifications/resources/updated failed") == 1, r)
+        expect(gone.wait(WAIT_S), "the stream is still open")
+        expect([m["params"]["notifications"] for k, m in server.seen if k == "subscriptions/listen"] == [{"resourceSubscriptions": ["r:1"]}], server.seen)
+
+
+NOTES = """import json, sys
+def put(*list): print("\\n".join(json.dumps({"jsonrpc": "2.0", **m}) for m in list), flush=True)
+def progress(call, n, message=""): return {"method": "notifications/progress", "params": {"progressToken": call["params"]["_meta"]["progressToken"], "progress": n, "message": message}}
+calls = {}
+for line in sys.stdin:
+    m = json.loads(line)
+    if m.get("method") == "initialize":
+        put({"id": m["id"], "result": {"protocolVersion": "2025-11-25", "capabilities": {}, "serverInfo": {"name": "notes"}}})
+    elif m.get("method") == "tools/call":
+        name = m["params"]["name"]
+        calls[name] = m
+        if name in "ab" and len(calls) == 2:
+            put({"id": calls["a"]["id"], "result": {"content": []}}, progress(calls["b"], 1))
+        if name == "ask":
+            put({"id": "q", "method": "elicitation/create", "params": {"message": "?"}})
+        if name == "many":
+            for i in range(64):
+                put(progress(m, i, "x" * (1 << 20)))
+            put({"id": m["id"], "result": {"content": []}})
+    elif m.get("id") == "q":
+        put({"id": calls["ask"]["id"], "result": {"content": [{"type": "text", "text": m["result"]["action"]}]}})
+    elif m.get("method") == "ping":
+        put({"id": m["id"], "result": {}})
+"""
+
+
+@case("the progress of a call that is cancelled ends nothing else: the next question is answered")
+def cancelled_progress(env):
+    path = env.write("s.lua", SAY + """
+local c = assert(orch.mcp.connect { command = { "%s", "%s" }, protocol = "2025-11-25", elicit = function() return "decline" end })
+local b = orch.task.spawn(function() c:call_tool("b", {}, { progress = function() say("progress") end }) end)
+c:call_tool("a")
+b:cancel()
+local result, why = c:call_tool("ask", {}, { timeout = 20 })
+say(result and result.content[1].text or why)
+c:close() return 0""" % (PY, env.write("notes.py", NOTES)))
+    r = env.orch(path)
+    expect(r.status == 0 and r.out == "decline\n", r)
+
+
+@case("what a script does not take is bounded, however it comes: the rest is left out, and that is said")
+def bounded(env):
+    path = env.write("s.lua", SAY + """
+local c = assert(orch.mcp.connect { command = { "%s", "%s" }, protocol = "2025-11-25" })
+local over
+local task = orch.task.spawn(function()
+  return c:call_tool("many", {}, { progress = function() repeat orch.sleep(0.01) until over end })
+end)
+task:join()
+over = true
+say(c:ping() ~= nil)
+c:close() return 0""" % (PY, env.write("notes.py", NOTES)))
+    r = env.orch(path)
+    expect(r.status == 0 and r.out == "true\n" and r.err.count("some are left out") == 1, r)
+
+
+@case("more questions than can wait for answers are refused, and those that the server takes back are dropped")
+def many_questions(env):
+    server = env.write("many.py", """import json, sys
+def put(m): print(json.dumps({"jsonrpc": "2.0", **m}), flush=True)
+answers = {}
+for line in sys.stdin:
+    m = json.loads(line)
+    if m.get("method") == "initialize":
+        put({"id": m["id"], "result": {"protocolVersion": "2025-11-25", "capabilities": {}, "serverInfo": {"name": "many"}}})
+    elif m.get("method") == "tools/call":
+        call = m["id"]
+        for i in range(100):
+            put({"id": "q%d" % i, "method": "elicitation/create", "params": {"message": str(i)}})
+        put({"method": "notifications/cancelled", "params": {"requestId": "q7"}})
+        put({"id": "last", "method": "ping"})
+    elif "method" not in m:
+        answers[m["id"]] = m
+        if m["id"] == "last":  # the others wait, or were refused
+            put({"method": "notifications/go", "params": {}})
+        if len(answers) == 100:  # all but the one taken back, and the ping
+            refused = sorted(int(k[1:]) for k, a in answers.items() if "error" in a)
+            put({"id": call, "result": {"content": [{"type": "text", "text": json.dumps([refused, "q7" in answers])}]}})
+    elif "id" in m:
+        put({"id": m["id"], "error": {"code": -32601, "message": "no"}})
+""")
+    path = env.write("s.lua", SAY + """
+local go
+local c = assert(orch.mcp.connect { command = { "%s", "%s" }, elicit = function() while not go do orch.sleep(0.01) end return "decline" end,
+  on_notification = function(method) go = method == "notifications/go" end })
+say(c:call_tool("t").content[1].text)
+c:close() return 0""" % (PY, server))
+    r = env.orch(path)
+    expect(r.status == 0 and json.loads(r.out) == [list(range(64, 100)), False], r)
+
+
+@case("who is slow to authorize has connect's time, no more")
+def slow_person(env):
+    def get(q):
+        base = server.url[:-4]
+        if q.path == "/.well-known/oauth-protected-resource/mcp":
+            return q.reply(200, {"resource": server.url, "authorization_servers": [base]})
+        if q.path == "/.well-known/oauth-authorization-server":
+            return q.reply(200, {"issuer": base, "authorization_endpoint": base + "/authorize", "token_endpoint": base + "/token", "code_challenge_methods_supported": ["S256"]})
+        q.reply(405)
+
+    with Server(lambda m, q: q.reply(401, WWW_Authenticate="Bearer"), get) as server:
+        r = script(env, server, "say(client, why, code)",
+                   'timeout = 2, auth = { client_id = "me", keep = false, authorize = function() orch.sleep(600) end }')
+        expect(r.out.startswith("nil\thttp://127.0.0.1") and r.out.endswith("no server/discover answer within 2 s (timeout)\ttimeout\n"), r)
 
 
 @case("a skill's files are used only when they are what its entry says")

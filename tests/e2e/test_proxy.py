@@ -396,6 +396,88 @@ def elicit_modern(env):
     expect(s.end() == 0)
 
 
+def modern_only(env, *options):
+    s = proxy(env, "modern", env.path("cancelled"), rules=ASK_RULES, options=(*options, "--"))
+    s.request("initialize", {"protocolVersion": LEGACY, "capabilities": {"elicitation": {}, "sampling": {}}, "clientInfo": {"name": "e2e", "version": "1"}})
+    s.notify("notifications/initialized")
+    return s
+
+
+@case("a server of the modern era alone, in front of a legacy client: bytes, progress, cancelling, its list changed")
+def modern_server(env):
+    s = modern_only(env)
+    tools = s.request("tools/list")["result"]["tools"]
+    expect({"echo", "ask", "grow"} <= {t["name"] for t in tools} and b'"x-vendor": {"big": 9007199254740993}' in s.raw[-1], s.raw[-1])
+    expect(text_of(s.call("echo", {"message": "é\u2028"})) == "é\u2028")
+    s.call("big")
+    expect(b"resultType" not in s.raw[-1] and b'[1e2,-0,9007199254740993]' in s.raw[-1], s.raw[-1])
+    id = s.start("tools/call", {"name": "steps", "arguments": {"a": 1}, "_meta": {"progressToken": "t", "vendor/x": 1}})
+    sent = json.loads(text_of(s.answer(id)["result"]))["params"]
+    expect([n["params"]["progress"] for n in s.notes if n["method"] == "notifications/progress" and n["params"]["progressToken"] == "t"] == [1, 2, 3], s.notes)
+    expect(sent["_meta"]["vendor/x"] == 1 and sent["_meta"]["progressToken"] != "t" and sent["_meta"][META + "clientInfo"]["name"] == "orch", sent)
+    id = s.start("tools/call", {"name": "hold", "arguments": {}})
+    expect(s.request("ping")["result"] == {})
+    s.notify("notifications/cancelled", {"requestId": id})
+    until(lambda: os.path.exists(env.path("cancelled")), "notifications/cancelled at the server")
+    s.notes.clear()
+    s.call("grow")
+    note = s.notes.pop() if s.notes else s.recv()
+    expect(note["method"] == "notifications/tools/list_changed", note)
+    expect("grown" in [t["name"] for t in s.request("tools/list")["result"]["tools"]])
+    expect(s.end() == 0)
+
+
+@case("the same for a modern client")
+def modern_both(env):
+    s = proxy(env, "modern", env.path("cancelled"))
+    expect("echo" in [t["name"] for t in s.request("tools/list", modern=True)["result"]["tools"]])
+    result = s.call("big", modern=True)
+    expect(result["resultType"] == "complete" and s.raw[-1].count(b"resultType") == 1 and result["unknownMember"] == {"a": None}, s.raw[-1])
+    expect(s.end() == 0)
+
+
+@case("what a modern server wants to know is asked of a legacy client by requests, and goes back with the server's state; a refusal ends the call")
+def modern_asks(env):
+    s = modern_only(env)
+    s.request("tools/list")
+    for refused in (False, True):
+        id = s.start("tools/call", {"name": "ask", "arguments": {"a": 1}})
+        asked = {}
+        while len(asked) < 2:
+            q = s.recv()
+            asked[q["method"]] = q
+        expect(asked["elicitation/create"]["params"]["requestedSchema"] and asked["sampling/createMessage"]["params"]["maxTokens"] == 10, asked)
+        s.send({"jsonrpc": "2.0", "id": asked["elicitation/create"]["id"], "result": {"action": "accept", "content": {"n": 7}}})
+        if refused:
+            s.send({"jsonrpc": "2.0", "id": asked["sampling/createMessage"]["id"], "error": {"code": -1, "message": "go away"}})
+            error = s.answer(id)["error"]
+            expect(error["code"] == FAILED and "asks for what cannot be had" in error["message"] and "go away" in error["message"], error)
+        else:
+            s.send({"jsonrpc": "2.0", "id": asked["sampling/createMessage"]["id"], "result": {"role": "assistant", "model": "m", "content": {"type": "text", "text": "yes"}}})
+            params = json.loads(text_of(s.answer(id)["result"]))["params"]
+            expect(params["requestState"] == "st\u00e9" and params["arguments"] == {"a": 1}, params)
+            expect(params["inputResponses"]["who"] == {"action": "accept", "content": {"n": 7}} and params["inputResponses"]["what"]["content"]["text"] == "yes", params)
+    expect(s.end() == 0)
+
+
+@case("and of a modern client as input_required, all of it at once")
+def modern_asks_modern(env):
+    s = proxy(env, "modern", env.path("cancelled"))
+    meta = modern_meta()
+    meta[META + "clientCapabilities"] = {"elicitation": {}, "sampling": {}}
+    params, answers, state = {"name": "ask", "arguments": {"a": 1}, "_meta": meta}, {}, {}
+    for _ in range(3):
+        result = s.request("tools/call", {**params, **state})["result"]
+        if result["resultType"] == "complete":
+            break
+        for key, q in result["inputRequests"].items():
+            answers[key] = {"action": "decline"} if q["method"] == "elicitation/create" else {"role": "assistant", "model": "m", "content": {"type": "text", "text": "no"}}
+        state = {"requestState": result["requestState"], "inputResponses": answers}
+    got = json.loads(text_of(result))["params"]["inputResponses"]
+    expect(got["who"] == {"action": "decline"} and got["what"]["content"]["text"] == "no", got)
+    expect(s.end() == 0)
+
+
 @case("one message is one line, whatever its reader takes for a line's end: no call slips past the policy inside another")
 def one_line_each(env):
     seen = env.path("lines")

@@ -303,6 +303,41 @@ def test_limit(env):
     expect(r.status == 7 and "no tools/call answer within 2 s (timeout)" in r.err and "--timeout TIME" in r.err, r)
 
 
+@case("a server that ends at the probe of its era is started again; what is held meanwhile waits for that one")
+def strict(env):
+    fifo = Fifo(env)
+    s = proxy(env, "strict", fifo.path)
+    s.initialize()
+    ids = [s.start("tools/list"), say(s, "x")]
+    fifo.open()
+    first = descendants(s.pid)
+    fifo.close()
+    expect(first and all(wait_exit(pid, WAIT_S) for pid in first), "the first one is still there")
+    fifo.open().close()
+    answers = [s.recv(), s.recv()]
+    expect([a["id"] for a in answers] == ids and text_of(answers[1]["result"]) == "x", answers)
+    expect(s.end() == 0)
+
+
+@case("a server that says nothing to a first request that it does not know is asked by initialize, in the same process")
+def dumb(env):
+    server = env.write("dumb.py", """import json, os, sys
+answers = {"initialize": {"protocolVersion": "2025-11-25", "capabilities": {}, "serverInfo": {"name": "dumb", "version": "1"}},
+           "tools/list": {"tools": [{"name": "pid", "inputSchema": {"type": "object"}}]}, "tools/call": {"content": [{"type": "text", "text": ""}]}}
+methods = []
+for line in sys.stdin:
+    m = json.loads(line)
+    methods.append(m["method"])
+    if m["method"] in answers:
+        answers["tools/call"]["content"][0]["text"] = json.dumps(methods)
+        print(json.dumps({"jsonrpc": "2.0", "id": m["id"], "result": answers[m["method"]]}), flush=True)
+""")
+    s = env.project(RULES).session("--", PY, server)
+    s.initialize()
+    expect(json.loads(text_of(s.call("pid"))) == ["server/discover", "initialize", "notifications/initialized", "tools/list", "tools/call"])
+    expect(s.end() == 0)
+
+
 @case("orch.mcp.connect: a server that starts late, reads the probe only then and ends of it, is started again")
 def late_and_strict(env):
     fifo = Fifo(env)

@@ -21,6 +21,8 @@ ask       asks the client's user (elicitation/create) and answers with what came
           what it does: "withdraw" takes the question back, "sample" asks the model instead
 raw       its tool's schema is in FILE, and answers with the request's line
 lines     as ask, but reads lines as text tools do: CR, U+0085 and U+2028 end one too; each goes to FILE
+modern    of the era of 2026-07-28 alone: the tool ask asks the client's user and model before it answers with what
+          it got, grow and steps as above (steps: three, at once), hold never answers; what is cancelled goes to FILE
 stubborn  ignores end of input and SIGTERM
 nobody    the same, and has a child that does so too
 """
@@ -131,9 +133,50 @@ def lines():
             yield line
 
 
+META = "io.modelcontextprotocol/"
+
+
+def modern(message):
+    method, params = message["method"], message.get("params", {})
+    meta = params.get("_meta", {})
+    if method == "initialize":
+        return put(json.dumps({"jsonrpc": "2.0", "id": message["id"], "error": {"code": -32022, "message": "Unsupported protocol version", "data": {"supported": ["2026-07-28"]}}}))
+    if method == "notifications/cancelled":
+        with open(file, "a") as f:
+            f.write(line)
+        return
+    if meta.get(META + "protocolVersion") != "2026-07-28" or META + "clientCapabilities" not in meta:
+        return put(json.dumps({"jsonrpc": "2.0", "id": message["id"], "error": {"code": -32602, "message": "_meta is incomplete"}}))
+    cached = {"resultType": "complete", "ttlMs": 0, "cacheScope": "private"}
+    if method == "server/discover":
+        return result(message["id"], json.dumps({**cached, "supportedVersions": ["2026-07-28"], "capabilities": {"tools": {"listChanged": True}}}))
+    if method == "tools/list":
+        return result(message["id"], json.dumps({**cached, "tools": TOOLS + [{"name": n, "inputSchema": {"type": "object"}} for n in ("ask", "grow", "steps", "hold")]}))
+    if method == "subscriptions/listen":
+        asking["listen"] = message["id"]
+        return note("notifications/subscriptions/acknowledged", {"notifications": params["notifications"], "_meta": {META + "subscriptionId": message["id"]}})
+    if method != "tools/call" or params["name"] == "hold":
+        return
+    if params["name"] == "grow":
+        TOOLS.append({"name": "grown", "inputSchema": {"type": "object"}})
+        note("notifications/tools/list_changed", {"_meta": {META + "subscriptionId": asking["listen"]}})
+    for i in range(3 if params["name"] == "steps" else 0):
+        note("notifications/progress", {"progressToken": meta["progressToken"], "progress": i + 1, "message": "step"})
+    if params["name"] == "ask" and "inputResponses" not in params:
+        return result(message["id"], json.dumps({"resultType": "input_required", "requestState": "st\u00e9", "inputRequests": {
+            "who": {"method": "elicitation/create", "params": {"message": "Really?", "requestedSchema": {"type": "object", "properties": {"n": {"type": "integer"}}}}},
+            "what": {"method": "sampling/createMessage", "params": {"messages": [{"role": "user", "content": {"type": "text", "text": "hi"}}], "maxTokens": 10}}}}))
+    if params["name"] == "big":
+        return result(message["id"], '{"resultType": "complete", ' + BIG[1:])
+    result(message["id"], json.dumps({"resultType": "complete", "content": [{"type": "text", "text": line if params["name"] in ("ask", "steps") else params["arguments"].get("message", "")}]}))
+
+
 for line in lines():
     message = json.loads(line)
     method = message.get("method")
+    if mode == "modern":
+        modern(message)
+        continue
     if mode == "silent" or mode == "listless" and method == "tools/list":
         continue
     if mode == "strict" and method not in ("initialize", "notifications/initialized", "tools/list", "tools/call"):

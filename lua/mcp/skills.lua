@@ -1,6 +1,6 @@
 -- The skills extension, client side: a skill's files are read when asked for, never ahead, and are
 -- used only when they are what the skill's entry says: size, digest, and SKILL.md's front matter.
-local transport = require "orch.transport"
+local crypto = require "orch.crypto"
 local M = {}
 
 local function hex(s)
@@ -10,11 +10,13 @@ end
 local function scalar(s)
   local quoted = s:match('^"([^"\\]*)"$') or s:match("^'([^']*)'$")
   if quoted then return quoted end
-  if s:find("^[%[{&*!|>%%@`\"']") or s:find(": ", 1, true) or s:find(" #", 1, true) then return nil end
+  if s:find("^[%[{&*!|>%%@`\"']") or s:find(": ", 1, true) or s:find(" #", 1, true) then
+    return nil
+  end
   return s
 end
 
--- The YAML that front matter is made of: scalars, and one level of maps and lists of them. nil for any
+-- The YAML that front matter is made of: scalars, and one level of maps and lists of them. nil for
 -- other, since what cannot be read cannot be compared.
 local function front_matter(text)
   local head = text:gsub("\r\n", "\n"):match("^%-%-%-\n(.-\n)%-%-%-\n")
@@ -44,7 +46,9 @@ local function front_matter(text)
 end
 
 local function same(a, b)
-  if type(a) ~= "table" or type(b) ~= "table" then return type(a) ~= "table" and type(b) ~= "table" and tostring(a) == tostring(b) end
+  if type(a) ~= "table" or type(b) ~= "table" then
+    return type(a) ~= "table" and type(b) ~= "table" and tostring(a) == tostring(b)
+  end
   for k, v in pairs(a) do
     if not same(v, b[k]) then return false end
   end
@@ -60,7 +64,8 @@ local function listed(entry, uri)
   end
 end
 
--- The text of one file of a skill, by default SKILL.md; nil, message, code when it is not what the entry says.
+-- The text of one file of a skill, by default SKILL.md; nil, message, code when it is not what the
+-- entry says.
 function M.read(client, entry, uri, opts)
   uri = uri or entry.uri
   local said = listed(entry, uri)
@@ -71,8 +76,9 @@ function M.read(client, entry, uri, opts)
   local text = type(content) == "table" and content.text
   if type(text) ~= "string" then return nil, uri .. " has no text", "upstream" end
   if type(said.size) ~= "number" or #text ~= said.size then
-    return nil, ("%s has %d bytes, not %s as its entry says"):format(uri, #text, tostring(said.size)), "denied"
-  elseif said.digest ~= "sha256:" .. hex(transport.sha256(text)) then
+    return nil, ("%s has %d bytes, not %s as its entry says"):format(uri, #text,
+      tostring(said.size)), "denied"
+  elseif said.digest ~= "sha256:" .. hex(crypto.sha256(text)) then
     return nil, uri .. " is not what its entry's digest says", "denied"
   elseif uri == entry.uri and not same(entry.frontmatter, front_matter(text)) then
     return nil, uri .. " describes itself otherwise than its entry does", "denied"
