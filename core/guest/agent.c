@@ -275,12 +275,13 @@ static void rotate(void)
 
 static void turn(void)
 {
-    static struct pollfd set[2 + 4 * MAX_OPS];
+    static struct pollfd set[3 + 4 * MAX_OPS];
     nfds_t n = 0;
     int64_t wait = -1, now = now_ms();
     bool room = queued() < OUT_DATA;
     watch(set, &n, port, (short)((in_room() ? POLLIN : 0) | (queued() ? POLLOUT : 0)));
     watch(set, &n, sig_fd, POLLIN);
+    int pressure = watch(set, &n, pressure_fd, POLLPRI);
     for (struct op *op = ops; op; op = op->next) {
         bool started = op->fail_fd < 0 && !op->reaped;
         op->at[0] = watch(set, &n, op->fail_fd, POLLIN);
@@ -302,6 +303,8 @@ static void turn(void)
     now = now_ms();
     if (set[1].revents)
         reap();
+    if (pressure >= 0 && set[pressure].revents & POLLPRI)
+        pressure_relieve();
     for (struct op *op = ops, *next; op; op = next) {
         next = op->next;
         if (op->kind == EXEC)

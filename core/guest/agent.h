@@ -33,6 +33,7 @@ struct stream {
 struct cgroup {
     int dir, events;
     bool busy, killed;
+    bool squeezed;      /* ended by the agent, see pressure_relieve */
     unsigned oom_kills; /* when it was taken */
     char name[16];
 };
@@ -108,6 +109,8 @@ bool has_cgroups(void);
 struct cgroup *group_take(void); /* a free one, or NULL with errno */
 void group_give(struct cgroup *g);
 bool group_empty(const struct cgroup *g);
+extern int pressure_fd; /* POLLPRI: commands wait for memory; -1: not told */
+void pressure_relieve(void);
 bool group_starved(const struct cgroup *g);    /* since it was taken, ended for want of memory */
 void descendants_signal(pid_t top, int signo); /* every one of top, not itself */
 void tree_signal(const struct op *op, int signo);
