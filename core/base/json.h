@@ -1,9 +1,9 @@
-/* JSON. Two halves: - the strict scanner: RFC 8259 with nothing let through. It yields a flat array
- * of tokens that
+/* JSON. Two halves:
+ *  - the strict scanner: RFC 8259 with nothing let through. It yields a flat array of tokens that
  *    point into the original bytes, so that what is forwarded is forwarded as it came. Everything a
  *    peer sends is read with it.
  *  - the builder: cJSON behind a few functions, for cold paths that compose documents (doctor,
- *    status, QMP commands). json.c is cJSON's only user.
+ *    status, QMP commands). json_build.c is cJSON's only user.
  *
  * Refused by the scanner, each with rule and byte offset: syntax errors, trailing text, a
  * byte-order mark, invalid UTF-8 (overlong, surrogates, > U+10FFFF), raw control characters in
