@@ -102,7 +102,6 @@ void orch_json_set_str(struct orch_json *obj, const char *key, const char *v); /
 void orch_json_set_num(struct orch_json *obj, const char *key, double v);
 void orch_json_set_bool(struct orch_json *obj, const char *key, bool v);
 void orch_json_set_take(struct orch_json *obj, const char *key, struct orch_json *v);
-void orch_json_add_str(struct orch_json *arr, const char *v);
 void orch_json_add_take(struct orch_json *arr, struct orch_json *v);
 void orch_json_print(const struct orch_json *j, bool pretty, struct orch_buf *out);
 

@@ -16,15 +16,6 @@ static struct orch_json *made(cJSON *j)
     return (struct orch_json *)j;
 }
 
-static struct orch_json *raw_str(const char *v)
-{
-    if (!v)
-        return made(cJSON_CreateNull());
-    cleanup_buf struct orch_buf text = { 0 };
-    orch_json_quote(&text, orch_slice_str(v));
-    return made(cJSON_CreateRaw(text.p));
-}
-
 struct orch_json *orch_json_object(void)
 {
     return made(cJSON_CreateObject());
@@ -49,7 +40,13 @@ void orch_json_set_take(struct orch_json *obj, const char *key, struct orch_json
 
 void orch_json_set_str(struct orch_json *obj, const char *key, const char *v)
 {
-    orch_json_set_take(obj, key, raw_str(v));
+    if (!v) {
+        orch_json_set_take(obj, key, made(cJSON_CreateNull()));
+        return;
+    }
+    cleanup_buf struct orch_buf text = { 0 };
+    orch_json_quote(&text, orch_slice_str(v));
+    orch_json_set_take(obj, key, made(cJSON_CreateRaw(text.p)));
 }
 
 void orch_json_set_num(struct orch_json *obj, const char *key, double v)
@@ -68,11 +65,6 @@ void orch_json_add_take(struct orch_json *arr, struct orch_json *v)
 {
     if (!cJSON_AddItemToArray(node(arr), node(v)))
         abort();
-}
-
-void orch_json_add_str(struct orch_json *arr, const char *v)
-{
-    orch_json_add_take(arr, raw_str(v));
 }
 
 void orch_json_print(const struct orch_json *j, bool pretty, struct orch_buf *out)
