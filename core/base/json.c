@@ -1,12 +1,8 @@
-/* The strict JSON scanner, what is derived from its tokens, and the cJSON builder. */
-#include "json.h"
+/* The strict scanner, and what is read from its tokens. */
+#include "json_int.h"
 
-#include <cjson/cJSON.h>
-#include <endian.h>
 #include <errno.h>
 #include <math.h>
-#include <stdio.h>
-#include <string.h>
 
 enum {
     DEFAULT_BYTES = 16 << 20,
@@ -14,13 +10,7 @@ enum {
     MAX_DEPTH = 1024, /* the canonical form and the Lua conversion recurse as deep */
     DEFAULT_TOKENS = 1000000,
     KEEP_TOKENS = 64 * 1024, /* a token array above this is given back when the texts get small */
-    NUMBER_BYTES = 64,       /* longest number text */
-    FEW_KEYS = 16,           /* objects up to this size are handled pair by pair */
-    MAX_SAFE_DIGITS = 19,    /* digits that always fit a uint64_t */
-    EXACT_POWER = 22,        /* 10^22 is the last power of ten that a double holds exactly */
-    SHORTEST_MAX = 17,       /* digits that identify any double */
 };
-#define MAX_SAFE_INTEGER (UINT64_C(1) << 53)
 #define NO_TOKEN UINT32_MAX
 
 static const char *const RULE_END = "unexpected end of text";
@@ -29,153 +19,7 @@ static const char *const RULE_ESCAPE = "invalid escape";
 static const char *const RULE_DIGIT = "expected a digit";
 static const char *const RULE_TOKENS = "too many values";
 
-/* ---- bytes and characters */
-
-#define ONES UINT64_C(0x0101010101010101)
-#define HIGHS UINT64_C(0x8080808080808080)
-
-/* The first byte from p on that is not plain text in a JSON string: a quote, a backslash, a control
- * character or part of a multi-byte character. Eight bytes at a time: subtraction borrows out of a
- * byte only above a byte that matched, so the lowest match is always exact. */
-static inline const char *plain_end(const char *p, const char *end)
-{
-    while (end - p >= 8) {
-        uint64_t w;
-        memcpy(&w, p, 8);
-        w = le64toh(w);
-        uint64_t quote = w ^ (ONES * '"'), slash = w ^ (ONES * '\\');
-        uint64_t hit = (w | (w - ONES * 0x20) | (quote - ONES) | (slash - ONES)) & HIGHS;
-        if (hit)
-            return p + (__builtin_ctzll(hit) >> 3);
-        p += 8;
-    }
-    for (; p < end; p++) {
-        unsigned char c = (unsigned char)*p;
-        if (c < 0x20 || c >= 0x80 || c == '"' || c == '\\')
-            break;
-    }
-    return p;
-}
-
-/* The length of the UTF-8 sequence at p, whose first byte is 0x80 or above; or minus the length of
- * the part that could have begun one, at least 1: what one U+FFFD stands for. */
-static inline int utf8_step(const char *text, const char *end)
-{
-    const unsigned char *p = (const unsigned char *)text;
-    unsigned lo = 0x80, hi = 0xBF;
-    int n;
-
-    if (p[0] < 0xC2 || p[0] > 0xF4)
-        return -1;
-    if (p[0] < 0xE0) {
-        n = 2;
-    } else if (p[0] < 0xF0) {
-        n = 3;
-        lo = p[0] == 0xE0 ? 0xA0 : lo;
-        hi = p[0] == 0xED ? 0x9F : hi;
-    } else {
-        n = 4;
-        lo = p[0] == 0xF0 ? 0x90 : lo;
-        hi = p[0] == 0xF4 ? 0x8F : hi;
-    }
-    for (int i = 1; i < n; i++) {
-        if (end - text <= i || p[i] < lo || p[i] > hi)
-            return -i;
-        lo = 0x80;
-        hi = 0xBF;
-    }
-    return n;
-}
-
-bool orch_utf8_valid(struct orch_slice s)
-{
-    const char *p = s.n ? s.p : "", *end = p + s.n;
-    while ((p = plain_end(p, end)) < end) {
-        int n = (unsigned char)*p < 0x80 ? 1 : utf8_step(p, end);
-        if (n < 0)
-            return false;
-        p += n;
-    }
-    return true;
-}
-
-/* The code unit of four hexadecimal digits, or -1 minus the number of digits before the bad one. */
-static int hex4(const char *p, const char *end)
-{
-    int v = 0;
-    for (int i = 0; i < 4; i++) {
-        if (end - p <= i)
-            return -1 - i;
-        unsigned char c = (unsigned char)p[i], lower = c | 0x20;
-        if (c >= '0' && c <= '9')
-            v = v << 4 | (c - '0');
-        else if (lower >= 'a' && lower <= 'f')
-            v = v << 4 | (lower - 'a' + 10);
-        else
-            return -1 - i;
-    }
-    return v;
-}
-
-/* Decodes the escape at p (its backslash) of a scanned string; returns what follows it. */
-static const char *unescape(const char *p, const char *end, char out[4], size_t *n_out)
-{
-    static const char from[] = "bfnrt", to[] = "\b\f\n\r\t";
-    unsigned char *o = (unsigned char *)out;
-    *n_out = 1;
-    if (p[1] != 'u') {
-        const char *at = strchr(from, p[1]);
-        out[0] = at ? to[at - from] : p[1];
-        return p + 2;
-    }
-    unsigned c = (unsigned)hex4(p + 2, end);
-    p += 6;
-    if ((c & 0xF800) == 0xD800) {
-        c = 0x10000 + ((c & 0x3FF) << 10) + ((unsigned)hex4(p + 2, end) & 0x3FF);
-        p += 6;
-    }
-    if (c < 0x80) {
-        o[0] = (unsigned char)c;
-    } else if (c < 0x800) {
-        o[0] = (unsigned char)(0xC0 | c >> 6);
-        o[1] = (unsigned char)(0x80 | (c & 0x3F));
-        *n_out = 2;
-    } else if (c < 0x10000) {
-        o[0] = (unsigned char)(0xE0 | c >> 12);
-        o[1] = (unsigned char)(0x80 | (c >> 6 & 0x3F));
-        o[2] = (unsigned char)(0x80 | (c & 0x3F));
-        *n_out = 3;
-    } else {
-        o[0] = (unsigned char)(0xF0 | c >> 18);
-        o[1] = (unsigned char)(0x80 | (c >> 12 & 0x3F));
-        o[2] = (unsigned char)(0x80 | (c >> 6 & 0x3F));
-        o[3] = (unsigned char)(0x80 | (c & 0x3F));
-        *n_out = 4;
-    }
-    return p;
-}
-
-static void append_unescaped(struct orch_buf *out, const char *p, const char *end)
-{
-    while (p < end) {
-        const char *slash = memchr(p, '\\', (size_t)(end - p));
-        orch_buf_add(out, p, (size_t)((slash ? slash : end) - p));
-        if (!slash)
-            return;
-        char c[4];
-        size_t n;
-        p = unescape(slash, end, c, &n);
-        orch_buf_add(out, c, n);
-    }
-}
-
 /* ---- duplicate keys */
-
-static struct orch_slice key_slice(const struct orch_json_doc *d, uint32_t tok)
-{
-    const struct orch_json_tok *t = &d->toks[tok];
-    return (struct orch_slice){ d->text + t->start, t->end - t->start };
-}
 
 static inline uint64_t rotl(uint64_t v, int by)
 {
@@ -234,11 +78,11 @@ static uint64_t key_hash(struct orch_slice s)
 /* The key's characters: the text's own bytes, or unescaped into buf. */
 static struct orch_slice key_text(const struct orch_json_doc *d, uint32_t tok, struct orch_buf *buf)
 {
-    struct orch_slice s = key_slice(d, tok);
+    struct orch_slice s = orch_json_key_slice(d, tok);
     if (!(d->toks[tok].flags & ORCH_JSON_ESCAPED))
         return s;
     buf->n = 0;
-    append_unescaped(buf, s.p, s.p + s.n);
+    orch_json_append_unescaped(buf, s.p, s.p + s.n);
     return (struct orch_slice){ buf->p, buf->n };
 }
 
@@ -272,161 +116,20 @@ static uint32_t duplicate_among_many(const struct orch_json_doc *d, uint32_t obj
 /* The second of two equal keys of the object, or 0. */
 static uint32_t duplicate_key(const struct orch_json_doc *d, uint32_t obj)
 {
-    struct orch_slice seen[FEW_KEYS];
+    struct orch_slice seen[ORCH_JSON_FEW_KEYS];
     uint32_t count = d->toks[obj].count;
-    if (count > FEW_KEYS)
+    if (count > ORCH_JSON_FEW_KEYS)
         return duplicate_among_many(d, obj);
     for (uint32_t k = obj + 1, i = 0; i < count; i++, k = d->toks[k + 1].next) {
         if (d->toks[k].flags & ORCH_JSON_ESCAPED)
             return duplicate_among_many(d, obj);
-        struct orch_slice s = seen[i] = key_slice(d, k);
+        struct orch_slice s = seen[i] = orch_json_key_slice(d, k);
         for (uint32_t j = 0; j < i; j++) {
             if (seen[j].n == s.n && memcmp(seen[j].p, s.p, s.n) == 0)
                 return k;
         }
     }
     return 0;
-}
-
-/* ---- numbers */
-
-/* digits × 10^e10, correctly rounded. Texts handed to strtod have no decimal point, so that the
- * locale does not matter. */
-static double decimal(const char *digits, size_t n, int e10)
-{
-    static const double power[EXACT_POWER + 1] = { 1e0,  1e1,  1e2,  1e3,  1e4,  1e5,  1e6,  1e7,
-                                                   1e8,  1e9,  1e10, 1e11, 1e12, 1e13, 1e14, 1e15,
-                                                   1e16, 1e17, 1e18, 1e19, 1e20, 1e21, 1e22 };
-    if (n <= MAX_SAFE_DIGITS && e10 >= -EXACT_POWER && e10 <= EXACT_POWER) {
-        uint64_t m = 0;
-        for (size_t i = 0; i < n; i++)
-            m = m * 10 + (uint64_t)(digits[i] - '0');
-        /* Both operands are exact, so the one operation rounds correctly. */
-        if (m <= MAX_SAFE_INTEGER)
-            return e10 < 0 ? (double)m / power[-e10] : (double)m * power[e10];
-    }
-    char text[NUMBER_BYTES + 16];
-    memcpy(text, digits, n);
-    snprintf(text + n, sizeof text - n, "e%d", e10);
-    return strtod(text, NULL);
-}
-
-/* The value of a number text that keeps the grammar and the length limit. */
-static double number_value(const char *p, const char *end)
-{
-    char digits[NUMBER_BYTES];
-    size_t n = 0;
-    int e10 = 0, exponent = 0;
-    bool negative = *p == '-', fraction = false;
-
-    for (p += negative; p < end && (*p | 0x20) != 'e'; p++) {
-        if (*p == '.') {
-            fraction = true;
-            continue;
-        }
-        e10 -= fraction;
-        if (n > 0 || *p != '0')
-            digits[n++] = *p;
-    }
-    if (p < end) {
-        bool minus = *++p == '-';
-        for (p += *p == '-' || *p == '+'; p < end; p++)
-            exponent = exponent < 10000 ? exponent * 10 + (*p - '0') : exponent;
-        exponent = minus ? -exponent : exponent;
-    }
-    double v = n ? decimal(digits, n, e10 + exponent) : 0;
-    return negative ? -v : v;
-}
-
-/* Fewest digits that read back as v (positive and finite), without trailing zeros; v is
- * digits × 10^*e10. Up to 15 digits the nearest decimal is the only candidate of its length, so
- * the search starts there; subnormals have less precision and start at 1. */
-static size_t shortest(double v, char digits[SHORTEST_MAX + 1], int *e10)
-{
-    char text[SHORTEST_MAX + 16];
-    int e2;
-    bool power_of_two = frexp(v, &e2) == 0.5;
-    for (int n = v < 0x1p-1022 ? 1 : 15;; n++) {
-        snprintf(text, sizeof text, "%.*e", n - 1, v);
-        const char *e = strchr(text, 'e');
-        digits[0] = text[0];
-        memcpy(digits + 1, e - (n - 1), (size_t)(n - 1)); /* the locale's point skipped */
-        *e10 = atoi(e + 1) - (n - 1);
-        size_t len = (size_t)n;
-        bool found = n == SHORTEST_MAX || decimal(digits, len, *e10) == v;
-        if (!found && power_of_two) {
-            /* The gap below a power of two is half the gap above: the next decimal up may read back
-             * where the nearest, which lies below, does not. */
-            size_t i = len;
-            while (i > 0 && digits[i - 1] == '9')
-                digits[--i] = '0';
-            if (i == 0) {
-                digits[0] = '1'; /* 99…9 became 100…0, one digit longer: drop a zero */
-                ++*e10;
-            } else {
-                digits[i - 1]++;
-            }
-            found = decimal(digits, len, *e10) == v;
-        }
-        if (!found)
-            continue;
-        while (len > 1 && digits[len - 1] == '0')
-            len--, ++*e10;
-        return len;
-    }
-}
-
-static void put_uint(struct orch_buf *out, uint64_t v)
-{
-    char text[20];
-    size_t at = sizeof text;
-    do
-        text[--at] = (char)('0' + v % 10);
-    while (v /= 10);
-    orch_buf_add(out, text + at, sizeof text - at);
-}
-
-/* ECMAScript's Number::toString, which RFC 8785 prescribes; but -0 keeps its sign. */
-void orch_json_put_number(struct orch_buf *out, double v)
-{
-    if (!isfinite(v)) {
-        orch_buf_add(out, "null", 4);
-        return;
-    }
-    if (signbit(v)) {
-        orch_buf_char(out, '-');
-        v = -v;
-    }
-    if (v <= (double)MAX_SAFE_INTEGER && v == (double)(uint64_t)v) {
-        put_uint(out, (uint64_t)v);
-        return;
-    }
-
-    static const char zeros[] = "00000000000000000000";
-    char digits[SHORTEST_MAX + 1];
-    int e10;
-    size_t k = shortest(v, digits, &e10);
-    int point = (int)k + e10; /* v is 0.DIGITS × 10^point */
-    if (e10 >= 0 && point <= 21) {
-        orch_buf_add(out, digits, k);
-        orch_buf_add(out, zeros, (size_t)e10);
-    } else if (point > 0 && point <= 21) {
-        orch_buf_add(out, digits, (size_t)point);
-        orch_buf_char(out, '.');
-        orch_buf_add(out, digits + point, k - (size_t)point);
-    } else if (point > -6 && point <= 0) {
-        orch_buf_add(out, "0.", 2);
-        orch_buf_add(out, zeros, (size_t)-point);
-        orch_buf_add(out, digits, k);
-    } else {
-        orch_buf_char(out, digits[0]);
-        if (k > 1) {
-            orch_buf_char(out, '.');
-            orch_buf_add(out, digits + 1, k - 1);
-        }
-        orch_buf_str(out, point > 0 ? "e+" : "e-");
-        put_uint(out, (uint64_t)(point > 0 ? point - 1 : 1 - point));
-    }
 }
 
 /* ---- the scanner */
@@ -473,7 +176,7 @@ static const char *scan_escape(struct scan *s, const char *p, uint8_t *flags)
     default:
         return refuse(s, p, RULE_ESCAPE);
     }
-    int unit = hex4(++p, s->end);
+    int unit = orch_json_hex4(++p, s->end);
     if (unit < 0)
         return refuse(s, p + (-1 - unit), RULE_ESCAPE);
     p += 4;
@@ -484,7 +187,7 @@ static const char *scan_escape(struct scan *s, const char *p, uint8_t *flags)
     if (unit >= 0xDC00 || s->end - p < 2 || p[0] != '\\' || p[1] != 'u')
         return refuse(s, start, "lone surrogate");
     p += 2;
-    unit = hex4(p, s->end);
+    unit = orch_json_hex4(p, s->end);
     if (unit < 0)
         return refuse(s, p + (-1 - unit), RULE_ESCAPE);
     if ((unit & 0xFC00) != 0xDC00)
@@ -496,7 +199,7 @@ static const char *scan_escape(struct scan *s, const char *p, uint8_t *flags)
 static inline const char *scan_string(struct scan *s, const char *p, uint8_t *flags)
 {
     for (;;) {
-        p = plain_end(p, s->end);
+        p = orch_json_plain_end(p, s->end);
         if (p == s->end)
             return refuse(s, p, RULE_END);
         unsigned char c = (unsigned char)*p;
@@ -511,7 +214,7 @@ static inline const char *scan_string(struct scan *s, const char *p, uint8_t *fl
         if (c < 0x20)
             return refuse(s, p, "control character in string");
         do { /* multi-byte characters rarely come alone */
-            int n = utf8_step(p, s->end);
+            int n = orch_utf8_step(p, s->end);
             if (n < 0)
                 return refuse(s, p, RULE_UTF8);
             p += n;
@@ -541,7 +244,7 @@ static const char *scan_number(struct scan *s, const char *p, uint8_t *flags)
 
     if (p == end || (*p != '.' && (*p | 0x20) != 'e')) {
         *flags = ORCH_JSON_INTEGER;
-        if (p - digits > MAX_SAFE_DIGITS || v > MAX_SAFE_INTEGER)
+        if (p - digits > ORCH_JSON_SAFE_DIGITS || v > ORCH_JSON_SAFE_INTEGER)
             *flags |= ORCH_JSON_BIG;
     }
     if (p < end && *p == '.') {
@@ -559,13 +262,13 @@ static const char *scan_number(struct scan *s, const char *p, uint8_t *flags)
             exponent = exponent < 10000 ? exponent * 10 + (*p - '0') : exponent;
         exponent = minus ? -exponent : exponent;
     }
-    if (p - start > NUMBER_BYTES) {
-        s->bad = start + NUMBER_BYTES;
+    if (p - start > ORCH_JSON_NUMBER_BYTES) {
+        s->bad = start + ORCH_JSON_NUMBER_BYTES;
         s->rule = "number too long";
         return NULL;
     }
     /* At most 62 digits stand before a positive exponent: below 10^200 nothing can overflow. */
-    if (exponent > 200 && isinf(number_value(start, p))) {
+    if (exponent > 200 && isinf(orch_json_number_value(start, p))) {
         s->bad = start;
         s->rule = "number out of range";
         return NULL;
@@ -796,7 +499,7 @@ static bool text_eq(const struct orch_json_doc *d, uint32_t tok, const char *s, 
     while (p < end) {
         char c[4] = { *p };
         size_t len = 1;
-        p = *p == '\\' ? unescape(p, end, c, &len) : p + 1;
+        p = *p == '\\' ? orch_json_unescape(p, end, c, &len) : p + 1;
         if (len > n || memcmp(c, s, len) != 0)
             return false;
         s += len;
@@ -824,53 +527,13 @@ struct orch_slice orch_json_raw(const struct orch_json_doc *d, uint32_t tok)
     return (struct orch_slice){ d->text + t->start - quote, t->end - t->start + 2 * quote };
 }
 
-/* The length of what some take for a line end. */
-static size_t line_end(const char *p, size_t n)
-{
-    if (n >= 2 && memcmp(p, "\xc2\x85", 2) == 0)
-        return 2;
-    return n >= 3 && (memcmp(p, "\xe2\x80\xa8", 3) == 0 || memcmp(p, "\xe2\x80\xa9", 3) == 0) ? 3
-                                                                                              : 0;
-}
-
-static void escape_line_ends(struct orch_buf *b, size_t from)
-{
-    cleanup_buf struct orch_buf whole = { 0 };
-    orch_buf_add(&whole, b->p + from, b->n - from);
-    b->n = from;
-    for (size_t i = 0; i < whole.n;) {
-        size_t n = line_end(whole.p + i, whole.n - i);
-        if (!n)
-            orch_buf_char(b, whole.p[i++]);
-        else
-            orch_buf_str(b, n == 2 ? "\\u0085" : whole.p[i + 2] == '\xa8' ? "\\u2028" : "\\u2029");
-        i += n;
-    }
-}
-
-void orch_json_one_line(struct orch_buf *b, size_t from)
-{
-    char *p, *end = b->p + b->n;
-    if (b->n == from)
-        return;
-    for (int end_of_line = 0; end_of_line < 2; end_of_line++)
-        for (p = b->p + from; (p = memchr(p, "\r\n"[end_of_line], (size_t)(end - p))); p++)
-            *p = ' ';
-    for (int lead = 0; lead < 2; lead++)
-        for (p = b->p + from; (p = memchr(p, "\xc2\xe2"[lead], (size_t)(end - p))); p++)
-            if (line_end(p, (size_t)(end - p))) {
-                escape_line_ends(b, from);
-                return;
-            }
-}
-
 int orch_json_string(const struct orch_json_doc *d, uint32_t tok, struct orch_buf *out)
 {
     const struct orch_json_tok *t = &d->toks[tok];
     if (t->type != ORCH_JSON_STRING)
         return -EINVAL;
     if (t->flags & ORCH_JSON_ESCAPED)
-        append_unescaped(out, d->text + t->start, d->text + t->end);
+        orch_json_append_unescaped(out, d->text + t->start, d->text + t->end);
     else
         orch_buf_add(out, d->text + t->start, t->end - t->start);
     return 0;
@@ -879,296 +542,4 @@ int orch_json_string(const struct orch_json_doc *d, uint32_t tok, struct orch_bu
 bool orch_json_string_eq(const struct orch_json_doc *d, uint32_t tok, const char *s)
 {
     return d->toks[tok].type == ORCH_JSON_STRING && text_eq(d, tok, s, strlen(s));
-}
-
-double orch_json_number(const struct orch_json_doc *d, uint32_t tok)
-{
-    const struct orch_json_tok *t = &d->toks[tok];
-    return t->type == ORCH_JSON_NUMBER ? number_value(d->text + t->start, d->text + t->end) : NAN;
-}
-
-bool orch_json_int(const struct orch_json_doc *d, uint32_t tok, int64_t *out)
-{
-    const struct orch_json_tok *t = &d->toks[tok];
-    if (t->type != ORCH_JSON_NUMBER || !(t->flags & ORCH_JSON_INTEGER))
-        return false;
-    const char *p = d->text + t->start, *end = d->text + t->end;
-    bool negative = *p == '-';
-    uint64_t v = 0, max = (uint64_t)INT64_MAX + negative;
-    p += negative;
-    if (end - p > MAX_SAFE_DIGITS)
-        return false;
-    for (; p < end; p++)
-        v = v * 10 + (uint64_t)(*p - '0');
-    if (v > max)
-        return false;
-    *out = negative ? (int64_t)(0 - v) : (int64_t)v;
-    return true;
-}
-
-/* ---- writing text */
-
-/* The short form where there is one, else \u00xx; c is a quote, a backslash or below 0x20. */
-static void put_escape(struct orch_buf *out, unsigned char c)
-{
-    static const char from[] = "\"\\\b\f\n\r\t", to[] = "\"\\bfnrt";
-    const char *at = c ? strchr(from, c) : NULL;
-    if (at) {
-        orch_buf_add(out, (char[]){ '\\', to[at - from] }, 2);
-    } else {
-        orch_buf_add(out, "\\u00", 4);
-        orch_buf_hex(out, &c, 1);
-    }
-}
-
-void orch_json_quote(struct orch_buf *out, struct orch_slice s)
-{
-    const char *p = s.n ? s.p : "", *run = p, *end = p + s.n;
-    orch_buf_reserve(out, s.n + 2);
-    orch_buf_char(out, '"');
-    while ((p = plain_end(p, end)) < end) {
-        bool wide = (unsigned char)*p >= 0x80;
-        int n = wide ? utf8_step(p, end) : 1;
-        if (wide && n > 0) {
-            p += n;
-            continue;
-        }
-        orch_buf_add(out, run, (size_t)(p - run));
-        if (wide)
-            orch_buf_add(out, "\xEF\xBF\xBD", 3);
-        else
-            put_escape(out, (unsigned char)*p);
-        p += abs(n);
-        run = p;
-    }
-    orch_buf_add(out, run, (size_t)(p - run));
-    orch_buf_char(out, '"');
-}
-
-/* ---- RFC 8785 */
-
-struct member {
-    const char *p; /* the key's characters; NULL while they are in the arena at `at` */
-    size_t at;
-    uint32_t n, tok;
-};
-
-/* UTF-16 code units order as the bytes of UTF-8 do, but for U+E000 to U+FFFF (lead bytes EE and
- * EF), which come after the surrogates that stand for what is beyond (F0 and above). */
-static int member_cmp(const void *pa, const void *pb)
-{
-    const struct member *a = pa, *b = pb;
-    uint32_t n = a->n < b->n ? a->n : b->n, i = 0;
-    const unsigned char *x = (const unsigned char *)a->p, *y = (const unsigned char *)b->p;
-    while (i < n && x[i] == y[i])
-        i++;
-    if (i == n)
-        return a->n < b->n ? -1 : a->n > b->n;
-    int cx = x[i], cy = y[i];
-    cx += (cx == 0xEE || cx == 0xEF) << 8;
-    cy += (cy == 0xEE || cy == 0xEF) << 8;
-    return cx - cy;
-}
-
-static void canonical_string(const struct orch_json_doc *d, const struct orch_json_tok *t,
-                             struct orch_buf *out)
-{
-    const char *p = d->text + t->start, *end = d->text + t->end;
-    if (!(t->flags & ORCH_JSON_ESCAPED)) { /* then it has nothing that needs an escape */
-        orch_buf_add(out, p - 1, (size_t)(end - p) + 2);
-        return;
-    }
-    orch_buf_char(out, '"');
-    while (p < end) {
-        const char *slash = memchr(p, '\\', (size_t)(end - p));
-        orch_buf_add(out, p, (size_t)((slash ? slash : end) - p));
-        if (!slash)
-            break;
-        char c[4];
-        size_t n;
-        p = unescape(slash, end, c, &n);
-        if (n == 1 && ((unsigned char)c[0] < 0x20 || c[0] == '"' || c[0] == '\\'))
-            put_escape(out, (unsigned char)c[0]);
-        else
-            orch_buf_add(out, c, n);
-    }
-    orch_buf_char(out, '"');
-}
-
-static void canonical_object(const struct orch_json_doc *d, uint32_t tok, struct orch_buf *out)
-{
-    uint32_t count = d->toks[tok].count;
-    struct member few[FEW_KEYS], *m = few;
-    cleanup_free struct member *many = NULL;
-    cleanup_buf struct orch_buf arena = { 0 };
-
-    if (count > FEW_KEYS)
-        m = many = orch_xmalloc(count * sizeof *m);
-    for (uint32_t k = tok + 1, i = 0; i < count; i++, k = d->toks[k + 1].next) {
-        struct orch_slice s = key_slice(d, k);
-        m[i] = (struct member){ s.p, 0, (uint32_t)s.n, k };
-        if (d->toks[k].flags & ORCH_JSON_ESCAPED) {
-            size_t before = arena.n;
-            append_unescaped(&arena, s.p, s.p + s.n);
-            m[i] = (struct member){ NULL, before, (uint32_t)(arena.n - before), k };
-        }
-    }
-    for (uint32_t i = 0; arena.p && i < count; i++) {
-        if (!m[i].p)
-            m[i].p = arena.p + m[i].at;
-    }
-    if (count > FEW_KEYS) {
-        qsort(m, count, sizeof *m, member_cmp);
-    } else {
-        for (uint32_t i = 1; i < count; i++) {
-            struct member v = m[i];
-            uint32_t j = i;
-            for (; j > 0 && member_cmp(&m[j - 1], &v) > 0; j--)
-                m[j] = m[j - 1];
-            m[j] = v;
-        }
-    }
-    orch_buf_char(out, '{');
-    for (uint32_t i = 0; i < count; i++) {
-        if (i)
-            orch_buf_char(out, ',');
-        canonical_string(d, &d->toks[m[i].tok], out);
-        orch_buf_char(out, ':');
-        orch_json_canonical(d, m[i].tok + 1, out);
-    }
-    orch_buf_char(out, '}');
-}
-
-void orch_json_canonical(const struct orch_json_doc *d, uint32_t tok, struct orch_buf *out)
-{
-    const struct orch_json_tok *t = &d->toks[tok];
-    const char *text = d->text + t->start;
-    size_t n = t->end - t->start;
-    double v;
-
-    switch ((enum orch_json_type)t->type) {
-    case ORCH_JSON_NULL:
-    case ORCH_JSON_FALSE:
-    case ORCH_JSON_TRUE:
-        orch_buf_add(out, text, n);
-        return;
-    case ORCH_JSON_NUMBER:
-        v = number_value(text, text + n);
-        if (v == 0) /* -0 too */
-            orch_buf_char(out, '0');
-        else if ((t->flags & (ORCH_JSON_INTEGER | ORCH_JSON_BIG)) == ORCH_JSON_INTEGER)
-            orch_buf_add(out, text, n);
-        else
-            orch_json_put_number(out, v);
-        return;
-    case ORCH_JSON_STRING:
-        canonical_string(d, t, out);
-        return;
-    case ORCH_JSON_ARRAY:
-        orch_buf_char(out, '[');
-        for (uint32_t e = tok + 1; e < t->next; e = d->toks[e].next) {
-            if (e > tok + 1)
-                orch_buf_char(out, ',');
-            orch_json_canonical(d, e, out);
-        }
-        orch_buf_char(out, ']');
-        return;
-    case ORCH_JSON_OBJECT:
-        if (t->count > 1) {
-            canonical_object(d, tok, out);
-            return;
-        }
-        orch_buf_char(out, '{');
-        if (t->count == 1) {
-            canonical_string(d, &d->toks[tok + 1], out);
-            orch_buf_char(out, ':');
-            orch_json_canonical(d, tok + 2, out);
-        }
-        orch_buf_char(out, '}');
-        return;
-    }
-}
-
-/* ---- the builder
- * Strings and numbers go into cJSON as raw text made above: cJSON alone would pass bad UTF-8 on and
- * print 10^15 with an exponent. */
-
-static cJSON *node(struct orch_json *j)
-{
-    return (cJSON *)j;
-}
-
-static struct orch_json *made(cJSON *j)
-{
-    if (!j)
-        abort();
-    return (struct orch_json *)j;
-}
-
-static struct orch_json *raw_str(const char *v)
-{
-    if (!v)
-        return made(cJSON_CreateNull());
-    cleanup_buf struct orch_buf text = { 0 };
-    orch_json_quote(&text, orch_slice_str(v));
-    return made(cJSON_CreateRaw(text.p));
-}
-
-struct orch_json *orch_json_object(void)
-{
-    return made(cJSON_CreateObject());
-}
-
-struct orch_json *orch_json_array(void)
-{
-    return made(cJSON_CreateArray());
-}
-
-void orch_json_free(struct orch_json *j)
-{
-    cJSON_Delete(node(j));
-}
-
-void orch_json_set_take(struct orch_json *obj, const char *key, struct orch_json *v)
-{
-    cJSON_DeleteItemFromObjectCaseSensitive(node(obj), key);
-    if (!cJSON_AddItemToObject(node(obj), key, node(v)))
-        abort();
-}
-
-void orch_json_set_str(struct orch_json *obj, const char *key, const char *v)
-{
-    orch_json_set_take(obj, key, raw_str(v));
-}
-
-void orch_json_set_num(struct orch_json *obj, const char *key, double v)
-{
-    cleanup_buf struct orch_buf text = { 0 };
-    orch_json_put_number(&text, v);
-    orch_json_set_take(obj, key, made(cJSON_CreateRaw(text.p)));
-}
-
-void orch_json_set_bool(struct orch_json *obj, const char *key, bool v)
-{
-    orch_json_set_take(obj, key, made(cJSON_CreateBool(v)));
-}
-
-void orch_json_add_take(struct orch_json *arr, struct orch_json *v)
-{
-    if (!cJSON_AddItemToArray(node(arr), node(v)))
-        abort();
-}
-
-void orch_json_add_str(struct orch_json *arr, const char *v)
-{
-    orch_json_add_take(arr, raw_str(v));
-}
-
-void orch_json_print(const struct orch_json *j, bool pretty, struct orch_buf *out)
-{
-    char *text = pretty ? cJSON_Print((const cJSON *)j) : cJSON_PrintUnformatted((const cJSON *)j);
-    if (!text)
-        abort();
-    orch_buf_str(out, text);
-    cJSON_free(text);
 }

@@ -1,9 +1,9 @@
-/* JSON. Two halves: - the strict scanner: RFC 8259 with nothing let through. It yields a flat array
- * of tokens that
+/* JSON. Two halves:
+ *  - the strict scanner: RFC 8259 with nothing let through. It yields a flat array of tokens that
  *    point into the original bytes, so that what is forwarded is forwarded as it came. Everything a
  *    peer sends is read with it.
  *  - the builder: cJSON behind a few functions, for cold paths that compose documents (doctor,
- *    status, QMP commands). json.c is cJSON's only user.
+ *    status, QMP commands). json_build.c is cJSON's only user.
  *
  * Refused by the scanner, each with rule and byte offset: syntax errors, trailing text, a
  * byte-order mark, invalid UTF-8 (overlong, surrogates, > U+10FFFF), raw control characters in
@@ -102,7 +102,6 @@ void orch_json_set_str(struct orch_json *obj, const char *key, const char *v); /
 void orch_json_set_num(struct orch_json *obj, const char *key, double v);
 void orch_json_set_bool(struct orch_json *obj, const char *key, bool v);
 void orch_json_set_take(struct orch_json *obj, const char *key, struct orch_json *v);
-void orch_json_add_str(struct orch_json *arr, const char *v);
 void orch_json_add_take(struct orch_json *arr, struct orch_json *v);
 void orch_json_print(const struct orch_json *j, bool pretty, struct orch_buf *out);
 

@@ -386,9 +386,56 @@ static void exit_ready(void *ud, int events)
         orch_timer_set(p->grace, STDERR_GRACE_MS);
 }
 
-static int set_nonblock(int fd)
+/* Both sides' descriptors, -1: not there. Of in, out and err the one to read is the first; of via's
+ * socket the parent's. */
+struct ends {
+    int null, in[2], out[2], err[2], via[2];
+};
+#define NO_ENDS ((struct ends){ -1, { -1, -1 }, { -1, -1 }, { -1, -1 }, { -1, -1 } })
+
+static void ends_close(struct ends *e)
 {
-    return fcntl(fd, F_SETFL, O_NONBLOCK) < 0 ? -errno : 0;
+    orch_cleanup_close(&e->null);
+    for (int i = 0; i < 2; i++) {
+        orch_cleanup_close(&e->in[i]);
+        orch_cleanup_close(&e->out[i]);
+        orch_cleanup_close(&e->err[i]);
+        orch_cleanup_close(&e->via[i]);
+    }
+}
+
+static bool open_pipe(int p[2], int ours)
+{
+    return pipe2(p, O_CLOEXEC) == 0 && fcntl(p[ours], F_SETFL, O_NONBLOCK) == 0;
+}
+
+/* False with errno. */
+static bool ends_open(struct ends *e, const struct orch_proc_opts *o)
+{
+    if (o->null_stdio)
+        e->null = open("/dev/null", O_RDWR | O_CLOEXEC);
+    if (o->null_stdio ? e->null < 0 : !open_pipe(e->in, 1) || !open_pipe(e->out, 0))
+        return false;
+    return open_pipe(e->err, 0) &&
+           (!o->via || socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, e->via) == 0);
+}
+
+/* Returns once the child has executed or failed: its pid, or a negative errno. */
+static pid_t run_child(struct child *c, int *pidfd)
+{
+    cleanup_free char *stack = orch_xmalloc(CHILD_STACK);
+    /* No handler of ours may run in the child while it shares our memory. */
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    pid_t pid = clone(child_main, (char *)((uintptr_t)(stack + CHILD_STACK) & ~(uintptr_t)15),
+                      CLONE_VM | CLONE_VFORK | CLONE_PIDFD | SIGCHLD, c, pidfd);
+    int code = errno;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (pid >= 0)
+        return pid;
+    *pidfd = -1;
+    return -code;
 }
 
 struct orch_proc *orch_proc_start(struct orch_loop *l, const struct orch_proc_opts *o,
@@ -411,36 +458,8 @@ struct orch_proc *orch_proc_start(struct orch_loop *l, const struct orch_proc_op
     if (!path)
         return NULL;
 
-    cleanup_close int in_r = -1, in_w = -1, out_r = -1, out_w = -1, err_r = -1, err_w = -1,
-                      null = -1, told = -1, tell = -1;
-    int p[2], failed = 0;
-    if (o->null_stdio) {
-        null = open("/dev/null", O_RDWR | O_CLOEXEC);
-        failed = null < 0;
-    } else {
-        failed = pipe2(p, O_CLOEXEC) < 0;
-        if (!failed) {
-            in_r = p[0];
-            in_w = p[1];
-            failed = pipe2(p, O_CLOEXEC) < 0;
-        }
-        if (!failed) {
-            out_r = p[0];
-            out_w = p[1];
-            failed = set_nonblock(in_w) < 0 || set_nonblock(out_r) < 0;
-        }
-    }
-    if (!failed && !(failed = pipe2(p, O_CLOEXEC) < 0)) {
-        err_r = p[0];
-        err_w = p[1];
-        failed = set_nonblock(err_r) < 0;
-    }
-    if (!failed && via &&
-        !(failed = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, p) < 0)) {
-        told = p[0];
-        tell = p[1];
-    }
-    if (failed) {
+    ORCH_CLEANUP(ends_close) struct ends ends = NO_ENDS;
+    if (!ends_open(&ends, o)) {
         orch_err_set(err, errno, "%s: cannot start: pipes: %s", o->argv[0], strerror(errno));
         return NULL;
     }
@@ -452,28 +471,20 @@ struct orch_proc *orch_proc_start(struct orch_loop *l, const struct orch_proc_op
         .argv = via ? through : (char *const *)(uintptr_t)o->argv,
         .env = (char *const *)(uintptr_t)(o->env ? o->env : no_env),
         .cwd = cwd,
-        .fds = { null >= 0 ? null : in_r, null >= 0 ? null : out_w, err_w },
+        .fds = { o->null_stdio ? ends.null : ends.in[0], o->null_stdio ? ends.null : ends.out[1],
+                 ends.err[1] },
         .n_fds = 3 + (int)o->n_fds + (via != NULL),
         .parent = getpid(),
     };
     if (via)
-        c.fds[3] = tell;
+        c.fds[3] = ends.via[1];
     if (o->n_fds)
         memcpy(c.fds + 3, o->fds, o->n_fds * sizeof c.fds[0]);
 
-    cleanup_free char *stack = orch_xmalloc(CHILD_STACK);
     cleanup_close int pidfd = -1;
-    /* No handler of ours may run in the child while it shares our memory. */
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    pid_t pid = clone(child_main, (char *)((uintptr_t)(stack + CHILD_STACK) & ~(uintptr_t)15),
-                      CLONE_VM | CLONE_VFORK | CLONE_PIDFD | SIGCHLD, &c, &pidfd);
-    int clone_error = errno;
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pid_t pid = run_child(&c, &pidfd);
     if (pid < 0) {
-        pidfd = -1;
-        orch_err_set(err, clone_error, "%s: cannot start: clone: %s", path, strerror(clone_error));
+        orch_err_set(err, -pid, "%s: cannot start: clone: %s", path, strerror(-pid));
         return NULL;
     }
     if (c.step) {
@@ -481,8 +492,8 @@ struct orch_proc *orch_proc_start(struct orch_loop *l, const struct orch_proc_op
         start_error(c.path, c.step, c.error, o, err);
         return NULL;
     }
-    close(orch_steal_fd(&tell)); /* -1 without via */
-    if (via && via_wait(o, path, told, err) < 0) {
+    close(orch_steal_fd(&ends.via[1])); /* -1 without via */
+    if (via && via_wait(o, path, ends.via[0], err) < 0) {
         kill(pid, SIGKILL);
         waitid(P_PIDFD, (id_t)pidfd, &(siginfo_t){ 0 }, WEXITED);
         return NULL;
@@ -494,9 +505,9 @@ struct orch_proc *orch_proc_start(struct orch_loop *l, const struct orch_proc_op
         .pid = pid,
         .pidfd = orch_steal_fd(&pidfd),
         .via = orch_steal_ptr(&via),
-        .in = orch_steal_fd(&in_w),
-        .out = orch_steal_fd(&out_r),
-        .err = orch_steal_fd(&err_r),
+        .in = orch_steal_fd(&ends.in[1]),
+        .out = orch_steal_fd(&ends.out[0]),
+        .err = orch_steal_fd(&ends.err[0]),
         .on_stderr = o->on_stderr,
         .log_as = o->log_as,
         .keep = o->stderr_keep ? o->stderr_keep : STDERR_KEEP,

@@ -153,7 +153,7 @@ static void handle(const struct orch_wire_head *h, const char *b)
     struct winsize size = { 0 };
     uint32_t signo;
     struct op *op = h->id ? op_find(h->id) : NULL;
-    if (!h->id != (h->type == ORCH_WIRE_RESTORE || h->type == ORCH_WIRE_WARM))
+    if (!h->id != (h->type == ORCH_WIRE_RESTORE))
         die("protocol error: id");
     switch (h->type) {
     case ORCH_WIRE_RESTORE:
@@ -162,11 +162,6 @@ static void handle(const struct orch_wire_head *h, const char *b)
         memcpy(&r, b, sizeof r);
         restore(&r);
         explicit_bzero(&r, sizeof r);
-        return;
-    case ORCH_WIRE_WARM:
-        if (h->len)
-            break;
-        warm();
         return;
     case ORCH_WIRE_EXEC:
         exec_frame(h->id, b, h->len);

@@ -44,7 +44,7 @@ struct op {
     enum kind kind;
     bool dropped; /* the host forgot it: end it, send nothing */
 
-    /* EXEC; WARM is one with id 0 */
+    /* EXEC */
     pid_t pid;
     struct cgroup *group; /* NULL: pid is a supervisor */
     int fail_fd;          /* CLOEXEC pipe: empty at its end when the exec succeeded; -1 after */
@@ -125,7 +125,6 @@ struct user {
 bool user_find(const char *who, struct user *u);
 void exec_frame(uint32_t id, const char *b, size_t n);
 void stdin_frame(struct op *op, const char *b, size_t n);
-void warm(void);
 /* One turn of an exec; frees it when it is over. set: what poll found. */
 void exec_turn(struct op *op, int64_t now, const struct pollfd *set);
 

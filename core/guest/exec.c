@@ -336,17 +336,6 @@ void exec_frame(uint32_t id, const char *b, size_t n)
     free(strings);
 }
 
-void warm(void)
-{
-    const char *argv[] = { "true", NULL }, *env[5] = { NULL };
-    struct plan p = { .x = { .n_argv = 1 }, .cwd = "", .user = "1000", .argv = argv, .env = env };
-    struct op *op = op_new(0, EXEC);
-    if (op)
-        exec_start(op, &p);
-    else
-        send_done(0, ENOMEM, 0);
-}
-
 /* Learns whether the exec worked. Output can only follow, so until then no stream is read. */
 static void exec_check(struct op *op)
 {
@@ -355,7 +344,7 @@ static void exec_check(struct op *op)
     if (n < 0 && (errno == EAGAIN || errno == EINTR) && !op->reaped)
         return;
     close_fd(&op->fail_fd);
-    if (n != (ssize_t)sizeof op->fail && !op->dropped && op->id)
+    if (n != (ssize_t)sizeof op->fail && !op->dropped)
         send_frame(op->id, ORCH_WIRE_STARTED, &pid, sizeof pid);
 }
 
@@ -447,7 +436,7 @@ static bool stream_pump(struct op *op, int i)
     uint64_t take = (uint64_t)n < may ? (uint64_t)n : may;
     s->sent += take;
     s->dropped += (uint64_t)n - take;
-    if (take && op->id)
+    if (take)
         out_commit(op->id, i ? ORCH_WIRE_STDERR : ORCH_WIRE_STDOUT, take);
     return true;
 }
@@ -466,12 +455,8 @@ static void exec_report(struct op *op)
         .dropped_stdout = op->out[0].dropped,
         .dropped_stderr = op->out[1].dropped,
     };
-    if (op->dropped)
-        return;
-    if (op->id)
+    if (!op->dropped)
         send_frame(op->id, ORCH_WIRE_EXIT, &e, sizeof e);
-    else
-        send_done(0, (int)op->fail[1], 0);
 }
 
 void exec_turn(struct op *op, int64_t now, const struct pollfd *set)

@@ -39,10 +39,9 @@ enum orch_wire_type {
     /* path → DATA (entries "type mode size mtime name\0"), DONE; type one of fdlpscb, mode
      * octal, mtime in seconds, in no order, no entry split, EFBIG after 65536 */
     ORCH_WIRE_LIST,
-    ORCH_WIRE_DATA,   /* both directions: file bytes */
-    ORCH_WIRE_RESIZE, /* u16 rows, u16 cols (pty) */
-    ORCH_WIRE_WARM,   /* id 0: fork and exec `true` once, answer DONE; translation warm-up */
-    ORCH_WIRE_DROP,   /* host gave up on id: kill its process tree, no further frames for it */
+    ORCH_WIRE_DATA,      /* both directions: file bytes */
+    ORCH_WIRE_RESIZE,    /* u16 rows, u16 cols (pty) */
+    ORCH_WIRE_DROP = 11, /* host gave up on id: kill its process tree, no further frames for it */
     /* guest → host */
     /* id 0: struct orch_wire_hello; after boot, and as the answer to RESTORE */
     ORCH_WIRE_HELLO = 64,
@@ -52,7 +51,7 @@ enum orch_wire_type {
     /* struct orch_wire_exit: the command and its whole tree are gone, all output sent */
     ORCH_WIRE_EXIT,
     ORCH_WIRE_CREDIT, /* u32 bytes of STDIN or DATA taken by the guest */
-    ORCH_WIRE_DONE,   /* struct orch_wire_done: end of a file operation or of WARM */
+    ORCH_WIRE_DONE,   /* struct orch_wire_done: end of a file operation */
 };
 
 struct orch_wire_restore {

@@ -1,18 +1,15 @@
 #include "server.h"
 
 #include "../base/log.h"
-#include "../base/unix.h"
+#include "listen.h"
 
-#include <arpa/inet.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/queue.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
 #include <time.h>
 
 enum {
@@ -22,8 +19,6 @@ enum {
     KEEP_BYTES = 1024, /* an output buffer this small stays with an idle connection */
     /* for the client to read the last answer before its unread bytes reset it */
     LINGER_MS = 2000,
-    ACCEPTS = 64,          /* new connections a turn */
-    ACCEPT_RETRY_MS = 100, /* after running out of descriptors */
 };
 
 enum state {
@@ -68,13 +63,9 @@ struct orch_http_server {
     orch_http_handler *on_request;
     void *ud;
     struct orch_http_limits lim;
-    int fd;
-    struct orch_unix_listener local; /* the same fd; absent over TCP */
-    bool unix_socket;
-    char *address;
+    struct orch_http_listener listener;
     bool draining;
-    struct orch_watch *watch;
-    struct orch_timer *retry, *sweep;
+    struct orch_timer *sweep;
     int64_t sweep_at, grain_ms;
     LIST_HEAD(, conn) conns;
     struct orch_http_stats stats;
@@ -720,191 +711,43 @@ static void sweep(void *ud)
         arm(s, nearest);
 }
 
-/* ---- accepting */
-
-static void tcp_peer(const struct sockaddr_storage *a, struct orch_http_peer *p)
+static bool is_full(const struct orch_http_server *s, const struct orch_http_peer *p)
 {
-    if (a->ss_family == AF_INET) {
-        const struct sockaddr_in *v4 = (const struct sockaddr_in *)a;
-        inet_ntop(AF_INET, &v4->sin_addr, p->addr, sizeof p->addr);
-        p->port = ntohs(v4->sin_port);
-        memcpy(p->key, &v4->sin_addr, sizeof v4->sin_addr);
-    } else {
-        const struct sockaddr_in6 *v6 = (const struct sockaddr_in6 *)a;
-        inet_ntop(AF_INET6, &v6->sin6_addr, p->addr, sizeof p->addr);
-        p->port = ntohs(v6->sin6_port);
-        memcpy(p->key, &v6->sin6_addr, 8);
-    }
-}
-
-/* Whether the one who connected may be here. */
-static bool admit(struct orch_http_server *s, int fd, const struct sockaddr_storage *a,
-                  struct orch_http_peer *p)
-{
-    if (s->unix_socket) {
-        pid_t pid;
-        if (!orch_unix_peer(fd, &pid, &p->uid)) {
-            orch_log(ORCH_WARN, "http: %s: a connection of another user was closed", s->address);
-            return false;
-        }
-        p->local = true;
-        p->pid = pid;
-        memcpy(p->key, &p->uid, sizeof p->uid);
-    } else {
-        tcp_peer(a, p);
-    }
     size_t same = 0;
-    struct conn *c;
+    const struct conn *c;
     LIST_FOREACH (c, &s->conns, link)
         same += memcmp(c->peer.key, p->key, sizeof p->key) == 0;
-    if (s->stats.connections < s->lim.connections && same < s->lim.peer_connections)
-        return true;
+    return s->stats.connections >= s->lim.connections || same >= s->lim.peer_connections;
+}
+
+static void accepted(void *ud, int fd, const struct orch_http_peer *peer)
+{
     static const char full[] = "HTTP/1.1 503 Service Unavailable\r\nContent-Length: "
                                "0\r\nConnection: close\r\nRetry-After: 1\r\n\r\n";
-    if (send(fd, full, sizeof full - 1, MSG_NOSIGNAL | MSG_DONTWAIT) < 0)
-        orch_log(ORCH_DEBUG, "http: %s: too many connections", s->address);
-    return false;
-}
-
-static void accept_some(void *ud, int events)
-{
-    (void)events;
     struct orch_http_server *s = ud;
-    for (int i = 0; i < ACCEPTS; i++) {
-        struct sockaddr_storage a = { 0 };
-        socklen_t len = sizeof a;
-        cleanup_close int fd = accept4(s->fd, (struct sockaddr *)&a, &len,
-                                       SOCK_CLOEXEC | SOCK_NONBLOCK);
-        if (fd < 0 && (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM)) {
-            orch_log(ORCH_WARN, "http: %s: no connection can be accepted: %s", s->address,
-                     strerror(errno));
-            orch_watch_set(s->watch, 0);
-            orch_timer_set(s->retry, ACCEPT_RETRY_MS);
-            return;
-        }
-        if (fd < 0 && errno != ECONNABORTED && errno != EINTR)
-            return;
-        if (fd < 0)
-            continue;
-        struct orch_http_peer peer = { 0 };
-        if (!admit(s, fd, &a, &peer)) {
-            s->stats.refused++;
-            continue;
-        }
-        if (!peer.local) {
-            setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){ 1 }, sizeof(int));
-            /* What the peer's machine no longer acknowledges ends the connection, streams
-             * included. */
-            setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &(unsigned){ (unsigned)s->lim.send_ms },
-                       sizeof(unsigned));
-        }
-        struct conn *c = orch_xcalloc(1, sizeof *c);
-        *c = (struct conn){
-            .s = s, .fd = orch_steal_fd(&fd), .state = HEAD, .begun = true, .peer = peer
-        };
-        LIST_INSERT_HEAD(&s->conns, c, link);
-        s->stats.connections++;
-        s->stats.accepted++;
-        c->watch = orch_watch_new(s->loop, c->fd, ORCH_READ, ready, c);
-        deadline(c, &c->read_by, s->lim.request_ms);
+    if (is_full(s, peer)) {
+        if (send(fd, full, sizeof full - 1, MSG_NOSIGNAL | MSG_DONTWAIT) < 0)
+            orch_log(ORCH_DEBUG, "http: %s: too many connections", s->listener.address);
+        s->stats.refused++;
+        close(fd);
+        return;
     }
-}
-
-static void accept_again(void *ud)
-{
-    struct orch_http_server *s = ud;
-    if (s->watch)
-        orch_watch_set(s->watch, ORCH_READ);
-}
-
-/* ---- listening */
-
-static int listen_tcp(struct orch_http_server *s, const char *where, struct orch_err *err)
-{
-    const char *colon = strrchr(where, ':');
-    char *end, host[64] = "";
-    size_t n = colon ? (size_t)(colon - where) : 0;
-    unsigned long port = colon && colon[1] ? strtoul(colon + 1, &end, 10) : 65536;
-    struct sockaddr_in v4 = { .sin_family = AF_INET };
-    struct sockaddr_in6 v6 = { .sin6_family = AF_INET6 };
-    bool six = n > 2 && where[0] == '[' && where[n - 1] == ']';
-    if (n < sizeof host)
-        snprintf(host, sizeof host, "%.*s", (int)(six ? n - 2 : n), where + six);
-    if (strcmp(host, "localhost") == 0)
-        strcpy(host, "127.0.0.1");
-    if (port > 65535 || *end ||
-        inet_pton(six ? AF_INET6 : AF_INET, host,
-                  six ? (void *)&v6.sin6_addr : (void *)&v4.sin_addr) != 1)
-        return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL,
-                             "http: cannot listen on \"%s\": give ADDRESS:PORT (127.0.0.1:8700, "
-                             "[::1]:8700, localhost:8700) or unix:PATH",
-                             where);
-    v4.sin_port = v6.sin6_port = htons((uint16_t)port);
-    struct sockaddr *a = six ? (struct sockaddr *)&v6 : (struct sockaddr *)&v4;
-    socklen_t len = six ? sizeof v6 : sizeof v4;
-    s->fd = socket(a->sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    if (s->fd >= 0) {
-        setsockopt(s->fd, SOL_SOCKET, SO_REUSEADDR, &(int){ 1 }, sizeof(int));
-        if (six)
-            setsockopt(s->fd, IPPROTO_IPV6, IPV6_V6ONLY, &(int){ 1 }, sizeof(int));
+    if (!peer->local) {
+        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){ 1 }, sizeof(int));
+        /* What the peer's machine no longer acknowledges ends the connection, streams included. */
+        setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &(unsigned){ (unsigned)s->lim.send_ms },
+                   sizeof(unsigned));
     }
-    if (s->fd < 0 || bind(s->fd, a, len) < 0 || listen(s->fd, 512) < 0 ||
-        getsockname(s->fd, a, &len) < 0)
-        return orch_err_set(err, errno, "http: cannot listen on %s: %s%s", where, strerror(errno),
-                            errno == EADDRINUSE ? "; another program does, choose another port"
-                                                : "");
-    s->address = six ? orch_xasprintf("[%s]:%u", host, ntohs(v6.sin6_port))
-                     : orch_xasprintf("%s:%u", host, ntohs(v4.sin_port));
-    return 0;
+    struct conn *c = orch_xcalloc(1, sizeof *c);
+    *c = (struct conn){ .s = s, .fd = fd, .state = HEAD, .begun = true, .peer = *peer };
+    LIST_INSERT_HEAD(&s->conns, c, link);
+    s->stats.connections++;
+    s->stats.accepted++;
+    c->watch = orch_watch_new(s->loop, c->fd, ORCH_READ, ready, c);
+    deadline(c, &c->read_by, s->lim.request_ms);
 }
 
-static int socket_directory(const char *dir, struct orch_err *err)
-{
-    int r = orch_mkdir_p(dir, 0700);
-    int fd = r < 0 ? -1 : open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    struct stat st;
-    if (r < 0 || fd < 0 || fstat(fd, &st) < 0) {
-        r = orch_err_set(err, r < 0 ? -r : errno, "http: directory %s: %s", dir,
-                         strerror(r < 0 ? -r : errno));
-        if (fd >= 0)
-            close(fd);
-        return r;
-    }
-    if (st.st_uid == geteuid() && !(st.st_mode & 077))
-        return fd;
-    close(fd);
-    return orch_err_setc(err, ORCH_CLASS_CONFIG, EPERM,
-                         "http: directory %s holds the socket and must be this user's alone (is "
-                         "%04o, uid %u): chmod 700 it "
-                         "or name a directory that does not exist yet",
-                         dir, (unsigned)st.st_mode & 07777, (unsigned)st.st_uid);
-}
-
-static int listen_unix(struct orch_http_server *s, const char *path, struct orch_err *err)
-{
-    const char *slash = strrchr(path, '/');
-    cleanup_free char *dir = slash ? orch_xstrndup(path, slash == path ? 1 : (size_t)(slash - path))
-                                   : orch_xstrdup(".");
-    int dirfd = socket_directory(dir, err);
-    if (dirfd < 0)
-        return dirfd;
-    int r = orch_unix_listen(&s->local, dirfd, slash ? slash + 1 : path, 512, err);
-    if (r < 0)
-        return orch_err_wrap(err, "http: cannot listen on unix:%s", path);
-    s->fd = s->local.fd;
-    s->address = orch_xasprintf("unix:%s", path);
-    return 0;
-}
-
-static void stop_listening(struct orch_http_server *s)
-{
-    orch_watch_free(s->watch);
-    s->watch = NULL;
-    if (s->fd >= 0 && s->fd != s->local.fd)
-        close(s->fd);
-    s->fd = -1;
-    orch_unix_close(&s->local);
-}
+/* ---- the server */
 
 static void set_limits(struct orch_http_server *s, const struct orch_http_limits *l)
 {
@@ -937,36 +780,34 @@ struct orch_http_server *orch_http_server_new(struct orch_loop *l,
     s->loop = l;
     s->on_request = o->on_request;
     s->ud = o->ud;
-    s->fd = s->local.fd = s->local.dirfd = -1;
+    s->listener = (struct orch_http_listener){ .accepted = accepted, .ud = s };
     s->sweep_at = INT64_MAX;
     LIST_INIT(&s->conns);
     set_limits(s, &o->limits);
     s->sweep = orch_timer_new(l, sweep, s);
-    s->retry = orch_timer_new(l, accept_again, s);
-    s->unix_socket = strncmp(o->listen, "unix:", 5) == 0;
-    if ((s->unix_socket ? listen_unix(s, o->listen + 5, err) : listen_tcp(s, o->listen, err)) < 0) {
+    if (orch_http_listen(&s->listener, l, o->listen, err) < 0) {
         orch_http_server_free(s);
         return NULL;
     }
-    s->watch = orch_watch_new(l, s->fd, ORCH_READ, accept_some, s);
     return s;
 }
 
 const char *orch_http_server_address(const struct orch_http_server *s)
 {
-    return s->address;
+    return s->listener.address;
 }
 
 void orch_http_server_stats(const struct orch_http_server *s, struct orch_http_stats *out)
 {
     *out = s->stats;
+    out->refused += s->listener.refused;
 }
 
 void orch_http_server_drain(struct orch_http_server *s)
 {
     struct conn *c;
     s->draining = true;
-    stop_listening(s);
+    orch_http_listener_stop(&s->listener);
     LIST_FOREACH (c, &s->conns, link) {
         c->keep = false;
         if (c->state == HEAD && !c->in.n && !pending(c))
@@ -979,14 +820,13 @@ void orch_http_server_free(struct orch_http_server *s)
     struct conn *c;
     if (!s)
         return;
-    stop_listening(s);
+    orch_http_listener_stop(&s->listener);
     while ((c = LIST_FIRST(&s->conns))) {
         c->why = c->dead ? c->why : ORCH_HTTP_GONE_SERVER;
         conn_free(c);
     }
     orch_timer_free(s->sweep);
-    orch_timer_free(s->retry);
     orch_buf_free(&s->event);
-    free(s->address);
+    orch_http_listener_fini(&s->listener);
     free(s);
 }

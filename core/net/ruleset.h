@@ -1,5 +1,5 @@
 /* A network policy as data, and the packet filter it becomes: chains, interval sets and rules,
- * again as data. Pure: no descriptor, no kernel, no library; nft.c turns it into netlink messages.
+ * again as data. Pure: no descriptor, no kernel, no library; nft*.c turn it into netlink messages.
  *
  * Two tables named "orch" in the microVM's network namespace, each chain with an explicit drop at
  * its end:

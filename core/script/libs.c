@@ -155,11 +155,12 @@ static void open_bounded(lua_State *L)
     lua_setfield(L, -2, "date");
     lua_setfield(L, g, "os");
 
-    orch_strlib_push(L); /* string, table */
+    orch_strlib_push(L);
+    lua_setfield(L, g, "string");
+    orch_tablib_push(L);
     lua_getfield(L, g, "unpack");
     lua_setfield(L, -2, "unpack");
     lua_setfield(L, g, "table");
-    lua_setfield(L, g, "string");
 
     lua_pushvalue(L, g);
     lua_replace(L, LUA_GLOBALSINDEX);

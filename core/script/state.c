@@ -218,7 +218,8 @@ static int raise_over(lua_State *L, struct orch_state *s)
     return lua_error(L);
 }
 
-void orch_state_check(lua_State *L)
+/* Clock, limits, memory; raises when one is used up. */
+static void check(lua_State *L)
 {
     struct orch_state *s = orch_state_of(L);
     if (!s->depth || !s->bounded)
@@ -267,7 +268,7 @@ static void hook(lua_State *L, lua_Debug *ar)
     if (!s->depth)
         return;
     s->meter->steps += n;
-    orch_state_check(L);
+    check(L);
 }
 
 void orch_state_charge(lua_State *L, uint64_t n)
@@ -275,7 +276,7 @@ void orch_state_charge(lua_State *L, uint64_t n)
     struct orch_state *s = orch_state_of(L);
     s->meter->steps += n;
     if (s->meter->steps >= s->next_check)
-        orch_state_check(L);
+        check(L);
 }
 
 struct orch_state *orch_state_nest(lua_State *L)

@@ -146,8 +146,6 @@ bool orch_state_enter(struct orch_state *s, struct orch_entry *e, struct orch_me
 bool orch_state_leave(struct orch_state *s, struct orch_entry *e, struct orch_err *err);
 /* Ends the entry in progress as if a budget were used up (bounded states). */
 void orch_state_stop(struct orch_state *s, enum orch_class cls, int code, const char *msg);
-/* Clock, limits, memory; raises when one is used up. */
-void orch_state_check(lua_State *L); /* raises */
 /* Error value at the top of the main thread to err; pops it. T: thread for the traceback or
  * NULL. */
 int orch_state_describe(struct orch_state *s, int status, lua_State *T, struct orch_err *err);

@@ -377,11 +377,6 @@ struct orch_task *orch_task_current(lua_State *L)
     return orch_state_of(L)->task;
 }
 
-bool orch_task_cancelled(const struct orch_task *t)
-{
-    return t->cancelled;
-}
-
 /* ---- Waiting
  * ----------------------------------------------------------------------------------- */
 

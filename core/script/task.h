@@ -46,7 +46,6 @@ struct orch_task *orch_task_start(struct orch_loop *l, struct orch_state *s, int
 void orch_task_end(struct orch_task *t, enum orch_class cls, const char *why);
 void orch_task_cancel(struct orch_task *t, const char *why); /* class CANCELLED */
 struct orch_task *orch_task_current(lua_State *L);           /* NULL outside a task */
-bool orch_task_cancelled(const struct orch_task *t);
 
 /* A wait in progress, refused when stale. Zero-initialised: refused as well. */
 struct orch_wait {

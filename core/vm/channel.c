@@ -77,7 +77,6 @@ struct orch_channel {
     struct orch_err err;
     bool hello_seen, restoring;
     uint8_t epoch[16];
-    unsigned warming;
     size_t in_n;
     uint8_t in[sizeof(struct orch_wire_head) + ORCH_WIRE_MAX];
 };
@@ -505,15 +504,13 @@ static void got_done(struct orch_channel *c, struct op *op, const struct orch_wi
                      const uint8_t *b)
 {
     struct orch_wire_done d;
-    if (h->len != sizeof d || (h->id == 0 && !c->warming)) {
+    if (h->len != sizeof d || h->id == 0) {
         protocol_error(c, "a malformed DONE");
         return;
     }
     memcpy(&d, b, sizeof d);
     if (d.zero || d.sys_errno >= 4096) {
         protocol_error(c, "a DONE that makes no sense");
-    } else if (h->id == 0) {
-        c->warming--;
     } else if (op) {
         struct orch_fileop *f = (struct orch_fileop *)op;
         struct orch_err err;
@@ -720,12 +717,6 @@ void orch_channel_restore(struct orch_channel *c, const uint8_t epoch[16])
     c->restoring = true;
     send_frame(c, 0, ORCH_WIRE_RESTORE, &r, sizeof r);
     explicit_bzero(&r, sizeof r);
-}
-
-void orch_channel_warm(struct orch_channel *c)
-{
-    c->warming++;
-    send_frame(c, 0, ORCH_WIRE_WARM, NULL, 0);
 }
 
 void orch_channel_pause(struct orch_channel *c, bool paused)

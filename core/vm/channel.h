@@ -32,7 +32,6 @@ void orch_channel_free(struct orch_channel *c); /* no callbacks afterwards, also
 
 /* Sends RESTORE with fresh entropy, the time now and this epoch; hello answers. */
 void orch_channel_restore(struct orch_channel *c, const uint8_t epoch[16]);
-void orch_channel_warm(struct orch_channel *c);
 /* Stops reading from the guest, whose programs then block on their pipes, while the consumer of
  * some output cannot keep up. Deadlines stand still meanwhile. */
 void orch_channel_pause(struct orch_channel *c, bool paused);

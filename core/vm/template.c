@@ -2,16 +2,15 @@
  *   image → accel → programs → open a kept copy ─────────────────────────→ load → ready
  *                                └ none: lock → open again → boot → warm → freeze → ready, save
  * Each step ends by calling the next, from the loop. A failed KVM trial goes back to `programs`
- * without KVM; a damaged copy goes on as if there were none. */
+ * without KVM; a damaged copy goes on as if there were none. boot.c has boot, warm and freeze. */
 #include "template.h"
 
 #include "../base/hash.h"
 #include "../base/json.h"
 #include "../base/log.h"
 #include "accel.h"
-#include "channel.h"
+#include "boot.h"
 #include "frozen.h"
-#include "rundir.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -25,16 +24,8 @@
 #include <time.h>
 #include <x86intrin.h>
 
-/* Ends for a machine that is slow and busy: a boot takes 2 s elsewhere. */
-#define BOOT_TCG_MS 180000
-#define BOOT_KVM_MS 30000 /* shorter: where KVM only pretends, guests hang */
-#define FREEZE_MS 60000
-#define WARM_MS 60000
-#define WARM_SCRIPT \
-    "/etc/orch/warm"   /* of a disk: what is run once before the freeze; lua/recipe.lua writes it */
 #define LOCK_MS 360000 /* another process boots the same template; about 2 s */
 #define LOCK_POLL_MS 50
-#define EXIT_GRACE_MS 5000 /* from the agent stream's end to the VMM's exit */
 #define SAVE_WAIT_MS 30000
 #define KEEP 8 /* templates on disk */
 #define HOLD 4 /* ready templates in memory, about 90 MB each */
@@ -73,25 +64,16 @@ struct source {
     struct orch_template_wait *waits;
 
     struct orch_image_build *build;
-    bool preparing;
-    char key[33], host_key[65], no_kvm[512];
+    char key[33], host_key[65];
     uint64_t used; /* when it was wanted last, in wants */
     /* kept: it came from, or cannot go to, the disk; trial: KVM's verdict is open */
     bool ready, kept, have_trial;
     struct orch_frozen frozen;
     struct orch_frozen_load *load;
+    struct orch_boot *boot;
     int lock_fd;
     int64_t lock_until;
-
-    struct orch_rundir *rundir; /* while a VMM boots */
-    struct orch_rules *rules;   /* nothing passes, and there is no uplink */
-    struct orch_netns *netns;
-    struct orch_vmm *vmm;
-    struct orch_channel *channel;
-    struct orch_timer *timer;
-    const char *phase;
-    struct orch_err stream_err; /* the agent's stream ended, the VMM's exit is awaited */
-    int64_t boot_start;
+    struct orch_timer *timer; /* waits for the lock */
 };
 
 struct orch_templates {
@@ -160,22 +142,10 @@ static void progress(struct source *s, const char *fmt, ...)
         s->ts->o.progress(s->ts->o.progress_ud, line);
 }
 
-/* What a boot holds beside the template itself. */
-static void end_boot(struct source *s)
+static void drop_boot(struct source *s)
 {
-    orch_channel_free(s->channel);
-    s->ts->o.backend->free(s->vmm);
-    orch_netns_free(s->netns);
-    orch_rules_free(s->rules);
-    orch_rundir_free(s->rundir);
-    orch_timer_free(s->timer);
-    s->channel = NULL;
-    s->vmm = NULL;
-    s->netns = NULL;
-    s->rules = NULL;
-    s->rundir = NULL;
-    s->timer = NULL;
-    s->stream_err.code = 0;
+    orch_boot_free(s->boot);
+    s->boot = NULL;
 }
 
 static void unlock(struct source *s)
@@ -201,7 +171,8 @@ static void source_free(struct source *s)
     orch_loop_unpost(l, step_lock, s);
     orch_image_build_cancel(s->build);
     s->ts->o.backend->unprepare(s->ts->o.host, s);
-    end_boot(s);
+    drop_boot(s);
+    orch_timer_free(s->timer);
     unlock(s);
     drop_load(s);
     while (s->waits) {
@@ -254,7 +225,7 @@ static void tell_end(struct source *s, const struct orch_err *err)
 static void source_failed(struct source *s, const struct orch_err *err)
 {
     source_unlink(s);
-    end_boot(s);
+    drop_boot(s);
     unlock(s);
     tell_end(s, err);
     source_free(s);
@@ -394,7 +365,6 @@ static int make_keys(struct source *s, struct orch_err *err)
 static void without_kvm(struct source *s, const char *why)
 {
     orch_log(ORCH_INFO, "KVM is not used: %s", why);
-    snprintf(s->no_kvm, sizeof s->no_kvm, "%s", why);
     s->t.kvm = false;
     s->have_trial = false;
     step_programs(s);
@@ -432,7 +402,6 @@ static void step_open(struct source *s)
 static void programs_found(void *ud, const struct orch_err *err)
 {
     struct source *s = ud;
-    s->preparing = false;
     if (!err)
         step_open(s);
     else if (s->t.kvm && s->want == ORCH_ACCEL_AUTO)
@@ -443,7 +412,6 @@ static void programs_found(void *ud, const struct orch_err *err)
 
 static void step_programs(struct source *s)
 {
-    s->preparing = true;
     s->ts->o.backend->prepare(s->ts->o.host, s->t.kvm, programs_found, s);
 }
 
@@ -602,76 +570,40 @@ static void start_saving(struct source *s)
     v->watch = orch_watch_new(s->ts->o.loop, pidfd, ORCH_READ, saved, v);
 }
 
-/* ---- boot, warm, freeze */
+/* ---- booting one */
 
-static void boot_failed(struct source *s, const struct orch_err *why)
+static void boot_failed(struct source *s, struct orch_err *err)
 {
-    struct orch_err err = *why;
-    orch_err_wrap(&err, "template of image %s (%s, %llu MiB): %s", s->t.image.name,
-                  s->t.kvm ? "KVM" : "emulated", (unsigned long long)(s->t.memory_bytes >> 20),
-                  s->phase);
-    if (s->rundir &&
-        err.cls != ORCH_CLASS_ISOLATION) /* ISOLATION: nothing ran, so it wrote nothing */
-        orch_rundir_explain(s->rundir, &err);
-    end_boot(s);
     unlock(s);
-    orch_frozen_fini(&s->frozen);
-    bool trial = s->t.kvm && s->have_trial && err.cls != ORCH_CLASS_ISOLATION;
+    bool trial = s->t.kvm && s->have_trial && err->cls != ORCH_CLASS_ISOLATION;
     if (trial) {
-        const char *log = strstr(err.msg, "\nlog: "); /* will not be there for long */
-        cleanup_free char *reason = orch_xstrndup(err.msg,
-                                                  log ? (size_t)(log - err.msg) : strlen(err.msg));
+        const char *log = strstr(err->msg, "\nlog: "); /* will not be there for long */
+        cleanup_free char *reason = orch_xstrndup(err->msg, log ? (size_t)(log - err->msg)
+                                                                : strlen(err->msg));
         orch_accel_remember(s->ts->cache_dir, s->host_key, s->t.image.id, ORCH_ACCEL_FAILS, reason);
     }
     if (trial && s->want == ORCH_ACCEL_AUTO) {
         progress(s, "KVM does not work here, going on emulated");
-        without_kvm(s, err.msg);
+        without_kvm(s, err->msg);
         return;
     }
     if (trial) {
-        err.cls = ORCH_CLASS_ISOLATION;
-        orch_err_wrap(&err, "acceleration kvm: it was tried here and does not work");
+        err->cls = ORCH_CLASS_ISOLATION;
+        orch_err_wrap(err, "acceleration kvm: it was tried here and does not work");
     }
-    source_failed(s, &err);
+    source_failed(s, err);
 }
 
-static void boot_timeout(void *ud)
+static void booted(void *ud, const struct orch_frozen *f, const struct orch_err *why)
 {
     struct source *s = ud;
-    struct orch_err err;
-    if (s->stream_err.code) {
-        err = s->stream_err;
-    } else {
-        orch_err_setc(&err, ORCH_CLASS_TIMEOUT, ETIMEDOUT, "%s within %.1f s",
-                      strcmp(s->phase, "booting") == 0 ? "the guest agent did not answer"
-                                                       : "not done",
-                      (double)(orch_loop_now_ms(s->ts->o.loop) - s->boot_start) / 1000);
-    }
-    boot_failed(s, &err);
-}
-
-static void vmm_phase(void *ud, const char *name)
-{
-    (void)ud;
-    (void)name;
-}
-
-static void vmm_ended(void *ud, const struct orch_err *err, int status)
-{
-    (void)status;
-    boot_failed(ud, err);
-}
-
-static void vmm_frozen(void *ud)
-{
-    struct source *s = ud;
-    struct orch_err err;
-    end_boot(s);
-    s->frozen.tsc_khz = s->ts->tsc_khz;
-    if (orch_frozen_seal(&s->frozen, &err) < 0) {
+    drop_boot(s);
+    if (!f) {
+        struct orch_err err = *why;
         boot_failed(s, &err);
         return;
     }
+    s->frozen = *f;
     if (s->t.kvm && s->have_trial)
         orch_accel_remember(s->ts->cache_dir, s->host_key, s->t.image.id, ORCH_ACCEL_WORKS, NULL);
     s->t.mem_fd = s->frozen.mem_fd;
@@ -682,145 +614,30 @@ static void vmm_frozen(void *ud)
     source_ready(s);
 }
 
-static void freeze(struct source *s)
-{
-    s->phase = "freezing";
-    orch_timer_set(s->timer, FREEZE_MS);
-    s->ts->o.backend->freeze(s->vmm, s->frozen.state_fd);
-}
-
-/* The agent makes an exec's cgroup and reads the user list at the first exec; clones find both
- * done. A disk says itself what its programs are: what they read of it is in the template's memory
- * then, unpacked. */
-static void warmed(void *ud, const struct orch_exec_result *r, const struct orch_err *err)
-{
-    (void)err;
-    struct source *s = ud;
-    struct orch_err why;
-    if (r && r->fail == 0 && r->status == 0) {
-        freeze(s);
-    } else if (r) {
-        orch_err_set(&why, r->sys_errno, "the warming up in the guest: %s",
-                     r->fail ? strerror(r->sys_errno) : "failed");
-        boot_failed(s, &why);
-    } /* else the stream ended, and agent_failed follows */
-}
-
-static void agent_hello(void *ud, const uint8_t epoch[16])
-{
-    (void)epoch;
-    struct source *s = ud;
-    static const char *const plain[] = { "true", NULL }, *const disk[] = { "sh", WARM_SCRIPT,
-                                                                           NULL };
-    struct orch_exec_opts o = {
-        .argv = s->t.image.disk ? disk : plain, .timeout_ms = WARM_MS, .done = warmed, .ud = s
-    };
-    struct orch_err err;
-    if (strcmp(s->phase, "booting") != 0)
-        return;
-    s->phase = "warming";
-    if (!orch_exec_start(s->channel, &o, &err))
-        boot_failed(s, &err);
-}
-
-/* A VMM that ended closes the stream too, and its exit tells more: that is awaited shortly. */
-static void agent_failed(void *ud, const struct orch_err *err)
-{
-    struct source *s = ud;
-    if (strcmp(s->phase, "freezing") == 0)
-        return;
-    s->stream_err = *err;
-    if (err->cls != ORCH_CLASS_CLOSED) {
-        boot_failed(s, &s->stream_err);
-        return;
-    }
-    orch_timer_set(s->timer, EXIT_GRACE_MS);
-}
-
-static int start_vmm(struct source *s, struct orch_err *err)
-{
-    struct orch_templates *ts = s->ts;
-    struct orch_vmm_cb cb = { vmm_phase, vmm_frozen, vmm_ended, s };
-    struct orch_channel_cb agent_cb = { agent_hello, agent_failed, s };
-    int agent_fd;
-    struct orch_launcher *la = ts->o.launcher(ts->o.launcher_ud, err);
-    if (!la)
-        return -1;
-    struct orch_vmm_spec spec = boot_spec(s);
-    spec.log_fd = orch_rundir_log_fd(s->rundir);
-    spec.mem_fd = s->frozen.mem_fd;
-    spec.netns = s->netns;
-    spec.disk_fd = s->t.disk_fd;
-    s->vmm = ts->o.backend->start(ts->o.host, la, &spec, &cb, &agent_fd, err);
-    if (!s->vmm)
-        return -1;
-    orch_rundir_log_handed_over(s->rundir);
-    s->channel = orch_channel_new(ts->o.loop, agent_fd, &agent_cb);
-    s->phase = "booting";
-    return 0;
-}
-
-static void net_ready(void *ud)
-{
-    struct source *s = ud;
-    struct orch_err err;
-    s->phase = "starting the VMM";
-    if (start_vmm(s, &err) < 0)
-        boot_failed(s, &err);
-}
-
-static void net_failed(void *ud, const struct orch_err *err)
-{
-    boot_failed(ud, err);
-}
-
-static int start_net(struct source *s, struct orch_err *err)
-{
-    struct orch_templates *ts = s->ts;
-    struct orch_launcher *la = ts->o.launcher(ts->o.launcher_ud, err);
-    if (!la)
-        return -1;
-    s->phase = "making its network";
-    s->rules = orch_rules_new(&(struct orch_policy){ .n_allow = 0 }, err);
-    if (!s->rules)
-        return -1;
-    s->netns = orch_netns_new(ts->o.loop, la,
-                              &(struct orch_netns_opts){ .rules = s->rules,
-                                                         .kvm = s->t.kvm,
-                                                         .ready = net_ready,
-                                                         .failed = net_failed,
-                                                         .ud = s },
-                              err);
-    return s->netns ? 0 : -1;
-}
-
-static int start_boot(struct source *s, struct orch_err *err)
-{
-    s->phase = "starting the VMM";
-    if (orch_frozen_new(&s->frozen, s->t.memory_bytes, err) < 0)
-        return -1;
-    s->rundir = orch_rundir_new(s->ts->o.loop, s->ts->runtime_dir, "template", err);
-    if (!s->rundir)
-        return -1;
-    return s->t.network ? start_net(s, err) : start_vmm(s, err);
-}
-
 static void boot(struct source *s)
 {
+    struct orch_templates *ts = s->ts;
     struct orch_err err;
     progress(s, "booting image %s %s to make its template%s (once)", s->t.image.name,
              s->t.kvm ? "with KVM" : "emulated", s->t.network ? " with a network device" : "");
-    if (!s->ts->tsc_khz)
-        s->ts->tsc_khz = tsc_khz(s->ts, TSC_MEASURE_US);
-    s->boot_start = orch_loop_now_ms(s->ts->o.loop);
-    if (start_boot(s, &err) < 0) {
+    if (!ts->tsc_khz)
+        ts->tsc_khz = tsc_khz(ts, TSC_MEASURE_US);
+    struct orch_boot_opts o = {
+        .loop = ts->o.loop,
+        .backend = ts->o.backend,
+        .host = ts->o.host,
+        .launcher = ts->o.launcher,
+        .launcher_ud = ts->o.launcher_ud,
+        .runtime_dir = ts->runtime_dir,
+        .spec = boot_spec(s),
+        .boot_ms = ts->o.boot_ms,
+        .done = booted,
+        .ud = s,
+    };
+    o.spec.disk_fd = s->t.disk_fd;
+    s->boot = orch_boot_new(&o, &err);
+    if (!s->boot)
         boot_failed(s, &err);
-        return;
-    }
-    s->timer = orch_timer_new(s->ts->o.loop, boot_timeout, s);
-    orch_timer_set(s->timer, s->ts->o.boot_ms ? s->ts->o.boot_ms
-                             : s->t.kvm       ? BOOT_KVM_MS
-                                              : BOOT_TCG_MS);
 }
 
 /* ---- the manager */

@@ -1,22 +1,12 @@
 /* A microVM waits for its template, starts a VMM that goes on from it, is ready when the guest
  * agent has answered RESTORE, and ends by orch_vm_free or by itself. Everything the user hears
  * comes from a turn of the loop of its own, so that he may free anything from there. */
-#include "vm.h"
+#include "vm_int.h"
 
-#include "../base/json.h"
 #include "../base/log.h"
-#include "../base/proc.h"
 #include "../guest/wire.h"
-#include "../net/hostaddr.h"
-#include "../net/netns.h"
-#include "rundir.h"
-#include "template.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <math.h>
-#include <net/ethernet.h>
-#include <netinet/in.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,55 +17,6 @@
 #define MEMORY_DEFAULT (256ULL << 20)
 #define MEMORY_MIN (64ULL << 20)
 #define MEMORY_MAX (4ULL << 30)
-#define MAX_PHASES 8
-
-enum state {
-    WAITING,  /* for its template */
-    STARTING, /* a VMM runs */
-    READY,
-    ENDING, /* why is known, the VMM is gone; the channel still delivers what the guest said */
-    ENDED,  /* failed or lost was told, or is about to be */
-};
-
-struct orch_vms {
-    struct orch_loop *loop;
-    struct orch_vms_opts o;
-    char *launcher_path, *runtime_dir;
-    const struct orch_vmm_backend *backend;
-    struct orch_vmm_host *host;
-    struct orch_templates *templates;
-    struct orch_launcher *launcher; /* from the first start on */
-    struct orch_vm *vms;
-    int n;
-    struct orch_hostaddr *hostaddr; /* o's, or its own */
-};
-
-struct orch_vm {
-    struct orch_vms *m;
-    struct orch_vm *next, **link;
-    struct orch_vm_opts o; /* its strings are not kept, but these: */
-    char *image, *name, *call, *network;
-    char id[16];
-    enum state state;
-    enum orch_isolation isolation;
-    struct orch_template_want want;
-    struct orch_template_wait *wait;
-    struct orch_netns *netns; /* o.rules: until the VMM is gone */
-    bool netns_kvm, uplink;
-    struct orch_rundir *rundir;
-    struct orch_vmm *vmm;
-    struct orch_channel *channel;
-    int agent_fd; /* the channel's */
-    bool mute;    /* the agent's stream has ended */
-    bool waits;   /* for its template, as was told */
-    struct orch_timer *deadline, *life;
-    int64_t spawned_us, started_us;
-    struct orch_vm_phase phases[MAX_PHASES + 1];
-    int n_phases;
-    struct orch_err err; /* why it ended */
-    const char *reason;  /* the same, for the audit log; NULL: not decided */
-    int status;          /* of the VMM as wait(2), or -1 */
-};
 
 /* The agent includes no header of core/net. */
 _Static_assert(ORCH_WIRE_NET_ADDR == ORCH_NET_GUEST && ORCH_WIRE_NET_GATEWAY == ORCH_NET_GATEWAY &&
@@ -84,114 +25,10 @@ _Static_assert(ORCH_WIRE_NET_ADDR == ORCH_NET_GUEST && ORCH_WIRE_NET_GATEWAY == 
 
 static void stream_timeout(void *ud);
 
-const char *orch_isolation_name(enum orch_isolation i)
-{
-    static const char *const names[] = { "none", "hardware", "emulated" };
-    return names[i];
-}
-
-static double ms_since(int64_t us)
-{
-    return (double)(orch_now_us() - us) / 1000;
-}
-
-/* ---- events */
-
-static void add_string(struct orch_buf *b, const char *key, const char *value)
-{
-    orch_buf_printf(b, "%s\"%s\":", b->n ? "," : "", key);
-    if (value)
-        orch_json_quote(b, orch_slice_str(value));
-    else
-        orch_buf_str(b, "null");
-}
-
-static void emit(struct orch_vm *vm, const char *event, const struct orch_buf *fields)
-{
-    if (vm->m->o.event)
-        vm->m->o.event(vm->m->o.ud, event, (struct orch_slice){ fields->p, fields->n });
-    cleanup_free char *object = orch_xasprintf("{%s}", fields->p);
-    orch_log_fields(ORCH_INFO, orch_slice_str(event), orch_slice_str(object));
-}
-
-static void add_ms(struct orch_buf *f, double ms)
-{
-    orch_buf_str(f, ",\"ms\":");
-    orch_json_put_number(f, round(ms * 10) / 10);
-}
-
-static void emit_spawn(struct orch_vm *vm)
-{
-    cleanup_buf struct orch_buf f = { 0 };
-    add_string(&f, "vm", vm->id);
-    add_string(&f, "image", vm->image);
-    add_string(&f, "backend", vm->m->backend->name);
-    add_string(&f, "isolation", orch_isolation_name(vm->isolation));
-    if (vm->call)
-        add_string(&f, "call", vm->call);
-    add_ms(&f, orch_vm_spawn_ms(vm));
-    emit(vm, "vm_spawn", &f);
-}
-
-/* Once for each microVM whose VMM was started. */
-static void emit_exit(struct orch_vm *vm)
-{
-    cleanup_buf struct orch_buf f = { 0 };
-    char how[64];
-    if (!vm->started_us)
-        return;
-    if (vm->status >= 0)
-        orch_proc_describe(vm->status, how, sizeof how);
-    add_string(&f, "vm", vm->id);
-    add_string(&f, "reason", vm->reason);
-    add_string(&f, "status", vm->status >= 0 ? how : NULL);
-    add_ms(&f, ms_since(vm->started_us));
-    emit(vm, "vm_exit", &f);
-    vm->started_us = 0;
-}
-
-static const char *proto_name(const struct orch_denied *d)
-{
-    if (!d->has_ip)
-        return d->type == ETHERTYPE_ARP ? "arp" : NULL;
-    switch (d->proto) {
-    case IPPROTO_TCP:
-        return "tcp";
-    case IPPROTO_UDP:
-        return "udp";
-    case IPPROTO_ICMP:
-        return "icmp";
-    default:
-        return NULL;
-    }
-}
-
-static void emit_deny(void *ud, const char *rule, const struct orch_denied *d)
-{
-    struct orch_vm *vm = ud;
-    cleanup_buf struct orch_buf f = { 0 };
-    char dst[ORCH_CIDR_TEXT], number[16];
-    const char *proto = proto_name(d);
-    add_string(&f, "vm", vm->id);
-    if (vm->call)
-        add_string(&f, "call", vm->call);
-    add_string(&f, "rule", rule);
-    orch_cidr_text((struct orch_cidr){ d->dst, 32 }, dst);
-    if (d->has_ip)
-        add_string(&f, "dst", dst);
-    snprintf(number, sizeof number, d->has_ip ? "%u" : "0x%04x", d->has_ip ? d->proto : d->type);
-    add_string(&f, "proto", proto ? proto : number); /* of IP, or what the frame says it is */
-    if (d->has_port)
-        orch_buf_printf(&f, ",\"port\":%u", d->port);
-    if (d->missed)
-        orch_buf_printf(&f, ",\"missed\":%u", d->missed);
-    emit(vm, "net_deny", &f);
-}
-
 static void phase(struct orch_vm *vm, const char *name)
 {
-    if (vm->n_phases < MAX_PHASES)
-        vm->phases[vm->n_phases++] = (struct orch_vm_phase){ name, ms_since(vm->spawned_us) };
+    if (vm->n_phases < ORCH_VM_PHASES)
+        vm->phases[vm->n_phases++] = (struct orch_vm_phase){ name, orch_ms_since(vm->spawned_us) };
 }
 
 static bool passed(const struct orch_vm *vm, const char *name)
@@ -258,9 +95,9 @@ static void tell_ready(void *ud)
 
 static void uncount(struct orch_vm *vm)
 {
-    if (vm->state != ENDED)
+    if (vm->state != ORCH_VM_ENDED)
         vm->m->n--;
-    vm->state = ENDED;
+    vm->state = ORCH_VM_ENDED;
 }
 
 static void set_reason(struct orch_vm *vm, const char *reason, const struct orch_err *err)
@@ -288,7 +125,7 @@ static void failed(struct orch_vm *vm, const char *reason, const struct orch_err
     }
     release(vm);
     free_channel(vm);
-    emit_exit(vm);
+    orch_vm_emit_exit(vm);
     orch_rundir_free(vm->rundir);
     vm->rundir = NULL;
     uncount(vm);
@@ -299,7 +136,7 @@ static void failed(struct orch_vm *vm, const char *reason, const struct orch_err
 static void lost(struct orch_vm *vm)
 {
     release(vm);
-    emit_exit(vm);
+    orch_vm_emit_exit(vm);
     uncount(vm);
     orch_channel_end(vm->channel, &vm->err);
     orch_loop_post(vm->m->loop, tell_lost, vm);
@@ -311,7 +148,7 @@ static void lost(struct orch_vm *vm)
 static void end(struct orch_vm *vm, const char *reason, const struct orch_err *err)
 {
     set_reason(vm, reason, err);
-    vm->state = ENDING;
+    vm->state = ORCH_VM_ENDING;
     if (vm->err.cls != ORCH_CLASS_TIMEOUT)
         vm->err.cls = ORCH_CLASS_CLOSED;
     orch_err_wrap(&vm->err, "microVM %s", vm->id);
@@ -327,9 +164,9 @@ static void end(struct orch_vm *vm, const char *reason, const struct orch_err *e
 
 static void fail_or_end(struct orch_vm *vm, const char *reason, const struct orch_err *err)
 {
-    if (vm->state == READY)
+    if (vm->state == ORCH_VM_READY)
         end(vm, reason, err);
-    else if (vm->state == WAITING || vm->state == STARTING)
+    else if (vm->state == ORCH_VM_WAITING || vm->state == ORCH_VM_STARTING)
         failed(vm, reason, err);
 }
 
@@ -366,13 +203,13 @@ static void agent_hello(void *ud, const uint8_t epoch[16])
 {
     (void)epoch; /* the channel has compared it */
     struct orch_vm *vm = ud;
-    if (vm->state != STARTING)
+    if (vm->state != ORCH_VM_STARTING)
         return;
-    vm->state = READY;
+    vm->state = ORCH_VM_READY;
     timer_drop(&vm->deadline);
     orch_rundir_log_handed_over(vm->rundir);
     phase(vm, "ready");
-    emit_spawn(vm);
+    orch_vm_emit_spawn(vm);
     orch_loop_post(vm->m->loop, tell_ready, vm);
 }
 
@@ -381,7 +218,7 @@ static void agent_failed(void *ud, const struct orch_err *err)
     struct orch_vm *vm = ud;
     struct orch_err why = *err; /* the channel's, which may go */
     vm->mute = true;
-    if (vm->state == ENDING) {
+    if (vm->state == ORCH_VM_ENDING) {
         lost(vm);
     } else if (why.cls != ORCH_CLASS_CLOSED) {
         fail_or_end(vm, "protocol", &why);
@@ -489,7 +326,7 @@ static void back_to_waiting(struct orch_vm *vm)
     free_vmm(vm);
     vm->n_phases = 0;
     memset(vm->phases, 0, sizeof vm->phases);
-    vm->state = WAITING;
+    vm->state = ORCH_VM_WAITING;
     tell_waits(vm, true);
 }
 
@@ -552,7 +389,7 @@ static void host_changed(void *ud, const struct orch_err *unread)
     struct orch_vms *m = ud;
     int n = 0;
     for (struct orch_vm *vm = m->vms; vm; vm = vm->next) {
-        if (!vm->o.rules || vm->state == ENDED)
+        if (!vm->o.rules || vm->state == ORCH_VM_ENDED)
             continue;
         struct orch_err why = { 0 };
         if (unread)
@@ -582,7 +419,7 @@ static int start_net(struct orch_vm *vm, bool kvm, struct orch_err *err)
                                                               .ready = net_ready,
                                                               .uplink_up = net_up,
                                                               .failed = net_failed,
-                                                              .denied = emit_deny,
+                                                              .denied = orch_vm_emit_deny,
                                                               .ud = vm },
                                    err);
     return vm->netns ? 0 : -1;
@@ -621,7 +458,7 @@ static void template_there(void *ud, const struct orch_template *t, const struct
         failed(vm, "start", &why);
         return;
     }
-    vm->state = STARTING;
+    vm->state = ORCH_VM_STARTING;
     if (!vm->deadline)
         vm->deadline = orch_timer_new(m->loop, clone_timeout, vm);
     orch_timer_set(vm->deadline, m->o.clone_ms ? m->o.clone_ms : CLONE_MS);
@@ -729,7 +566,7 @@ void orch_vm_free(struct orch_vm *vm)
         vm->reason = "closed";
     release(vm);
     free_channel(vm);
-    emit_exit(vm);
+    orch_vm_emit_exit(vm);
     uncount(vm);
     orch_loop_unpost(vm->m->loop, tell_ready, vm);
     orch_loop_unpost(vm->m->loop, tell_failed, vm);
@@ -746,105 +583,15 @@ void orch_vm_free(struct orch_vm *vm)
     free(vm);
 }
 
-/* ---- answers */
-
-const char *orch_vm_id(const struct orch_vm *vm)
-{
-    return vm->id;
-}
-
-const char *orch_vm_name(const struct orch_vm *vm)
-{
-    return vm->name;
-}
-
-const char *orch_vm_backend(const struct orch_vm *vm)
-{
-    return vm->m->backend->name;
-}
-
-const char *orch_vm_image(const struct orch_vm *vm)
-{
-    return vm->image;
-}
-
-enum orch_isolation orch_vm_isolation(const struct orch_vm *vm)
-{
-    return vm->isolation;
-}
-
-double orch_vm_spawn_ms(const struct orch_vm *vm)
-{
-    return vm->n_phases ? vm->phases[vm->n_phases - 1].ms : 0;
-}
-
-const struct orch_vm_phase *orch_vm_phases(const struct orch_vm *vm)
-{
-    return vm->phases;
-}
-
 struct orch_channel *orch_vm_channel(struct orch_vm *vm, struct orch_err *err)
 {
-    if (vm->state == READY)
+    if (vm->state == ORCH_VM_READY)
         return vm->channel;
-    if (vm->state == WAITING || vm->state == STARTING)
+    if (vm->state == ORCH_VM_WAITING || vm->state == ORCH_VM_STARTING)
         orch_err_setc(err, ORCH_CLASS_USAGE, EBUSY, "microVM %s: it is not ready yet", vm->id);
     else
         *err = vm->err;
     return NULL;
-}
-
-struct orch_slice orch_vm_log_tail(const struct orch_vm *vm)
-{
-    return vm->rundir ? orch_rundir_tail(vm->rundir) : ORCH_SLICE("");
-}
-
-bool orch_vm_no_aslr(const struct orch_vm *vm)
-{
-    return vm->isolation == ORCH_ISOLATION_EMULATED;
-}
-
-const char *orch_vm_network(const struct orch_vm *vm)
-{
-    return vm->network;
-}
-
-int orch_vm_counters(struct orch_vm *vm,
-                     void (*fn)(void *ud, const char *label, uint64_t packets, uint64_t bytes),
-                     void *ud, struct orch_err *err)
-{
-    return vm->netns ? orch_nft_counters(orch_netns_nft(vm->netns), fn, ud, err) : 0;
-}
-
-/* Of a process that may have ended meanwhile: then 0. */
-static uint64_t pss_bytes(int pid)
-{
-    char path[48];
-    cleanup_buf struct orch_buf text = { 0 };
-    snprintf(path, sizeof path, "/proc/%d/smaps_rollup", pid);
-    if (pid <= 0 || orch_read_file(AT_FDCWD, path, 65536, &text) < 0)
-        return 0;
-    const char *line = strstr(text.p, "\nPss:");
-    return line ? strtoull(line + 5, NULL, 10) * 1024 : 0;
-}
-
-int orch_vm_usage(struct orch_vm *vm, struct orch_vm_usage *out, struct orch_err *err)
-{
-    char path[64];
-    int pids[2] = { 0 };
-    cleanup_buf struct orch_buf text = { 0 };
-    struct orch_cell *cell = vm->vmm ? vm->m->backend->cell(vm->vmm) : NULL;
-    int init = cell ? orch_cell_init(cell) : 0;
-    *out = (struct orch_vm_usage){ 0 };
-    snprintf(path, sizeof path, "/proc/%d/task/%d/children", init, init);
-    int r = init ? orch_read_file(AT_FDCWD, path, 4096, &text) : -ESRCH;
-    if (r < 0 && r != -ESRCH && r != -ENOENT)
-        return orch_err_set(err, -r, "memory of microVM %s: %s: %s", vm->id, path, strerror(-r));
-    /* In the order in which they were started. */
-    int n = r < 0 ? 0 : sscanf(text.p, "%d %d", &pids[0], &pids[1]);
-    out->vmm_bytes = n > 0 ? pss_bytes(pids[n - 1]) : 0;
-    out->uplink_bytes = n > 1 ? pss_bytes(pids[0]) : 0;
-    return vm->netns ? orch_nft_connections(orch_netns_nft(vm->netns), &out->connections, err) : 0;
 }
 
 /* ---- the manager */
@@ -908,7 +655,7 @@ void orch_vms_each(struct orch_vms *m, void (*fn)(void *ud, struct orch_vm *vm),
 {
     for (struct orch_vm *vm = m->vms, *next; vm; vm = next) {
         next = vm->next;
-        if (vm->state != ENDED)
+        if (vm->state != ORCH_VM_ENDED)
             fn(ud, vm);
     }
 }

@@ -801,7 +801,7 @@ static void test_files(void **state)
 
 /* ---- the agent itself */
 
-static void test_restore_and_warm(void **state)
+static void test_restore(void **state)
 {
     (void)state;
     struct rig r;
@@ -811,8 +811,6 @@ static void test_restore_and_warm(void **state)
     orch_channel_restore(r.c, epoch);
     run_until(&r, &r.hellos, 2);
     assert_memory_equal(r.epoch, epoch, 16);
-    for (int i = 0; i < 3; i++)
-        orch_channel_warm(r.c);
     expect(&r, NULL, "while [ -n \"$(" OTHERS ")\" ]; do :; done; echo quiet", "quiet\n");
     assert_int_equal(r.fails, 0);
     rig_fini(&r);
@@ -833,7 +831,7 @@ static void test_protocol_errors(void **state)
         B("\0\0\0\0\1\0\0\0\0\0\0\0"),         /* type 0 */
         B("\0\0\0\0\1\0\0\0\x40\0\0\0"),       /* a guest's type */
         B("\0\0\0\0\0\0\0\0\2\0\0\0"),         /* EXEC of id 0 */
-        B("\0\0\0\0\1\0\0\0\x0a\0\0\0"),       /* WARM of an id */
+        B("\0\0\0\0\1\0\0\0\x0a\0\0\0"),       /* no type */
         B("\4\0\0\0\1\0\0\0\2\0\0\0abcd"),     /* EXEC too short */
         /* EXEC counts */
         B("\x22\0\0\0\1\0\0\0\2\0\0\0"
@@ -924,7 +922,7 @@ int main(void)
     TEST(test_results), TEST(test_environment), TEST(test_stdin), TEST(test_output), \
         TEST(test_fairness), TEST(test_timeout), TEST(test_nothing_stays_behind), \
         TEST(test_drop_and_signal), TEST(test_terminal), TEST(test_many), TEST(test_files), \
-        TEST(test_restore_and_warm), TEST(test_protocol_errors)
+        TEST(test_restore), TEST(test_protocol_errors)
 #define KIND "with supervisor"
     const struct CMUnitTest plain[] = { cmocka_unit_test(test_refuses_elsewhere), ALL };
 #undef KIND

@@ -354,23 +354,6 @@ static void test_restore(void **state)
     rig_fini(&r);
 }
 
-static void test_warm(void **state)
-{
-    (void)state;
-    struct rig r;
-    struct orch_wire_done d = { 0 };
-    rig_init(&r);
-    guest_hello(&r, NULL);
-    orch_channel_warm(r.c);
-    guest_frame(&r, ORCH_WIRE_DONE, 0, &d, sizeof d);
-    run_until(&r, &r.hellos, 1);
-    run_read(&r);
-    assert_int_equal(r.fails, 0);
-    guest_frame(&r, ORCH_WIRE_DONE, 0, &d, sizeof d); /* one more than was asked for */
-    run_until(&r, &r.fails, 1);
-    rig_fini(&r);
-}
-
 static void test_stdin_window(void **state)
 {
     (void)state;
@@ -870,7 +853,7 @@ static const struct hostile hostiles[] = {
     { "CREDIT of a read", 0, "CREDIT", B(HEAD("\4\0\0\0", "\3", "\x45") "\1\0\0\0") },
     { "DONE of a command", 0, "DONE for a command",
       B(HEAD("\x10\0\0\0", "\1", "\x46") ZERO4 ZERO4 ZERO4 ZERO4) },
-    { "DONE of id 0 without WARM", 0, "malformed DONE",
+    { "DONE of id 0", 0, "malformed DONE",
       B(HEAD("\x10\0\0\0", "\0", "\x46") ZERO4 ZERO4 ZERO4 ZERO4) },
     { "DONE too short", 0, "malformed DONE", B(HEAD("\4\0\0\0", "\3", "\x46") ZERO4) },
     { "DONE with errno 4096", 0, "no sense",
@@ -969,7 +952,6 @@ int main(void)
         cmocka_unit_test(test_exec),
         cmocka_unit_test(test_one_byte_at_a_time),
         cmocka_unit_test(test_restore),
-        cmocka_unit_test(test_warm),
         cmocka_unit_test(test_stdin_window),
         cmocka_unit_test(test_write_file),
         cmocka_unit_test(test_read_and_list),

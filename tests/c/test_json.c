@@ -883,7 +883,7 @@ static void builder_composes_documents(void **state)
     orch_json_set_num(o, "bad", NAN);
     orch_json_set_bool(o, "yes", true);
     orch_json_set_bool(o, "no", false);
-    orch_json_add_str(a, "x");
+    orch_json_add_take(a, orch_json_array());
     orch_json_set_num(in, "k", 1);
     orch_json_set_num(in, "k", 2);
     orch_json_add_take(a, in);
@@ -892,7 +892,7 @@ static void builder_composes_documents(void **state)
     assert_string_equal(
         b.p,
         "{\"s\":\"a\\\"\xEF\xBF\xBD\",\"none\":null,\"n\":1000000000000000,\"f\":0.1,\"bad\":null,"
-        "\"yes\":true,\"no\":false,\"list\":[\"x\",{\"k\":2}]}");
+        "\"yes\":true,\"no\":false,\"list\":[[],{\"k\":2}]}");
     size_t before = b.n;
     orch_json_print(o, true, &b);
     assert_true(b.n > 2 * before);

@@ -80,8 +80,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     h.c = orch_channel_new(l, p[0], &(struct orch_channel_cb){ on_hello, on_failed, &h });
     if (h.choice & 2)
         orch_channel_restore(h.c, epoch);
-    if (h.choice & 4)
-        orch_channel_warm(h.c);
     struct orch_exec_opts o = { .argv = argv,
                                 .stdin_open = true,
                                 .max_output = 64,
