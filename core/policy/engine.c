@@ -1,5 +1,5 @@
-/* The policy engine's C side: loads what lies in policies/ into the policy state, where lua/policy/engine.lua
- * compiles it, and asks it. */
+/* The policy engine's C side: loads what lies in policies/ into the policy state, where lua/policy.lua compiles
+ * it, and asks it. */
 #include "policy_int.h"
 
 #include "../script/jsonlib.h"
