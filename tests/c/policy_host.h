@@ -1,5 +1,5 @@
-/* For tests of what needs policies in force but not the whole of orch: a folder with a configuration,
- * and what loads it. */
+/* For tests of what needs policies in force but not the whole of orch: a folder with a
+ * configuration, and what loads it. */
 #ifndef POLICY_HOST_H
 #define POLICY_HOST_H
 
@@ -31,6 +31,17 @@ static void host_log(void *ud, enum orch_level level, const char *line, size_t n
     (void)ud;
     (void)level;
     orch_buf_add(&logged, line, n);
+}
+
+/* Rows say all that is wrong with them; the case fails at its end, when something was. */
+static unsigned wrong;
+
+static void expect(const char *name, bool right, const char *got, const char *expected)
+{
+    if (right)
+        return;
+    print_error("%s:\n  got      %s\n  expected %s\n", name, got, expected ? expected : "none");
+    wrong++;
 }
 
 static void put_file(const char *name, const char *text)

@@ -617,16 +617,6 @@ static bool all_free(void)
     return n == calls.n_slots;
 }
 
-static unsigned wrong; /* rows say all that is */
-
-static void expect(bool right, const char *got, const char *expected)
-{
-    if (right)
-        return;
-    print_error("%s:\n  got      %s\n  expected %s\n", row->name, got, expected);
-    wrong++;
-}
-
 static void run_row(const struct row *r)
 {
     row = r;
@@ -641,13 +631,15 @@ static void run_row(const struct row *r)
     play(r->steps);
     for (int i = 0; i < 100 && (!all_free() || ask || also); i++)
         orch_loop_step(loop, 100);
-    expect(strcmp(trace.n ? trace.p : "", r->trace) == 0, trace.n ? trace.p : "", r->trace);
-    expect(r->answer ? answer.n && strstr(answer.p, r->answer) : !answer.n,
-           answer.n ? answer.p : "no answer", r->answer ? r->answer : "no answer");
-    expect(all_free(), "a call that is left", "none");
-    expect(!ask && !also && !calls.parked.n && !calls.parked.asking && !calls.jobs, "parts of it",
+    const char *got = trace.n ? trace.p : "";
+    expect(r->name, strcmp(got, r->trace) == 0, got, r->trace);
+    got = answer.n ? answer.p : "no answer";
+    expect(r->name, r->answer ? strstr(got, r->answer) != NULL : !answer.n, got, r->answer);
+    expect(r->name, all_free(), "a call that is left", "none");
+    expect(r->name, !ask && !also && !calls.parked.n && !calls.parked.asking && !calls.jobs,
+           "parts of it", "none");
+    expect(r->name, audit.broken || audit.withheld || !audit.reserved, "an outcome that is owed",
            "none");
-    expect(audit.broken || audit.withheld || !audit.reserved, "an outcome that is owed", "none");
     orch_mcp_session_free(mcp);
     mcp = NULL;
     assert_int_equal(session->refs, 1);
