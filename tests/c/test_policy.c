@@ -1,8 +1,8 @@
 /* The policy room: what is loaded and what is refused, what a reload changes and what it leaves,
  * what must be trusted, and what a judged call and its result get. */
-#include "policy_host.h"
+#include "mcp/session.h"
 
-#include <sys/stat.h>
+#include "policy_host.h"
 
 /* ---- the audit log, in the place of store/audit.c */
 
@@ -249,7 +249,7 @@ static char *judge(struct orch_generation *g, const char *tool, const char *args
     struct orch_tool *t = orch_generation_tool(g, orch_slice_str(tool));
     assert_non_null(t);
     assert_int_equal(orch_json_scan(&d, orch_slice_str(wrapped),
-                                    &(struct orch_json_limits){ 0 }, &fault),
+                                    &(struct orch_json_limits){ .depth = 128 }, &fault),
                      0);
     int r = orch_generation_judge(g, t, "s1", caller, &d, 1, &j, &err);
     orch_buf_str(&b, r < 0 ? "deny" : words[j.verdict]);
@@ -541,6 +541,25 @@ static void judged(void **state)
     assert_int_equal(wrong, 0);
 }
 
+/* As deep as limits.depth lets a message be: what is not as it came is read once more. */
+static void deep(void **state)
+{
+    (void)state;
+    cleanup_buf struct orch_buf args = { 0 };
+    orch_buf_str(&args, "{\"none\":null,\"a\":");
+    for (int i = 0; i < 120; i++)
+        orch_buf_char(&args, '[');
+    for (int i = 0; i < 120; i++)
+        orch_buf_char(&args, ']');
+    orch_buf_char(&args, '}');
+    put_file("tools/own.lua", "return { name = 'own', description = 'x', run = print,\n"
+                              "  input = { type = 'object', properties = { none = {"
+                              " type = 'string' } } } }");
+    need();
+    expect_judged(current.gen, "own", args.p, "allow args=[{\"a\":[[");
+    assert_int_equal(wrong, 0);
+}
+
 /* The rates of rules go on over reloads, whoever wrote the rule's rate anew. */
 static void rates(void **state)
 {
@@ -670,6 +689,55 @@ static void offered(void **state)
     assert_int_equal(wrong, 0);
 }
 
+/* Resources and prompts of the folders beside the configuration. */
+static void beside(void **state)
+{
+    (void)state;
+#define RESOURCE(uri) "return { uri = '" uri "', name = 'n', text = 'x' }"
+#define PROMPT "return { name = 'p', get = function() return 'x' end }"
+    static const struct {
+        const char *file, *text, *other_file, *other_text;
+        unsigned features;
+        const char *error;
+    } rows[] = {
+        { "lua/resources/a.lua", RESOURCE("a:b"), NULL, NULL, ORCH_MCP_RESOURCES, NULL },
+        { "lua/prompts/a.lua", PROMPT, NULL, NULL, ORCH_MCP_PROMPTS, NULL },
+        { "lua/resources/a.lua", RESOURCE("a:b"), "lua/prompts/a.lua", PROMPT,
+          ORCH_MCP_RESOURCES | ORCH_MCP_PROMPTS, NULL },
+        { "lua/resources/a.lua",
+          "return { uri_template = 'a:{x}', name = 'n', read = function() end }", NULL, NULL,
+          ORCH_MCP_RESOURCES, NULL },
+        { "lua/resources/a.lua", "return {", NULL, NULL, 0, "lua/resources/a.lua:1:" },
+        { "lua/resources/a.lua", "return 1", NULL, NULL, 0,
+          "lua/resources/a.lua: must be a table, got number" },
+        { "lua/resources/a.lua", RESOURCE("a:b"), "lua/resources/b.lua", RESOURCE("a:b"), 0,
+          "lua/resources/b.lua: the uri a:b is there already" },
+        { "lua/prompts/a.lua", "return { name = 'p' }", NULL, NULL, 0,
+          "lua/prompts/a.lua: get is missing" },
+    };
+    cleanup_free char *folders =
+        orch_xasprintf("cd %s && rm -rf lua && mkdir -p lua/resources lua/prompts", dir);
+    uint8_t seen[ORCH_ARRAY_LEN(rows)][ORCH_SHA256_BYTES];
+    for (size_t i = 0; i < ORCH_ARRAY_LEN(rows); i++) {
+        struct orch_err err = { 0 };
+        assert_int_equal(system(folders), 0);
+        put_file(rows[i].file, rows[i].text);
+        if (rows[i].other_file)
+            put_file(rows[i].other_file, rows[i].other_text);
+        forget();
+        bool loaded = orch_current_need(&current, &err) == 0;
+        expect(rows[i].text, rows[i].error ? strstr(err.msg, rows[i].error) != NULL : loaded,
+               loaded ? "it was loaded" : err.msg, rows[i].error);
+        if (!loaded)
+            continue;
+        assert_int_equal(current.gen->features, rows[i].features);
+        memcpy(seen[i], current.gen->offer_digest, sizeof seen[i]); /* by which a change is told */
+        for (size_t k = 0; k < i; k++)
+            assert_memory_not_equal(seen[k], seen[i], sizeof seen[i]);
+    }
+    assert_int_equal(wrong, 0);
+}
+
 /* An own tool takes the place of a shipped one; what has that one keeps it. */
 static void replaced(void **state)
 {
@@ -698,9 +766,9 @@ int main(void)
 {
 #define CASE(fn) cmocka_unit_test_setup_teardown(fn, open_folder, close_folder)
     const struct CMUnitTest tests[] = {
-        CASE(refused),  CASE(swap),  CASE(watch),            CASE(trust),
-        CASE(judged),   CASE(rates), CASE(too_many_callers), CASE(redact),
-        CASE(offered),  CASE(replaced),
+        CASE(refused), CASE(swap),  CASE(watch), CASE(trust),
+        CASE(judged),  CASE(deep),  CASE(rates), CASE(too_many_callers),
+        CASE(redact),  CASE(offered), CASE(beside), CASE(replaced),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
