@@ -67,7 +67,8 @@ ORCH_API int orch_add_tool(struct orch *o, const struct orch_tool_def *def, stru
 ORCH_API void orch_answer(struct orch_tool_call *call, const char *text, int is_error);
 
 /* Judges and runs one tool call as if an agent had made it. result: the MCP result object as JSON
- * text; denied, not run and failed are results too (is_error). Called once, from orch_step. */
+ * text; denied, not run and failed are results too (is_error). Called once, from orch_step or
+ * orch_close. */
 typedef void orch_result_fn(void *ud, const char *result, int is_error);
 ORCH_API int orch_call(struct orch *o, const char *tool, const char *args_json, const char *caller,
                        orch_result_fn *fn, void *ud, struct orch_error *err);

@@ -389,13 +389,21 @@ static void want_park(struct orch_questions *q)
     cs->parked.asking = q;
 }
 
-/* Another part may have a way of its own to show what is asked; else the call is parked. */
+/* The part that has a way of its own to show what is asked, or NULL. */
+static struct orch_call_part *shower(const struct orch_call *c)
+{
+    struct orch_call_part *p = c->parts;
+    while (p && !p->ops->asked)
+        p = p->next;
+    return p;
+}
+
 static void show(struct orch_questions *q)
 {
-    bool shown = false;
-    for (struct orch_call_part *p = q->call->parts; p && !shown; p = p->next)
-        shown = p->ops->asked && p->ops->asked(p, q->call);
-    if (!shown && q->call->modern)
+    struct orch_call_part *p = shower(q->call);
+    if (p)
+        p->ops->asked(p, q->call);
+    else if (q->call->modern)
         want_park(q);
 }
 
@@ -450,6 +458,10 @@ static int check(struct orch_questions *q, const struct orch_ask_item *items, si
         if (missing & words[i].cap)
             return orch_err_setc(err, ORCH_CLASS_FAILED, ENOTSUP, "the client does not offer %s",
                                  words[i].text);
+    /* A script's tool goes on for a while. */
+    if (c->cancelled || !(c->rq || q->parked || shower(c)))
+        return orch_err_setc(err, ORCH_CLASS_CLOSED, ENOTCONN,
+                             "nobody waits for the call any more");
     if (bytes > REQUESTS_MAX_BYTES)
         return orch_err_setc(err, ORCH_CLASS_LIMIT, E2BIG, "the questions are over %d bytes",
                              REQUESTS_MAX_BYTES);
@@ -470,20 +482,29 @@ static void items_free(struct orch_ask_item *items, size_t n)
     free(items);
 }
 
+/* What a legacy client still has to answer. */
+static void withdraw(struct orch_ask *a)
+{
+    struct orch_mcp_request *rq = a->of->call->rq;
+    for (size_t i = 0; i < a->n; i++) {
+        if (rq && a->items[i].question)
+            orch_mcp_ask_cancel(rq, a->items[i].question);
+        a->items[i].question = 0;
+    }
+}
+
 void orch_ask_free(struct orch_ask *a)
 {
     struct orch_questions *q = a->of;
-    struct orch_call *c = q ? q->call : NULL;
     for (struct orch_ask **at = q ? &q->asks : NULL; at && *at; at = &(*at)->next)
         if (*at == a) {
             *at = a->next;
             break;
         }
-    for (size_t i = 0; c && c->rq && i < a->n; i++)
-        if (a->items[i].question)
-            orch_mcp_ask_cancel(c->rq, a->items[i].question);
-    if (c)
+    if (q) {
+        withdraw(a);
         hold(a, false);
+    }
     orch_timer_free(a->timer);
     items_free(a->items, a->n);
     free(a);
@@ -623,10 +644,10 @@ static void close_ask(struct orch_ask *a)
 {
     if (a->timer)
         orch_timer_cancel(a->timer);
+    withdraw(a);
     if (a->held) {
         hold(a, false);
         for (size_t i = 0; i < a->n; i++) {
-            a->items[i].question = 0;
             if (a->items[i].answered)
                 continue;
             a->items[i].answered = true;

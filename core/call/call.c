@@ -112,16 +112,14 @@ void orch_call_free(struct orch_call *c)
     c->serial++; /* a ctx that is still held finds nothing */
     c->gen = NULL;
     if (!c->owed)
-        orch_call_release(c);
+        orch_call_list_push(&c->calls->spare, c);
 }
 
 void orch_call_release(struct orch_call *c)
 {
+    if (c->owed && !c->gen)
+        orch_call_list_push(&c->calls->spare, c);
     c->owed = false;
-    if (c->gen)
-        return;
-    c->next = c->calls->spare;
-    c->calls->spare = c;
 }
 
 struct orch_call *orch_call_find(struct orch_calls *cs, uint32_t slot, uint32_t serial)
@@ -291,11 +289,17 @@ void orch_call_detach_mcp(struct orch_mcp_request *rq)
     c->rq = NULL;
 }
 
-void orch_calls_cancel(struct orch_session *s, const char *why)
+static void cancel_list(struct orch_call *list, const struct orch_session *s, const char *why)
 {
-    for (struct orch_call *c = s->calls->running, *next; c; c = next) {
+    for (struct orch_call *c = list, *next; c; c = next) {
         next = c->next;
         if (c->session == s)
             orch_call_cancel(c, why);
     }
+}
+
+void orch_calls_cancel(struct orch_session *s, const char *why)
+{
+    cancel_list(s->calls->begun, s, why);
+    cancel_list(s->calls->running, s, why);
 }

@@ -125,8 +125,9 @@ struct orch_call_part_ops {
     /* The outcome is written, the answer follows. true: the part keeps the call, to be answered
      * later by orch_call_answer. */
     bool (*answer)(struct orch_call_part *p, struct orch_call *c);
-    /* What its client is asked has changed. true: the part shows it to the client. */
-    bool (*asked)(struct orch_call_part *p, struct orch_call *c);
+    /* What its client is asked has changed: the part, one of a call at most, shows it to the
+     * client. */
+    void (*asked)(struct orch_call_part *p, struct orch_call *c);
     /* The call's time is over: whether something of it ends by itself soon and is worth waiting
      * for. now: it was waited for, what still runs shall end. */
     bool (*late)(struct orch_call_part *p, struct orch_call *c, bool now);

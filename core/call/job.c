@@ -172,7 +172,7 @@ static void changed(const struct orch_job *j, struct orch_slice members)
         cs->task_changed(cs->ud, orch_slice_str(j->id), members);
 }
 
-static bool job_asked(struct orch_call_part *p, struct orch_call *c)
+static void job_asked(struct orch_call_part *p, struct orch_call *c)
 {
     struct orch_job *j = (struct orch_job *)p;
     (void)c;
@@ -180,7 +180,6 @@ static bool job_asked(struct orch_call_part *p, struct orch_call *c)
     now_text(j->updated);
     put_running(j, &b);
     changed(j, (struct orch_slice){ b.p, b.n });
-    return true;
 }
 
 static void put_end(const struct orch_job *j, struct orch_buf *b)
@@ -323,12 +322,13 @@ void orch_job_request(struct orch_session *s, struct orch_mcp_request *rq,
         orch_mcp_respond(rq, (struct orch_slice){ b.p, b.n });
         return;
     }
-    if (strcmp(method, "tasks/update") == 0 && !p->inputs) {
+    bool update = strcmp(method, "tasks/update") == 0;
+    if (update && !p->inputs) {
         refuse(rq, "tasks/update: params.inputResponses must be an object");
         return;
     }
     orch_mcp_respond(rq, (struct orch_slice){ 0 });
-    if (j && p->inputs)
+    if (j && update)
         orch_call_take_answers(j->call, orch_json_raw(d, p->inputs));
     else if (j)
         orch_call_cancel(j->call, "the client cancelled the task");

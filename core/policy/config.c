@@ -162,7 +162,6 @@ static void read_config(struct orch_loading *l, lua_State *L)
     lua_pop(L, 1);
 }
 
-/* Appends each string of the list at the top (entries may be { path =, message = }) and pops it. */
 static void add_note(void *ud, const char *line)
 {
     struct orch_loading *l = ud;

@@ -67,7 +67,8 @@ int orch_current_reload(struct orch_current *cur, const char *why)
     } else {
         cur->gen = g;
         cur->reloads++;
-        orch_current_watch(cur);
+        if (cur->watch)
+            orch_current_watch(cur);
         cur->ops->swapped(cur->ud, before);
         orch_generation_unref(before);
         orch_log(ORCH_INFO, "reloaded (%s): generation %.12s, %zu tools", why, g->hash, g->n_tools);

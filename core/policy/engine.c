@@ -1,5 +1,5 @@
 /* The policy engine's C side: loads what lies in policies/ into the policy state, where
- * lua/policy/engine.lua compiles it, and asks it. */
+ * lua/policy.lua compiles it, and asks it. */
 #include "policy_int.h"
 
 #include "../script/jsonlib.h"
@@ -219,9 +219,11 @@ static int take_args(struct orch_judgement *j, lua_State *L, const struct orch_j
     else if (orch_lua_encode_json(L, -1, &j->args, why, sizeof why) < 0)
         return orch_err_set(err, EINVAL, "the rewritten arguments cannot be JSON: %s", why);
     orch_buf_char(&j->args, ']');
+    /* The limits of messages are the session's, which they have passed. */
     if (orch_json_scan(&j->doc, (struct orch_slice){ j->args.p, j->args.n },
-                       &(struct orch_json_limits){ 0 }, &fault) < 0)
-        return orch_err_set(err, EINVAL, "the rewritten arguments: %s", fault.rule);
+                       &(struct orch_json_limits){ .bytes = 256 << 20, .depth = 1000 }, &fault) < 0)
+        return orch_err_set(err, EINVAL, "the %sarguments: %s", rewritten ? "rewritten " : "",
+                            fault.rule);
     return 0;
 }
 

@@ -79,10 +79,12 @@ void orch_generation_unref(struct orch_generation *g)
         return;
     orch_state_free(g->policy);
     orch_state_free(g->tools_state);
-    for (size_t i = 0; i < g->n_tools; i++) {
-        orch_tool_fini(g->tools[i]);
-        free(g->tools[i]);
-    }
+    for (size_t i = 0; i < g->n_tools; i++)
+        for (struct orch_tool *t = g->tools[i], *before; t; t = before) {
+            before = t->before;
+            orch_tool_fini(t);
+            free(t);
+        }
     free(g->tools);
     orch_networks_free(g);
     for (size_t i = 0; i < g->n_redact; i++) {

@@ -76,6 +76,8 @@ struct orch_tool {
     const struct orch_tool_backend *backend;
     void *backend_ud; /* the backend's own, as is backend_fn */
     void (*backend_fn)(void);
+    struct orch_tool
+        *before; /* that it took the place of; calls that began on that still have it */
 };
 
 /* Who gives tools to every generation: an embedder, a script, an upstream. */
@@ -148,7 +150,7 @@ void orch_generation_list(struct orch_generation *g); /* makes g->list anew */
 
 /* ---- judging */
 
-enum { ORCH_ALLOW = 1, ORCH_ASK, ORCH_DENY }; /* as lua/policy/engine.lua returns them */
+enum { ORCH_ALLOW = 1, ORCH_ASK, ORCH_DENY }; /* as lua/policy.lua returns them */
 
 struct orch_judgement {
     int verdict;                /* 0: the arguments are wrong, reason says how */

@@ -18,6 +18,14 @@ static void rate_refill(struct orch_rate *r, int64_t now)
     r->at_ms = now;
 }
 
+/* Its rule, known by its id, has another rate now: what was taken stays taken. */
+static void rate_change(struct orch_rate *r, double limit, int64_t window_ms)
+{
+    r->tokens = fmax(0, r->tokens + limit - r->limit);
+    r->limit = limit;
+    r->window_ms = window_ms;
+}
+
 /* Full buckets say nothing: they are as good as new ones. */
 static unsigned drop_full(struct orch_rate **rates, int64_t now)
 {
@@ -55,6 +63,8 @@ bool orch_rate_take(struct orch_rate **rates, const char *key, double limit, int
         *rates = r;
     }
     rate_refill(r, now);
+    if (r->limit != limit || r->window_ms != window_ms)
+        rate_change(r, limit, window_ms);
     if (r->tokens < 1)
         return false;
     r->tokens -= 1;

@@ -92,15 +92,16 @@ int orch_generation_add_tool(struct orch_generation *g, const struct orch_tool *
     r = orch_state_pcall(g->policy, 1, 1, err);
     if (r < 0)
         return r;
-    struct orch_tool *t = orch_generation_tool(g, orch_slice_str(def->wire_name));
-    if (t) { /* an own tool of the same name replaces a shipped one */
-        orch_tool_fini(t);
-    } else {
-        t = orch_xmalloc(sizeof *t);
-        g->tools = orch_xrealloc(g->tools, (g->n_tools + 1) * sizeof(struct orch_tool *));
-        g->tools[g->n_tools++] = t;
-    }
+    struct orch_tool *t = orch_xmalloc(sizeof *t);
+    struct orch_tool *before = orch_generation_tool(g, orch_slice_str(def->wire_name));
+    size_t at = 0;
+    while (at < g->n_tools && g->tools[at] != before)
+        at++;
+    if (at == g->n_tools) /* else an own one takes the place of a shipped one, or of its elder */
+        g->tools = orch_xrealloc(g->tools, ++g->n_tools * sizeof(struct orch_tool *));
+    g->tools[at] = t;
     *t = *def;
+    t->before = before;
     t->name = orch_xstrdup(def->name);
     t->wire_name = orch_xstrdup(def->wire_name);
     t->server = orch_xstrdup(def->server);

@@ -172,9 +172,55 @@ static void no_answer(void **state)
     remove_dir();
 }
 
+/* A program that answers once more than it was asked must not give two calls one record. */
+static void answers_twice(void **state)
+{
+    (void)state;
+    struct orch_error err;
+    char results[3][512] = { "", "", "" };
+    struct orch *o = open_host("return { workspace = '.', audit = { dir = 'audit' } }");
+    assert_int_equal(orch_call(o, "late", "{}", NULL, on_result, results[0], &err), 0);
+    while (n_calls < 1)
+        orch_step(o, 100);
+    orch_answer(calls[0], "first", 0);
+    orch_answer(calls[0], "again", 0);
+    while (!*results[0])
+        orch_step(o, 100);
+    orch_answer(calls[0], "and again", 0);
+    for (int i = 1; i < 3; i++)
+        assert_int_equal(orch_call(o, "late", "{}", NULL, on_result, results[i], &err), 0);
+    while (n_calls < 3)
+        orch_step(o, 100);
+    assert_ptr_not_equal(calls[1], calls[2]);
+    orch_answer(calls[1], "second", 0);
+    orch_answer(calls[2], "third", 0);
+    while (!*results[1] || !*results[2])
+        orch_step(o, 100);
+    assert_non_null(strstr(results[0], "\"first\""));
+    assert_non_null(strstr(results[1], "\"second\""));
+    assert_non_null(strstr(results[2], "\"third\""));
+    orch_close(o);
+    remove_dir();
+}
+
+/* What has not begun when orch closes does not begin any more, and says so. */
+static void closed_before_it_ran(void **state)
+{
+    (void)state;
+    struct orch_error err;
+    char result[512] = "";
+    struct orch *o = open_host("return { workspace = '.', audit = { dir = 'audit' } }");
+    assert_int_equal(orch_call(o, "late", "{}", NULL, on_result, result, &err), 0);
+    orch_close(o);
+    assert_int_equal(n_calls, 0);
+    assert_non_null(strstr(result, "cancelled: before it ran"));
+    remove_dir();
+}
+
 int main(void)
 {
-    const struct CMUnitTest tests[] = { cmocka_unit_test(late_answer),
-                                        cmocka_unit_test(no_answer) };
+    const struct CMUnitTest tests[] = { cmocka_unit_test(late_answer), cmocka_unit_test(no_answer),
+                                        cmocka_unit_test(answers_twice),
+                                        cmocka_unit_test(closed_before_it_ran) };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
