@@ -115,8 +115,8 @@ static const char rules[] =
     "  { tool = 'rated', action = 'allow', rate = '1/day' },\n"
     "  { tool = 'secret', action = 'allow', redact = { [[sk-\\w+]] } },\n"
     "} }\n";
-static const char *const tools[] = { "yes",    "yes_short", "no",    "ask",   "broken",
-                                     "rewritten", "spoilt", "rated", "secret" };
+static const char *const tools[] = { "yes",       "yes_short", "no",    "ask",   "broken",
+                                     "rewritten", "spoilt",    "rated", "secret" };
 
 static struct orch_audit audit;
 static struct orch_calls calls;
@@ -151,8 +151,8 @@ struct row {
 };
 
 static const struct row *row;
-static struct orch_call *call;        /* that runs; not after it has ended */
-static struct orch_ask *ask, *also;   /* that it asks */
+static struct orch_call *call;      /* that runs; not after it has ended */
+static struct orch_ask *ask, *also; /* that it asks */
 static uint32_t slot, serial;
 
 static void part_end(struct orch_call_part *p, struct orch_call *c)
@@ -283,8 +283,8 @@ static void start_other(struct orch_call *c)
 
 static const struct orch_tool_backend other = { .start = start_other, .lua_args = true };
 
-static int add_tool(struct orch_generation *g, const char *name,
-                    const struct orch_tool_backend *by, struct orch_err *err)
+static int add_tool(struct orch_generation *g, const char *name, const struct orch_tool_backend *by,
+                    struct orch_err *err)
 {
     struct orch_tool t = {
         .name = (char *)(uintptr_t)name,
@@ -579,16 +579,26 @@ static const struct {
     void (*fn)(void);
     bool *flips; /* or does that */
 } steps[] = {
-    { "call", step_call, NULL }, { "turn", step_turn, NULL },
-    { "loop", step_loop, NULL }, { "await", step_await, NULL },
-    { "cancel", step_cancel, NULL }, { "gone", step_gone, NULL },
-    { "close", step_close, NULL }, { "end", step_end, NULL },
-    { "accept", step_accept, NULL }, { "refuse", step_refuse, NULL },
-    { "back", step_back, NULL }, { "unpark", step_unpark, NULL },
-    { "ask", step_ask, NULL }, { "cancel_task", step_cancel_task, NULL },
-    { "unlogged", step_unlogged, NULL }, { "swap", step_swap, NULL },
-    { "replace", step_replace, NULL }, { "full", NULL, &audit.full },
-    { "unwritable", NULL, &audit.unwritable }, { "withheld", NULL, &audit.withheld },
+    { "call", step_call, NULL },
+    { "turn", step_turn, NULL },
+    { "loop", step_loop, NULL },
+    { "await", step_await, NULL },
+    { "cancel", step_cancel, NULL },
+    { "gone", step_gone, NULL },
+    { "close", step_close, NULL },
+    { "end", step_end, NULL },
+    { "accept", step_accept, NULL },
+    { "refuse", step_refuse, NULL },
+    { "back", step_back, NULL },
+    { "unpark", step_unpark, NULL },
+    { "ask", step_ask, NULL },
+    { "cancel_task", step_cancel_task, NULL },
+    { "unlogged", step_unlogged, NULL },
+    { "swap", step_swap, NULL },
+    { "replace", step_replace, NULL },
+    { "full", NULL, &audit.full },
+    { "unwritable", NULL, &audit.unwritable },
+    { "withheld", NULL, &audit.withheld },
 };
 
 static void play(const char *script)
@@ -692,8 +702,8 @@ static void decisions(void **state)
           ALLOW " " RUN " end outcome:ok answer free", "here is [redacted]" },
         { "unknown", LEGACY, "nothing", ANSWERS, "call turn", DENY " outcome:error answer",
           "\"code\":-32602,\"message\":\"Unknown tool: nothing\"" },
-        { "unknown, by the program", HOST, "nothing", ANSWERS, "call",
-          DENY " outcome:error answer", "\"text\":\"Unknown tool: nothing\"}],\"isError\":true" },
+        { "unknown, by the program", HOST, "nothing", ANSWERS, "call", DENY " outcome:error answer",
+          "\"text\":\"Unknown tool: nothing\"}],\"isError\":true" },
         { "it cannot start", LEGACY, "yes", FAILS, "call turn",
           ALLOW " " RUN " end outcome:error answer free", "not run: no microVM" },
         { "two in one turn: no line of one waits for the other", LEGACY, "yes", ANSWERS,

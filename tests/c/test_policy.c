@@ -469,8 +469,8 @@ static void trust(void **state)
         put_file("orchestrator.lua", trusts[i].config);
         for (const char *s = trusts[i].steps; *s; s++)
             play_trust(i, *s, !strchr(s + 1, 'F'));
-        cleanup_free char *command =
-            orch_xasprintf("cd %s && rm -rf state other tools/new.lua", dir);
+        cleanup_free char *command = orch_xasprintf("cd %s && rm -rf state other tools/new.lua",
+                                                    dir);
         assert_int_equal(system(command), 0);
         put_file(TOOLS, rules);
     }
@@ -506,8 +506,7 @@ static void judged(void **state)
           "{}", "allow network=a" },
         { "{ tool = 'own', action = 'allow', network = 'a' },\n"
           "{ tool = '*', action = 'allow', network = 'b' }",
-          "{}",
-          "deny: ambiguous network: a (policies/tools.lua:2) and b (policies/tools.lua:3)" },
+          "{}", "deny: ambiguous network: a (policies/tools.lua:2) and b (policies/tools.lua:3)" },
         { "{ tool = 'own', action = 'allow', rewrite = function(a) a.x = 1 return a end }",
           "{\"y\":2}", "allow args=[{" },
         { "{ tool = 'own', action = 'allow', rewrite = function() end }", "{}",
@@ -573,20 +572,20 @@ static void rates(void **state)
         { "kept", "rate = '3/day'", 2, "rate = '3/day', reason = 'x'", 1 },
         { "used up", "rate = '3/day'", 3, "rate = '3/day', reason = 'x'", 0 },
         { "another rate is another rule", "rate = '3/day'", 3, "rate = '2/day'", 2 },
-        { "of a rule with an id: kept", "id = 'r', rate = '3/day'", 2,
-          "rate = '3/day', id = 'r'", 1 },
+        { "of a rule with an id: kept", "id = 'r', rate = '3/day'", 2, "rate = '3/day', id = 'r'",
+          1 },
         { "lowered", "id = 'r', rate = '9/day'", 1, "id = 'r', rate = '3/day'", 2 },
-        { "lowered below what was taken", "id = 'r', rate = '9/day'", 5,
-          "id = 'r', rate = '3/day'", 0 },
+        { "lowered below what was taken", "id = 'r', rate = '9/day'", 5, "id = 'r', rate = '3/day'",
+          0 },
         { "raised", "id = 'r', rate = '2/day'", 2, "id = 'r', rate = '5/day'", 3 },
         { "of another window", "id = 'r', rate = '9/h'", 1, "id = 'r', rate = '3/day'", 2 },
     };
     for (size_t i = 0; i < ORCH_ARRAY_LEN(rows); i++) {
         unsigned allowed = 0;
-        cleanup_free char *before =
-            orch_xasprintf(RULES("{ tool = 'own', action = 'allow', %s }"), rows[i].before);
-        cleanup_free char *after =
-            orch_xasprintf(RULES("{ tool = 'own', action = 'allow', %s }"), rows[i].after);
+        cleanup_free char *before = orch_xasprintf(RULES("{ tool = 'own', action = 'allow', %s }"),
+                                                   rows[i].before);
+        cleanup_free char *after = orch_xasprintf(RULES("{ tool = 'own', action = 'allow', %s }"),
+                                                  rows[i].after);
         put_file(TOOLS, before);
         forget();
         need();
@@ -766,8 +765,8 @@ int main(void)
 {
 #define CASE(fn) cmocka_unit_test_setup_teardown(fn, open_folder, close_folder)
     const struct CMUnitTest tests[] = {
-        CASE(refused), CASE(swap),  CASE(watch), CASE(trust),
-        CASE(judged),  CASE(deep),  CASE(rates), CASE(too_many_callers),
+        CASE(refused), CASE(swap),    CASE(watch),  CASE(trust),
+        CASE(judged),  CASE(deep),    CASE(rates),  CASE(too_many_callers),
         CASE(redact),  CASE(offered), CASE(beside), CASE(replaced),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
