@@ -834,7 +834,7 @@ static const struct hostile hostiles[] = {
     { "EXIT with signal and status", 0, "no sense",
       B(EXIT("\1", "\0", ZERO4, "\x09", "\0", "\0", "\0", "\0")) },
     { "EXIT with unknown flags", 0, "no sense",
-      B(EXIT("\1", "\0", ZERO4, "\0", "\x08", "\0", "\0", "\0")) },
+      B(EXIT("\1", "\0", ZERO4, "\0", "\x10", "\0", "\0", "\0")) },
     { "EXIT that cut nothing", 0, "no sense",
       B(EXIT("\1", "\0", ZERO4, "\0", "\2", "\0", "\0", "\0")) },
     { "EXIT that cut silently", 0, "no sense",
