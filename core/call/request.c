@@ -60,7 +60,7 @@ static void take_result(struct orch_call *c, lua_State *L, int nres)
         orch_buf_str(&c->text, c->text.n ? ",\"ttlMs\":0,\"cacheScope\":\"private\""
                                          : "\"ttlMs\":0,\"cacheScope\":\"private\"");
     if (!meta)
-        orch_buf_printf(&c->text, "%s\"_meta\":{\"io.modelcontextprotocol/serverInfo\":%s}",
+        orch_buf_printf(&c->text, "%s\"_meta\":{\"" ORCH_MCP_META "serverInfo\":%s}",
                         c->text.n ? "," : "", c->server_info);
 }
 

@@ -21,7 +21,7 @@ static void put_meta(struct orch_call *c)
         orch_buf_char(b, '"');
     }
     if (c->modern) {
-        orch_buf_str(b, ",\"io.modelcontextprotocol/serverInfo\":");
+        orch_buf_str(b, ",\"" ORCH_MCP_META "serverInfo\":");
         orch_buf_str(b, c->server_info);
     }
     orch_buf_char(b, '}');
@@ -29,7 +29,7 @@ static void put_meta(struct orch_call *c)
 
 void orch_call_put_origin(const struct orch_call *c, struct orch_buf *b)
 {
-    orch_buf_printf(b, "\"_meta\":{\"orch/call\":\"%s\",\"io.modelcontextprotocol/serverInfo\":%s}",
+    orch_buf_printf(b, "\"_meta\":{\"orch/call\":\"%s\",\"" ORCH_MCP_META "serverInfo\":%s}",
                     c->id, c->server_info);
 }
 
@@ -107,7 +107,7 @@ void orch_call_missing(struct orch_call *c)
     if (m & ORCH_MCP_CAP_ROOTS)
         orch_buf_str(b, "\"roots\":{},");
     if (m & ORCH_MCP_CAP_TASKS)
-        orch_buf_str(b, "\"extensions\":{\"io.modelcontextprotocol/tasks\":{}},");
+        orch_buf_str(b, "\"extensions\":{\"" ORCH_MCP_META "tasks\":{}},");
     b->n--;
     orch_buf_str(b, "}}");
     orch_call_rpc_error(c, ORCH_RPC_MISSING_CAPABILITY,

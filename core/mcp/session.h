@@ -100,7 +100,7 @@ void orch_mcp_session_on_idle(struct orch_mcp_session *s, void (*fn)(void *ud), 
 
 /* What the client says of itself, for call.untrusted: JSON bytes of clientInfo or empty. */
 struct orch_slice orch_mcp_session_client(const struct orch_mcp_session *s);
-/* negotiated, or "2026-07-28" */
+/* negotiated, or ORCH_MCP_MODERN */
 const char *orch_mcp_session_version(const struct orch_mcp_session *s);
 /* initialize was accepted: it is legacy */
 bool orch_mcp_session_version_agreed(const struct orch_mcp_session *s);

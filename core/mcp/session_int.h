@@ -1,4 +1,4 @@
-/* Inside core/mcp only: what session.c, ask.c and listen.c share. */
+/* Inside core/mcp only: what session.c, message.c, ask.c and listen.c share. */
 #ifndef ORCH_MCP_SESSION_INT_H
 #define ORCH_MCP_SESSION_INT_H
 
@@ -10,7 +10,16 @@
  * reader. */
 #define ORCH_MCP_NOTES_MAX_BYTES (1u << 20)
 
-struct orch_mcp_batch;
+/* A 2025-03-26 batch: answers are collected and sent as one array when the last one is there. */
+struct orch_mcp_batch {
+    unsigned pending;
+    bool closed, awaited; /* awaited: it had a request, so its stream waits for an answer */
+    void *stream;
+    struct orch_buf out;
+};
+
+enum { ORCH_MCP_HELD_MAX_BYTES = 16 << 20, ORCH_MCP_LOG_LEVELS = 8 };
+extern const char *const orch_mcp_log_levels[ORCH_MCP_LOG_LEVELS];
 
 /* What a client wants to hear of: a modern subscriptions/listen, or the URIs of a legacy
  * session. */
@@ -91,6 +100,18 @@ struct orch_mcp_request *orch_mcp_request_new(struct orch_mcp_incoming *in,
 size_t orch_mcp_note_begin(struct orch_mcp_session *s, const char *method);
 void orch_mcp_note_end(struct orch_mcp_session *s, size_t from, void *stream);
 void orch_mcp_message_end(struct orch_mcp_session *s, size_t from, void *stream, int status);
+
+/* NULL: none of that id is in flight. */
+struct orch_mcp_request *orch_mcp_request_find(struct orch_mcp_session *s, struct orch_slice id);
+/* An answer goes to the session's output or into its batch. Returns where it starts. */
+size_t orch_mcp_answer_begin(struct orch_mcp_session *s, struct orch_mcp_batch *batch,
+                             struct orch_buf **out);
+void orch_mcp_put_result(struct orch_buf *out, struct orch_slice id, const char *type,
+                         struct orch_slice members);
+void orch_mcp_batch_flush(struct orch_mcp_session *s, struct orch_mcp_batch *batch);
+/* What HTTP says beside a JSON-RPC error. */
+int orch_mcp_status_of(int code, bool modern);
+int orch_mcp_level(struct orch_slice name); /* its index; -1: none */
 
 /* ask.c */
 unsigned orch_mcp_caps_read(const struct orch_json_doc *d, uint32_t capabilities);
