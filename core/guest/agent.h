@@ -14,6 +14,7 @@
 
 #define MAX_OPS 512
 #define MAX_EXECS 256
+#define MAX_GROUPS 64
 /* bytes taken from one stream per turn; what the port takes in one write */
 #define CHUNK (32 * 1024)
 #define OUT_DATA (128 * 1024) /* bulk data is added while less than this is queued */
@@ -121,6 +122,8 @@ struct user {
     uid_t uid;
     gid_t gid;
     char name[64], home[256];
+    gid_t groups[MAX_GROUPS]; /* for what is executed; the first is gid */
+    size_t n_groups;
 };
 bool user_find(const char *who, struct user *u);
 void exec_frame(uint32_t id, const char *b, size_t n);

@@ -204,6 +204,14 @@ void boot(void)
         dup2(null, i);
     if (null > 2)
         close(null);
+    /* As udev makes them: shells need them for <(…), scripts for /dev/stdin. */
+    static const char *const links[][2] = { { "/proc/self/fd", "/dev/fd" },
+                                            { "/proc/self/fd/0", "/dev/stdin" },
+                                            { "/proc/self/fd/1", "/dev/stdout" },
+                                            { "/proc/self/fd/2", "/dev/stderr" } };
+    for (size_t i = 0; i < sizeof links / sizeof *links; i++)
+        if (symlink(links[i][0], links[i][1]) < 0)
+            die(links[i][1]);
     load_modules();
     enter_disk();
     must_mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC,

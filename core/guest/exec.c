@@ -55,6 +55,30 @@ bool user_find(const char *who, struct user *u)
     return found;
 }
 
+/* The groups of /etc/group that name the user, behind its own. */
+static void groups_find(struct user *u)
+{
+    char line[4096];
+    int fd = open_regular("/etc/group", O_RDONLY);
+    FILE *f = fd < 0 ? NULL : fdopen(fd, "re");
+    u->groups[0] = u->gid;
+    u->n_groups = 1;
+    while (f && u->n_groups < MAX_GROUPS && fgets(line, sizeof line, f)) {
+        char *rest = line, *name, *field[4] = { 0 };
+        line[strcspn(line, "\n")] = 0;
+        for (int i = 0; i < 4 && rest; i++)
+            field[i] = strsep(&rest, ":");
+        gid_t gid = field[3] ? (gid_t)strtoul(field[2], NULL, 10) : u->gid;
+        while (gid != u->gid && (name = strsep(&field[3], ",")))
+            if (strcmp(name, u->name) == 0) {
+                u->groups[u->n_groups++] = gid;
+                break;
+            }
+    }
+    if (f)
+        fclose(f);
+}
+
 struct plan {
     struct orch_wire_exec x;
     const char *cwd, *user;
@@ -126,7 +150,7 @@ static _Noreturn void child_exec(struct plan *p)
         personality(ADDR_NO_RANDOMIZE);
     /* By the system calls: libc would tell its other threads, and this process is on the agent's
      * memory. */
-    if (syscall(SYS_setgroups, 0, NULL) < 0 ||
+    if (syscall(SYS_setgroups, p->u.n_groups, p->u.groups) < 0 ||
         syscall(SYS_setresgid, p->u.gid, p->u.gid, p->u.gid) < 0 ||
         syscall(SYS_setresuid, p->u.uid, p->u.uid, p->u.uid) < 0)
         child_fail(p->fail, ORCH_WIRE_FAIL_USER);
@@ -274,6 +298,7 @@ static void exec_start(struct op *op, struct plan *p)
         exec_failed(op, ORCH_WIRE_FAIL_USER);
         return;
     }
+    groups_find(&p->u);
     char home[300], user[80];
     snprintf(home, sizeof home, "HOME=%s", p->u.home);
     snprintf(user, sizeof user, "USER=%s", p->u.name);

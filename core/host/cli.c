@@ -646,6 +646,7 @@ static int i_image_find(lua_State *L)
     struct orch *o = host_of(L);
     cleanup_free char *dir = orch_xasprintf("%s/images", o->paths.cache);
     struct orch_image_opts opts = image_opts(o, dir);
+    opts.digests = lua_toboolean(L, 2);
     struct orch_image image = { 0 };
     struct orch_err err = { 0 };
     if (orch_image_find(luaL_checkstring(L, 1), &opts, &image, &err) < 0)

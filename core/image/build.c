@@ -18,7 +18,6 @@ enum {
     BUSYBOX_MAX = 16 << 20,
     TEXT_MAX = 256 * 1024, /* a child's output that is read as text */
     LOCK_RETRY_MS = 100,
-    DISK_CHUNK = 1 << 20,
     LIMIT_MS = 20 * 60 * 1000, /* for everything, a slow download included */
 };
 
@@ -260,8 +259,10 @@ static bool child_ok(struct orch_image_build *b, const char *what, struct orch_e
 /* Ends the build with the image that is there already, when it is made of the same. */
 static bool finish_found(struct orch_image_build *b, const char *source)
 {
+    b->o.digests = true;
     struct orch_image found;
-    cleanup_free char *from = NULL, *recipe = orch_image_built_recipe(b->o.cache_dir, b->name);
+    cleanup_free char *from = NULL,
+                      *recipe = orch_image_built_hash(b->o.cache_dir, b->name, "recipe");
     if (orch_image_find_built(b->name, &b->o, b->agent_hash, &found, &from, NULL) < 0)
         return false;
     bool same = (!source || strcmp(from, source) == 0) &&
@@ -347,30 +348,14 @@ static void step_busybox(struct orch_image_build *b)
 
 static int disk_hash(struct orch_image_build *b, struct orch_err *err)
 {
-    struct orch_sha256_ctx c;
-    uint8_t hash[ORCH_SHA256_BYTES];
-    cleanup_free char *path = orch_xasprintf("%s/disk", b->tmp), *buf = orch_xmalloc(DISK_CHUNK);
+    cleanup_free char *path = orch_xasprintf("%s/disk", b->tmp);
     cleanup_close int fd = open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
-    ssize_t n = -1;
-    orch_sha256_init(&c);
-    while (fd >= 0 && (n = read(fd, buf, DISK_CHUNK)) > 0) {
-        orch_sha256_update(&c, buf, (size_t)n);
-        b->disk_bytes += (uint64_t)n;
-    }
-    if (n < 0)
-        return orch_err_set(err, errno, "%s: %s", path, strerror(errno));
-    orch_sha256_final(&c, hash);
-    orch_hex(hash, sizeof hash, b->disk_hash);
-    return 0;
+    int r = fd < 0 ? -errno : orch_image_digest(fd, b->disk_hash, &b->disk_bytes);
+    return r < 0 ? orch_err_set(err, -r, "%s: %s", path, strerror(-r)) : 0;
 }
 
 static void disk_ready(struct orch_image_build *b)
 {
-    struct orch_err err;
-    if (disk_hash(b, &err) < 0) {
-        failed(b, &err);
-        return;
-    }
     say(b, "disk: %.1f MB", (double)b->disk_bytes / 1e6);
     next(b, step_busybox);
 }
@@ -389,7 +374,10 @@ static void step_disk_made(struct orch_image_build *b)
         return;
     }
     rmdir(work);
-    disk_ready(b);
+    if (disk_hash(b, &err) < 0)
+        failed(b, &err);
+    else
+        disk_ready(b);
 }
 
 static void disk_make(struct orch_image_build *b, enum orch_disk_way way)
@@ -419,14 +407,28 @@ static bool keep(struct orch_image_build *b, const char *name, const char *file)
     return link(kept, here) == 0;
 }
 
+/* The disk that is there already, if it is still what was built. */
+static bool keep_disk(struct orch_image_build *b)
+{
+    struct orch_err err;
+    cleanup_free char *wanted = orch_image_built_hash(b->o.cache_dir, b->name, "disk");
+    if (!wanted || !keep(b, b->name, "disk"))
+        return false;
+    if (disk_hash(b, &err) == 0 && strcmp(b->disk_hash, wanted) == 0)
+        return true;
+    cleanup_free char *here = orch_xasprintf("%s/disk", b->tmp);
+    unlink(here);
+    *b->disk_hash = 0;
+    return false;
+}
+
 static void step_disk(struct orch_image_build *b)
 {
     struct orch_err err;
-    cleanup_free char *recipe = orch_image_built_recipe(b->o.cache_dir, b->name);
+    cleanup_free char *recipe = orch_image_built_hash(b->o.cache_dir, b->name, "recipe");
     if (!*b->recipe_hash) {
         step_busybox(b);
-    } else if (!b->o.fresh && recipe && strcmp(recipe, b->recipe_hash) == 0 &&
-               keep(b, b->name, "disk")) {
+    } else if (!b->o.fresh && recipe && strcmp(recipe, b->recipe_hash) == 0 && keep_disk(b)) {
         disk_ready(b);
     } else if (!b->recipe) {
         orch_image_not_built(b->name, &err);
@@ -449,7 +451,7 @@ static int want_disk(struct orch_image_build *b, struct orch_err *err)
         orch_recipe_hash(b->recipe, b->recipe_hash);
     if (b->recipe || base)
         return 0;
-    cleanup_free char *recipe = orch_image_built_recipe(b->o.cache_dir, b->name);
+    cleanup_free char *recipe = orch_image_built_hash(b->o.cache_dir, b->name, "recipe");
     if (!recipe)
         return orch_image_not_built(b->name, err);
     memcpy(b->recipe_hash, recipe, sizeof b->recipe_hash);

@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 /* What the recipe makes of equal inputs; a new number makes every image built before stale. */
 #define RECIPE "orch-image 1"
@@ -109,30 +110,68 @@ int orch_image_open(int dir_fd, const char *path, struct orch_err *err)
                          path, st.st_mode & 07777, path);
 }
 
-char *orch_image_built_recipe(const char *cache_dir, const char *name)
+char *orch_image_built_hash(const char *cache_dir, const char *name, const char *key)
 {
     cleanup_buf struct orch_buf text = { 0 };
     cleanup_free char *path = orch_xasprintf("%s/%s/manifest", cache_dir, name);
     cleanup_free char *hash = orch_read_file(AT_FDCWD, path, MANIFEST_MAX, &text) == 0
-                                  ? field(&text, "recipe")
+                                  ? field(&text, key)
                                   : NULL;
     return hash && strlen(hash) == 64 ? orch_steal_ptr(&hash) : NULL;
 }
 
-/* All of them are there, and nobody can write to them. */
-static int check_files(const char *manifest, const struct orch_image *i, struct orch_err *err)
+int orch_image_digest(int fd, char hex[65], uint64_t *bytes)
 {
+    enum { CHUNK = 1 << 20 };
+    cleanup_free char *buf = orch_xmalloc(CHUNK);
+    struct orch_sha256_ctx c;
+    uint8_t hash[ORCH_SHA256_BYTES];
+    ssize_t n;
+    *bytes = 0;
+    orch_sha256_init(&c);
+    while ((n = read(fd, buf, CHUNK)) > 0) {
+        orch_sha256_update(&c, buf, (size_t)n);
+        *bytes += (uint64_t)n;
+    }
+    int r = n < 0 ? -errno : 0;
+    orch_sha256_final(&c, hash);
+    orch_hex(hash, sizeof hash, hex);
+    return r;
+}
+
+static int damaged(const struct orch_image *i, const char *path, const char *why,
+                   struct orch_err *err)
+{
+    return orch_err_set(err, ESTALE, "image %s is damaged (%s %s): orch image build %s", i->name,
+                        path, why, i->name);
+}
+
+/* All of them are there, of the size they were made with, and nobody can write to them; with
+ * `digests` the bytes are the manifest's, too. */
+static int check_files(const char *manifest, const struct orch_buf *text, bool digests,
+                       const struct orch_image *i, struct orch_err *err)
+{
+    static const char *const keys[] = { NULL, "kernel", "initrd", "disk" };
     const char *const paths[] = { manifest, i->kernel, i->initrd, i->disk };
+    uint64_t bytes = 0;
     for (size_t k = 0; k < ORCH_ARRAY_LEN(paths) && paths[k]; k++) {
         struct orch_err why;
+        struct stat st;
         cleanup_close int fd = orch_image_open(AT_FDCWD, paths[k], &why);
         if (fd < 0 && why.cls != ORCH_CLASS_ISOLATION)
-            return orch_err_set(err, ESTALE, "image %s is damaged: orch image build %s", i->name,
-                                i->name);
-        if (fd < 0)
+            return damaged(i, paths[k], "cannot be read", err);
+        if (fd < 0 || fstat(fd, &st) < 0)
             return orch_err_setc(err, why.cls, why.code, "image %s: %s", i->name, why.msg);
+        bytes += k ? (uint64_t)st.st_size : 0;
+        cleanup_free char *wanted = k && digests ? field(text, keys[k]) : NULL;
+        char hex[65];
+        uint64_t n;
+        if (k && digests &&
+            (orch_image_digest(fd, hex, &n) < 0 || !wanted || strcmp(hex, wanted) != 0))
+            return damaged(i, paths[k], "is not what was built", err);
     }
-    return 0;
+    return bytes == i->bytes ? 0
+                             : damaged(i, manifest, "names another size than its files have", err);
 }
 
 /* The manifest is written last into a folder that is renamed whole: where it is, everything is. */
@@ -164,7 +203,7 @@ int orch_image_find_built(const char *name, const struct orch_image_opts *o, con
     out->initrd = orch_xasprintf("%s/%s/initrd", o->cache_dir, id);
     out->disk = disk ? orch_xasprintf("%s/%s/disk", o->cache_dir, id) : NULL;
     out->kernel_release = orch_steal_ptr(&release);
-    int r = check_files(path, out, err);
+    int r = check_files(path, &text, o->digests, out, err);
     if (r < 0) {
         orch_image_fini(out);
         return r;

@@ -31,7 +31,8 @@ struct orch_image_opts {
     /* To build an image that is not `base`. NULL: with the disk that the image of this name has
      * already (another agent or kernel needs no other), or it fails. */
     const struct orch_recipe *recipe;
-    bool fresh; /* with recipe: make the disk anew from today's packages, though there is one */
+    bool digests; /* what is found is compared with its manifest whole, which reads all of it */
+    bool fresh;   /* with recipe: make the disk anew from today's packages, though there is one */
 };
 
 /* Opens a file of the cache for reading. What microVMs start from must stay as it was made, and a

@@ -17,9 +17,10 @@ int orch_image_check_name(const char *name, struct orch_err *err);
 int orch_image_not_built(const char *name, struct orch_err *err); /* the error */
 int orch_image_hash_agent(const char *path, struct orch_buf *agent, char hex[65],
                           struct orch_err *err);
-/* The hash of the recipe that the built image's disk was made of, whatever agent it has; NULL: no
- * disk. */
-char *orch_image_built_recipe(const char *cache_dir, const char *name);
+/* A hash of the built image's manifest, whatever agent it has: its `disk`, or the `recipe` that the
+ * disk was made of; NULL: no disk. */
+char *orch_image_built_hash(const char *cache_dir, const char *name, const char *key);
+int orch_image_digest(int fd, char hex[65], uint64_t *bytes); /* from where it stands to its end */
 /* As orch_image_find, for an agent of this hash; *source, what the kernel is from, is owned by the
  * caller. */
 int orch_image_find_built(const char *name, const struct orch_image_opts *o, const char *agent_hash,

@@ -153,7 +153,7 @@ end
 
 local function images(g)
   local name = g and g.image or "base"
-  local image, why = internal.image_find(name)
+  local image, why = internal.image_find(name, true)
   if image then
     local n = 0
     for _, key in ipairs(orch.fs.list(paths.cache .. "/templates") or {}) do

@@ -1006,6 +1006,33 @@ static void test_disk(void **state)
     assert_int_equal(disks_made(), 3);
     assert_int_equal(b.err.code, 0);
 
+    /* Files that are not what was built: another size is seen at once, other bytes by who reads
+     * them all; a build makes anew what it cannot take. */
+    size_t made = disks_made();
+    for (size_t i = 0; i < 6; i++) {
+        const char *file = i % 3 == 0 ? b.image.kernel : i % 3 == 1 ? b.image.initrd : b.image.disk;
+        cleanup_buf struct orch_buf was = { 0 };
+        assert_int_equal(orch_read_file(AT_FDCWD, file, 1 << 24, &was), 0);
+        assert_int_equal(unlink(file), 0);
+        was.p[was.n / 2] ^= 1;
+        put(file, was.p, i < 3 ? was.n : was.n - 1);
+        assert_int_equal(orch_image_find("toolbox", &b.o, &found, &err), i < 3 ? 0 : -ESTALE);
+        if (i < 3)
+            orch_image_fini(&found);
+        b.o.digests = true;
+        assert_int_equal(orch_image_find("toolbox", &b.o, &found, &err), -ESTALE);
+        assert_non_null(strstr(err.msg, i < 3 ? "is not what was built" : "damaged"));
+        b.o.digests = false;
+        build_named(&b, "toolbox", &others, false);
+        assert_int_equal(b.err.code, 0);
+        made += i % 3 == 2;
+        assert_int_equal(disks_made(), made);
+        b.o.digests = true;
+        assert_int_equal(orch_image_find("toolbox", &b.o, &found, &err), 0);
+        orch_image_fini(&found);
+        b.o.digests = false;
+    }
+
     /* One that is damaged, and one that cannot be made. */
     assert_int_equal(unlink(b.image.disk), 0);
     assert_int_equal(orch_image_find("toolbox", &b.o, &found, &err), -ESTALE);

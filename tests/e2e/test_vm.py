@@ -158,6 +158,31 @@ FULL = [("tail /dev/zero", "signal=9 oom=true"), ("x=a; while :; do x=$x$x; done
         ("yes > /tmp/full; echo a $?", "status=0 oom=nil a 1"), ("echo more > /dev/shm/b || echo full", "status=0 oom=nil full"),
         ("yes > /var/tmp/c; echo d > $HOME/d || echo full", "status=0 oom=nil full"), ("rm /tmp/full; echo e > $HOME/e && echo room", "status=0 oom=nil room"),
         ("f() { while :; do sleep 100 & done; }; f", "oom="), ("dd if=/dev/zero of=/dev/null bs=1G count=1", "oom=nil")]
+
+# What programs expect of a machine: (user, command, what it prints).
+MACHINE = [("1000", "echo hi | cat /dev/stdin", "hi"), ("1000", "echo out > /dev/stdout", "out"), ("1000", "echo err > /dev/stderr; echo $?", "0"),
+           ("1000", "ls /dev/fd/0", "/dev/fd/0"), ("1000", "id -G", "1000"), ("root", "id -G", "0"), ("4321", "id -G", "4321"),
+           ("root", "printf 'one:x:990:root,user\\ntwo:x:991:user\\nthree:x:992:users,us\\nfour:x:993:\\nuser2:x:1000:user\\n' >> /etc/group", ""),
+           ("1000", "id -G", "1000 990 991"), ("user", "id -G", "1000 990 991"), ("root", "id -G", "0 990"), ("4321", "id -G", "4321"),
+           ("1000", "for d in /tmp /dev/shm /var/tmp $HOME; do touch $d/x || echo $d; done", ""), ("1000", "touch /run/x /root/x 2>&1 | wc -l", "2"),
+           ("1000", "cp /bin/busybox /tmp/run && /tmp/run true && echo ran", "ran"), ("root", "mknod /tmp/null c 1 3; cat /tmp/null 2>&1 | grep -c denied", "1")]
+MACHINE_SCRIPT = """local vm = assert(orch.vm.spawn { timeout = "10m" })
+for i = 1, #arg, 2 do
+  local r = assert(vm:exec({ "sh", "-c", arg[i + 1] }, { user = arg[i] }))
+  print("said " .. orch.json.encode(r.stdout))
+end"""
+
+
+@case("a guest is as programs expect of a machine: /dev/stdin and its like, groups, places to write")
+def machine(env):
+    script = env.shared_cache().project().write("machine.lua", MACHINE_SCRIPT)
+    r = env.orch(script, *(word for user, command, _ in MACHINE for word in (user, command)), config=True, deadline_s=START_S)
+    said = [json.loads(l.split("said ", 1)[1]) for l in r.err.splitlines() if "said " in l]
+    expect(r.status == 0 and len(said) == len(MACHINE), r)
+    for (user, command, wanted), got in zip(MACHINE, said):
+        expect(got.strip() == wanted, user, command, got)
+
+
 FULL_SCRIPT = """local vm = assert(orch.vm.spawn { timeout = "10m" })
 for _, command in ipairs(arg) do
   for _, line in ipairs { command, "echo alive" } do
