@@ -16,6 +16,8 @@ int orch_host_audit(struct orch *o, struct orch_err *err)
         return dir;
     o->calls.audit = orch_audit_open(o->loop, c->audit_dir, key, c->audit_sync, err);
     o->current.audit = o->calls.audit;
+    if (o->calls.audit)
+        orch_audit_keep(o->calls.audit, c->audit_keep_ms);
     return o->calls.audit ? 0 : -EIO;
 }
 

@@ -238,6 +238,7 @@ static void exit_now(void *ud, int status)
 {
     struct orch *o = ud;
     orch_control_free(o->control);
+    orch_record_close(&o->calls);
     orch_audit_close(o->calls.audit);
     fflush(NULL);
     _exit(status);
