@@ -443,8 +443,10 @@ static void watch_file(struct orch_audit *a)
     a->looked_ms = 0;
     a->events = inotify_init1(IN_NONBLOCK | IN_CLOEXEC);
     if (a->events >= 0 && inotify_add_watch(a->events, a->path, self | IN_ATTRIB) >= 0 &&
-        inotify_add_watch(a->events, a->dir_path, self) >= 0)
+        inotify_add_watch(a->events, a->dir_path, self) >= 0) {
         a->watch = orch_watch_new(a->loop, a->events, ORCH_READ, something_happened, a);
+        orch_watch_first(a->watch);
+    }
 }
 
 static int make_file(struct orch_audit *a, const struct orch_audit_point *lost, const char *why,
