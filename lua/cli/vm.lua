@@ -45,6 +45,10 @@ local function run(opts, words, cmd, name)
   elseif r.timed_out then
     cli.err("orch vm run: ended: the time-out of " .. opts.timeout .. " is over")
   end
+  if r.unwritten then
+    cli.err("orch vm run: " .. r.unwritten)
+    if exit == 0 then exit = 1 end
+  end
   vm:close()
   return exit
 end

@@ -265,6 +265,7 @@ UNRECORDABLE = [
     ("the same in a name", b'{"message":"ls","' + b"a" * 60000 + b'":1}', "match limit"),
     ("the same deep within", b'{"message":"ls","x":[[{"y":"' + b"a" * 60000 + b'"}]]}', "match limit"),
     ("the same among white space", b'{"message":"ls","x":"' + b"a" * 60000 + b'"' + b" " * 70000 + b"}", "match limit"),
+    ("its time, by many strings", b'{"message":"ls","x":[' + b",".join([b'"%s!"' % (b"a" * 13)] * 5000) + b"]}", "match limit"),
     ("the same by escapes", b'{"message":"' + b"\\u0061" * 30000 + b'"}', "match limit"),
 ]
 TOUCH = """return { name = "echo", description = "", input = { type = "object", properties = { message = { type = "string" } } },
@@ -274,7 +275,7 @@ TOUCH = """return { name = "echo", description = "", input = { type = "object", 
 
 @case("arguments that cannot be recorded are not run: said to the client, and in the log")
 def unrecordable(env):
-    rules = 'return { rules = { { tool = "echo", action = "allow", redact = { [[(a+)+$b]], [[(a|a)*c]] } } } }\n'
+    rules = 'return { rules = { { tool = "echo", action = "allow", redact = { "(a+\\\\s?)+[:;]" } } } }\n'
     s = env.project(rules, tools={"echo": TOUCH}).session()
     s.initialize()
     for what, args, why in UNRECORDABLE:
