@@ -17,8 +17,9 @@ struct orch_call *orch_call_list_take(struct orch_call **list);
 
 /* record.c */
 extern const char *const orch_decision_words[]; /* by a call's decision */
-/* Queues the decision line. args: token of what will be used, 0: none. Where that cannot be
- * recorded, the call is denied; of calls that are denied again and again only the number is. */
+/* Queues the decision line. args: token of what will be used, 0: none. 1 with err:
+ * that cannot be recorded, so that the call is denied, which is. Of calls that are denied again and
+ * again only the number is recorded. */
 int orch_record_decision(struct orch_call *c, struct orch_slice name, const struct orch_json_doc *d,
                          uint32_t args, const char *reason, const char *rules,
                          struct orch_err *err);

@@ -155,7 +155,7 @@ int orch_record_decision(struct orch_call *c, struct orch_slice name, const stru
 {
     static _Thread_local struct orch_buf fields;
     bool runs = c->decision == ORCH_ALLOW && !c->rpc_code;
-    cleanup_free char *unrecorded = NULL;
+    bool unrecorded = false;
     const char *why = "";
     if (!runs && !records_denied(c->calls, c->session->caller))
         return 0;
@@ -168,17 +168,17 @@ int orch_record_decision(struct orch_call *c, struct orch_slice name, const stru
         orch_buf_printf(&fields, ",\"tool_bytes\":%zu", name.n);
     if (orch_record_args(c->gen, d, args, runs, &fields, &why) < 0 && runs) {
         /* What cannot be recorded is not run. */
-        unrecorded = orch_xasprintf("its arguments cannot be recorded: %s", why);
+        unrecorded = true;
+        orch_err_set(err, EMSGSIZE, "its arguments cannot be recorded: %s", why);
         c->decision = ORCH_DENY;
-        orch_call_fail_text(c, "not run", orch_slice_str(unrecorded));
-        reason = unrecorded;
+        reason = err->msg;
     }
     put_digest(c, d, args, &fields);
     put_decision(c, reason, rules, &fields);
     orch_json_one_line(&fields, 0);
     int r = orch_audit_add(c->calls->audit, "decision", orch_slice_of(&fields), true, err);
     c->reserved = r == 0;
-    return r;
+    return r < 0 ? r : unrecorded;
 }
 
 int orch_record_outcome(struct orch_call *c, struct orch_err *err)

@@ -18,6 +18,7 @@
 #include <sys/mount.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/wait.h>
 #include <time.h>
 
@@ -879,6 +880,47 @@ static void limit_flush(void)
     free(path);
 }
 
+static uint64_t free_kib(void)
+{
+    struct statvfs fs;
+    CHECK(statvfs(dir, &fs) == 0);
+    return (uint64_t)fs.f_bavail * fs.f_frsize / 1024;
+}
+
+/* Calls do not take the last hundredth of a disk; what belongs to those under way, and what is no
+ * call's, still may. */
+static void floor_of_disk(void)
+{
+    own_mount("tmpfs", "size=64m"); /* a hundredth: 655 KiB */
+    struct orch_err err = { 0 };
+    struct orch_audit *a = orch_audit_open(loop, logs, key_path, ORCH_AUDIT_SYNC_NONE, &err);
+    CHECK(a && orch_audit_add(a, "decision", ORCH_SLICE("\"a\":1"), true, &err) == 0);
+    CHECK(orch_audit_flush(a, &err) == 0);
+    char filler[128];
+    snprintf(filler, sizeof filler, "%s/filler", dir);
+    fill_disk();
+    struct stat st;
+    CHECK(stat(filler, &st) == 0 && truncate(filler, st.st_size - 900 * 1024) == 0);
+    int calls = 1, r;
+    while ((r = orch_audit_add(a, "decision", ORCH_SLICE("\"a\":1"), true, &err)) == 0)
+        calls++;
+    CHECK(r == -ENOSPC && strstr(err.msg, "no space for the record of a call") &&
+          strstr(err.msg, "are left to others"));
+    CHECK(free_kib() >= 655 && free_kib() < 900);
+    CHECK(!orch_audit_broken(a));
+    CHECK(orch_audit_add(a, "vm_exit", ORCH_SLICE("\"a\":1"), false, &err) == 0);
+    for (int i = 0; i < calls; i++)
+        CHECK(orch_audit_add_outcome(a, ORCH_SLICE("\"a\":1"), &err) == 0);
+    CHECK(orch_audit_flush(a, &err) == 0);
+    CHECK(truncate(filler, 0) == 0);
+    CHECK(orch_audit_add(a, "decision", ORCH_SLICE("\"a\":1"), true, &err) == 0);
+    CHECK(orch_audit_flush(a, &err) == 0);
+    char *path = orch_xstrdup(orch_audit_path(a));
+    orch_audit_close(a);
+    check_good(path, 2 * (uint64_t)calls + 4, 0);
+    free(path);
+}
+
 static void cannot_reserve(void)
 {
     own_mount("ramfs", NULL);
@@ -911,6 +953,12 @@ static void test_limit_flush(void **state)
 {
     (void)state;
     in_child(limit_flush);
+}
+
+static void test_floor(void **state)
+{
+    (void)state;
+    in_child(floor_of_disk);
 }
 
 static void test_cannot_reserve(void **state)
@@ -1829,8 +1877,8 @@ int main(void)
         TEST(test_limit_flush),  TEST(test_cannot_reserve), TEST(test_killed_writer),
         TEST(test_set),          TEST(test_set_good),       TEST(test_set_clock),
         TEST(test_keep),         TEST(test_lost),           TEST(test_lost_refused),
-        TEST(test_unreadable),   TEST(test_trust),          TEST(test_db_refused),
-        TEST(test_db_at_once),   TEST(test_db_busy),
+        TEST(test_unreadable),   TEST(test_floor),          TEST(test_trust),
+        TEST(test_db_refused),   TEST(test_db_at_once),     TEST(test_db_busy),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
