@@ -154,7 +154,7 @@ local function usage(name, message)
 end
 cli.usage = usage
 
-local UNITS = { ms = true, s = true, m = true, h = true, d = true }
+local UNITS = { ms = true, s = true, m = true, h = true }
 local KINDS = {
   count = { function(v) return v:find("^%d+$") and #v < 10 end, "a number" },
   duration = { function(v) return UNITS[v:match("^%d+(%l+)$")] end, 'a duration like "250ms", "30s", "5m"' },

@@ -9,7 +9,7 @@
 -- Errors: a caller's mistake (type, range, unknown option key) raises; a failure of the world returns
 -- nil, message, code. A call that waits suspends only its own task.
 
----A number of seconds, or a text: "250ms", "30s", "5m", "1h", "90d".
+---A number of seconds, or a text: "250ms", "30s", "5m", "1h".
 ---@alias orch.duration number|string
 
 ---A number of bytes, or a text: "64K", "256M", "2G" (powers of 1024).

@@ -1,5 +1,5 @@
 # The audit log: two lines a call, its fields, its chain, what verify finds.
-# as: user
+# as: user asan
 import hashlib, json, re, signal
 
 from orch_e2e import *
