@@ -294,12 +294,12 @@ int main(int argc, char **argv)
         orch_loop_signal(o->loop, SIGHUP, on_sighup, o);
         status = run(o, &opt, argc, argv, &err);
     }
-    fflush(stdout);
+    int written = orch_host_flush(0);
     orch_close(o);
     if (running.signo)
         return 128 + running.signo;
     if (status >= 0)
-        return status & 255;
+        return status & 255 ? status & 255 : written;
     cleanup_buf struct orch_buf text = { 0 };
     orch_escape_terminal(&text, orch_slice_str(err.msg), true);
     fprintf(stderr, "orch: %s\n", text.p ? text.p : "?");

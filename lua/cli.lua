@@ -77,6 +77,9 @@ function cli.json(v)
   cli.out((orch.json.encode(clean(v)):gsub("[\127\194-\244][\128-\191]*", escape_json)), "\n")
 end
 
+-- A line that is JSON, as it is but for what a terminal would obey.
+function cli.json_line(text) cli.out((internal.utf8(text):gsub("[\127\194-\244][\128-\191]*", escape_json)), "\n") end
+
 -- Rows of strings in columns.
 function cli.columns(rows, indent)
   local width = {}

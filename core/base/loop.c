@@ -39,6 +39,7 @@ struct orch_watch {
     int fd, events;
     orch_watch_fn *fn;
     void *ud;
+    bool first;
 };
 
 struct orch_timer {
@@ -106,6 +107,7 @@ struct orch_loop *orch_loop_new(struct orch_err *err)
         orch_err_set(err, ENOMEM, "event loop: cannot be made (out of descriptors or memory)");
         return NULL;
     }
+    event_base_priority_init(l->base, 2); /* all are of the second, but for orch_watch_first */
     l->wake = event_new(l->base, -1, EV_PERSIST, run_posted, l);
     if (!l->wake)
         abort();
@@ -253,7 +255,17 @@ void orch_watch_set(struct orch_watch *w, int events)
         return;
     event_assign(w->ev, w->loop->base, w->fd, (short)(to_libevent(events) | EV_PERSIST),
                  watch_fired, w);
+    if (w->first)
+        event_priority_set(w->ev, 0);
     event_add(w->ev, NULL);
+}
+
+void orch_watch_first(struct orch_watch *w)
+{
+    int events = w->events;
+    w->first = true;
+    orch_watch_set(w, 0);
+    orch_watch_set(w, events);
 }
 
 void orch_watch_free(struct orch_watch *w)

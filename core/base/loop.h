@@ -36,6 +36,8 @@ void orch_loop_unpost(struct orch_loop *l, orch_loop_fn *fn, void *ud);
 struct orch_watch *orch_watch_new(struct orch_loop *l, int fd, int events, orch_watch_fn *fn,
                                   void *ud);
 void orch_watch_set(struct orch_watch *w, int events); /* 0 pauses */
+/* What it has to say is heard before all else that is at hand. */
+void orch_watch_first(struct orch_watch *w);
 void orch_watch_free(struct orch_watch *w);
 
 struct orch_timer *orch_timer_new(struct orch_loop *l, orch_loop_fn *fn, void *ud); /* not armed */

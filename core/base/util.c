@@ -333,8 +333,8 @@ static int64_t parse_with_unit(const char *s, const char *const *units, const do
 
 int64_t orch_parse_duration_ms(const char *s)
 {
-    static const char *const units[] = { "ms", "s", "m", "h" };
-    static const double factors[] = { 1, 1000, 60000, 3600000 };
+    static const char *const units[] = { "ms", "s", "m", "h", "d" };
+    static const double factors[] = { 1, 1000, 60000, 3600000, 86400000 };
     return parse_with_unit(s, units, factors, ORCH_ARRAY_LEN(units));
 }
 

@@ -117,7 +117,7 @@ struct orch_err;
 int orch_own_dir(const char *path, struct orch_err *err);
 int orch_random(void *p, size_t n); /* getrandom; never short */
 
-/* "250ms" "30s" "5m" "1h" to milliseconds, "64K" "256M" "2G" to bytes; -1 when malformed or
+/* "250ms" "30s" "5m" "1h" "90d" to milliseconds, "64K" "256M" "2G" to bytes; -1 when malformed or
  * negative. */
 int64_t orch_parse_duration_ms(const char *s);
 int64_t orch_parse_size_bytes(const char *s);

@@ -70,6 +70,12 @@ static int exec_push(lua_State *L, struct orch_vm_operation *op)
     push_streams(L, op, r->cut_stdout || r->cut_stderr, r->ms);
     lua_pushboolean(L, r->timed_out);
     lua_setfield(L, -2, "timed_out");
+    for (int i = 0; i < 2; i++)
+        if (op->outlets[i].failed) {
+            lua_pushfstring(L, "standard %s: %s", i ? "error" : "output",
+                            strerror(op->outlets[i].failed));
+            lua_setfield(L, -2, "unwritten");
+        }
     if (r->out_of_memory) {
         lua_pushboolean(L, 1);
         lua_setfield(L, -2, "out_of_memory");
@@ -123,6 +129,7 @@ static void outlet_flush(struct orch_vm_outlet *out)
             break;
         if (w < 0) { /* as for a program of this machine: its reader is gone */
             out->closed = true;
+            out->failed = errno == EPIPE ? 0 : errno;
             out->pending.n = 0;
             if (op->exec)
                 orch_exec_signal(op->exec, SIGPIPE);

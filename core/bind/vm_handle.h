@@ -54,6 +54,7 @@ struct orch_vm_operation {
         struct orch_buf pending;
         int fd;
         bool closed; /* nobody reads it any more */
+        int failed;  /* errno: it cannot be written for another reason */
     } outlets[2];
     bool ended;      /* the command has, its output is still being written */
     bool capped;     /* it was to get more time than there is */

@@ -220,6 +220,7 @@ static void time_over(void *ud)
         const char *what = c->backend ? c->backend->unfinished : "not done";
         cleanup_free char *why = orch_xasprintf("%s within %g s (%s)", what,
                                                 (double)c->time_ms / 1000, c->limit);
+        c->timed_out = true;
         stop(c, ORCH_CLASS_TIMEOUT, why);
         return;
     }

@@ -59,6 +59,8 @@ struct orch_calls {
     } parked;
     struct orch_job *jobs;
     bool jobs_swept;
+    struct orch_denials *denials; /* record.c's: calls that are only counted */
+    struct orch_timer *counts;
 };
 
 int orch_calls_init(struct orch_calls *cs, struct orch_err *err); /* loop and current are set */
@@ -67,6 +69,9 @@ void orch_calls_fini(struct orch_calls *cs);
  * those that ended, answers. Called when all input at hand was read, or from a posted turn. */
 void orch_calls_run(struct orch_calls *cs);
 void orch_calls_want(struct orch_calls *cs); /* the same in the next turn */
+/* The number of those that were denied and not recorded each goes to the audit log, which is going
+ * to be closed. */
+void orch_record_close(struct orch_calls *cs);
 
 /* ---- sessions */
 
@@ -175,7 +180,7 @@ struct orch_call {
     int64_t begun_us, deadline_us, held_since_us, time_ms, grace_ms;
     const char *limit;                  /* what sets time_ms, for people */
     unsigned holds, refused, questions; /* refused: connections; questions: asked so far */
-    bool cancelled, finished,
+    bool cancelled, timed_out, finished,
         owed; /* owed: the record is not used again before its backend lets it go */
 
     /* what came of it */

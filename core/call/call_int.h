@@ -17,13 +17,22 @@ struct orch_call *orch_call_list_take(struct orch_call **list);
 
 /* record.c */
 extern const char *const orch_decision_words[]; /* by a call's decision */
-/* Queues the decision line. args: token of what will be used, 0: none. */
+/* Queues the decision line. args: token of what will be used, 0: none. 1 with err:
+ * that cannot be recorded, so that the call is denied, which is. Of calls that are denied again and
+ * again only the number is recorded. */
 int orch_record_decision(struct orch_call *c, struct orch_slice name, const struct orch_json_doc *d,
                          uint32_t args, const char *reason, const char *rules,
                          struct orch_err *err);
 int orch_record_outcome(struct orch_call *c, struct orch_err *err);
 /* What a client was given beyond tools: written before it is. */
-int orch_record_request(struct orch_call *c, struct orch_slice name, struct orch_err *err);
+int orch_record_request(struct orch_call *c, struct orch_slice name, const struct orch_json_doc *d,
+                        uint32_t args, struct orch_err *err);
+
+/* record_args.c: appends ,"args":… of the token (0: none). Negative, with why: they cannot be
+ * recorded; then it is ,"args":null. runs: of a call that is not denied, which may take more
+ * space. */
+int orch_record_args(const struct orch_generation *g, const struct orch_json_doc *d, uint32_t args,
+                     bool runs, struct orch_buf *b, const char **why);
 
 /* result.c */
 /* What a Lua tool returned: the nres values at the top. */

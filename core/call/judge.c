@@ -87,7 +87,7 @@ static void begin(struct orch_call *c, struct orch_slice name, const struct orch
     if (!log || orch_audit_broken(log))
         deny(c, "not run",
              "the audit log cannot be written; calls are refused until orch is started again");
-    else if (orch_record_decision(c, name, d, args, j.reason, j.rules, &unwritten) < 0)
+    else if (orch_record_decision(c, name, d, args, j.reason, j.rules, &unwritten) != 0)
         deny(c, "not run", unwritten.msg);
     else if (c->decision == ORCH_ALLOW && !c->rpc_code)
         keep_args(c, d, args, passed_on);

@@ -87,7 +87,8 @@ void orch_call_request(struct orch_session *s, struct orch_mcp_request *rq,
     orch_call_of_request(c, rq);
     orch_questions_begin(c, method, d, p);
     orch_call_running(c);
-    if (p->name.n && orch_record_request(c, p->name, &err) < 0) {
+    uint32_t args = p->args ? p->args : p->all ? orch_json_get(d, p->all, "argument") : 0;
+    if ((p->name.n || args) && orch_record_request(c, p->name, d, args, &err) < 0) {
         orch_call_rpc_error(c, ORCH_RPC_INTERNAL_ERROR, orch_slice_str(err.msg));
         orch_call_end(c);
         return;

@@ -137,6 +137,7 @@ int orch_calls_init(struct orch_calls *cs, struct orch_err *err)
 void orch_calls_fini(struct orch_calls *cs)
 {
     orch_loop_unpost(cs->loop, run_later, cs);
+    orch_record_close(cs);
     for (size_t i = 0; i < cs->n_slots; i++) {
         struct orch_call *c = cs->slots[i];
         orch_buf_free(&c->args);

@@ -351,29 +351,91 @@ static int i_audit_list(lua_State *L)
     return 1;
 }
 
+static int i_audit_running(lua_State *L)
+{
+    lua_pushboolean(L, orch_audit_running(luaL_checkstring(L, 1)));
+    return 1;
+}
+
+static void set_bool(lua_State *L, const char *key, bool value)
+{
+    lua_pushboolean(L, value);
+    lua_setfield(L, -2, key);
+}
+
+static void set_number(lua_State *L, const char *key, double value)
+{
+    lua_pushnumber(L, value);
+    lua_setfield(L, -2, key);
+}
+
+static void push_report(lua_State *L, const struct orch_audit_report *r)
+{
+    lua_newtable(L);
+    set_bool(L, "ok", r->ok);
+    set_bool(L, "running", r->running);
+    set_bool(L, "ended", r->ended);
+    set_bool(L, "missing", r->missing);
+    set_number(L, "lines", (double)r->lines);
+    set_number(L, "unsigned_lines", (double)r->unsigned_lines);
+    set_number(L, "cut", (double)r->cut);
+    set_string(L, "problem", r->problem);
+    set_string(L, "head", r->head_hash);
+}
+
+static char *audit_key(lua_State *L)
+{
+    char *key = orch_xasprintf("%s/audit.key", host_of(L)->paths.state);
+    if (access(key, R_OK) == 0)
+        return key;
+    free(key);
+    return NULL;
+}
+
+/* audit_verify(file, head or nil): what is found in one file. */
 static int i_audit_verify(lua_State *L)
 {
-    struct orch *o = host_of(L);
     struct orch_err err = { 0 };
     struct orch_audit_report r = { 0 };
-    cleanup_free char *key = orch_xasprintf("%s/audit.key", o->paths.state);
-    if (orch_audit_verify(luaL_checkstring(L, 1), access(key, R_OK) == 0 ? key : NULL,
-                          luaL_optstring(L, 2, NULL), &r, &err) < 0)
+    cleanup_free char *key = audit_key(L);
+    if (orch_audit_verify(luaL_checkstring(L, 1), key, luaL_optstring(L, 2, NULL), &r, &err) < 0)
+        return orch_push_err(L, &err);
+    push_report(L, &r);
+    return 1;
+}
+
+static void add_report(void *ud, const char *path, const struct orch_audit_report *r)
+{
+    lua_State *L = ud; /* the list at the top */
+    push_report(L, r);
+    set_string(L, "file", path);
+    lua_rawseti(L, -2, (int)lua_objlen(L, -2) + 1);
+}
+
+/* audit_verify_dir(dir, head or nil): a list of what is found in each file, missing ones too, and
+ * of all of them. */
+static int i_audit_verify_dir(lua_State *L)
+{
+    struct orch_err err = { 0 };
+    struct orch_audit_summary s;
+    cleanup_free char *key = audit_key(L);
+    const char *dir = luaL_checkstring(L, 1), *head = luaL_optstring(L, 2, NULL);
+    lua_newtable(L);
+    if (orch_audit_verify_dir(dir, key, head, add_report, L, &s, &err) < 0)
         return orch_push_err(L, &err);
     lua_newtable(L);
-    lua_pushboolean(L, r.ok);
-    lua_setfield(L, -2, "ok");
-    lua_pushboolean(L, r.has_head);
-    lua_setfield(L, -2, "has_head");
-    lua_pushnumber(L, (double)r.lines);
-    lua_setfield(L, -2, "lines");
-    lua_pushnumber(L, (double)r.unsigned_lines);
-    lua_setfield(L, -2, "unsigned_lines");
-    lua_pushstring(L, r.problem);
-    lua_setfield(L, -2, "problem");
-    lua_pushstring(L, r.head_hash);
-    lua_setfield(L, -2, "head");
-    return 1;
+    set_bool(L, "ok", s.ok);
+    set_bool(L, "head_seen", s.head_seen);
+    set_number(L, "files", (double)s.files);
+    set_number(L, "bad", (double)s.bad);
+    set_number(L, "running", (double)s.running);
+    set_number(L, "crashed", (double)s.crashed);
+    set_number(L, "lines", (double)s.lines);
+    set_number(L, "unsigned_lines", (double)s.unsigned_lines);
+    set_string(L, "pruned", s.pruned);
+    set_string(L, "problem", s.problem);
+    set_string(L, "head", s.head_hash);
+    return 2;
 }
 
 /* control(request as JSON, pid or nil): what every running orch process answered. */
@@ -673,7 +735,9 @@ int orch_luaopen_internal(lua_State *L)
         { "protect_check", i_protect_check },
         { "below_orch", i_below_orch },
         { "audit_list", i_audit_list },
+        { "audit_running", i_audit_running },
         { "audit_verify", i_audit_verify },
+        { "audit_verify_dir", i_audit_verify_dir },
         { "control", i_control },
         { "escape", i_escape },
         { "nearest", i_nearest },

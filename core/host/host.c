@@ -4,6 +4,9 @@
 #include "../base/log.h"
 
 #include <errno.h>
+#include <poll.h>
+#include <stdio.h>
+#include <string.h>
 
 int orch_host_audit(struct orch *o, struct orch_err *err)
 {
@@ -16,7 +19,21 @@ int orch_host_audit(struct orch *o, struct orch_err *err)
         return dir;
     o->calls.audit = orch_audit_open(o->loop, c->audit_dir, key, c->audit_sync, err);
     o->current.audit = o->calls.audit;
+    if (o->calls.audit)
+        orch_audit_keep(o->calls.audit, c->audit_keep_ms);
     return o->calls.audit ? 0 : -EIO;
+}
+
+int orch_host_flush(int status)
+{
+    struct pollfd out = { STDOUT_FILENO, POLLOUT, 0 };
+    errno = 0;
+    if (fflush(stdout) == 0 && !ferror(stdout))
+        return status;
+    if (errno == EPIPE || (poll(&out, 1, 0) > 0 && (out.revents & POLLERR)))
+        return status;
+    fprintf(stderr, "orch: standard output: %s\n", errno ? strerror(errno) : "cannot be written");
+    return status ? status : ORCH_CLASS_FAILED;
 }
 
 void orch_host_keep_tool(struct orch *o, const struct orch_tool *t)

@@ -60,6 +60,9 @@ struct orch *orch_host_open(const char *config, const struct orch_options *opts,
 
 /* opens the audit log of the generation in force */
 int orch_host_audit(struct orch *o, struct orch_err *err);
+/* Writes what stdout still holds. Where it could not be written, that is said on stderr, and 0
+ * becomes 1: a file that is not whole is no success. A reader that is gone wanted no more. */
+int orch_host_flush(int status);
 void orch_host_control(struct orch *o); /* opens the control socket */
 /* The tool, which is taken, joins every generation from now on. */
 void orch_host_keep_tool(struct orch *o, const struct orch_tool *t);

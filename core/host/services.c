@@ -238,7 +238,9 @@ static void exit_now(void *ud, int status)
 {
     struct orch *o = ud;
     orch_control_free(o->control);
+    orch_record_close(&o->calls);
     orch_audit_close(o->calls.audit);
+    status = orch_host_flush(status);
     fflush(NULL);
     _exit(status);
 }

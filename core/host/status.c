@@ -3,6 +3,43 @@
 
 #include "../vm/vm.h"
 
+#include <string.h>
+#include <time.h>
+
+static char *since(int64_t begun_us)
+{
+    char text[32];
+    struct tm tm;
+    time_t at = time(NULL) - (time_t)((orch_now_us() - begun_us) / 1000000);
+    gmtime_r(&at, &tm);
+    strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", &tm);
+    return orch_xstrdup(text);
+}
+
+/* What runs, for whom, since when. */
+static void put_call(struct orch_json *j, const struct orch_call *c)
+{
+    cleanup_free char *at = since(c->begun_us);
+    orch_json_set_str(j, "call", c->id);
+    orch_json_set_str(j, "tool", c->tool ? c->tool->name : c->method);
+    orch_json_set_str(j, "session", c->session->id);
+    orch_json_set_str(j, "caller", c->session->caller);
+    orch_json_set_str(j, "since", at);
+    orch_json_set_num(j, "ms", (double)((orch_now_us() - c->begun_us) / 1000));
+}
+
+static struct orch_json *running_calls(struct orch *o)
+{
+    struct orch_json *list = orch_json_array();
+    for (struct orch_call *c = o->calls.running; c; c = c->next) {
+        struct orch_json *j = orch_json_object();
+        put_call(j, c);
+        orch_json_set_str(j, "vm", c->vm_id[0] ? c->vm_id : NULL);
+        orch_json_add_take(list, j);
+    }
+    return list;
+}
+
 static void put_status(void *ud, const struct orch_json_doc *d, struct orch_buf *out)
 {
     struct orch *o = ud;
@@ -24,6 +61,7 @@ static void put_status(void *ud, const struct orch_json_doc *d, struct orch_buf 
     orch_json_set_str(j, "notes", g && g->notes.n ? g->notes.p : NULL);
     orch_json_set_num(j, "sessions", sessions);
     orch_json_set_num(j, "calls_in_flight", in_flight);
+    orch_json_set_take(j, "running", running_calls(o));
     orch_json_set_str(j, "audit", o->calls.audit ? orch_audit_path(o->calls.audit) : NULL);
     orch_json_set_bool(j, "audit_broken", o->calls.audit && orch_audit_broken(o->calls.audit));
     orch_json_set_num(j, "uptime_s", (double)(orch_now_us() - o->started_us) / 1e6);
@@ -48,9 +86,23 @@ static struct orch_json *about_vm(struct orch_vm *vm)
     return j;
 }
 
-static void put_vm(void *ud, struct orch_vm *vm)
+struct vm_list {
+    struct orch *o;
+    struct orch_json *list;
+};
+
+/* With the call that it serves, or when it was started. */
+static void put_vm_of(void *ud, struct orch_vm *vm)
 {
-    orch_json_add_take(ud, about_vm(vm));
+    struct vm_list *to = ud;
+    struct orch_json *j = about_vm(vm);
+    const char *id = orch_vm_call(vm);
+    cleanup_free char *at = since(orch_vm_spawned_us(vm));
+    for (struct orch_call *c = id ? to->o->calls.running : NULL; c; c = c->next)
+        if (strcmp(c->id, id) == 0)
+            put_call(j, c);
+    orch_json_set_str(j, "since", at);
+    orch_json_add_take(to->list, j);
 }
 
 static void put_rule(void *ud, const char *label, uint64_t packets, uint64_t bytes)
@@ -76,25 +128,25 @@ static void put_vm_stats(void *ud, struct orch_vm *vm)
     orch_json_add_take(ud, j);
 }
 
-static void put_vms(struct orch *o, void (*put)(void *ud, struct orch_vm *vm), struct orch_buf *out)
-{
-    struct orch_json *list = orch_json_array();
-    if (o->vms)
-        orch_vms_each(o->vms, put, list);
-    orch_json_print(list, false, out);
-    orch_json_free(list);
-}
-
 static void answer_vms(void *ud, const struct orch_json_doc *d, struct orch_buf *out)
 {
+    struct vm_list to = { ud, orch_json_array() };
     (void)d;
-    put_vms(ud, put_vm, out);
+    if (to.o->vms)
+        orch_vms_each(to.o->vms, put_vm_of, &to);
+    orch_json_print(to.list, false, out);
+    orch_json_free(to.list);
 }
 
 static void answer_stats(void *ud, const struct orch_json_doc *d, struct orch_buf *out)
 {
+    struct orch *o = ud;
+    struct orch_json *list = orch_json_array();
     (void)d;
-    put_vms(ud, put_vm_stats, out);
+    if (o->vms)
+        orch_vms_each(o->vms, put_vm_stats, list);
+    orch_json_print(list, false, out);
+    orch_json_free(list);
 }
 
 static void reload(void *ud, const struct orch_json_doc *d, struct orch_buf *out)

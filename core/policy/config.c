@@ -138,6 +138,7 @@ static void read_config(struct orch_loading *l, lua_State *L)
     c->audit_sync = !sync || strcmp(sync, "none") == 0 ? ORCH_AUDIT_SYNC_NONE
                     : strcmp(sync, "each") == 0        ? ORCH_AUDIT_SYNC_EACH
                                                        : ORCH_AUDIT_SYNC_INTERVAL;
+    c->audit_keep_ms = (int64_t)config_number(L, "audit.keep");
     push_path(L, "net.permit_private");
     c->n_permit = lua_istable(L, -1) ? lua_objlen(L, -1) : 0;
     c->permit = orch_xcalloc(c->n_permit, sizeof *c->permit);

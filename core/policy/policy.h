@@ -34,6 +34,7 @@ struct orch_config {
     unsigned depth, calls;
     int64_t policy_time_ms, tool_cpu_ms;
     enum orch_audit_sync audit_sync;
+    int64_t audit_keep_ms;    /* 0: all */
     struct orch_cidr *permit; /* net.permit_private */
     size_t n_permit;
     char *http_listen, *http_token;
@@ -179,9 +180,10 @@ int orch_generation_explain(struct orch_generation *g, const char *tool, struct 
                             struct orch_buf *out, struct orch_err *err);
 int orch_generation_show(struct orch_generation *g, struct orch_buf *out, struct orch_err *err);
 
-/* Appends the JSON value at tok with every match of the patterns in its strings replaced. The bytes
- * stay as they came where nothing matched. Negative when a pattern's match limit or the time for
- * the whole was hit: withhold it. */
+/* Appends the JSON value at tok with every match of the patterns (NULL: the generation's first n)
+ * in its strings replaced: 1, or 0 where nothing matched and the bytes are as they came. Keys stay
+ * different from each other. Negative when a pattern's match limit or the time for the whole was
+ * hit: withhold it. */
 int orch_redact_json(const struct orch_generation *g, const uint16_t *patterns, size_t n,
                      const struct orch_json_doc *d, uint32_t tok, struct orch_buf *out);
 /* The same in one text, in place: 1 when something matched, 0, or negative as above. */

@@ -83,6 +83,8 @@ void orch_vm_end(struct orch_vm *vm, const struct orch_err *why);
 
 const char *orch_vm_id(const struct orch_vm *vm);
 const char *orch_vm_name(const struct orch_vm *vm); /* NULL: none */
+const char *orch_vm_call(const struct orch_vm *vm); /* that it serves; NULL: none */
+int64_t orch_vm_spawned_us(const struct orch_vm *vm);
 const char *orch_vm_backend(const struct orch_vm *vm);
 const char *orch_vm_image(const struct orch_vm *vm);
 enum orch_isolation orch_vm_isolation(const struct orch_vm *vm);

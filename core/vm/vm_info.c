@@ -29,6 +29,16 @@ const char *orch_vm_name(const struct orch_vm *vm)
     return vm->name;
 }
 
+const char *orch_vm_call(const struct orch_vm *vm)
+{
+    return vm->call;
+}
+
+int64_t orch_vm_spawned_us(const struct orch_vm *vm)
+{
+    return vm->spawned_us;
+}
+
 const char *orch_vm_backend(const struct orch_vm *vm)
 {
     return vm->m->backend->name;

@@ -34,7 +34,8 @@ All keys may be left out.
     vm = { backend = "auto", accel = "auto", image = "debian", memory = "256M", vcpus = 1, timeout = "60s", max = 16 },
     limits = { message = "16M", depth = 64, calls = 64,
                policy = { time = "100ms", memory = "64M" }, tool = { cpu = "2s", memory = "256M" } },
-    audit = { dir = nil, sync = "none" },   -- none | interval | each
+    audit = { dir = nil, sync = "none",     -- none | interval | each
+              keep = nil },                 -- "90d": older files are removed when a new one is made; nil: all are kept
   }
 
 env "NAME" and env("NAME", default) read the environment and give a secret. `orch config show --origin` prints what

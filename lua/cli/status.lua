@@ -1,6 +1,9 @@
 local orch = require "orch"
 local cli = require "cli"
 
+-- uid:1000 /usr/bin/node -> uid:1000 node
+local function who(caller) return (caller:gsub(" /%S*/", " ", 1)) end
+
 local function duration(s)
   if s < 120 then return ("%.0f s"):format(s) end
   if s < 7200 then return ("%.0f min"):format(s / 60) end
@@ -9,8 +12,8 @@ end
 
 return cli.main("status", {
   usage = "[--pid N] [--json]",
-  about = "Shows the running orch processes of this user: configuration, generation, sessions, calls, errors "
-    .. "of the last reload.",
+  about = "Shows the running orch processes of this user: configuration, generation, sessions, errors of the last "
+    .. "reload, and the calls that run now: for whom, since when.",
   options = { { "--pid", "N", "only this process", kind = "count" }, { "--json", nil, "print a JSON array" } },
   status = "0 done (also when none runs), 2 usage",
   words = { 0, 0 },
@@ -42,6 +45,12 @@ return cli.main("status", {
       row("notes", s.notes)
       if i > 1 then cli.out("\n") end
       cli.columns(rows)
+      rows = { { "RUNS", "FOR", "SINCE", "CALL", "VM" } }
+      for _, c in ipairs(s.running or {}) do
+        rows[#rows + 1] = { c.tool, who(c.caller), ("%s (%s)"):format(c.since, duration(c.ms / 1000)), c.call,
+          c.vm ~= orch.json.null and c.vm or "-" }
+      end
+      if rows[2] then cli.columns(rows, "  ") end
     end
     if not answers[1] then
       cli.none_running(opts.pid)

@@ -45,6 +45,10 @@ local function run(opts, words, cmd, name)
   elseif r.timed_out then
     cli.err("orch vm run: ended: the time-out of " .. opts.timeout .. " is over")
   end
+  if r.unwritten then
+    cli.err("orch vm run: " .. r.unwritten)
+    if exit == 0 then exit = 1 end
+  end
   vm:close()
   return exit
 end
@@ -105,8 +109,10 @@ end
 
 local function list(opts, _, _, name)
   return show(opts, name, '{"op":"vms"}', nil,
-    { "ID", "PID", "IMAGE", "BACKEND", "ISOLATION", "NETWORK", "SPAWN", "NAME" }, function(vm)
-      return { vm.id, vm.pid, vm.image, vm.backend, vm.isolation, vm.network, ("%.1f ms"):format(vm.spawn_ms), vm.name or "" }
+    { "ID", "PID", "IMAGE", "BACKEND", "ISOLATION", "NETWORK", "SPAWN", "SINCE", "RUNS", "FOR", "NAME" }, function(vm)
+      return { vm.id, vm.pid, vm.image, vm.backend, vm.isolation, vm.network, ("%.1f ms"):format(vm.spawn_ms), vm.since,
+        vm.call and ("%s (%s)"):format(vm.tool, vm.call) or "-", vm.caller and (vm.caller:gsub(" /%S*/", " ", 1)) or "-",
+        vm.name or "" }
     end)
 end
 
@@ -146,7 +152,8 @@ return cli.main("vm", {
       status = "130 interrupted, 143 terminated, 5 isolation not available, 2 usage", words = { 0, 0 }, run = hold } },
     { "list", spec = {
       summary = "the microVMs of this user's running orch processes",
-      usage = "[--pid N] [--json]", about = "Lists the microVMs of every running orch process of this user.",
+      usage = "[--pid N] [--json]", about = "Lists the microVMs of every running orch process of this user: since when each runs, for which call, "
+        .. "and for whom.",
       options = { { "--pid", "N", "only of this process", kind = "count" }, { "--json", nil, "print a JSON array" } },
       words = { 0, 0 }, run = list } },
     { "stats", spec = {

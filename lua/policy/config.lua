@@ -270,6 +270,7 @@ local SPEC = {
   { "http.token", token },
   { "audit.dir", directory },
   { "audit.sync", choice, "none", { "none", "interval", "each" } },
+  { "audit.keep", duration, nil, "24h", "36500d" }, -- none: all is kept
   { "llm.provider", unused, nil, "openai", AGENT },
   { "llm.base_url", unused, nil, nil, AGENT },
   { "llm.model", unused, nil, nil, AGENT },
@@ -359,7 +360,7 @@ end
 
 -- Sizes and durations as they were written, paths as they are taken.
 -- What is used where nothing is written and the host decides.
-local OTHERWISE = { ["vm.image"] = "debian when built, else base", ["http.token"] = "made when first needed" }
+local OTHERWISE = { ["vm.image"] = "debian when built, else base", ["audit.keep"] = "all is kept", ["http.token"] = "made when first needed" }
 
 local function show_config(config)
   local out = {}

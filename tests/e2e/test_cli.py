@@ -1,6 +1,6 @@
 # The command line: every command of the contract is there or refused by name; exit codes; scripts.
 # as: user
-import json, re
+import json, re, subprocess
 
 from orch_e2e import *
 
@@ -338,6 +338,43 @@ def doctor(env):
     expect(sorted(os.walk(env.dir)) == before, "doctor wrote something")
     r = env.orch("doctor", "--json")
     json.loads(r.out)
+
+
+# ---- standard output that cannot be written
+
+def onto(env, out, *args):
+    with open(out, "wb") as f:
+        child = subprocess.Popen(env.argv(*args), stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.PIPE, env=env.environ, cwd=env.path("p"))
+        err = child.communicate(timeout=WAIT_S)[1]
+    return child.returncode, err.decode()
+
+
+WRITES = [("help",), ("version",), ("version", "--json"), ("config", "show"), ("status",), ("status", "--json"), ("audit", "verify", "--help"),
+          ("-e", "print = io.write; print(1)"), ("-e", 'io.write(("x"):rep(100000))'), ("-e", "io.write(1); os.exit(0)"), ("-e", 'io.write(("x"):rep(100000)); os.exit(0)'),
+          ("check", "orchestrator.lua", "--help")]
+
+
+@case("what cannot be written to standard output is no success; a status of its own stays")
+def full(env):
+    env.project()
+    for args in WRITES:
+        status, err = onto(env, "/dev/full", *args)
+        expect(status == 1 and "orch: standard output: " in err, args, status, err)
+        expect(onto(env, "/dev/null", *args) == (0, ""), args, onto(env, "/dev/null", *args))
+    status, err = onto(env, "/dev/full", "-e", "io.write(1) return 7")
+    expect(status == 7 and "No space left on device" in err, status, err)
+
+
+@case("a reader that is gone wanted no more: nothing is said of it")
+def gone(env):
+    env.project()
+    for args in WRITES:
+        read, write = os.pipe()
+        os.close(read)
+        child = subprocess.Popen(env.argv(*args), stdin=subprocess.DEVNULL, stdout=write, stderr=subprocess.PIPE, env=env.environ, cwd=env.path("p"))
+        os.close(write)
+        err = child.communicate(timeout=WAIT_S)[1]
+        expect(child.returncode == 0 and err == b"", args, child.returncode, err)
 
 
 if __name__ == "__main__":

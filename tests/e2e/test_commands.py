@@ -106,7 +106,40 @@ def vm_usage(env):
         expect(r.status == 2 and words in r.err and not r.out, args, r)
 
 
+@case("vm run: output that cannot be written is no success")
+def full_output(env):
+    vm(env, "--", "true")
+    for stream, args, wanted in (("stdout", ["--", "echo", "x"], {1, 141}), ("stdout", ["--", "head", "-c", "300000", "/dev/zero"], {141}), ("stdout", ["--json", "--", "echo", "x"], {1}),
+                                 ("stderr", ["--", "sh", "-c", "echo x >&2"], {1, 141}), ("stdout", ["--", "sh", "-c", "echo x; sleep 0.2; exit 3"], {3, 141}),
+                                 ("stdout", ["--json", "--", "sh", "-c", "exit 3"], {3})):
+        with open("/dev/full", "wb") as f:
+            done = subprocess.run([ORCH, "vm", "run"] + args, stdin=subprocess.DEVNULL, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: f},
+                                  env=env.environ, cwd=env.path("p"), timeout=START_S)
+        expect(done.returncode in wanted, args, done)
+        expect(stream == "stderr" or b"standard output: No space left on device" in done.stderr, args, done)
+
+
 # ---- microVMs and images
+
+@case("vm list and status say for which call a microVM runs, for whom, since when")
+def serves(env):
+    s = env.shared_cache().project(RULES).session()
+    s.initialize()
+    id = s.start("tools/call", {"name": "run_command", "arguments": {"command": "sleep 500"}})
+    listed = until(lambda: [v for v in json.loads(env.orch("vm", "list", "--json").out or "[]") if v.get("call")], "the microVM")
+    expect(len(listed) == 1 and listed[0]["tool"] == "run_command" and "uid:%d " % os.geteuid() in listed[0]["caller"] and listed[0]["session"], listed)
+    expect(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", listed[0]["since"]), listed)
+    line = env.orch("vm", "list").out.splitlines()[1]
+    expect("run_command (%s)" % listed[0]["call"] in line and "uid:%d " % os.geteuid() in line and listed[0]["since"] in line, line)
+    running = json.loads(env.orch("status", "--json").out)[0]["running"]
+    expect([(r["call"], r["tool"]) for r in running] == [(listed[0]["call"], "run_command")], running)
+    until(lambda: json.loads(env.orch("status", "--json").out)[0]["running"][0].get("vm") == listed[0]["id"], "its microVM in status")
+    s.notify("notifications/cancelled", {"requestId": id})
+    until(lambda: json.loads(env.orch("vm", "list", "--json").out) == [], "its end")
+    expect(s.end() == 0)
+    line = env.orch("audit", "show", "--tool", "run_command", config=True).out
+    expect("  %s  " % listed[0]["id"] in line and "  cancelled" in line, line)
+
 
 @case("vm spawn holds one, vm list and status see it, SIGINT ends it")
 def spawn_and_list(env):

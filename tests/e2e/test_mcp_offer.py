@@ -52,6 +52,34 @@ def offered(env):
                       ("resources/read", "notes://a")], logged)
 
 
+@case("what is asked for is in the audit log, with its arguments; what cannot be recorded is not given")
+def recorded(env):
+    started(env).end()
+    env.write("policies/tools.lua", 'return { rules = { { tool = "*", action = "allow", redact = { "sk-%w+", "(q+ ?)+[:;]" } } } }'.replace("%w", "\\\\w"))
+    s = env.session()
+    table = [
+        ("prompts/get", {"name": "greet", "arguments": {"who": "Ann"}}, "Greet Ann", {"args": {"who": "Ann"}}),
+        ("prompts/get", {"name": "greet", "arguments": {"who": "sk-abc"}}, "Greet sk-abc", {"args": {"who": "[redacted]"}}),
+        ("prompts/get", {"name": "greet", "arguments": {"who": "x" * 9000}}, "Greet x", {"args": {"who": "x" * 4096}}),
+        ("prompts/get", {"name": "greet", "arguments": {"who": "q" * 60 + "!"}}, "match limit", None),
+        ("prompts/get", {"name": "greet", "arguments": {"who": "a", **{"k%d" % k: "v" for k in range(9000)}}}, "too many bytes", None),
+        ("prompts/get", {"name": "g" * 5000}, "5000 bytes", None),
+        ("resources/read", {"uri": "notes://x/" + "y" * 4000}, "x y", {"name": "notes://x/" + "y" * 4000}),
+        ("resources/read", {"uri": "notes://x/" + "y" * 5000}, "5010 bytes", None),
+        ("resources/read", {"uri": "notes://x/sk-abc"}, "x sk-abc", {"name": "notes://x/[redacted]"}),
+        ("resources/read", {"uri": "notes://x/" + "q" * 60 + "!"}, "match limit", None),
+    ]
+    for method, params, text, _ in table:
+        answer = ask(s, method, **params)
+        expect(text in json.dumps(answer), method, str(params)[:100], str(answer)[:300])
+    expect(s.end() == 0)
+    logged = [line for line in env.audit() if line["event"] == "request"]
+    wanted = [w for _, _, _, w in table if w]
+    expect(len(logged) == len(wanted), logged)
+    for line, want in zip(logged, wanted):
+        expect(all(line[k] == v for k, v in want.items()), str(line)[:300])
+
+
 @case("what is not there, and what fails")
 def failing(env):
     s = started(env)

@@ -42,7 +42,7 @@ local function nearest(word, list)
 end
 
 local deps = {
-    duration = parse({ ms = 1, s = 1000, m = 60000, h = 3600000 }),
+    duration = parse({ ms = 1, s = 1000, m = 60000, h = 3600000, d = 86400000 }),
     size = parse({ [""] = 1, K = 1024, M = 1024 ^ 2, G = 1024 ^ 3 }),
     nearest = nearest,
     is_secret = function(v) return v == SECRET end,
@@ -95,7 +95,7 @@ good("an empty table gives the defaults", {}, function(c)
     eq(c.limits.message, 16 * 1024 ^ 2) eq(c.limits.depth, 64) eq(c.limits.calls, 64)
     eq(c.limits.policy.time, 100) eq(c.limits.policy.memory, 64 * 1024 ^ 2)
     eq(c.limits.tool.cpu, 2000) eq(c.limits.tool.memory, 256 * 1024 ^ 2)
-    eq(c.audit.dir, nil) eq(c.audit.sync, "none")
+    eq(c.audit.dir, nil) eq(c.audit.sync, "none") eq(c.audit.keep, nil)
     eq(list_text(c.notes), "")
 end)
 
@@ -224,6 +224,15 @@ for _, v in ipairs { "127.0.0.1", "127.0.0.1:65536", "127.0.0.1:x", ":80", 8700,
 end
 bad({ http = { token = "abc" } }, "http.token: is not written into a file; take it from the environment: env(\"ORCH_TOKEN\", nil)")
 bad({ http = { lisen = "x" } }, "http.lisen: unknown key; did you mean 'listen'?")
+for _, row in ipairs { { "24h", 86400000 }, { "90d", 7776000000 }, { 864000, 864000000 }, { "36500d", 36500 * 86400000 }, { "1440m", 86400000 } } do
+  good("audit.keep = " .. tostring(row[1]), { audit = { keep = row[1] } }, function(c) eq(c.audit.keep, row[2]) end)
+end
+for _, v in ipairs { "23h", "1h", 0, "36501d", 60 } do
+  bad({ audit = { keep = v } }, "audit.keep: must be 24h to 36500d, got " .. v)
+end
+for _, v in ipairs { "forever", "90 d", "10G", "", "-1d" } do
+  bad({ audit = { keep = v } }, 'audit.keep: expected a duration like "30s" or a number of seconds, got "' .. v .. '"')
+end
 bad({ audit = { sync = "always" } }, 'audit.sync: must be one of none, interval, each, got "always"')
 bad({ audit = { dir = SECRET } }, "audit.dir: expected a path, got [secret]")
 bad({ llm = { provider = "anthropic" } }, "llm.provider: not available yet; connect an agent with `orch mcp stdio`")
@@ -259,9 +268,10 @@ do
     shows("workspace", "/home/u/project (default)")
     shows("llm.api_key", "[secret] (/etc/orch/orchestrator.lua)")
     shows("audit.dir", " (default)")
+    shows("audit.keep", "all is kept (default)")
     shows("http.token", "made when first needed (default)")
     shows("upstreams", " (default)")
-    report(config.show(c)[1].path == "policies" and #config.show(c) == 31, "show has every key, in order")
+    report(config.show(c)[1].path == "policies" and #config.show(c) == 32, "show has every key, in order")
     report(config.defaults["vm.memory"] == "256M" and config.defaults["limits.policy.time"] == "100ms", "defaults as one would write them")
 end
 
