@@ -166,7 +166,7 @@ local function filter(opts, name)
   return function(entry)
     local e = entry.e
     if from and text_of(e.ts or "") < from then return false end
-    if not about_calls then return true end
+    if not about_calls then return e.event ~= "end" and (e.event ~= "start" or e.lost ~= nil) end
     local who = entry.of and entry.of.e or e -- of what belongs to a call, the call says who and what
     if opts.denied and e.event ~= "net_deny" and (e.decision == nil or e.decision == "allow") then return false end
     if tool and not (who.tool and text_of(who.tool):find(tool)) then return false end
