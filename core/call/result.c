@@ -29,8 +29,8 @@ static void put_meta(struct orch_call *c)
 
 void orch_call_put_origin(const struct orch_call *c, struct orch_buf *b)
 {
-    orch_buf_printf(b, "\"_meta\":{\"orch/call\":\"%s\",\"" ORCH_MCP_META "serverInfo\":%s}",
-                    c->id, c->server_info);
+    orch_buf_printf(b, "\"_meta\":{\"orch/call\":\"%s\",\"" ORCH_MCP_META "serverInfo\":%s}", c->id,
+                    c->server_info);
 }
 
 static void put_text_result(struct orch_call *c, struct orch_slice prefix, struct orch_slice text,
