@@ -245,7 +245,14 @@ static bool make_stdio(struct op *op, struct plan *p)
     if (op->in_open ? !make_pipe(1, &op->in_fd, &p->in)
                     : (p->in = open("/dev/null", O_RDONLY | O_CLOEXEC)) < 0)
         return false;
-    return make_pipe(0, &op->out[0].fd, &p->out) && make_pipe(0, &op->out[1].fd, &p->err);
+    if (!make_pipe(0, &op->out[0].fd, &p->out) || !make_pipe(0, &op->out[1].fd, &p->err))
+        return false;
+    /* Who opens /dev/stdout opens the pipe anew, as itself. */
+    const int ends[] = { op->in_open ? p->in : p->out, p->out, p->err };
+    for (size_t i = 0; i < sizeof ends / sizeof *ends; i++)
+        if (fchown(ends[i], p->u.uid, p->u.gid) < 0)
+            return false;
+    return true;
 }
 
 /* Makes the command's process in its cgroup, on the agent's memory and a stack of its own, the

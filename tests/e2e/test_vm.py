@@ -165,7 +165,7 @@ MACHINE = [("1000", "echo hi | cat /dev/stdin", "hi"), ("1000", "echo out > /dev
            ("root", "printf 'one:x:990:root,user\\ntwo:x:991:user\\nthree:x:992:users,us\\nfour:x:993:\\nuser2:x:1000:user\\n' >> /etc/group", ""),
            ("1000", "id -G", "1000 990 991"), ("user", "id -G", "1000 990 991"), ("root", "id -G", "0 990"), ("4321", "id -G", "4321"),
            ("1000", "for d in /tmp /dev/shm /var/tmp $HOME; do touch $d/x || echo $d; done", ""), ("1000", "touch /run/x /root/x 2>&1 | wc -l", "2"),
-           ("1000", "cp /bin/busybox /tmp/run && /tmp/run true && echo ran", "ran"), ("root", "mknod /tmp/null c 1 3; cat /tmp/null 2>&1 | grep -c denied", "1")]
+           ("1000", "cp /bin/busybox /tmp/ && /tmp/busybox true && echo ran", "ran"), ("root", "mknod /tmp/null c 1 3; cat /tmp/null 2>&1 | grep -c denied", "1")]
 MACHINE_SCRIPT = """local vm = assert(orch.vm.spawn { timeout = "10m" })
 for i = 1, #arg, 2 do
   local r = assert(vm:exec({ "sh", "-c", arg[i + 1] }, { user = arg[i] }))
