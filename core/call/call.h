@@ -59,6 +59,7 @@ struct orch_calls {
     } parked;
     struct orch_job *jobs;
     bool jobs_swept;
+    struct orch_buf fields, canonical, redacted; /* record.c's, empty between its functions */
 };
 
 int orch_calls_init(struct orch_calls *cs, struct orch_err *err); /* loop and current are set */

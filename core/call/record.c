@@ -59,23 +59,24 @@ static void put_decision_fields(struct orch_call *c, struct orch_slice name, str
 int orch_record_decision(struct orch_call *c, struct orch_slice name, const struct orch_json_doc *d,
                          uint32_t args, const char *reason, const char *rules, struct orch_err *err)
 {
-    static _Thread_local struct orch_buf fields, canonical, redacted;
-    fields.n = canonical.n = redacted.n = 0;
+    struct orch_calls *cs = c->calls;
+    struct orch_buf *canonical = &cs->canonical, *redacted = &cs->redacted, *fields = &cs->fields;
+    fields->n = canonical->n = redacted->n = 0;
     struct orch_slice shown = ORCH_SLICE("{}");
     if (args)
-        orch_json_canonical(d, args, &canonical);
+        orch_json_canonical(d, args, canonical);
     else
-        orch_buf_str(&canonical, "{}");
+        orch_buf_str(canonical, "{}");
     uint16_t all[256];
     size_t n = c->gen->n_redact < ORCH_ARRAY_LEN(all) ? c->gen->n_redact : ORCH_ARRAY_LEN(all);
     for (size_t i = 0; i < n; i++)
         all[i] = (uint16_t)i;
     if (args && c->gen->n_redact) {
-        if (n < c->gen->n_redact || orch_redact_json(c->gen, all, n, d, args, &redacted) < 0) {
-            redacted.n = 0;
-            orch_buf_str(&redacted, "\"[withheld: redaction limit]\"");
+        if (n < c->gen->n_redact || orch_redact_json(c->gen, all, n, d, args, redacted) < 0) {
+            redacted->n = 0;
+            orch_buf_str(redacted, "\"[withheld: redaction limit]\"");
         }
-        shown = (struct orch_slice){ redacted.p, redacted.n };
+        shown = (struct orch_slice){ redacted->p, redacted->n };
     } else if (args) {
         shown = orch_json_raw(d, args);
     }
@@ -86,20 +87,19 @@ int orch_record_decision(struct orch_call *c, struct orch_slice name, const stru
                      ? "[withheld: redaction limit]"
                      : why.p;
     }
-    put_decision_fields(c, name, shown, (struct orch_slice){ canonical.p, canonical.n }, reason,
-                        rules, &fields);
-    orch_json_one_line(&fields, 0);
-    int r = orch_audit_add(c->calls->audit, "decision", (struct orch_slice){ fields.p, fields.n },
-                           true, err);
+    put_decision_fields(c, name, shown, (struct orch_slice){ canonical->p, canonical->n }, reason,
+                        rules, fields);
+    orch_json_one_line(fields, 0);
+    int r = orch_audit_add(cs->audit, "decision", (struct orch_slice){ fields->p, fields->n }, true,
+                           err);
     c->reserved = r == 0;
     return r;
 }
 
 int orch_record_outcome(struct orch_call *c, struct orch_err *err)
 {
-    static _Thread_local struct orch_buf fields;
     char sha[65];
-    struct orch_buf *b = &fields;
+    struct orch_buf *b = &c->calls->fields;
     b->n = 0;
     orch_sha256_hex(c->text.p, c->text.n, sha);
     orch_buf_str(b, "\"call\":\"");

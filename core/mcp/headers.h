@@ -24,10 +24,9 @@ struct orch_mcp_param_list {
 int orch_mcp_params_read(const struct orch_json_doc *d, uint32_t schema,
                          struct orch_mcp_param_list *out, const char **why);
 void orch_mcp_params_free(struct orch_mcp_param_list *p);
-/* Whether the headers say what the arguments (0: none) say; NULL, or what is wrong (valid until the
- * next call). */
+/* Whether the headers say what the arguments (0: none) say; NULL, or what is wrong, kept in why. */
 const char *orch_mcp_params_check(const struct orch_mcp_param_list *p,
                                   const struct orch_http_request *q, const struct orch_json_doc *d,
-                                  uint32_t args);
+                                  uint32_t args, char *why, size_t n_why);
 
 #endif
