@@ -14,6 +14,7 @@ enum { SCRIPT_MAX_BYTES = 16 << 20, DEPTH_MAX = 2 };
 
 struct options {
     const char *config, *code;
+    struct orch_log log;
     int verbose, level;
     bool help, version, from_stdin;
 };
@@ -64,7 +65,7 @@ static int take_global(char **argv, int *i, struct options *opt)
     } else if (strcmp(name, "--log-format") == 0) {
         if (strcmp(value, "json") != 0 && strcmp(value, "text") != 0)
             return -usage("--log-format must be text or json, got %s", value);
-        orch_log_json(strcmp(value, "json") == 0);
+        opt->log.json = strcmp(value, "json") == 0;
     } else if (strcmp(name, "--log-level") == 0) {
         opt->level = orch_log_parse_level(value);
         if (opt->level < 0)
@@ -272,10 +273,11 @@ int main(int argc, char **argv)
     if (!opt.code && !opt.from_stdin && argc && !is_script(argv[0]) &&
         (argc = parse_rest(argv, &opt)) < 0)
         return -argc;
-    orch_log_level(opt.level >= 0    ? (enum orch_level)opt.level
-                   : opt.verbose > 1 ? ORCH_DEBUG
-                   : opt.verbose     ? ORCH_INFO
-                                     : ORCH_WARN);
+    opt.log.least = opt.level >= 0    ? (enum orch_level)opt.level
+                    : opt.verbose > 1 ? ORCH_DEBUG
+                    : opt.verbose     ? ORCH_INFO
+                                      : ORCH_WARN;
+    orch_log_use(&opt.log);
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN); /* a file that may not grow is an error like any other */
     struct sigaction hup;
@@ -295,7 +297,7 @@ int main(int argc, char **argv)
         status = run(o, &opt, argc, argv, &err);
     }
     int written = orch_host_flush(0);
-    orch_close(o);
+    orch_host_close(o);
     if (running.signo)
         return 128 + running.signo;
     if (status >= 0)

@@ -9,30 +9,26 @@
 
 enum { LINE_MAX_BYTES = 8192 };
 
-static enum orch_level least = ORCH_WARN;
-static bool as_json;
-static struct orch_log_sink sink;
+static _Thread_local const struct orch_log *in_force; /* NULL: none was put */
 
 static const char *const level_names[] = { "debug", "info", "warn", "error" };
 
-void orch_log_level(enum orch_level level)
+const struct orch_log *orch_log_use(const struct orch_log *l)
 {
-    least = level;
+    const struct orch_log *before = in_force;
+    in_force = l;
+    return before;
 }
 
-void orch_log_json(bool on)
+static const struct orch_log *current(void)
 {
-    as_json = on;
-}
-
-void orch_log_sink(const struct orch_log_sink *s)
-{
-    sink = s ? *s : (struct orch_log_sink){ 0 };
+    static const struct orch_log nobodys = { .least = ORCH_WARN };
+    return in_force ? in_force : &nobodys;
 }
 
 bool orch_log_on(enum orch_level level)
 {
-    return level >= least;
+    return level >= current()->least;
 }
 
 int orch_log_parse_level(const char *name)
@@ -115,10 +111,11 @@ void orch_escape_terminal(struct orch_buf *out, struct orch_slice s, bool keep_n
 
 static void emit(enum orch_level level, struct orch_slice msg, struct orch_slice fields)
 {
+    const struct orch_log *log = current();
     cleanup_buf struct orch_buf line = { 0 };
     if (msg.n > LINE_MAX_BYTES)
         msg.n = LINE_MAX_BYTES;
-    if (as_json) {
+    if (log->json) {
         struct timespec ts;
         struct tm tm;
         clock_gettime(CLOCK_REALTIME, &ts);
@@ -143,8 +140,8 @@ static void emit(enum orch_level level, struct orch_slice msg, struct orch_slice
         }
         orch_buf_char(&line, '\n');
     }
-    if (sink.write)
-        sink.write(sink.ud, level, line.p, line.n);
+    if (log->write)
+        log->write(log->ud, line.p, line.n);
     else
         (void)orch_write_all(STDERR_FILENO, line.p, line.n);
 }

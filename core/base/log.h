@@ -1,6 +1,7 @@
-/* The log: one line an event on stderr, never stdout. Text or JSON. Control, bidi and zero-width
- * characters are escaped, so that what a peer wrote cannot drive a terminal. One log per
- * process. */
+/* The log: one line an event on stderr or to an embedder, never on stdout. Text or JSON. Control,
+ * bidi and zero-width characters are escaped, so that what a peer wrote cannot drive a terminal.
+ * Each handle has its own, the program one: who enters a handle puts its log in force in this
+ * thread, so that whatever runs below writes to the right one without being told. */
 #ifndef ORCH_BASE_LOG_H
 #define ORCH_BASE_LOG_H
 
@@ -8,14 +9,17 @@
 
 enum orch_level { ORCH_DEBUG, ORCH_INFO, ORCH_WARN, ORCH_ERROR };
 
-struct orch_log_sink {
-    void (*write)(void *ud, enum orch_level level, const char *line, size_t n);
+struct orch_log {
+    enum orch_level least; /* nothing below it */
+    bool json;
+    void (*write)(void *ud, const char *line, size_t n); /* NULL: to stderr */
     void *ud;
 };
 
-void orch_log_level(enum orch_level least); /* default ORCH_WARN */
-void orch_log_json(bool on);
-void orch_log_sink(const struct orch_log_sink *sink); /* embedders; NULL = stderr */
+/* Puts l (borrowed; NULL: warnings and errors, as text, to stderr) in force in this thread; the one
+ * that was, to be put back when its time is over. */
+const struct orch_log *orch_log_use(const struct orch_log *l);
+
 bool orch_log_on(enum orch_level level);
 int orch_log_parse_level(const char *name); /* -1 unknown */
 

@@ -1,8 +1,15 @@
 #include "loop.h"
 
+#include "log.h"
+
 #include <errno.h>
 #include <event2/event.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/timerfd.h>
 #include <time.h>
+
+#define NEVER INT64_MAX
 
 struct posted {
     struct posted *next;
@@ -23,6 +30,11 @@ struct closing {
     int fd;
 };
 
+/* Of one descriptor: how many watches. */
+struct users {
+    unsigned readers, writers;
+};
+
 struct orch_loop {
     struct event_base *base;
     struct event *wake; /* active while something is posted */
@@ -30,7 +42,12 @@ struct orch_loop {
     struct signal_watch *signals;
     struct closing *closing;
     int64_t now_ms; /* 0: read the clock again */
-    bool stopped;
+    bool stopped, stepping;
+    /* for orch_loop_fd */
+    int fd, timer_fd; /* -1: not asked for */
+    struct users *users;
+    size_t n_users;
+    int64_t tick_us, due_us, armed_us; /* due: no timer is before it; armed: what timer_fd has */
 };
 
 struct orch_watch {
@@ -45,6 +62,7 @@ struct orch_watch {
 struct orch_timer {
     struct orch_loop *loop;
     struct event *ev;
+    int64_t due_us; /* when libevent's clock, which runs behind, is past it for sure */
     orch_loop_fn *fn;
     void *ud;
 };
@@ -62,6 +80,111 @@ int64_t orch_loop_now_ms(struct orch_loop *l)
         l->now_ms = orch_now_us() / 1000;
     return l->now_ms;
 }
+
+/* ---- the descriptor that tells of work: an epoll set of our own, since libevent's is not to be
+ * had, with what is watched and with a timer for all else */
+
+static void watch_fired(evutil_socket_t fd, short what, void *ud);
+static void timer_fired(evutil_socket_t fd, short what, void *ud);
+
+static void arm(struct orch_loop *l)
+{
+    if (l->fd < 0 || l->stepping)
+        return;
+    bool now = l->first || event_base_get_num_events(l->base, EVENT_BASE_COUNT_ACTIVE) > 0;
+    int64_t us = now ? 0 : l->due_us;
+    if (us == l->armed_us)
+        return;
+    struct itimerspec when = { 0 };
+    if (us != NEVER)
+        when.it_value = (struct timespec){ us / 1000000,
+                                           us % 1000000 * 1000 + 1 }; /* 0: never, to it */
+    timerfd_settime(l->timer_fd, TFD_TIMER_ABSTIME, &when, NULL);
+    l->armed_us = us;
+}
+
+static int find_soonest(const struct event_base *base, const struct event *ev, void *ud)
+{
+    (void)base;
+    struct orch_loop *l = ud;
+    if (event_get_callback(ev) != timer_fired)
+        return 0;
+    const struct orch_timer *t = event_get_callback_arg(ev);
+    if (t->due_us < l->due_us)
+        l->due_us = t->due_us;
+    return 0;
+}
+
+/* At the end of a step. Timers that were cancelled still count until their time is over: then all
+ * are looked at, and not at each step. */
+static void look_ahead(struct orch_loop *l)
+{
+    if (l->due_us <= orch_now_us()) {
+        l->due_us = NEVER;
+        event_base_foreach_event(l->base, find_soonest, l);
+    }
+    arm(l);
+}
+
+static uint32_t to_epoll(const struct users *u)
+{
+    return (u->readers ? EPOLLIN : 0u) | (u->writers ? EPOLLOUT : 0u);
+}
+
+/* A watch of fd changes from `before` to `now`. */
+static void mirror(struct orch_loop *l, int fd, int before, int now)
+{
+    if (l->fd < 0 || fd < 0)
+        return;
+    if ((size_t)fd >= l->n_users) {
+        size_t n = ((size_t)fd + 64) / 64 * 64;
+        l->users = orch_xrealloc(l->users, n * sizeof *l->users);
+        memset(l->users + l->n_users, 0, (n - l->n_users) * sizeof *l->users);
+        l->n_users = n;
+    }
+    struct users *u = &l->users[fd];
+    uint32_t had = to_epoll(u);
+    u->readers += (unsigned)!!(now & ORCH_READ) - (unsigned)!!(before & ORCH_READ);
+    u->writers += (unsigned)!!(now & ORCH_WRITE) - (unsigned)!!(before & ORCH_WRITE);
+    struct epoll_event e = { .events = to_epoll(u), .data = { .fd = fd } };
+    if (e.events == had)
+        return;
+    int op = !e.events ? EPOLL_CTL_DEL : had ? EPOLL_CTL_MOD : EPOLL_CTL_ADD;
+    int r = epoll_ctl(l->fd, op, fd, &e);
+    if (r < 0 && op != EPOLL_CTL_DEL && (errno == ENOENT || errno == EEXIST)) /* closed meanwhile */
+        r = epoll_ctl(l->fd, errno == ENOENT ? EPOLL_CTL_ADD : EPOLL_CTL_MOD, fd, &e);
+    if (r < 0 && op != EPOLL_CTL_DEL && errno != EPERM) /* a file: libevent refuses it as well */
+        orch_log(ORCH_ERROR, "event loop: descriptor %d cannot be watched: %s", fd,
+                 strerror(errno));
+}
+
+static int mirror_watch(const struct event_base *base, const struct event *ev, void *ud)
+{
+    (void)base;
+    if (event_get_callback(ev) != watch_fired)
+        return 0;
+    const struct orch_watch *w = event_get_callback_arg(ev);
+    mirror(ud, w->fd, 0, w->events);
+    return 0;
+}
+
+int orch_loop_fd(struct orch_loop *l)
+{
+    if (l->fd >= 0)
+        return l->fd;
+    cleanup_close int fd = epoll_create1(EPOLL_CLOEXEC);
+    cleanup_close int timer = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
+    struct epoll_event e = { .events = EPOLLIN, .data = { .fd = timer } };
+    if (fd < 0 || timer < 0 || epoll_ctl(fd, EPOLL_CTL_ADD, timer, &e) < 0)
+        return -errno;
+    l->fd = orch_steal_fd(&fd);
+    l->timer_fd = orch_steal_fd(&timer);
+    event_base_foreach_event(l->base, mirror_watch, l);
+    arm(l);
+    return l->fd;
+}
+
+/* ---- the loop */
 
 /* Runs what was posted before this turn; what these functions post waits for the next one. */
 static void run_posted(evutil_socket_t fd, short what, void *ud)
@@ -94,7 +217,12 @@ static void run_posted(evutil_socket_t fd, short what, void *ud)
 struct orch_loop *orch_loop_new(struct orch_err *err)
 {
     struct orch_loop *l = orch_xcalloc(1, sizeof *l);
+    struct timespec tick;
+    clock_getres(CLOCK_MONOTONIC_COARSE, &tick);
+    l->tick_us = tick.tv_nsec / 1000 + 1;
     l->last = &l->first;
+    l->fd = l->timer_fd = -1;
+    l->due_us = l->armed_us = NEVER;
     struct event_config *cfg = event_config_new();
     if (cfg) {
         /* One thread: no locks. The precise timer is not worth a system call a turn. */
@@ -145,6 +273,9 @@ void orch_loop_free(struct orch_loop *l)
             p = next;
         }
     }
+    orch_cleanup_close(&l->fd);
+    orch_cleanup_close(&l->timer_fd);
+    free(l->users);
     event_free(l->wake);
     event_base_free(l->base);
     free(l);
@@ -167,8 +298,9 @@ static void ignore_timeout(evutil_socket_t fd, short what, void *ud)
 void orch_loop_step(struct orch_loop *l, int64_t max_ms)
 {
     l->now_ms = 0;
+    l->stepping = true;
     if (max_ms == 0) {
-        event_base_loop(l->base, EVLOOP_NONBLOCK);
+        event_base_loop(l->base, EVLOOP_NONBLOCK | EVLOOP_ONCE); /* else until nothing is ready */
     } else if (max_ms > 0) {
         struct timeval tv = { max_ms / 1000, (max_ms % 1000) * 1000 };
         struct event *ev = event_new(l->base, -1, 0, ignore_timeout, NULL);
@@ -181,6 +313,9 @@ void orch_loop_step(struct orch_loop *l, int64_t max_ms)
         event_base_loop(l->base, EVLOOP_ONCE | EVLOOP_NO_EXIT_ON_EMPTY);
     }
     l->now_ms = 0;
+    l->stepping = false;
+    if (l->fd >= 0)
+        look_ahead(l);
 }
 
 void orch_loop_stop(struct orch_loop *l)
@@ -201,6 +336,7 @@ void orch_loop_post(struct orch_loop *l, orch_loop_fn *fn, void *ud)
         event_active(l->wake, 0, 0);
     *l->last = p;
     l->last = &p->next;
+    arm(l);
 }
 
 void orch_loop_unpost(struct orch_loop *l, orch_loop_fn *fn, void *ud)
@@ -250,6 +386,7 @@ void orch_watch_set(struct orch_watch *w, int events)
         return;
     if (w->events)
         event_del(w->ev);
+    mirror(w->loop, w->fd, w->events, events);
     w->events = events;
     if (!events)
         return;
@@ -272,6 +409,7 @@ void orch_watch_free(struct orch_watch *w)
 {
     if (!w)
         return;
+    mirror(w->loop, w->fd, w->events, 0);
     event_free(w->ev);
     free(w);
 }
@@ -301,6 +439,10 @@ void orch_timer_set(struct orch_timer *t, int64_t ms)
         ms = 0;
     struct timeval tv = { ms / 1000, (ms % 1000) * 1000 };
     event_add(t->ev, &tv);
+    t->due_us = ms ? orch_now_us() + ms * 1000 + t->loop->tick_us : 0;
+    if (t->due_us < t->loop->due_us)
+        t->loop->due_us = t->due_us;
+    arm(t->loop);
 }
 
 void orch_timer_cancel(struct orch_timer *t)

@@ -23,6 +23,10 @@ void orch_loop_run(struct orch_loop *l);
 /* Waits at most max_ms (-1: no bound) for one batch of events and handles it. */
 void orch_loop_step(struct orch_loop *l, int64_t max_ms);
 void orch_loop_stop(struct orch_loop *l);
+/* A descriptor, the loop's own, that is readable while orch_loop_step has something to do: ready
+ * descriptors, due timers, what is posted; not for signals. Now and then it is readable for
+ * nothing. Made at the first call; a negative errno when it cannot be. */
+int orch_loop_fd(struct orch_loop *l);
 /* Monotonic milliseconds; cached per turn of the loop. orch_now_us is read afresh. */
 int64_t orch_loop_now_ms(struct orch_loop *l);
 int64_t orch_now_us(void);

@@ -61,6 +61,9 @@ struct orch_calls {
     bool jobs_swept;
     struct orch_denials *denials; /* record.c's: calls that are only counted */
     struct orch_timer *counts;
+    /* record.c's, empty between its functions */
+    struct orch_buf fields, canonical, redacted;
+    struct orch_json_doc recorded;
 };
 
 int orch_calls_init(struct orch_calls *cs, struct orch_err *err); /* loop and current are set */

@@ -31,8 +31,9 @@ int orch_record_request(struct orch_call *c, struct orch_slice name, const struc
 /* record_args.c: appends ,"args":… of the token (0: none). Negative, with why: they cannot be
  * recorded; then it is ,"args":null. runs: of a call that is not denied, which may take more
  * space. */
-int orch_record_args(const struct orch_generation *g, const struct orch_json_doc *d, uint32_t args,
-                     bool runs, struct orch_buf *b, const char **why);
+int orch_record_args(struct orch_calls *cs, const struct orch_generation *g,
+                     const struct orch_json_doc *d, uint32_t args, bool runs, struct orch_buf *b,
+                     const char **why);
 
 /* result.c */
 /* What a Lua tool returned: the nres values at the top. */

@@ -117,14 +117,14 @@ static void put_who(struct orch_call *c, struct orch_buf *b)
 static void put_digest(struct orch_call *c, const struct orch_json_doc *d, uint32_t args,
                        struct orch_buf *b)
 {
-    static _Thread_local struct orch_buf canonical;
+    struct orch_buf *canonical = &c->calls->canonical;
     char digest[65];
-    canonical.n = 0;
+    canonical->n = 0;
     if (args)
-        orch_json_canonical(d, args, &canonical);
+        orch_json_canonical(d, args, canonical);
     else
-        orch_buf_str(&canonical, "{}");
-    orch_audit_digest(c->calls->audit, orch_slice_of(&canonical), digest);
+        orch_buf_str(canonical, "{}");
+    orch_audit_digest(c->calls->audit, orch_slice_of(canonical), digest);
     orch_buf_str(b, ",\"args_digest\":\"");
     orch_buf_str(b, digest);
     orch_buf_char(b, '"');
@@ -153,39 +153,38 @@ static void put_decision(struct orch_call *c, const char *reason, const char *ru
 int orch_record_decision(struct orch_call *c, struct orch_slice name, const struct orch_json_doc *d,
                          uint32_t args, const char *reason, const char *rules, struct orch_err *err)
 {
-    static _Thread_local struct orch_buf fields;
+    struct orch_buf *fields = &c->calls->fields;
     bool runs = c->decision == ORCH_ALLOW && !c->rpc_code;
     bool unrecorded = false;
     const char *why = "";
     if (!runs && !records_denied(c->calls, c->session->caller))
         return 0;
-    fields.n = 0;
-    put_who(c, &fields);
-    orch_buf_str(&fields, ",\"tool\":");
-    orch_json_quote(&fields,
+    fields->n = 0;
+    put_who(c, fields);
+    orch_buf_str(fields, ",\"tool\":");
+    orch_json_quote(fields,
                     c->tool ? orch_slice_str(c->tool->name) : at_most(name, NAME_AUDIT_BYTES));
     if (!c->tool && name.n > NAME_AUDIT_BYTES)
-        orch_buf_printf(&fields, ",\"tool_bytes\":%zu", name.n);
-    if (orch_record_args(c->gen, d, args, runs, &fields, &why) < 0 && runs) {
+        orch_buf_printf(fields, ",\"tool_bytes\":%zu", name.n);
+    if (orch_record_args(c->calls, c->gen, d, args, runs, fields, &why) < 0 && runs) {
         /* What cannot be recorded is not run. */
         unrecorded = true;
         orch_err_set(err, EMSGSIZE, "its arguments cannot be recorded: %s", why);
         c->decision = ORCH_DENY;
         reason = err->msg;
     }
-    put_digest(c, d, args, &fields);
-    put_decision(c, reason, rules, &fields);
-    orch_json_one_line(&fields, 0);
-    int r = orch_audit_add(c->calls->audit, "decision", orch_slice_of(&fields), true, err);
+    put_digest(c, d, args, fields);
+    put_decision(c, reason, rules, fields);
+    orch_json_one_line(fields, 0);
+    int r = orch_audit_add(c->calls->audit, "decision", orch_slice_of(fields), true, err);
     c->reserved = r == 0;
     return r < 0 ? r : unrecorded;
 }
 
 int orch_record_outcome(struct orch_call *c, struct orch_err *err)
 {
-    static _Thread_local struct orch_buf fields;
     char sha[65];
-    struct orch_buf *b = &fields;
+    struct orch_buf *b = &c->calls->fields;
     b->n = 0;
     orch_sha256_hex(c->text.p, c->text.n, sha);
     orch_buf_str(b, "\"call\":\"");
@@ -238,7 +237,7 @@ int orch_record_request(struct orch_call *c, struct orch_slice name, const struc
                             "not run: its name cannot be recorded: a redact "
                             "pattern hit its match limit");
     orch_json_quote(&b, orch_slice_of(&shown));
-    if (args && orch_record_args(c->gen, d, args, true, &b, &why) < 0)
+    if (args && orch_record_args(c->calls, c->gen, d, args, true, &b, &why) < 0)
         return orch_err_set(err, EMSGSIZE, "not run: its arguments cannot be recorded: %s", why);
     orch_buf_slice(&b, orch_slice_of(&c->gen->audit_field));
     orch_json_one_line(&b, 0);

@@ -123,23 +123,23 @@ static int put_short(const struct orch_json_doc *d, uint32_t args, size_t longes
 }
 
 /* That ,"args":… from `from` on can be read again: it is what came from outside in a line. */
-static int check(struct orch_buf *b, size_t from)
+static int check(struct orch_json_doc *d, struct orch_buf *b, size_t from)
 {
-    static _Thread_local struct orch_json_doc d;
     static const struct orch_json_limits limits = { .bytes = 2 * OF_CALL_BYTES, .depth = 250 };
     struct orch_json_fault fault = { 0 };
     b->p[from] = '{';
     orch_buf_char(b, '}');
-    int r = orch_json_scan(&d, (struct orch_slice){ b->p + from, b->n - from }, &limits, &fault);
+    int r = orch_json_scan(d, (struct orch_slice){ b->p + from, b->n - from }, &limits, &fault);
     b->n--;
     b->p[from] = ',';
     return r;
 }
 
-int orch_record_args(const struct orch_generation *g, const struct orch_json_doc *d, uint32_t args,
-                     bool runs, struct orch_buf *b, const char **why)
+int orch_record_args(struct orch_calls *cs, const struct orch_generation *g,
+                     const struct orch_json_doc *d, uint32_t args, bool runs, struct orch_buf *b,
+                     const char **why)
 {
-    static _Thread_local struct orch_buf redacted;
+    struct orch_buf *redacted = &cs->redacted;
     cleanup_json struct orch_json_doc again = { 0 };
     struct orch_json_fault fault = { 0 };
     const size_t *longest = runs ? of_call : of_denied;
@@ -151,12 +151,12 @@ int orch_record_args(const struct orch_generation *g, const struct orch_json_doc
     }
     int r = 0;
     if (g->n_redact) {
-        redacted.n = 0;
+        redacted->n = 0;
         *why = "a redact pattern hit its match limit";
-        r = orch_redact_json(g, NULL, g->n_redact, d, args, &redacted);
+        r = orch_redact_json(g, NULL, g->n_redact, d, args, redacted);
         if (r > 0) {
             *why = "they cannot be read any more once they are redacted";
-            r = orch_json_scan(&again, orch_slice_of(&redacted),
+            r = orch_json_scan(&again, orch_slice_of(redacted),
                                &(struct orch_json_limits){ .bytes = 256 << 20, .depth = 1000 },
                                &fault);
             d = &again;
@@ -169,13 +169,13 @@ int orch_record_args(const struct orch_generation *g, const struct orch_json_doc
         if (r < 0)
             r = put_short(d, args, longest[1], limit, b);
     }
-    if (r == 0 && (r = check(b, from)) < 0) {
+    if (r == 0 && (r = check(&cs->recorded, b, from)) < 0) {
         *why = "what would be recorded cannot be read again";
         b->n = from;
     }
     if (r < 0)
         orch_buf_printf(b, ",\"args\":null,\"args_bytes\":%zu", whole);
-    if (redacted.cap > OF_CALL_BYTES)
-        orch_buf_free(&redacted);
+    if (redacted->cap > OF_CALL_BYTES)
+        orch_buf_free(redacted);
     return r;
 }

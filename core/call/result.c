@@ -133,11 +133,11 @@ static struct orch_slice get_string(lua_State *L, int idx, const char *key)
     return s;
 }
 
-/* Checks `structured` (at the top) against the tool's output schema; an error text or NULL. */
-static const char *check_output(struct orch_call *c, lua_State *L)
+/* Checks `structured` (at the top) against the tool's output schema; an error
+ * text, kept in why, or NULL. */
+static const char *check_output(struct orch_call *c, lua_State *L, char *why, size_t n)
 {
     struct orch_err err = { 0 };
-    static _Thread_local char why[512];
     lua_State *main = orch_state_lua(c->tool->state);
     if (c->tool->output_ref == LUA_NOREF)
         return NULL;
@@ -145,12 +145,12 @@ static const char *check_output(struct orch_call *c, lua_State *L)
     lua_pushvalue(L, -1);
     lua_xmove(L, main, 1);
     if (orch_state_pcall(c->tool->state, 1, 2, &err) < 0) {
-        snprintf(why, sizeof why, "%.500s", err.msg);
+        snprintf(why, n, "%.500s", err.msg);
         return why;
     }
     const char *text = lua_toboolean(main, -2) ? NULL : lua_tostring(main, -1);
     if (text)
-        snprintf(why, sizeof why, "structured result: %s", text);
+        snprintf(why, n, "structured result: %s", text);
     lua_pop(main, 2);
     return text ? why : NULL;
 }
@@ -158,7 +158,7 @@ static const char *check_output(struct orch_call *c, lua_State *L)
 /* The table a tool returned: { text, structured, is_error, content }. */
 static void take_result_table(struct orch_call *c, lua_State *L, int idx)
 {
-    char why[256];
+    char why[512];
     struct orch_slice text = get_string(L, idx, "text");
     cleanup_buf struct orch_buf structured = { 0 };
     cleanup_buf struct orch_buf content = { 0 };
@@ -166,7 +166,7 @@ static void take_result_table(struct orch_call *c, lua_State *L, int idx)
     bool is_error = lua_toboolean(L, -1);
     push_field(L, idx, "structured");
     if (!lua_isnil(L, -1)) {
-        const char *problem = check_output(c, L);
+        const char *problem = check_output(c, L, why, sizeof why);
         if (problem) {
             fail(c, problem);
             return;

@@ -146,6 +146,10 @@ void orch_calls_fini(struct orch_calls *cs)
         orch_timer_free(c->timer);
         free(c);
     }
+    orch_buf_free(&cs->fields);
+    orch_buf_free(&cs->canonical);
+    orch_buf_free(&cs->redacted);
+    orch_json_doc_free(&cs->recorded);
     free(cs->slots);
     cs->slots = NULL;
     cs->n_slots = 0;

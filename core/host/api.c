@@ -17,32 +17,117 @@ static void fill_error(struct orch_error *out, const struct orch_err *err)
     snprintf(out->message, sizeof out->message, "%s", err->msg);
 }
 
-static void log_to_embedder(void *ud, enum orch_level level, const char *line, size_t n)
+/* ---- coming in: each function of a handle is a visit, with the handle's log in force */
+
+struct visit {
+    struct orch *o;
+    const struct orch_log *log;
+};
+
+static struct visit enter(struct orch *o)
 {
-    (void)level;
-    const struct orch_options *opts = ud;
-    opts->log(opts->log_ud, line, n);
+    o->visits.depth++;
+    return (struct visit){ o, orch_log_use(&o->visits.log) };
 }
 
-struct orch *orch_open(const struct orch_options *opts, struct orch_error *error)
+static void leave(struct visit *v)
+{
+    orch_log_use(v->log);
+    if (v->o)
+        v->o->visits.depth--;
+}
+
+#define VISIT(o) ORCH_CLEANUP(leave) struct visit visit = enter(o)
+
+/* Whether the function may not be called here: by another thread, or from inside a visit, which
+ * alone is one of step, close, run. Why is said to error, or to the log where there is none. */
+static int refuse(struct orch *o, const char *function, bool alone, struct orch_error *error)
 {
     struct orch_err err = { 0 };
-    if (opts && opts->size < sizeof *opts) {
-        orch_err_setc(&err, ORCH_CLASS_USAGE, EINVAL,
-                      "orch_open: options.size must be sizeof(struct orch_options)");
+    if (!pthread_equal(o->visits.thread, pthread_self()))
+        orch_err_setc(&err, ORCH_CLASS_USAGE, EPERM,
+                      "%s: called by another thread than orch_open; a handle belongs to one",
+                      function);
+    else if (alone && o->visits.depth)
+        orch_err_setc(&err, ORCH_CLASS_USAGE, EDEADLK,
+                      "%s: called from inside a callback of the handle; return from it first",
+                      function);
+    else
+        return 0;
+    if (error)
+        fill_error(error, &err);
+    else
+        orch_log(ORCH_ERROR, "%s", err.msg);
+    return -err.code;
+}
+
+/* ---- opening, closing, stepping */
+
+/* The options of a program that was built with an older orch.h, or with a newer one whose new
+ * members it does not use. */
+static int take_options(const struct orch_options *given, struct orch_options *opts,
+                        struct orch_err *err)
+{
+    *opts = (struct orch_options){ 0 };
+    if (!given)
+        return 0;
+    if (given->size < sizeof given->size || given->size % _Alignof(struct orch_options))
+        return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL,
+                             "orch_open: options.size is %zu; it must be sizeof(struct "
+                             "orch_options)",
+                             given->size);
+    for (size_t i = sizeof *opts; i < given->size; i++)
+        if (((const char *)given)[i])
+            return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL,
+                                 "orch_open: options has members that are set and that orch " //
+                                 ORCH_VERSION " does not know; link with the orch whose orch.h "
+                                 "the program is built with");
+    memcpy(opts, given, given->size < sizeof *opts ? given->size : sizeof *opts);
+    if (opts->log_level < ORCH_LOG_DEFAULT || opts->log_level > ORCH_LOG_ERROR)
+        return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL,
+                             "orch_open: options.log_level is %d; it must be one of enum "
+                             "orch_log_level",
+                             opts->log_level);
+    return 0;
+}
+
+struct orch *orch_open(const struct orch_options *given, struct orch_error *error)
+{
+    struct orch_err err = { 0 };
+    struct orch_options opts;
+    if (take_options(given, &opts, &err) < 0) {
         fill_error(error, &err);
         return NULL;
     }
-    if (opts && opts->log)
-        orch_log_sink(&(struct orch_log_sink){ log_to_embedder, (void *)(uintptr_t)opts });
-    struct orch *o = orch_host_open(opts ? opts->config : NULL, opts, &err);
+    struct orch_log log = {
+        .least = opts.log_level ? (enum orch_level)(opts.log_level - ORCH_LOG_DEBUG) : ORCH_WARN,
+        .json = opts.log_json,
+        .write = opts.log,
+        .ud = opts.log_ud,
+    };
+    ORCH_CLEANUP(leave) struct visit visit = { NULL, orch_log_use(&log) };
+    struct orch *o = orch_host_open(opts.config, &opts, &err);
     if (o && (orch_current_need(&o->current, &err) < 0 || orch_host_audit(o, &err) < 0)) {
-        orch_close(o);
+        orch_host_close(o);
         o = NULL;
     }
-    if (!o)
+    if (!o) {
         fill_error(error, &err);
+        return NULL;
+    }
+    o->visits = (struct visits){ .thread = pthread_self(), .log = log };
     return o;
+}
+
+void orch_close(struct orch *o)
+{
+    if (!o || refuse(o, "orch_close", true, NULL) < 0)
+        return;
+    VISIT(o);
+    struct orch_log log = o->visits.log; /* the last lines come when o is gone */
+    orch_log_use(&log);
+    orch_host_close(o);
+    visit.o = NULL;
 }
 
 const char *orch_version(void)
@@ -52,14 +137,34 @@ const char *orch_version(void)
 
 int orch_step(struct orch *o, int64_t max_ms)
 {
+    int r = refuse(o, "orch_step", true, NULL);
+    if (r < 0)
+        return r;
+    VISIT(o);
     orch_loop_step(o->loop, max_ms);
     return o->serving.ended ? 0 : 1;
+}
+
+int orch_fd(struct orch *o)
+{
+    int r = refuse(o, "orch_fd", false, NULL);
+    if (r < 0)
+        return r;
+    VISIT(o);
+    r = orch_loop_fd(o->loop);
+    if (r < 0)
+        orch_log(ORCH_ERROR, "orch_fd: %s", strerror(-r));
+    return r;
 }
 
 int orch_reload(struct orch *o, struct orch_error *error)
 {
     struct orch_err err = { 0 };
-    int r = orch_current_reload(&o->current, "orch_reload");
+    int r = refuse(o, "orch_reload", false, error);
+    if (r < 0)
+        return r;
+    VISIT(o);
+    r = orch_current_reload(&o->current, "orch_reload");
     if (r < 0) {
         orch_err_setc(&err, (enum orch_class) - r, EINVAL, "%s", o->current.error.p);
         fill_error(error, &err);
@@ -102,6 +207,10 @@ static const struct orch_tool_backend backend = {
 void orch_answer(struct orch_tool_call *call, const char *text, int is_error)
 {
     struct orch_call *c = call_of(call);
+    struct orch *o = c->calls->ud;
+    if (refuse(o, "orch_answer", false, NULL) < 0)
+        return;
+    VISIT(o);
     if (c->gen && !c->finished) { /* else it was cancelled or timed out, and answered so */
         orch_call_text(c, orch_slice_str(text), is_error != 0);
         orch_call_end(c);
@@ -115,7 +224,10 @@ int orch_add_tool(struct orch *o, const struct orch_tool_def *def, struct orch_e
     cleanup_json struct orch_json_doc d = { 0 };
     struct orch_json_fault fault;
     size_t n = strlen(def->name);
-    int r = 0;
+    int r = refuse(o, "orch_add_tool", false, error);
+    if (r < 0)
+        return r;
+    VISIT(o);
     if (n < 1 || n > 64 || strstr(def->name, "__") ||
         strspn(def->name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-") != n)
         r = orch_err_setc(&err, ORCH_CLASS_USAGE, EINVAL,
@@ -173,6 +285,10 @@ int orch_call(struct orch *o, const char *tool, const char *args_json, const cha
     struct orch_err err = { 0 };
     cleanup_json struct orch_json_doc d = { 0 };
     struct orch_json_fault fault;
+    int r = refuse(o, "orch_call", false, error);
+    if (r < 0)
+        return r;
+    VISIT(o);
     /* so that the object is token 1 */
     cleanup_free char *wrapped = orch_xasprintf("[%s]", args_json);
     if (orch_json_scan(&d, orch_slice_str(wrapped), &(struct orch_json_limits){ 0 }, &fault) < 0 ||
@@ -199,10 +315,13 @@ static void serve_ended(void *ud, int status, const char *why)
 int orch_serve_stdio(struct orch *o, struct orch_error *error)
 {
     struct orch_err err = { 0 };
-    int r = orch_serve(o,
-                       &(struct orch_serve_opts){
-                           .transport = "stdio", .done = serve_ended, .ud = o },
-                       &err);
+    int r = refuse(o, "orch_serve_stdio", false, error);
+    if (r < 0)
+        return r;
+    VISIT(o);
+    r = orch_serve(o,
+                   &(struct orch_serve_opts){ .transport = "stdio", .done = serve_ended, .ud = o },
+                   &err);
     if (r < 0)
         fill_error(error, &err);
     return r;
@@ -213,6 +332,9 @@ int orch_run_file(struct orch *o, const char *path, int argc, const char *const 
 {
     struct orch_err err = { 0 };
     cleanup_buf struct orch_buf text = { 0 };
+    if (refuse(o, "orch_run_file", true, error) < 0)
+        return -1;
+    VISIT(o);
     int r = orch_read_file(AT_FDCWD, path, 16 << 20, &text);
     if (r < 0) {
         orch_err_setc(&err, ORCH_CLASS_CONFIG, -r, "%s: %s", path, strerror(-r));

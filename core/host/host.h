@@ -3,11 +3,14 @@
 #ifndef ORCH_HOST_HOST_H
 #define ORCH_HOST_HOST_H
 
+#include "../base/log.h"
 #include "../bind/bind.h"
 #include "../call/call.h"
 #include "../orch.h"
 #include "../upstream/upstream.h"
 #include "control.h"
+
+#include <pthread.h>
 
 struct serving;
 
@@ -26,6 +29,13 @@ struct orch_own_tools {
     size_t n;
 };
 
+/* An embedder's functions in the handle (api.c): what they may do, and where its log is. */
+struct visits {
+    pthread_t thread;
+    struct orch_log log;
+    unsigned depth;
+};
+
 /* The trusted state, made at the first script (script.c). */
 struct orch_script {
     struct orch_state *state;
@@ -35,6 +45,7 @@ struct orch_script {
 
 struct orch {
     unsigned n_open; /* services */
+    struct visits visits;
     int64_t started_us;
     struct orch_paths paths;
     struct orch_loop *loop;
@@ -55,6 +66,7 @@ struct orch {
 /* What orch_open does before it loads anything. */
 struct orch *orch_host_open(const char *config, const struct orch_options *opts,
                             struct orch_err *err);
+void orch_host_close(struct orch *o); /* NULL is fine */
 
 /* ---- host.c */
 

@@ -59,6 +59,7 @@ struct serving {
     uint8_t token_sha256[ORCH_SHA256_BYTES];
     const char *hosts[5];
     char *host;
+    char header_why[256]; /* what http_check_params found */
     int status;
     char why[512];
     void (*done)(void *ud, int status, const char *why);
@@ -448,7 +449,8 @@ static const char *http_check_params(void *ud, const struct orch_http_request *q
 {
     struct serving *v = ud;
     const struct orch_tool *t = orch_generation_tool(v->o->current.gen, tool);
-    return t ? orch_mcp_params_check(&t->headers, q, d, args) : NULL;
+    return t ? orch_mcp_params_check(&t->headers, q, d, args, v->header_why, sizeof v->header_why)
+             : NULL;
 }
 
 static void http_request(void *ud, const struct orch_http_request *q, struct orch_http_reply *r)

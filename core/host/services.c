@@ -304,13 +304,13 @@ struct orch *orch_host_open(const char *config, const struct orch_options *opts,
     o->started_us = orch_now_us();
     for (; o->n_open < ORCH_ARRAY_LEN(services); o->n_open++)
         if (services[o->n_open].open && services[o->n_open].open(o, &with, err) < 0) {
-            orch_close(o);
+            orch_host_close(o);
             return NULL;
         }
     return o;
 }
 
-void orch_close(struct orch *o)
+void orch_host_close(struct orch *o)
 {
     if (!o)
         return;

@@ -254,8 +254,10 @@ static void helper_end(struct helper *h, char *why, size_t n)
         snprintf(why, n, "ended");
     else if (si.si_code == CLD_EXITED)
         snprintf(why, n, "ended with exit status %d", si.si_status);
-    else
-        snprintf(why, n, "was killed by signal %d (%s)", si.si_status, strsignal(si.si_status));
+    else {
+        const char *name = sigdescr_np(si.si_status);
+        snprintf(why, n, "was killed by signal %d (%s)", si.si_status, name ? name : "unknown");
+    }
 }
 
 /* It is a session of its own, so that an interrupt typed at a terminal reaches orch alone; with

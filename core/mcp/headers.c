@@ -258,9 +258,8 @@ static bool same(const struct orch_mcp_param *p, struct orch_slice given,
 
 const char *orch_mcp_params_check(const struct orch_mcp_param_list *p,
                                   const struct orch_http_request *q, const struct orch_json_doc *d,
-                                  uint32_t args)
+                                  uint32_t args, char *why, size_t n_why)
 {
-    static _Thread_local char why[256];
     for (size_t i = 0; i < p->n; i++) {
         const struct orch_mcp_param *param = &p->params[i];
         struct orch_slice value;
@@ -278,7 +277,7 @@ const char *orch_mcp_params_check(const struct orch_mcp_param_list *p,
                                   ? "is not the same as its argument"
                                   : NULL;
         if (problem) {
-            snprintf(why, sizeof why, "the header %.150s %s", param->header, problem);
+            snprintf(why, n_why, "the header %.150s %s", param->header, problem);
             return why;
         }
     }

@@ -33,10 +33,9 @@ const char *orch_mcp_params_astray(const struct orch_json_doc *d, uint32_t schem
 bool orch_mcp_param_value(const struct orch_mcp_param *p, const struct orch_json_doc *d,
                           uint32_t args, struct orch_buf *out);
 void orch_mcp_params_free(struct orch_mcp_param_list *p);
-/* Whether the headers say what the arguments (0: none) say; NULL, or what is wrong (valid until the
- * next call). */
+/* Whether the headers say what the arguments (0: none) say; NULL, or what is wrong, kept in why. */
 const char *orch_mcp_params_check(const struct orch_mcp_param_list *p,
                                   const struct orch_http_request *q, const struct orch_json_doc *d,
-                                  uint32_t args);
+                                  uint32_t args, char *why, size_t n_why);
 
 #endif

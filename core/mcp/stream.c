@@ -65,6 +65,7 @@ struct orch_mcp_endpoint {
         struct orch_mcp_session *mcp;
     } spare[SPARE_SESSIONS];
     struct orch_timer *sweep;
+    char why[256]; /* what check_headers found */
     bool reaping;
 };
 
@@ -316,27 +317,27 @@ static void send_message(void *ud, void *stream, struct orch_slice message, int 
     }
 }
 
-static const char *check_header(const struct orch_http_request *q, const char *name,
-                                struct orch_slice want, const char *what)
+static const char *check_header(struct stream *st, const char *name, struct orch_slice want,
+                                const char *what)
 {
-    static _Thread_local char text[256];
+    char *text = st->e->why;
     struct orch_slice value;
     cleanup_buf struct orch_buf decoded = { 0 };
-    size_t n = orch_http_header(q, name, &value);
+    size_t n = orch_http_header(st->q, name, &value);
     if (n != 1) {
-        snprintf(text, sizeof text, "the header %s is %s; it must be the same as %s", name,
+        snprintf(text, sizeof st->e->why, "the header %s is %s; it must be the same as %s", name,
                  n ? "there more than once" : "missing", what);
         return text;
     }
     if (orch_mcp_header_decode(value, &decoded) < 0 || decoded.n != want.n ||
         memcmp(decoded.p, want.p, want.n) != 0) {
-        snprintf(text, sizeof text, "the header %s is not the same as %s", name, what);
+        snprintf(text, sizeof st->e->why, "the header %s is not the same as %s", name, what);
         return text;
     }
     return NULL;
 }
 
-static const char *check_member(const struct orch_http_request *q, const char *header,
+static const char *check_member(struct stream *st, const char *header,
                                 const struct orch_json_doc *d, uint32_t obj, const char *key,
                                 const char *what)
 {
@@ -344,7 +345,7 @@ static const char *check_member(const struct orch_http_request *q, const char *h
     uint32_t tok = obj ? orch_json_get(d, obj, key) : 0;
     if (!tok || orch_json_string(d, tok, &text) < 0)
         return NULL; /* the session says what is wrong with it */
-    return check_header(q, header, orch_slice_of(&text), what);
+    return check_header(st, header, orch_slice_of(&text), what);
 }
 
 /* The headers that an intermediary may act on must say what the body says. */
@@ -362,17 +363,17 @@ static const char *check_headers(void *ud, void *stream, const struct orch_json_
     if (!q)
         return NULL;
     uint32_t meta = m->params ? orch_json_get(d, m->params, "_meta") : 0;
-    const char *why = check_member(q, "MCP-Protocol-Version", d, meta,
+    const char *why = check_member(st, "MCP-Protocol-Version", d, meta,
                                    ORCH_MCP_META "protocolVersion", "the protocolVersion in _meta");
     cleanup_buf struct orch_buf method = { 0 };
     orch_json_string(d, m->method, &method);
     if (!why)
-        why = check_header(q, "Mcp-Method", (struct orch_slice){ method.p, method.n },
+        why = check_header(st, "Mcp-Method", (struct orch_slice){ method.p, method.n },
                            "the method");
     for (size_t i = 0; !why && i < ORCH_ARRAY_LEN(named); i++) {
         if (strcmp(method.p, named[i][0]) != 0)
             continue;
-        why = check_member(q, "Mcp-Name", d, m->params, named[i][1], named[i][2]);
+        why = check_member(st, "Mcp-Name", d, m->params, named[i][1], named[i][2]);
         cleanup_buf struct orch_buf name = { 0 };
         uint32_t tok = m->params ? orch_json_get(d, m->params, "name") : 0,
                  args = tok ? orch_json_get(d, m->params, "arguments") : 0;

@@ -100,8 +100,11 @@ static int find_config(struct orch_paths *p, const char *option, struct orch_err
 int orch_paths_find(struct orch_paths *p, const char *config_option, struct orch_err *err)
 {
     const char *home = getenv("HOME");
-    struct passwd *pw = home && *home == '/' ? NULL : getpwuid(getuid());
-    p->home = orch_xstrdup(home && *home == '/' ? home : pw ? pw->pw_dir : "/nonexistent");
+    struct passwd entry, *pw = NULL;
+    char strings[4096];
+    if (!home || *home != '/')
+        getpwuid_r(getuid(), &entry, strings, sizeof strings, &pw);
+    p->home = orch_xstrdup(pw ? pw->pw_dir : home && *home == '/' ? home : "/nonexistent");
     p->cwd = getcwd(NULL, 0);
     if (!p->cwd)
         return orch_err_set(err, errno, "the working directory cannot be read: %s",

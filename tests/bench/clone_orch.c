@@ -106,7 +106,7 @@ int main(int argc, char **argv)
     static const char *const just_true[] = { "true", NULL };
     command = argc > 7 ? (const char *const *)argv + 7 : just_true;
     struct orch_err err;
-    orch_log_level(getenv("VERBOSE") ? ORCH_DEBUG : ORCH_WARN);
+    orch_log_use(&(struct orch_log){ .least = getenv("VERBOSE") ? ORCH_DEBUG : ORCH_WARN });
     loop = orch_loop_new(&err);
     struct orch_vms_opts o = { .launcher_path = argv[1],
                                .agent_path = argv[2],

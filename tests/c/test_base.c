@@ -244,9 +244,8 @@ static void test_err(void **state)
 
 /* ---- log */
 
-static void collect(void *ud, enum orch_level level, const char *line, size_t n)
+static void collect(void *ud, const char *line, size_t n)
 {
-    (void)level;
     orch_buf_add(ud, line, n);
 }
 
@@ -254,8 +253,8 @@ static void test_log(void **state)
 {
     (void)state;
     cleanup_buf struct orch_buf out = { 0 };
-    struct orch_log_sink to_buf = { collect, &out };
-    orch_log_sink(&to_buf);
+    struct orch_log log = { ORCH_WARN, false, collect, &out };
+    assert_null(orch_log_use(&log));
     orch_log(ORCH_INFO, "not shown");
     assert_int_equal(out.n, 0);
     orch_log(ORCH_WARN, "a\nb \x1b[31m %s",
@@ -263,18 +262,17 @@ static void test_log(void **state)
              "c");
     assert_string_equal(out.p, "orch: warn: a\\nb \\x1b[31m \\xe2\\x80\\xaec\n");
     out.n = 0;
-    orch_log_level(ORCH_DEBUG);
+    log.least = ORCH_DEBUG;
     orch_log(ORCH_INFO, "shown");
     assert_string_equal(out.p, "orch: shown\n");
     out.n = 0;
-    orch_log_json(true);
+    log.json = true;
     orch_log_fields(ORCH_ERROR, ORCH_SLICE("quote \" here"), ORCH_SLICE("{\"k\":1}"));
     assert_non_null(
         strstr(out.p, "\"level\":\"error\",\"msg\":\"quote \\\" here\",\"fields\":{\"k\":1}}\n"));
     assert_memory_equal(out.p, "{\"ts\":\"20", 9);
-    orch_log_json(false);
-    orch_log_level(ORCH_WARN);
-    orch_log_sink(NULL);
+    assert_ptr_equal(orch_log_use(NULL), &log);
+    assert_true(orch_log_on(ORCH_WARN) && !orch_log_on(ORCH_INFO));
     assert_int_equal(orch_log_parse_level("warn"), ORCH_WARN);
     assert_int_equal(orch_log_parse_level("loud"), -1);
 }
@@ -784,12 +782,6 @@ static void test_proc_group(void **state)
     await_gone(p[0]);
 }
 
-static void keep_line(void *ud, enum orch_level level, const char *line, size_t n)
-{
-    assert_int_equal(level, ORCH_INFO);
-    orch_buf_add(ud, line, n);
-}
-
 static void test_proc_log(void **state)
 {
     (void)state;
@@ -800,8 +792,7 @@ static void test_proc_log(void **state)
               SH("printf 'one\\ntwo' >&2; printf ' halves\\n\\n10%%\\r20%%\\r\\033[1mbold' >&2; "
                  "printf '\\n%5000s' x >&2"));
     o.log_as = "it";
-    orch_log_sink(&(struct orch_log_sink){ keep_line, &log });
-    orch_log_level(ORCH_INFO);
+    orch_log_use(&(struct orch_log){ ORCH_INFO, false, collect, &log });
     start(&r, &o);
     await(&r.done);
     struct orch_slice last = orch_proc_stderr_line(r.p);
@@ -825,8 +816,7 @@ static void test_proc_log(void **state)
     end(&many);
     assert_non_null(strstr(log.p, "lines of its stderr are left out here\n"));
     assert_true(log.n < 1 << 20);
-    orch_log_level(ORCH_WARN);
-    orch_log_sink(NULL);
+    orch_log_use(NULL);
 }
 
 static void nothing(int signo)

@@ -1984,7 +1984,7 @@ static void test_client_tls(void **state)
 
 int main(void)
 {
-    orch_log_level(ORCH_ERROR);
+    orch_log_use(&(struct orch_log){ .least = ORCH_ERROR });
     static const struct CMUnitTest tests[] = {
 #define S(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
         S(test_malformed),

@@ -626,6 +626,7 @@ static const char *checked(const struct orch_mcp_param_list *list, const char *a
                            const char *name, const char *value)
 {
     static struct orch_http_request q;
+    static char why[256];
     cleanup_json struct orch_json_doc d = { 0 };
     struct orch_json_fault fault;
     cleanup_free char *wrapped = orch_xasprintf("[%s]", args);
@@ -635,7 +636,7 @@ static const char *checked(const struct orch_mcp_param_list *list, const char *a
     assert_int_equal(orch_json_scan(&d, orch_slice_str(wrapped), &(struct orch_json_limits){ 0 },
                                     &fault),
                      0);
-    return orch_mcp_params_check(list, &q, &d, 1);
+    return orch_mcp_params_check(list, &q, &d, 1, why, sizeof why);
 }
 
 static void test_param_headers(void **state)

@@ -339,7 +339,8 @@ static void open_vms(void)
 {
     struct orch_err err = { .code = 0 };
     char run_dir[96];
-    orch_log_level(ORCH_ERROR);
+    static const struct orch_log errors = { .least = ORCH_ERROR };
+    orch_log_use(&errors);
     snprintf(run_dir, sizeof run_dir, "%s/run-%d", dir, getpid());
     struct orch_vms_opts o = { .launcher_path = launcher,
                                .agent_path = agent,

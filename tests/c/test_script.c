@@ -256,19 +256,16 @@ static void test_frozen_environment(void **state)
 
 static char logged[256];
 
-static void keep_line(void *ud, enum orch_level level, const char *line, size_t n)
+static void keep_line(void *ud, const char *line, size_t n)
 {
     (void)ud;
-    (void)level;
     snprintf(logged, sizeof logged, "%.*s", (int)n, line);
 }
 
 static void test_print(void **state)
 {
     (void)state;
-    struct orch_log_sink sink = { keep_line, NULL };
-    orch_log_sink(&sink);
-    orch_log_level(ORCH_INFO);
+    orch_log_use(&(struct orch_log){ ORCH_INFO, false, keep_line, NULL });
     struct orch_state *s = policy_state();
     expect_text(s,
                 "print('a', 1, nil, setmetatable({}, { __tostring = function() return 'T' end })) "
@@ -276,8 +273,7 @@ static void test_print(void **state)
                 "");
     assert_string_equal(logged, "orch: policy: a\t1\tnil\tT\n");
     expect_text(s, "print(('x'):rep(1e6)) return ''", "");
-    orch_log_level(ORCH_WARN);
-    orch_log_sink(NULL);
+    orch_log_use(NULL);
     orch_state_free(s);
 }
 

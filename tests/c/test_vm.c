@@ -60,10 +60,9 @@ struct command {
 
 static struct orch_buf *log_text;
 
-static void log_line(void *ud, enum orch_level level, const char *line, size_t n)
+static void log_line(void *ud, const char *line, size_t n)
 {
     (void)ud;
-    (void)level;
     if (log_text) {
         orch_buf_add(log_text, line, n);
         orch_buf_char(log_text, '\n');
@@ -1602,9 +1601,8 @@ static int setup(void **state)
     snprintf(agent, sizeof agent, "%s/agent", build_dir);
     const char *shared = getenv("ORCH_TEST_CACHE");
     snprintf(work, sizeof work, "/tmp/orch-vm-XXXXXX");
-    static const struct orch_log_sink sink = { log_line, NULL };
-    orch_log_sink(&sink);
-    orch_log_level(ORCH_WARN);
+    static const struct orch_log log = { ORCH_WARN, false, log_line, NULL };
+    orch_log_use(&log);
     srand((unsigned)getpid());
     loop = orch_loop_new(NULL);
     char dir[600];
