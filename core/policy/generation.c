@@ -84,6 +84,12 @@ void orch_generation_unref(struct orch_generation *g)
         free(g->tools[i]);
     }
     free(g->tools);
+    while (g->replaced) {
+        struct orch_tool *t = g->replaced;
+        g->replaced = t->replaced;
+        orch_tool_fini(t);
+        free(t);
+    }
     orch_networks_free(g);
     for (size_t i = 0; i < g->n_redact; i++) {
         orch_regex_free(g->redact[i]);

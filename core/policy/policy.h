@@ -55,13 +55,14 @@ struct orch_tool_backend {
 };
 
 struct orch_tool {
-    struct orch_state *state; /* where run_ref and output_ref are; NULL: it is not Lua's */
-    char *name;               /* qualified */
-    char *wire_name;          /* as clients see it */
-    char *server;             /* "local" or the upstream's name */
-    char *file;               /* where it was defined; NULL for an upstream's */
-    char *definition;         /* MCP tool object as JSON */
-    char *input;              /* its JSON Schema */
+    struct orch_tool *replaced; /* the next of a generation's replaced ones */
+    struct orch_state *state;   /* where run_ref and output_ref are; NULL: it is not Lua's */
+    char *name;                 /* qualified */
+    char *wire_name;            /* as clients see it */
+    char *server;               /* "local" or the upstream's name */
+    char *file;                 /* where it was defined; NULL for an upstream's */
+    char *definition;           /* MCP tool object as JSON */
+    char *input;                /* its JSON Schema */
     struct orch_mcp_param_list headers; /* x-mcp-header in it */
     bool listed, shipped;
     enum {
@@ -115,7 +116,8 @@ struct orch_generation {
     bool alone;                              /* it has a source's tools alone */
     struct orch_tool **tools;                /* sorted by wire name */
     size_t n_tools;
-    struct orch_buf list; /* the JSON array of tools/list */
+    struct orch_tool *replaced; /* by another of the name: calls may still have them */
+    struct orch_buf list;       /* the JSON array of tools/list */
     struct orch_network *networks;
     size_t n_networks;
     struct orch_hostaddr *hostaddr; /* the current's */

@@ -93,13 +93,16 @@ int orch_generation_add_tool(struct orch_generation *g, const struct orch_tool *
     if (r < 0)
         return r;
     struct orch_tool *t = orch_generation_tool(g, orch_slice_str(def->wire_name));
+    size_t at = 0;
+    while (at < g->n_tools && g->tools[at] != t)
+        at++;
     if (t) { /* an own tool of the same name replaces a shipped one */
-        orch_tool_fini(t);
+        t->replaced = g->replaced;
+        g->replaced = t;
     } else {
-        t = orch_xmalloc(sizeof *t);
-        g->tools = orch_xrealloc(g->tools, (g->n_tools + 1) * sizeof(struct orch_tool *));
-        g->tools[g->n_tools++] = t;
+        g->tools = orch_xrealloc(g->tools, ++g->n_tools * sizeof(struct orch_tool *));
     }
+    t = g->tools[at] = orch_xmalloc(sizeof *t);
     *t = *def;
     t->name = orch_xstrdup(def->name);
     t->wire_name = orch_xstrdup(def->wire_name);
