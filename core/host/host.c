@@ -38,6 +38,12 @@ int orch_host_flush(int status)
 
 void orch_host_keep_tool(struct orch *o, const struct orch_tool *t)
 {
+    for (size_t i = 0; i < o->tools.n; i++)
+        if (strcmp(o->tools.list[i].name, t->name) == 0) {
+            orch_tool_fini(&o->tools.list[i]);
+            o->tools.list[i] = *t;
+            return;
+        }
     o->tools.list = orch_xrealloc(o->tools.list, (o->tools.n + 1) * sizeof *o->tools.list);
     o->tools.list[o->tools.n++] = *t;
 }

@@ -757,7 +757,8 @@ static void begin(void)
     self = exe;
     snprintf(marks, sizeof marks, "/tmp/orch-test-client-%d", (int)getpid());
     signal(SIGPIPE, SIG_IGN);
-    orch_log_level(ORCH_ERROR);
+    static const struct orch_log errors = { .least = ORCH_ERROR };
+    orch_log_use(&errors);
     loop = orch_loop_new(&fault);
 }
 

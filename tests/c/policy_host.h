@@ -26,10 +26,9 @@ static struct orch_paths paths;
 static struct orch_current current;
 static struct orch_buf logged; /* what was written to the log */
 
-static void host_log(void *ud, enum orch_level level, const char *line, size_t n)
+static void host_log(void *ud, const char *line, size_t n)
 {
     (void)ud;
-    (void)level;
     orch_buf_add(&logged, line, n);
 }
 
@@ -115,7 +114,8 @@ static void host_open(const char *configuration, const char *tools_lua)
     exe[n] = 0;
     for (int i = 0; i < 2; i++)
         *strrchr(exe, '/') = 0;
-    orch_log_sink(&(struct orch_log_sink){ host_log, NULL });
+    static const struct orch_log to_host = { .least = ORCH_WARN, .write = host_log };
+    orch_log_use(&to_host);
     strcpy(dir, "/tmp/orch-test-policy-XXXXXX");
     assert_non_null(mkdtemp(dir));
     cleanup_free char *policies = orch_xasprintf("%s/policies", dir);
@@ -141,7 +141,7 @@ static void host_close(void)
     orch_loop_free(loop);
     orch_paths_fini(&paths);
     orch_buf_free(&logged);
-    orch_log_sink(NULL);
+    orch_log_use(NULL);
     assert_int_equal(system(command), 0);
 }
 
