@@ -20,7 +20,7 @@ endif
 feature_macro = -DORCH_FEATURE_$(shell echo $(1) | tr 'a-z-' 'A-Z_')=$(if $(filter $(1),$(FEATURES)),1,0)
 FEATURE_FLAGS := $(foreach f,$(KNOWN_FEATURES),$(call feature_macro,$(f)))
 
-# ---- variants: release (default), asan (address and undefined behaviour sanitizers), fuzz
+# ---- variants: release (default), asan (address and undefined behaviour sanitizers), tsan (threads), fuzz
 VARIANT ?= release
 B := build/$(VARIANT)
 
@@ -35,6 +35,10 @@ ifeq ($(VARIANT),release)
 endif
 ifeq ($(VARIANT),asan)
   VARIANT_CFLAGS := -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+  WERROR := -Werror
+endif
+ifeq ($(VARIANT),tsan)
+  VARIANT_CFLAGS := -O1 -fsanitize=thread -fno-omit-frame-pointer
   WERROR := -Werror
 endif
 ifeq ($(VARIANT),fuzz)
@@ -115,6 +119,10 @@ $(B)/tests/bench/%: tests/bench/%.c $(B)/liborch.a Makefile
 	$(call say,LD,$@)
 	@mkdir -p $(@D)
 	$(Q)$(CC) $(ALL_CFLAGS) -MMD -MP -MF $@.d -Icore -o $@ $< $(LDFLAGS_ALL) $(B)/liborch.a $(LIBS)
+
+# The one program of VARIANT=tsan, which runs from that build's tree.
+TSAN_BIN := build/tsan/tests/test_threads
+$(TSAN_BIN): build/tsan/lua
 
 # The escape probe runs in the VMM's place, in a root that holds nothing else.
 $(B)/tests/probe: tests/e2e/probe.c Makefile
@@ -242,13 +250,15 @@ JOBS := -j$(shell nproc)
 .PHONY: tests-c asan test net-mutation check-layers fuzz demo bench
 tests-c: $(TEST_BIN)
 
-asan: ## build and run the C tests with address and undefined behaviour sanitizers
+asan: ## build and run the C tests with sanitizers: address and undefined behaviour, one with threads
 	@+$(MAKE) --no-print-directory $(JOBS) VARIANT=asan all tests-c
+	@+$(MAKE) --no-print-directory $(JOBS) VARIANT=tsan $(TSAN_BIN)
 	@tests/run c
 
 test: deps ## everything: packages, release and sanitizer builds, all tests
 	@+$(MAKE) --no-print-directory $(JOBS) all
 	@+$(MAKE) --no-print-directory $(JOBS) VARIANT=asan all tests-c
+	@+$(MAKE) --no-print-directory $(JOBS) VARIANT=tsan $(TSAN_BIN)
 	@KNOWN_FEATURES="$(KNOWN_FEATURES)" tests/run
 
 net-mutation: deps ## each attack on the firewall against a filter without the rule that stops it: all red

@@ -5,6 +5,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <locale.h>
 #include <poll.h>
 #include <pthread.h>
 #include <setjmp.h>
@@ -506,6 +507,56 @@ static void own_loop(void **state)
     remove_dir();
 }
 
+/* ---- what belongs to the process */
+
+/* Its umask, signals, folder, locale and environment, as text. */
+static void describe_process(char *out, size_t size)
+{
+    char line[4096];
+    size_t n = 0;
+    FILE *f = fopen("/proc/self/status", "r");
+    assert_non_null(f);
+    while (fgets(line, sizeof line, f))
+        if (strncmp(line, "Umask:", 6) == 0 || strncmp(line, "SigBlk:", 7) == 0 ||
+            strncmp(line, "SigIgn:", 7) == 0 || strncmp(line, "SigCgt:", 7) == 0)
+            n += (size_t)snprintf(out + n, size - n, "%s", line);
+    fclose(f);
+    assert_non_null(getcwd(line, sizeof line));
+    n += (size_t)snprintf(out + n, size - n, "%s\n%s\n", line, setlocale(LC_ALL, NULL));
+    for (char **e = environ; *e && n < size; e++)
+        n += (size_t)snprintf(out + n, size - n, "%s\n", *e);
+    assert_true(n < size);
+}
+
+static void process_is_left_alone(void **state)
+{
+    (void)state;
+    static char before[65536], after[65536];
+    struct orch_error err = { 0 };
+    char path[256];
+    make_dir(PLAIN);
+    put("script.lua", "local orch = require 'orch'\n"
+                      "local r, why = orch.http.request{ url = 'http://127.0.0.1:1/' }\n"
+                      "assert(not r and why)\n"
+                      "return assert(orch.process.run{ 'sh', '-c', 'exit 3' }).status\n");
+    umask(027);
+    describe_process(before, sizeof before);
+    struct orch *o = open_with((struct orch_options){ .size = sizeof(struct orch_options) }, &err);
+    assert_non_null(o);
+    assert_true(orch_fd(o) >= 0);
+    snprintf(path, sizeof path, "%s/script.lua", dir);
+    int r = orch_run_file(o, path, 0, NULL, &err);
+    assert_string_equal(err.message, "");
+    assert_int_equal(r, 3);
+    describe_process(after, sizeof after);
+    assert_string_equal(after, before);
+    orch_close(o);
+    describe_process(after, sizeof after);
+    assert_string_equal(after, before);
+    umask(022);
+    remove_dir();
+}
+
 /* ---- opened and closed, and nothing is left */
 
 extern size_t __sanitizer_get_current_allocated_bytes(void) __attribute__((weak));
@@ -577,6 +628,7 @@ int main(void)
         cmocka_unit_test(misplaced),
         cmocka_unit_test(replaced_meanwhile),
         cmocka_unit_test(own_loop),
+        cmocka_unit_test(process_is_left_alone),
         cmocka_unit_test(opened_often),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

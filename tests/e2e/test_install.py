@@ -47,15 +47,33 @@ def serves(env):
     expect(r.status == 0 and r.out == "moved\n", r)
 
 
-@case("examples/embed.c builds against the installed library by pkg-config, and runs")
-def embed(env):
+def built(env, name):
+    """examples/NAME.c built against the installed library, as its comment says; how it is run."""
     at = installed(env)
     environ = {**env.environ, "PATH": os.environ["PATH"], "PKG_CONFIG_PATH": os.path.join(at, "lib/pkgconfig")}
-    r = run(["sh", "-c", 'cc -o "$0" "$1" $(pkg-config --cflags --libs --static orch)', env.path("embed"), os.path.join(ROOT, "examples/embed.c")], environ, env.dir)
+    r = run(["sh", "-c", 'cc -Wall -Wextra -Werror -o "$0" "$1" $(pkg-config --cflags --libs --static orch)', env.path(name),
+             os.path.join(ROOT, "examples/%s.c" % name)], environ, env.dir)
     expect(r.status == 0, r)
     # A program elsewhere finds orch's files through the orch in PATH.
-    r = run([env.path("embed")], {**env.environ, "PATH": os.path.join(at, "bin")}, env.path("p"))
+    return {**env.environ, "PATH": os.path.join(at, "bin")}
+
+
+@case("examples/embed.c builds against the installed library by pkg-config, and runs")
+def embed(env):
+    environ = built(env, "embed")
+    r = run([env.path("embed")], environ, env.path("p"))
     expect(r.status == 0 and '"text":"42"' in r.out and "denied: too large" in r.out, r)
+
+
+@case("examples/loop.c likewise: calls from its stdin, a timer and orch's work in one poll loop")
+def loop(env):
+    environ = built(env, "loop")
+    env.project(rules='return { rules = { { tool = "shout", action = "allow" }, { tool = "shout", action = "deny", '
+                'when = function(call) return call.args.text == "quiet" end, reason = "at night" } } }')
+    lines = ''.join('{"text":"%s"}\n' % text for text in ("hello", "quiet", "again"))
+    r = run([env.path("loop"), env.config], environ, env.path("p"), input=(lines + "no JSON\n").encode())
+    expect(r.status == 0 and '"text":"HELLO"' in r.out and '"text":"AGAIN"' in r.out and "denied: at night" in r.out, r)
+    expect("must be one JSON object" in r.err and r.out.count("\n") == 3, r)
 
 
 @case("uninstall removes all of it")
