@@ -79,9 +79,10 @@ static int take_options(const struct orch_options *given, struct orch_options *o
     for (size_t i = sizeof *opts; i < given->size; i++)
         if (((const char *)given)[i])
             return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL,
-                                 "orch_open: options has members that are set and that orch " //
-                                 ORCH_VERSION " does not know; link with the orch whose orch.h "
-                                 "the program is built with");
+                                 "orch_open: options has members that are set and that orch %s "
+                                 "does not know; link with the orch whose orch.h the program is "
+                                 "built with",
+                                 ORCH_VERSION);
     memcpy(opts, given, given->size < sizeof *opts ? given->size : sizeof *opts);
     if (opts->log_level < ORCH_LOG_DEFAULT || opts->log_level > ORCH_LOG_ERROR)
         return orch_err_setc(err, ORCH_CLASS_USAGE, EINVAL,
