@@ -159,6 +159,7 @@ libcjson1            run    composes JSON documents
 libpcre2-8-0         run    schema patterns, redaction
 libsqlite3-0         run    trust, grants, sessions; loaded when first used
 libcurl4             run    HTTP client; loaded when first used
+libssl3              run    libcrypto: OAuth's signed assertions; loaded when first used
 libseccomp2          run    system call filter of the launcher
 libnftnl11           run    the microVMs' packet filter; loaded when first used
 passt                run    pasta, the microVMs' way to the network
